@@ -1,0 +1,56 @@
+"""vspdf: Variable Sparse Pre-training and Dense Fine-tuning of GPTs, with the masked FLOPs really skipped.
+
+The public API on one screen. Everything is imported on first use, so `import vspdf` itself is light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vspdf.errors import BackendUnavailable as BackendUnavailable
+    from vspdf.errors import UserError as UserError
+    from vspdf.kernels.ops import explain as explain
+    from vspdf.kernels.ops import sparse_linear as sparse_linear
+    from vspdf.ledger import training_flops as training_flops
+    from vspdf.pattern import Pattern as Pattern
+    from vspdf.simulator import simulate as simulate
+    from vspdf.sparsify import SparseLinear as SparseLinear
+    from vspdf.sparsify import densify as densify
+    from vspdf.sparsify import set_sparsity as set_sparsity
+    from vspdf.sparsify import sparsify as sparsify
+
+_HOMES = {
+    "BackendUnavailable": "vspdf.errors",
+    "Pattern": "vspdf.pattern",
+    "SparseLinear": "vspdf.sparsify",
+    "UserError": "vspdf.errors",
+    "densify": "vspdf.sparsify",
+    "explain": "vspdf.kernels.ops",
+    "set_sparsity": "vspdf.sparsify",
+    "simulate": "vspdf.simulator",
+    "sparse_linear": "vspdf.kernels.ops",
+    "sparsify": "vspdf.sparsify",
+    "training_flops": "vspdf.ledger",
+}
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+
+try:
+    __version__ = version("vspdf")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str):
+    # Modules such as `vspdf.sparsify` share a name with a function: the function is the public one.
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'vspdf' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

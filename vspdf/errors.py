@@ -1,0 +1,23 @@
+"""Errors that users can mend: one line that says what was wrong and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """Bad input. The command line prints the message alone and exits with status 2."""
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend that was asked for by name cannot run here; the message says what is missing and how to get it."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The tail of an error message: `` Did you mean 'n_layer'?``, or the known words where none is near."""
+    known = list(known)
+    near = get_close_matches(str(word), known, n=1, cutoff=0.55)
+    if near:
+        return f" Did you mean '{near[0]}'?"
+    return f" Known: {', '.join(known)}." if known else ""

@@ -1,0 +1,186 @@
+"""Which weights exist: the one home of positions.
+
+A pattern is immutable and small: one bit per position of the dense weight matrix. What the kernels derive from it (row
+pointers, packed order, generated code) they keep in `Pattern.plans`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+
+from vspdf.errors import UserError
+
+_alive: weakref.WeakValueDictionary[str, Pattern] = weakref.WeakValueDictionary()
+
+
+def kept_count(numel: int, sparsity: float) -> int:
+    """Number of kept weights: ``numel − round(sparsity · numel)``, Python's round of the exact product.
+
+    Raises
+    ------
+    UserError
+        If `sparsity` is outside [0, 1].
+    """
+    if not 0 <= sparsity <= 1:
+        raise UserError(f"sparsity must lie in [0, 1], not {sparsity}.")
+    # The decimal as written (0.9), not its binary neighbour, so that ties round as on paper.
+    return numel - round(Fraction(repr(float(sparsity))) * numel)
+
+
+class Pattern:
+    """Positions of the weights that exist in a matrix of shape (out_features, in_features).
+
+    Equal patterns are one object while alive (`digest` identifies it), copies are the object itself, and pickling
+    carries shape and bits only. Make one with `random`, `from_mask` or `from_bits`.
+
+    Attributes
+    ----------
+    shape : tuple of int, (out_features, in_features)
+    nnz : int
+        Kept weights.
+    bits : uint8 array, shape (ceil(out · in / 8),)
+        Row-major mask, little-endian within a byte.
+    digest : str
+        Content hash of shape and bits.
+    plans : dict
+        What backends derived from this pattern, by backend name.
+    """
+
+    shape: tuple[int, int]
+    nnz: int
+    bits: np.ndarray
+    digest: str
+    plans: dict[str, Any]
+
+    def __new__(cls, shape: tuple[int, int], bits: np.ndarray) -> Pattern:
+        out_features, in_features = (int(n) for n in shape)
+        numel = out_features * in_features
+        bits = np.ascontiguousarray(bits, dtype=np.uint8)
+        if out_features < 1 or in_features < 1 or bits.shape != ((numel + 7) // 8,):
+            raise UserError(
+                f"a pattern of shape {(out_features, in_features)} needs {(numel + 7) // 8} bytes of bits, "
+                f"got an array of shape {bits.shape}."
+            )
+        if numel % 8 and bits[-1] >> (numel % 8):
+            raise UserError("a pattern's unused trailing bits must be zero.")
+        digest = hashlib.blake2b(repr((out_features, in_features)).encode() + bits.tobytes(), digest_size=16).hexdigest()
+        self = _alive.get(digest)
+        if self is None:
+            self = super().__new__(cls)
+            bits.setflags(write=False)
+            self.shape, self.bits, self.digest = (out_features, in_features), bits, digest
+            self.nnz = int(np.bitwise_count(bits).sum()) if hasattr(np, "bitwise_count") else int(np.unpackbits(bits).sum())
+            self.plans = {}
+            _alive[digest] = self
+        return self
+
+    @classmethod
+    def random(cls, shape: tuple[int, int], sparsity: float, seed: int = 0) -> Pattern:
+        """Static random unstructured mask that keeps ``numel − round(sparsity · numel)`` weights (SPDF, arXiv:2303.10464).
+
+        Parameters
+        ----------
+        shape : (out_features, in_features)
+        sparsity : float in [0, 1]
+        seed : int
+            The same seed, shape and sparsity give the same mask.
+
+        Raises
+        ------
+        UserError
+            If `sparsity` is outside [0, 1].
+        """
+        numel = shape[0] * shape[1]
+        keep = kept_count(numel, sparsity)
+        mask = np.zeros(numel, dtype=bool)
+        mask[np.random.default_rng(seed).choice(numel, keep, replace=False, shuffle=False)] = True
+        return cls(shape, np.packbits(mask, bitorder="little"))
+
+    @classmethod
+    def from_mask(cls, mask: torch.Tensor | np.ndarray) -> Pattern:
+        """Pattern of a boolean matrix [out_features, in_features]; True means kept.
+
+        Raises
+        ------
+        UserError
+            If `mask` is not a two-dimensional boolean array.
+        """
+        array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
+        if array.ndim != 2 or array.dtype != np.bool_:
+            raise UserError(f"a mask must be a boolean matrix [out, in], got {array.dtype} of shape {array.shape}.")
+        return cls((array.shape[0], array.shape[1]), np.packbits(array.reshape(-1), bitorder="little"))
+
+    def grow(self, sparsity: float, seed: int = 0) -> Pattern:
+        """This pattern plus random positions, until its sparsity is `sparsity`; no position is dropped.
+
+        Raises
+        ------
+        UserError
+            If that would need fewer positions than are kept now.
+        """
+        add = kept_count(self.numel, sparsity) - self.nnz
+        if add < 0:
+            raise UserError(f"a pattern can only grow: its sparsity is {self.sparsity:.6g}, {sparsity} would drop weights.")
+        flat = self._flat()
+        flat[np.random.default_rng(seed).choice(np.flatnonzero(~flat), add, replace=False, shuffle=False)] = True
+        return Pattern(self.shape, np.packbits(flat, bitorder="little"))
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[1]
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def density(self) -> float:
+        return self.nnz / self.numel
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.density
+
+    def _flat(self) -> np.ndarray:
+        return np.unpackbits(self.bits, count=self.numel, bitorder="little").view(np.bool_)
+
+    def mask(self) -> torch.Tensor:
+        """Boolean tensor [out_features, in_features] on the CPU; True means kept."""
+        return torch.from_numpy(self._flat().reshape(self.shape))
+
+    def positions(self) -> torch.Tensor:
+        """Row-major flat indices of the kept weights, int64, shape (nnz,)."""
+        return torch.from_numpy(np.flatnonzero(self._flat()))
+
+    def csr(self) -> tuple[np.ndarray, np.ndarray]:
+        """Row pointers int64 [out_features + 1] and column indices int32 [nnz], sorted within each row."""
+        mask = self._flat().reshape(self.shape)
+        rows = np.zeros(self.out_features + 1, dtype=np.int64)
+        np.cumsum(np.count_nonzero(mask, axis=1), out=rows[1:])
+        return rows, np.nonzero(mask)[1].astype(np.int32)
+
+    def issuperset(self, other: Pattern) -> bool:
+        """Whether every position of `other` is kept here too."""
+        return self.shape == other.shape and not np.any(other.bits & ~self.bits)
+
+    def __copy__(self) -> Pattern:
+        return self
+
+    def __deepcopy__(self, memo: dict) -> Pattern:
+        return self
+
+    def __reduce__(self):
+        return Pattern, (self.shape, self.bits)
+
+    def __repr__(self) -> str:
+        return f"Pattern({self.shape[0]}x{self.shape[1]}, nnz={self.nnz}, sparsity={self.sparsity:.4g})"
