@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from vspdf.ledger import training_flops as training_flops
     from vspdf.pattern import Pattern as Pattern
     from vspdf.simulator import simulate as simulate
-    from vspdf.sparsify import SparseLinear as SparseLinear
-    from vspdf.sparsify import densify as densify
-    from vspdf.sparsify import set_sparsity as set_sparsity
-    from vspdf.sparsify import sparsify as sparsify
+    from vspdf.sparse import SparseLinear as SparseLinear
+    from vspdf.sparse import densify as densify
+    from vspdf.sparse import set_sparsity as set_sparsity
+    from vspdf.sparse import sparsify as sparsify
 
 _HOMES = {
     "BackendUnavailable": "vspdf.errors",
     "Pattern": "vspdf.pattern",
-    "SparseLinear": "vspdf.sparsify",
+    "SparseLinear": "vspdf.sparse",
     "UserError": "vspdf.errors",
-    "densify": "vspdf.sparsify",
+    "densify": "vspdf.sparse",
     "explain": "vspdf.kernels.ops",
-    "set_sparsity": "vspdf.sparsify",
+    "set_sparsity": "vspdf.sparse",
     "simulate": "vspdf.simulator",
     "sparse_linear": "vspdf.kernels.ops",
-    "sparsify": "vspdf.sparsify",
+    "sparsify": "vspdf.sparse",
     "training_flops": "vspdf.ledger",
 }
 __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
@@ -44,7 +44,6 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 
 def __getattr__(name: str):
-    # Modules such as `vspdf.sparsify` share a name with a function: the function is the public one.
     if name in _HOMES:
         value = getattr(import_module(_HOMES[name]), name)
         globals()[name] = value
