@@ -57,6 +57,7 @@ class Pattern:
     bits: np.ndarray
     digest: str
     plans: dict[str, Any]
+    __slots__ = ("__weakref__", "bits", "digest", "nnz", "plans", "shape")
 
     def __new__(cls, shape: tuple[int, int], bits: np.ndarray) -> Pattern:
         out_features, in_features = (int(n) for n in shape)
@@ -130,6 +131,17 @@ class Pattern:
         flat = self._flat()
         flat[np.random.default_rng(seed).choice(np.flatnonzero(~flat), add, replace=False, shuffle=False)] = True
         return Pattern(self.shape, np.packbits(flat, bitorder="little"))
+
+    @staticmethod
+    def find(digest: str) -> Pattern:
+        """The living pattern with this digest: how it travels through custom operators, which take no objects.
+
+        Raises
+        ------
+        KeyError
+            If no such pattern is alive.
+        """
+        return _alive[digest]
 
     @property
     def out_features(self) -> int:

@@ -1,0 +1,88 @@
+"""The C++ kernels (`vspdf._C`) on torch tensors: float32 and bfloat16, accumulation in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vspdf.errors import BackendUnavailable
+from vspdf.pattern import Pattern
+
+try:
+    from vspdf import _C  # imported after torch, so that both share torch's OpenMP runtime
+except ImportError as error:
+    _C = None  # type: ignore[assignment]
+    _missing = str(error)
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def unavailable() -> str | None:
+    """Why the backend cannot run here; None if it can."""
+    if _C is None:
+        return f"the compiled kernels are missing ({_missing}); reinstall vspdf with a C++17 compiler present"
+    return None
+
+
+def extension() -> Any:
+    """The compiled module.
+
+    Raises
+    ------
+    BackendUnavailable
+        If it was not built.
+    """
+    reason = unavailable()
+    if reason:
+        raise BackendUnavailable(f"backend 'cpu' cannot run: {reason}.")
+    return _C
+
+
+def plan(pattern: Pattern) -> Any:
+    """The packed plan of a pattern: built once, kept with the pattern, holds no weights."""
+    found = pattern.plans.get("cpu")
+    if found is None:
+        rows, columns = pattern.csr()
+        found = pattern.plans.setdefault("cpu", extension().Plan(*pattern.shape, rows, columns))
+    return found
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[T, n] with contiguous rows; the row stride may be anything, 0 (broadcast) included."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def forward(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> tuple[Tensor, int]:
+    """``x @ W.T + bias`` and the multiply-adds executed."""
+    x, values = _rows(x), values.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = x.new_empty(x.shape[0], pattern.out_features)
+    macs = plan(pattern).forward(
+        y.data_ptr(), x.data_ptr(), x.stride(0), values.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        x.shape[0], DTYPES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return y, macs
+
+
+def grad_input(grad_output: Tensor, values: Tensor, pattern: Pattern) -> tuple[Tensor, int]:
+    """``grad_output @ W`` and the multiply-adds executed."""
+    grad_output, values = _rows(grad_output), values.contiguous()
+    dx = grad_output.new_empty(grad_output.shape[0], pattern.in_features)
+    macs = plan(pattern).grad_input(
+        dx.data_ptr(), grad_output.data_ptr(), grad_output.stride(0), values.data_ptr(),
+        grad_output.shape[0], DTYPES[dx.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, macs
+
+
+def grad_values(grad_output: Tensor, x: Tensor, pattern: Pattern) -> tuple[Tensor, int]:
+    """``grad_output.T @ x`` at kept positions and the multiply-adds executed."""
+    grad_output, x = _rows(grad_output), _rows(x)
+    dvalues = x.new_empty(pattern.nnz)
+    macs = plan(pattern).grad_values(
+        dvalues.data_ptr(), grad_output.data_ptr(), grad_output.stride(0), x.data_ptr(), x.stride(0),
+        x.shape[0], DTYPES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return dvalues, macs

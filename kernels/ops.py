@@ -1,0 +1,189 @@
+"""The only door to the kernels: custom operators, their autograd, FLOP formulas and shape checks.
+
+A pattern travels through an operator as its digest, a plain string, which torch.compile treats as a constant.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vspdf import ledger
+from vspdf.errors import UserError
+from vspdf.kernels import cpu, reference
+from vspdf.kernels.dispatch import choose
+from vspdf.pattern import Pattern
+
+_RUN = {
+    "forward": (cpu.forward, reference.forward),
+    "grad_input": (cpu.grad_input, reference.grad_input),
+    "grad_values": (cpu.grad_values, reference.grad_values),
+}
+
+
+def _run(product: str, pattern: Pattern, backend: str, *tensors: Tensor | None) -> Tensor:
+    """Runs one product on the path chosen for it and tells the ledger what was done."""
+    x = tensors[0]
+    assert x is not None
+    tokens = x.shape[0]
+    choice = choose(product, pattern, tokens, x.dtype, x.device, backend)
+    sparse, dense = _RUN[product]
+    start = time.perf_counter()
+    if choice.path == "cpu":
+        result, macs = sparse(*tensors, pattern)  # type: ignore[operator]
+    else:
+        result, macs = dense(*tensors, pattern), tokens * pattern.numel  # type: ignore[operator]
+    seconds = time.perf_counter() - start
+    ledger.record(product, 2 * tokens * pattern.numel, 2 * tokens * pattern.nnz, 2 * macs, seconds)
+    return result
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+
+
+@torch.library.custom_op("vspdf::linear", mutates_args=())
+def _linear(x: Tensor, values: Tensor, bias: Tensor | None, pattern: str, backend: str) -> Tensor:
+    found = Pattern.find(pattern)
+    return _run("forward", found, backend, _tokens(x), values, bias).view(*x.shape[:-1], found.out_features)
+
+
+@torch.library.custom_op("vspdf::grad_input", mutates_args=())
+def _grad_input(grad_output: Tensor, values: Tensor, pattern: str, backend: str) -> Tensor:
+    found = Pattern.find(pattern)
+    grad = _run("grad_input", found, backend, _tokens(grad_output), values)
+    return grad.view(*grad_output.shape[:-1], found.in_features)
+
+
+@torch.library.custom_op("vspdf::grad_values", mutates_args=())
+def _grad_values(grad_output: Tensor, x: Tensor, pattern: str, backend: str) -> Tensor:
+    return _run("grad_values", Pattern.find(pattern), backend, _tokens(grad_output), _tokens(x))
+
+
+@_linear.register_fake
+def _(x, values, bias, pattern, backend):
+    return x.new_empty(*x.shape[:-1], Pattern.find(pattern).out_features)
+
+
+@_grad_input.register_fake
+def _(grad_output, values, pattern, backend):
+    return grad_output.new_empty(*grad_output.shape[:-1], Pattern.find(pattern).in_features)
+
+
+@_grad_values.register_fake
+def _(grad_output, x, pattern, backend):
+    return x.new_empty(Pattern.find(pattern).nnz)
+
+
+def _save_for_backward(ctx, inputs, output):
+    x, values, bias, pattern, ctx.backend = inputs
+    ctx.save_for_backward(x, values)
+    ctx.pattern = Pattern.find(pattern)  # the object, so that it lives as long as the graph
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx, grad_output):
+    x, values = ctx.saved_tensors
+    key = ctx.pattern.digest
+    grad_x = grad_v = grad_b = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _grad_input(grad_output, values, key, ctx.backend)
+    if ctx.needs_input_grad[1]:
+        grad_v = _grad_values(grad_output, x, key, ctx.backend)
+    if ctx.has_bias and ctx.needs_input_grad[2]:
+        grad_b = grad_output.sum(dim=tuple(range(grad_output.dim() - 1)))
+    return grad_x, grad_v, grad_b, None, None
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError("vspdf: double backward through sparse_linear is not supported.")
+
+
+_linear.register_autograd(_backward, setup_context=_save_for_backward)
+_grad_input.register_autograd(_no_double_backward)
+_grad_values.register_autograd(_no_double_backward)
+
+
+@register_flop_formula(torch.ops.vspdf.linear)
+def _linear_flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
+    """Useful FLOPs: ``2 · tokens · nnz``."""
+    return 2 * math.prod(x_shape[:-1]) * values_shape[0]
+
+
+@register_flop_formula(torch.ops.vspdf.grad_input)
+def _grad_input_flops(grad_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(grad_shape[:-1]) * values_shape[0]
+
+
+@register_flop_formula(torch.ops.vspdf.grad_values)
+def _grad_values_flops(grad_shape, x_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(grad_shape[:-1]) * out_shape[0]
+
+
+def sparse_linear(
+    x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """Linear layer that multiplies only the weights its pattern keeps.
+
+    Computes ``y = x @ W.T + bias`` where ``W`` is zero outside `pattern`. The backward pass skips the same positions:
+    the gradient of `x` reads only kept weights, the gradient of `values` is formed only there.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., in_features), float32 or bfloat16
+        Any layout; other float dtypes run on the dense path.
+    values : Tensor, shape (pattern.nnz,), same dtype and device as `x`
+        Kept weights, in the row-major order of `pattern`: ``W[pattern.mask()]``.
+    pattern : Pattern, shape (out_features, in_features)
+    bias : Tensor, shape (out_features,), optional
+    backend : {"auto", "cpu", "reference", "triton"}
+        "auto" takes the faster of the sparse kernel and dense GEMM on materialised weights, for each product;
+        `explain` says which and why.
+
+    Returns
+    -------
+    Tensor, shape (..., out_features)
+
+    Raises
+    ------
+    UserError (a ValueError)
+        If shapes, dtypes or devices disagree; the message names what was given and what was expected.
+    BackendUnavailable
+        If the named backend cannot run here; the message says what is missing.
+
+    Notes
+    -----
+    FLOPs: ``2 * tokens * nnz`` forward, twice that backward (SPDF, arXiv:2303.10464). Under autocast, inputs are cast to
+    its dtype as for `torch.nn.functional.linear`. Double backward is not supported.
+    """
+    if x.dim() == 0 or x.shape[-1] != pattern.in_features:
+        raise UserError(f"x of shape {tuple(x.shape)} does not fit a {pattern}: its last size must be {pattern.in_features}.")
+    if values.shape != (pattern.nnz,):
+        raise UserError(f"values of shape {tuple(values.shape)} do not fit a {pattern}: expected ({pattern.nnz},).")
+    if bias is not None and bias.shape != (pattern.out_features,):
+        raise UserError(f"bias of shape {tuple(bias.shape)} does not fit a {pattern}: expected ({pattern.out_features},).")
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, values = x.to(dtype), values.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    for name, tensor in (("values", values), ("bias", bias)):
+        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
+            raise UserError(
+                f"{name} are {tensor.dtype} on {tensor.device}, x is {x.dtype} on {x.device}: they must agree."
+            )
+    return _linear(x, values, bias, pattern.digest, backend)
+
+
+def explain(pattern: Pattern, tokens: int, dtype: torch.dtype = torch.float32, backend: str = "auto") -> str:
+    """What `sparse_linear` would run for `tokens` rows here, a line per product, and why."""
+    device = torch.device("cpu")
+    lines = []
+    for product in _RUN:
+        choice = choose(product, pattern, tokens, dtype, device, backend)
+        kernel = cpu.plan(pattern).describe(tokens, torch.get_num_threads())[product] if choice.path == "cpu" else ""
+        lines.append(f"{product}: {choice.path}{f' ({kernel})' if kernel else ''}: {choice.reason}")
+    return "\n".join(lines)
