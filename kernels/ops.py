@@ -157,15 +157,19 @@ def sparse_linear(
 
     Notes
     -----
-    FLOPs: ``2 * tokens * nnz`` forward, twice that backward (SPDF, arXiv:2303.10464). Under autocast, inputs are cast to
-    its dtype as for `torch.nn.functional.linear`. Double backward is not supported.
+    FLOPs: ``2 * tokens * nnz`` forward, twice that backward (SPDF, arXiv:2303.10464). Under autocast, inputs are cast
+    to its dtype as for `torch.nn.functional.linear`. Double backward is not supported.
     """
     if x.dim() == 0 or x.shape[-1] != pattern.in_features:
-        raise UserError(f"x of shape {tuple(x.shape)} does not fit a {pattern}: its last size must be {pattern.in_features}.")
+        raise UserError(
+            f"x of shape {tuple(x.shape)} does not fit a {pattern}: its last size must be {pattern.in_features}."
+        )
     if values.shape != (pattern.nnz,):
         raise UserError(f"values of shape {tuple(values.shape)} do not fit a {pattern}: expected ({pattern.nnz},).")
     if bias is not None and bias.shape != (pattern.out_features,):
-        raise UserError(f"bias of shape {tuple(bias.shape)} does not fit a {pattern}: expected ({pattern.out_features},).")
+        raise UserError(
+            f"bias of shape {tuple(bias.shape)} does not fit a {pattern}: expected ({pattern.out_features},)."
+        )
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, values = x.to(dtype), values.to(dtype)

@@ -35,7 +35,7 @@ _HOMES = {
     "sparsify": "vspdf.sparse",
     "training_flops": "vspdf.ledger",
 }
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOMES, "__version__"]
 
 try:
     __version__ = version("vspdf")

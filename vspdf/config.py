@@ -15,13 +15,15 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
+from vspdf import ledger
 from vspdf.errors import UserError, did_you_mean
 
 
 @dataclass
 class ModelConfig:
-    """A dense GPT-2-shaped GPT. `name` starts from a preset (`vspdf plan --model` lists them); other keys override it."""
+    """A dense GPT-2-shaped GPT. `name` starts from a preset; other keys override it."""
 
     name: str | None = None
     n_layer: int | None = None
@@ -37,9 +39,11 @@ class ModelConfig:
 class DataConfig:
     """Text, its tokenizer and its order."""
 
-    corpus: str = "stdlib"  # "stdlib" (the Python standard library's sources), a file, a folder, FILE.jsonl, or "hf:DATASET[:CONFIG]"
+    # "stdlib" (the Python standard library's sources), a file, a folder, FILE.jsonl, or "hf:DATASET[:CONFIG]"
+    corpus: str = "stdlib"
     text_field: str = "text"  # of JSONL lines and Hugging Face rows
-    tokenizer: str = "bytes"  # "bytes", "bpe:VOCAB_SIZE" (trained on the corpus), "gpt2:FOLDER" (vocab.json and merges.txt) or a tokenizer.json
+    # "bytes", "bpe:VOCAB_SIZE" (trained on the corpus), "gpt2:FOLDER" (vocab.json, merges.txt) or a tokenizer.json
+    tokenizer: str = "bytes"
     validation_fraction: float = 0.05  # of the text, held out as whole documents
     repeat: bool = False  # False: running out of unseen samples is an error
     cache_dir: str | None = None  # default: vspdf's folder in the user's cache
@@ -67,7 +71,8 @@ class PhaseConfig:
     tokens: int | None = None
     lr: float | None = None  # peak; default optimizer.lr
     lr_multiple: float = 1.0  # of `lr`; at 90 % about 3 (published) to 5 (toy scale)
-    mu_p: bool = False  # SµPar (arXiv:2405.15743): learning rate of sparse weights x 1/density, their init x 1/sqrt(density)
+    # SµPar (arXiv:2405.15743): learning rate of sparse weights x 1/density, their init x 1/sqrt(density)
+    s_mu_par: bool = False
     lr_end: float | None = None  # default: a tenth of optimizer.lr, as published
     decay: str = "linear"  # "linear", "cosine" or "constant"
     warmup_steps: int | None = None  # default: a tenth of the phase after a switch, else 5 %
@@ -109,3 +114,207 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     phases: list[PhaseConfig] = field(default_factory=list)
+
+
+def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a configuration, applies overrides, fills in what follows from the rest, and checks it.
+
+    Parameters
+    ----------
+    source : path of a YAML file, or the name of a config that ships with vspdf ("quickstart")
+    overrides : sequence of "key=value"
+        Dotted keys; list items by index: ``phases.0.steps=100``.
+
+    Raises
+    ------
+    UserError
+        For a missing file, an unknown key, a wrong type or an impossible value; one line that names the key.
+    """
+    path = find_config(source)
+    try:
+        tree = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+    except YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except OmegaConfBaseException as error:
+        raise _explained(error, str(path)) from None
+    except (ValueError, TypeError, OSError) as error:  # a scalar or a list where a mapping belongs
+        raise UserError(f"{path}: expected a mapping of settings: {_first_line(error)}.") from None
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override '{override}' is not of the form key=value.")
+        try:
+            value = OmegaConf.create(f"value: {text}").value if text else ""
+            _check_path(tree, key)
+            OmegaConf.update(tree, re.sub(r"\.(\d+)", r"[\1]", key), value)
+        except YAMLError:
+            raise UserError(f"override '{override}': its value is not valid YAML.") from None
+        except OmegaConfBaseException as error:
+            raise _explained(error, f"override '{override}'") from None
+    config = OmegaConf.to_object(tree)
+    assert isinstance(config, Config)
+    resolve(config)
+    return config
+
+
+def find_config(source: str | Path) -> Path:
+    """Path of a configuration given by path or by the name of one that ships with vspdf."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    shipped = {file.stem: file for file in sorted(Path(__file__).parent.glob("configs/*.yaml"))}
+    if str(source) in shipped:
+        return shipped[str(source)]
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; a configuration is a YAML file.")
+    near = [*shipped, *(str(file) for file in path.parent.glob("*.yaml"))]
+    raise UserError(f"no configuration '{source}': neither a file nor one that ships.{did_you_mean(str(source), near)}")
+
+
+def save(config: Config, path: Path) -> None:
+    """Writes a resolved configuration as YAML."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _keys(node: Any) -> list[str]:
+    return [str(key) for key in node] if isinstance(node, DictConfig) else []
+
+
+def _check_path(tree: Any, key: str) -> None:
+    """An override must name a setting that exists."""
+    node, seen = tree, ""
+    for part in key.split("."):
+        known = _keys(node) if not isinstance(node, ListConfig) else [str(i) for i in range(len(node))]
+        if part not in known:
+            what = f"{seen} has {len(known)} items, no" if isinstance(node, ListConfig) else "unknown setting"
+            hint = "" if isinstance(node, ListConfig) else did_you_mean(part, known)
+            raise UserError(f"{what} '{seen + '.' if seen else ''}{part}' (override {key}=...).{hint}")
+        node = node[int(part)] if isinstance(node, ListConfig) else node._get_node(part)
+        seen = f"{seen}.{part}" if seen else part
+
+
+def _explained(error: OmegaConfBaseException, where: str) -> UserError:
+    """OmegaConf's error in one line: the key, what was wrong, what is near."""
+    key = error.full_key or error.key
+    if isinstance(error, ConfigKeyError):
+        known = (
+            [f.name for f in dataclasses.fields(error.object_type)]
+            if dataclasses.is_dataclass(error.object_type)
+            else []
+        )
+        return UserError(f"{where}: unknown setting '{key}'.{did_you_mean(str(error.key), known)}")
+    what = f"'{key}': " if key else ""
+    return UserError(f"{where}: {what}{_first_line(error)}.")
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+def _one_of(key: str, value: str, known: Iterable[str]) -> None:
+    known = list(known)
+    _require(value in known, f"{key} = '{value}' is not known.{did_you_mean(value, known)}")
+
+
+def model_shape(model: ModelConfig, vocab_size: int | None = None) -> ledger.Shape:
+    """Shape of the configured model; `vocab_size` is the tokenizer's, for where the configuration leaves it open."""
+    vocab_size = model.vocab_size or vocab_size
+    assert vocab_size and model.n_layer and model.d_model and model.n_head and model.d_ff and model.sequence_length
+    return ledger.Shape(model.n_layer, model.d_model, model.n_head, model.d_ff, vocab_size, model.sequence_length)
+
+
+def resolve(config: Config) -> None:
+    """Fills in, in place, what follows from other settings, and checks every value.
+
+    Raises
+    ------
+    UserError
+        Naming the setting, its value and what was expected.
+    """
+    _resolve_model(config.model)
+    train, optimizer = config.train, config.optimizer
+    _one_of("train.precision", train.precision, ("fp32", "bf16"))
+    _one_of("train.backend", train.backend, ("auto", "cpu", "reference"))
+    train.micro_batch_size = train.micro_batch_size or train.batch_size
+    for key in ("batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
+        _require(getattr(train, key) >= 1, f"train.{key} must be at least 1, not {getattr(train, key)}.")
+    for key in ("eval_every", "eval_tokens", "sample_tokens", "checkpoint_every", "measure_dense"):
+        _require(getattr(train, key) >= 0, f"train.{key} must not be negative, is {getattr(train, key)}.")
+    _require(train.threads is None or train.threads >= 1, f"train.threads must be at least 1, not {train.threads}.")
+    _require(optimizer.lr > 0, f"optimizer.lr must be positive, not {optimizer.lr}.")
+    for key in ("beta1", "beta2"):
+        _require(
+            0 <= getattr(optimizer, key) < 1, f"optimizer.{key} must lie in [0, 1), not {getattr(optimizer, key)}."
+        )
+    _require(0 < config.data.validation_fraction < 1, "data.validation_fraction must lie between 0 and 1.")
+    _require(bool(re.fullmatch(r"[\w.-]+", config.name)), f"name = '{config.name}' must be usable as a folder's name.")
+    _require(
+        bool(config.phases), "phases: at least one phase is needed, e.g. [{sparsity: 0.9, steps: 250}, {steps: 50}]."
+    )
+    config.run_dir = config.run_dir or f"runs/{config.name}"
+    for i, phase in enumerate(config.phases):
+        _resolve_phase(config, i, phase)
+
+
+def _resolve_model(model: ModelConfig) -> None:
+    if model.name is not None:
+        preset = ledger.model_shape(model.name)
+        for key, value in dataclasses.asdict(preset).items():
+            if getattr(model, key) is None:
+                setattr(model, key, value)
+    for key in ("n_layer", "d_model", "n_head", "sequence_length"):
+        value = getattr(model, key)
+        _require(value is not None, f"model.{key} is not set; give it, or model.name for a preset.")
+        _require(value >= 1, f"model.{key} must be at least 1, not {value}.")
+    model.d_ff = model.d_ff or 4 * model.d_model  # type: ignore[operator]
+    _require(
+        model.d_model % model.n_head == 0,  # type: ignore[operator]
+        f"model.n_head = {model.n_head} does not divide model.d_model = {model.d_model}.",
+    )
+    _require(model.init_std > 0, f"model.init_std must be positive, not {model.init_std}.")
+
+
+def _resolve_phase(config: Config, i: int, phase: PhaseConfig) -> None:
+    key, previous = f"phases.{i}", config.phases[i - 1] if i else None
+    _require(0 <= phase.sparsity < 1, f"{key}.sparsity must lie in [0, 1), not {phase.sparsity}.")
+    _require(
+        previous is None or phase.sparsity <= previous.sparsity,
+        f"{key}.sparsity = {phase.sparsity} is above the phase before ({previous.sparsity if previous else 0}): "
+        "weights are only ever added.",
+    )
+    phase.name = phase.name or (f"sparse {phase.sparsity:.4g}" if phase.sparsity else "dense")
+    phase.batch_size = phase.batch_size or config.train.batch_size
+    step_tokens = phase.batch_size * config.model.sequence_length  # type: ignore[operator]
+    _require((phase.steps is None) != (phase.tokens is None) or phase.tokens == (phase.steps or 0) * step_tokens,
+             f"{key} needs either steps or tokens.")  # fmt: skip
+    if phase.steps is None:
+        phase.steps = max(1, round(phase.tokens / step_tokens))  # type: ignore[operator]
+    _require(phase.steps >= 1, f"{key}.steps must be at least 1, not {phase.steps}.")
+    phase.tokens = phase.steps * step_tokens
+    micro = min(config.train.micro_batch_size, phase.batch_size)  # type: ignore[type-var]
+    _require(
+        phase.batch_size % micro == 0,
+        f"train.micro_batch_size = {micro} does not divide {key}.batch_size = {phase.batch_size}.",
+    )
+    _one_of(f"{key}.decay", phase.decay, ("linear", "cosine", "constant"))
+    _one_of(f"{key}.moments", phase.moments, ("keep", "reset"))
+    phase.lr = config.optimizer.lr if phase.lr is None else phase.lr
+    phase.lr_end = config.optimizer.lr / 10 if phase.lr_end is None else phase.lr_end
+    phase.weight_decay = config.optimizer.weight_decay if phase.weight_decay is None else phase.weight_decay
+    phase.beta2 = config.optimizer.beta2 if phase.beta2 is None else phase.beta2
+    if phase.warmup_steps is None:
+        phase.warmup_steps = phase.steps // (10 if previous else 20)
+    _require(phase.lr > 0 and phase.lr_multiple > 0, f"{key}: lr and lr_multiple must be positive.")
+    _require(0 <= phase.lr_end <= phase.lr * phase.lr_multiple, f"{key}.lr_end = {phase.lr_end} is above the peak.")
+    _require(0 <= phase.warmup_steps <= phase.steps, f"{key}.warmup_steps = {phase.warmup_steps} exceeds its steps.")
+    _require(phase.revived_warmup >= 0, f"{key}.revived_warmup must not be negative.")
+    _require(0 <= phase.beta2 < 1, f"{key}.beta2 must lie in [0, 1), not {phase.beta2}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -21,3 +22,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if near:
         return f" Did you mean '{near[0]}'?"
     return f" Known: {', '.join(known)}." if known else ""
+
+
+def near_path(path: Path, keywords: Iterable[str] = ()) -> str:
+    """The tail of an error message on a missing file: `` Did you mean 'data/corpus.txt'?``, or nothing where none is near."""
+    missing = path
+    while missing.parent != missing and not missing.parent.exists():
+        missing = missing.parent
+    beside = sorted(entry.name for entry in missing.parent.iterdir()) if missing.parent.is_dir() else []
+    if near := get_close_matches(str(path), keywords, n=1):
+        return f" Did you mean '{near[0]}'?"
+    if near := get_close_matches(missing.name, beside, n=1):
+        return f" Did you mean '{missing.with_name(near[0]) / path.relative_to(missing)}'?"
+    return ""

@@ -52,7 +52,9 @@ class Shape:
         return self.n_layer * block + (self.vocab_size + self.sequence_length) * d + 2 * d
 
 
-def _gpt(n_layer: int, d_model: int, n_head: int, d_ff: int, vocab_size: int = 50257, sequence_length: int = 2048) -> Shape:
+def _gpt(
+    n_layer: int, d_model: int, n_head: int, d_ff: int, vocab_size: int = 50257, sequence_length: int = 2048
+) -> Shape:
     return Shape(n_layer, d_model, n_head, d_ff, vocab_size, sequence_length)
 
 
@@ -92,7 +94,7 @@ def model_shape(name: str) -> Shape:
 
 @dataclass(frozen=True)
 class Convention:
-    """Weights of the attention and vocabulary terms: total = 6 · tokens · (linear·(1−s) + b·attention + c·vocabulary)."""
+    """Weights b, c of two terms: total = 6 · tokens · (linear·(1−s) + b·attention + c·vocabulary)."""
 
     attention: float
     vocabulary: float

@@ -70,20 +70,24 @@ class Pattern:
             )
         if numel % 8 and bits[-1] >> (numel % 8):
             raise UserError("a pattern's unused trailing bits must be zero.")
-        digest = hashlib.blake2b(repr((out_features, in_features)).encode() + bits.tobytes(), digest_size=16).hexdigest()
+        digest = hashlib.blake2b(
+            repr((out_features, in_features)).encode() + bits.tobytes(), digest_size=16
+        ).hexdigest()
         self = _alive.get(digest)
         if self is None:
             self = super().__new__(cls)
             bits.setflags(write=False)
             self.shape, self.bits, self.digest = (out_features, in_features), bits, digest
-            self.nnz = int(np.bitwise_count(bits).sum()) if hasattr(np, "bitwise_count") else int(np.unpackbits(bits).sum())
+            self.nnz = (
+                int(np.bitwise_count(bits).sum()) if hasattr(np, "bitwise_count") else int(np.unpackbits(bits).sum())
+            )
             self.plans = {}
             _alive[digest] = self
         return self
 
     @classmethod
     def random(cls, shape: tuple[int, int], sparsity: float, seed: int = 0) -> Pattern:
-        """Static random unstructured mask that keeps ``numel − round(sparsity · numel)`` weights (SPDF, arXiv:2303.10464).
+        """Static random unstructured mask of ``numel − round(sparsity · numel)`` weights (SPDF, arXiv:2303.10464).
 
         Parameters
         ----------
@@ -127,7 +131,9 @@ class Pattern:
         """
         add = kept_count(self.numel, sparsity) - self.nnz
         if add < 0:
-            raise UserError(f"a pattern can only grow: its sparsity is {self.sparsity:.6g}, {sparsity} would drop weights.")
+            raise UserError(
+                f"a pattern can only grow: its sparsity is {self.sparsity:.6g}, {sparsity} would drop weights."
+            )
         flat = self._flat()
         flat[np.random.default_rng(seed).choice(np.flatnonzero(~flat), add, replace=False, shuffle=False)] = True
         return Pattern(self.shape, np.packbits(flat, bitorder="little"))

@@ -1,0 +1,630 @@
+"""Text, held-out documents, the token cache, and one deterministic order of training samples.
+
+A corpus is a list of documents. Some whole documents are held out for validation, chosen by their content, so every
+seed sees the same split. Tokens are made once and kept in a memory-mapped cache file. Training windows are taken in an
+order that depends on the seed and on one global sample index alone, so batch size, phases and resumption do not alter it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import struct
+import sys
+import sysconfig
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from vspdf.cache import user_cache
+from vspdf.config import DataConfig
+from vspdf.errors import UserError, did_you_mean, near_path
+from vspdf.tokenizer import Tokenizer, tokenizer_maker
+
+log = logging.getLogger("vspdf")
+
+TEXT_ENDINGS = (".txt", ".text", ".md", ".rst", ".tex", ".py")  # read from a folder, beside JSON lines
+JSON_LINES_ENDINGS = (".jsonl", ".ndjson")
+_EXPECTED = '"stdlib", a text file, a folder, FILE.jsonl or "hf:DATASET[:CONFIG]"'
+_MEBIBYTE = 1 << 20
+
+
+# --- Corpora ---------------------------------------------------------------------------------------------------------
+
+
+class Document(NamedTuple):
+    """`name` is the same wherever the corpus lies."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents, read anew on each iteration, always in the same order; none is blank."""
+
+    name: str
+    read: Callable[[], Iterator[Document]]
+    python: str | None = None  # version whose standard library this is
+
+    def __iter__(self) -> Iterator[Document]:
+        return (document for document in self.read() if not document.text.isspace() and document.text)
+
+
+def load_documents(config: DataConfig) -> Corpus:
+    """The corpus that `config` names. Nothing is read yet, but what is missing is found out.
+
+    A file of text is cut at blank lines into about a hundred documents; in a folder each file is a document, in JSON
+    lines and Hugging Face datasets each row.
+
+    Raises
+    ------
+    UserError
+        If the corpus does not exist or is empty; while iterating, if a file is no UTF-8 or a line lacks the field.
+    """
+    name = config.corpus
+    if name == "stdlib":
+        return Corpus(name, _standard_library, platform.python_version())
+    if name.startswith("hf:"):
+        return Corpus(name, _hugging_face(name, config.text_field))
+    path = Path(name)
+    if path.is_dir():
+        files = _text_files(path)
+        return Corpus(name, lambda: _folder(path, files, config.text_field))
+    if not path.is_file():
+        raise UserError(f"Corpus '{name}' not found: expected {_EXPECTED}.{near_path(path, ['stdlib'])}")
+    if path.suffix.lower() in JSON_LINES_ENDINGS:
+        return Corpus(name, lambda: _json_lines(path, config.text_field))
+    return Corpus(name, lambda: _sections(path))
+
+
+def _standard_library() -> Iterator[Document]:
+    """Top-level modules. What a build generates or a site adds (`_sysconfigdata_*`, `sitecustomize`) is left out."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = sorted(file for file in folder.glob("*.py") if file.stem in sys.stdlib_module_names)
+    if not files:
+        raise UserError(
+            f"Corpus 'stdlib': this Python has no sources in '{folder}'; expected its *.py files, or give a text file."
+        )
+    return (Document(file.name, _read_text(file)) for file in files)
+
+
+def _text_files(folder: Path) -> list[Path]:
+    visible = sorted(
+        (Path(parent) / file).relative_to(folder)
+        for parent, _, files in os.walk(folder)
+        for file in files
+        if not any(part.startswith(".") for part in (Path(parent) / file).relative_to(folder).parts)
+    )
+    chosen = [file for file in visible if file.suffix.lower() in TEXT_ENDINGS + JSON_LINES_ENDINGS]
+    ignored = sorted({file.suffix or "no ending" for file in visible} - {file.suffix for file in chosen})
+    if not chosen:
+        found = f"; found {', '.join(ignored)}" if ignored else ""
+        raise UserError(
+            f"Corpus folder '{folder}' has no text: expected {', '.join(TEXT_ENDINGS + JSON_LINES_ENDINGS)}{found}."
+        )
+    if ignored:
+        log.warning(
+            "Corpus folder '%s': %d files ignored (%s).", folder, len(visible) - len(chosen), ", ".join(ignored)
+        )
+    return chosen
+
+
+def _folder(folder: Path, files: list[Path], text_field: str) -> Iterator[Document]:
+    for file in files:
+        if file.suffix.lower() in JSON_LINES_ENDINGS:
+            yield from (
+                Document(f"{file.as_posix()} {name}", text) for name, text in _json_lines(folder / file, text_field)
+            )
+        else:
+            yield Document(file.as_posix(), _read_text(folder / file))
+
+
+def _sections(path: Path) -> Iterator[Document]:
+    """One file as documents: cut at the first blank line past a hundredth of the file, else at the end of a line."""
+    enough = min(max(path.stat().st_size // 100, 256), 64 * 1024)
+    section: list[str] = []
+    size = count = 0
+    for _, line in _lines(path, limit=2 * enough):  # the limit cuts files without line ends
+        section.append(line)
+        size += len(line)
+        if size >= 2 * enough or (size >= enough and line.isspace()):
+            yield Document(f"section {count}", "".join(section))
+            section, size, count = [], 0, count + 1
+    yield Document(f"section {count}", "".join(section))
+
+
+def _json_lines(path: Path, text_field: str) -> Iterator[Document]:
+    for number, line in _lines(path):
+        if line.isspace():
+            continue
+        where = f"'{path}' line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where} is no JSON ({error.msg}): expected one object a line.") from None
+        if not isinstance(row, dict):
+            raise UserError(f'{where} is no object: expected {{"{text_field}": "..."}}.')
+        yield Document(f"line {number}", _field(row, text_field, where))
+
+
+def _hugging_face(name: str, text_field: str) -> Callable[[], Iterator[Document]]:
+    _, dataset, *config = name.split(":", 2)
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(
+            f"Corpus '{name}' needs the package datasets: `pip install datasets`, or give a file instead."
+        ) from None
+    try:
+        rows = load_dataset(dataset, *config, split="train")
+    except Exception as error:  # the library's errors have no common base
+        why = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"Cannot load corpus '{name}' ({why}): expected a dataset on the hub within reach, or one downloaded earlier; "
+            "or give a file instead."
+        ) from None
+
+    def read() -> Iterator[Document]:
+        for number, row in enumerate(rows):
+            yield Document(f"row {number}", _field(row, text_field, f"'{name}' row {number}"))
+
+    return read
+
+
+def _field(row: dict[str, Any], field: str, where: str) -> str:
+    if field not in row:
+        raise UserError(f"{where} has no field '{field}' (data.text_field).{did_you_mean(field, map(str, row))}")
+    if not isinstance(row[field], str):
+        raise UserError(f"{where}: field '{field}' is {type(row[field]).__name__}, expected text (data.text_field).")
+    try:
+        row[field].encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: field '{field}' holds half a surrogate pair, expected valid Unicode.") from None
+    return row[field]
+
+
+def _read_text(path: Path) -> str:
+    return "".join(line for _, line in _lines(path))
+
+
+def _lines(path: Path, limit: int = -1) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their ends as they are; pieces of at most `limit` characters where lines are longer."""
+    number = 1
+    try:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            while line := file.readline(limit):
+                yield number, line
+                number += line.endswith("\n")
+    except UnicodeDecodeError as error:  # the decoder reads ahead: the line is not known exactly
+        byte = error.object[error.start]
+        raise UserError(
+            f"'{path}' is not UTF-8 (byte 0x{byte:02x} at or after line {number}): expected UTF-8 text."
+        ) from None
+    except OSError as error:
+        raise UserError(f"Cannot read '{path}' ({error.strerror}): expected a readable text file.") from None
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What one pass over a corpus tells."""
+
+    sha256: str  # of names and bytes
+    keys: np.ndarray  # uint64 [documents], of each document's bytes
+    sizes: np.ndarray  # int64 [documents], bytes
+
+    @classmethod
+    def of(cls, corpus: Corpus) -> _Survey:
+        whole, keys, sizes = hashlib.sha256(), array("Q"), array("q")
+        for name, text in corpus:
+            content = text.encode()
+            whole.update(f"{name}\0{len(content)}\0".encode())
+            whole.update(content)
+            keys.append(_key(content))
+            sizes.append(len(content))
+        return cls(whole.hexdigest(), np.array(keys, np.uint64), np.array(sizes, np.int64))
+
+
+def _key(content: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
+
+
+def held_out(keys: np.ndarray, sizes: np.ndarray, fraction: float) -> np.ndarray:
+    """Which documents are for validation, by their content alone.
+
+    In the order of their hash, each document that brings the share of bytes nearer to `fraction`. Equal documents go to
+    the same side. At least one goes to either side.
+
+    Parameters
+    ----------
+    keys : ndarray, shape (documents,), uint64
+        Hash of each document.
+    sizes : ndarray, shape (documents,), int64
+        Bytes of each document.
+    fraction : float
+
+    Returns
+    -------
+    ndarray, shape (documents,), bool
+
+    Raises
+    ------
+    UserError
+        If there are not two different documents.
+    """
+    distinct, group = np.unique(keys, return_inverse=True)
+    if len(distinct) < 2:
+        raise UserError(
+            "The corpus is a single document: expected at least two different ones, one to train on and one to hold out."
+        )
+    group_sizes = np.bincount(group, weights=sizes)
+    chosen = np.zeros(len(distinct), bool)
+    room, smallest = fraction * sizes.sum(), group_sizes.min()
+    for i, size in enumerate(group_sizes):
+        if room <= smallest / 2:
+            break
+        if size / 2 < room:
+            chosen[i] = True
+            room -= size
+    if not chosen.any():
+        chosen[group_sizes.argmin()] = True
+    if chosen.all():
+        chosen[group_sizes.argmax()] = False
+    return chosen[group]
+
+
+# --- The token cache -------------------------------------------------------------------------------------------------
+# One file: training tokens, validation tokens, then a JSON footer, its length and a magic word. Being last, the footer
+# exists only in files that were written to the end.
+
+_MAGIC = b"vspdftk1"
+_TAIL = struct.Struct("<Q8s")
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A valid cache file, mapped."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    tokenizer: Tokenizer
+    sha256: str
+
+
+class _Damaged(Exception):
+    """Why a cache file cannot be used."""
+
+
+def _read_cache(path: Path, key: str) -> _Tokens:
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size < _TAIL.size:
+            raise _Damaged("is truncated")
+        file.seek(size - _TAIL.size)
+        length, magic = _TAIL.unpack(file.read(_TAIL.size))
+        if magic != _MAGIC or length > size - _TAIL.size:
+            raise _Damaged("is truncated or no token cache")
+        file.seek(size - _TAIL.size - length)
+        try:
+            footer = json.loads(file.read(length))
+        except ValueError:
+            raise _Damaged("is damaged") from None
+    if footer["key"] != key:
+        raise _Damaged("belongs to another corpus")
+    dtype, n_train, n_validation = np.dtype(footer["dtype"]), footer["train_tokens"], footer["validation_tokens"]
+    if (n_train + n_validation) * dtype.itemsize != size - _TAIL.size - length:
+        raise _Damaged("is truncated")
+    tokens = np.memmap(path, dtype, mode="r", shape=(n_train + n_validation,))
+    if _sha256(tokens) != footer["sha256"]:
+        raise _Damaged("is damaged")
+    tokenizer = Tokenizer.from_json(footer["tokenizer"], footer["tokenizer_name"])
+    return _Tokens(tokens[:n_train], tokens[n_train:], tokenizer, footer["sha256"])
+
+
+def _sha256(tokens: np.ndarray) -> str:
+    digest, step = hashlib.sha256(), 16 * _MEBIBYTE
+    for start in range(0, len(tokens), step):
+        digest.update(np.ascontiguousarray(tokens[start : start + step]))
+    return digest.hexdigest()
+
+
+def _write_cache(
+    path: Path, key: str, corpus: Corpus, keys: np.ndarray, held: np.ndarray, tokenizer: Tokenizer
+) -> None:
+    """Tokenise `corpus` into `path`, whole or not at all."""
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    end = np.array([tokenizer.end_of_document], dtype)
+    # Both streams begin with an end of document, so that the first token of every document has something to follow.
+    digest, validation, n_train = hashlib.sha256(end.tobytes()), [end], 1
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "wb") as file:
+            file.write(end.tobytes())
+            for texts, sides in _batches(corpus, keys, held):
+                for text, for_validation, ids in zip(texts, sides, tokenizer.encode_batch(texts), strict=True):
+                    if tokenizer.bytes_per_token[ids].sum() != len(text.encode()):
+                        raise UserError(
+                            f"Tokenizer {tokenizer.name} alters the text '{text[:40]}...': expected one that keeps every byte."
+                        )
+                    stream = np.append(ids, tokenizer.end_of_document).astype(dtype)
+                    if for_validation:
+                        validation.append(stream)
+                    else:
+                        file.write(stream.tobytes())
+                        digest.update(stream.tobytes())
+                        n_train += len(stream)
+            for stream in validation:
+                file.write(stream.tobytes())
+                digest.update(stream.tobytes())
+            footer = {
+                "key": key,
+                "dtype": dtype.str,
+                "train_tokens": n_train,
+                "validation_tokens": sum(map(len, validation)),
+                "sha256": digest.hexdigest(),
+                "tokenizer_name": tokenizer.name,
+                "tokenizer": tokenizer.to_json(),
+            }
+            encoded = json.dumps(footer).encode()
+            file.write(encoded + _TAIL.pack(len(encoded), _MAGIC))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _batches(corpus: Corpus, keys: np.ndarray, held: np.ndarray) -> Iterator[tuple[list[str], list[bool]]]:
+    """Documents by some megabytes, each with whether it is for validation."""
+    texts: list[str] = []
+    start = size = number = 0
+    for number, (name, text) in enumerate(corpus, 1):
+        if number > len(keys) or _key(text.encode()) != keys[number - 1]:
+            raise UserError(
+                f"The corpus changed while it was read ('{name}'): expected files that stay as they are; start again."
+            )
+        texts.append(text)
+        size += len(text)
+        if size > 4 * _MEBIBYTE:
+            yield texts, held[start:number].tolist()
+            texts, start, size = [], number, 0
+    if number < len(keys):
+        raise UserError(f"The corpus changed while it was read ({len(keys) - number} documents vanished): start again.")
+    yield texts, held[start:].tolist()
+
+
+def _cached_tokens(folder: Path, key: str, make: Callable[[Path], None]) -> _Tokens:
+    path = folder / f"{key[:32]}.tokens"
+    if path.exists():
+        try:
+            return _read_cache(path, key)
+        except _Damaged as why:
+            log.warning("Token cache %s %s: made anew.", path, why)
+    try:
+        make(path)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write the token cache in '{folder}' ({error.strerror}): expected a writable folder with room; "
+            "set data.cache_dir or VSPDF_CACHE."
+        ) from None
+    return _read_cache(path, key)
+
+
+# --- The dataset -----------------------------------------------------------------------------------------------------
+
+
+class ValidationBatch(NamedTuple):
+    """Held-out text; the last batch may be shorter than a sequence, so that nothing is padded or left out."""
+
+    tokens: torch.Tensor  # int64 [B, T]
+    targets: torch.Tensor  # int64 [B, T]
+    target_bytes: int  # of text that the targets stand for
+
+
+def prepare(config: DataConfig, sequence_length: int, seed: int) -> Dataset:
+    """Tokenise the corpus, or find its tokens in the cache, and fix the order of samples.
+
+    Parameters
+    ----------
+    config : DataConfig
+    sequence_length : int
+        Targets a sample.
+    seed : int
+        Of the order alone: all seeds share tokenizer and held-out documents.
+
+    Raises
+    ------
+    UserError
+        If corpus or tokenizer are missing or unfit, the corpus is shorter than a sequence, or the cache cannot be written.
+    """
+    if sequence_length < 1:
+        raise UserError(f"model.sequence_length is {sequence_length}: expected at least 1.")
+    if seed < 0:
+        raise UserError(f"seed is {seed}: expected 0 or more.")
+    if not 0 < config.validation_fraction < 1:
+        raise UserError(
+            f"data.validation_fraction is {config.validation_fraction}: expected more than 0 and less than 1."
+        )
+    tokenizer_key, make_tokenizer = tokenizer_maker(config.tokenizer)
+    corpus = load_documents(config)
+    survey = _Survey.of(corpus)
+    n_bytes = int(survey.sizes.sum())
+    if not n_bytes:
+        raise UserError(f"Corpus '{corpus.name}' is empty: expected text.")
+    if n_bytes + len(survey.sizes) <= sequence_length:  # no tokenizer makes more tokens than bytes
+        raise _too_short(corpus.name, f"{n_bytes} bytes", sequence_length)
+    held = held_out(survey.keys, survey.sizes, config.validation_fraction)
+
+    def training_texts() -> Iterator[str]:
+        return (text for (_, text), for_validation in zip(corpus, held, strict=True) if not for_validation)
+
+    def make(path: Path) -> None:
+        log.info("Tokenising %s (%.1f MB) with %s.", corpus.name, n_bytes / 1e6, config.tokenizer)
+        _write_cache(path, key, corpus, survey.keys, held, make_tokenizer(training_texts()))
+
+    parts = [survey.sha256, tokenizer_key, hashlib.sha256(held.tobytes()).hexdigest()]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    tokens = _cached_tokens(_cache_folder(config), key, make)
+    if len(tokens.train) <= sequence_length:
+        raise _too_short(corpus.name, f"{len(tokens.train)} training tokens", sequence_length)
+
+    def side(documents: np.ndarray, stream: np.ndarray) -> dict[str, int]:
+        return {
+            "documents": int(documents.sum()),
+            "bytes": int(survey.sizes[documents].sum()),
+            "tokens": len(stream) - 1,
+        }
+
+    manifest: dict[str, Any] = {
+        "corpus": {"name": corpus.name, "sha256": survey.sha256, "documents": len(held), "bytes": n_bytes},
+        "tokenizer": {"name": config.tokenizer, "vocab_size": tokens.tokenizer.vocab_size},
+        "train": side(~held, tokens.train),
+        "validation": side(held, tokens.validation),
+    }
+    if corpus.python:
+        manifest["corpus"]["python"] = corpus.python
+    return Dataset(tokens, manifest, sequence_length, seed, config.repeat)
+
+
+def _too_short(name: str, has: str, sequence_length: int) -> UserError:
+    return UserError(
+        f"Corpus '{name}' is too short: it has {has}, expected at least {sequence_length + 1} for one sequence "
+        "(model.sequence_length + 1)."
+    )
+
+
+def _cache_folder(config: DataConfig) -> Path:
+    if config.cache_dir is None:
+        folder = user_cache() / "tokens"
+    else:
+        folder = Path(config.cache_dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"Cannot create data.cache_dir '{folder}' ({error.strerror}): expected a writable folder."
+        ) from None
+    return folder
+
+
+class Dataset:
+    """Training samples in one deterministic order, and held-out text. Made by `prepare`.
+
+    Sample i of the run is a window of `sequence_length` + 1 training tokens; windows overlap by the one token that is
+    the last target of one and the first input of the next. Every epoch of `n_samples` samples is a permutation of all
+    windows, drawn from the seed and the number of the epoch.
+
+    Attributes
+    ----------
+    tokenizer : Tokenizer
+    vocab_size : int
+    sequence_length : int
+    n_samples : int
+        Samples of one epoch.
+    repeat : bool
+        Whether there is a second epoch.
+    manifest : dict
+        `corpus` (name, sha256, documents, bytes; python for "stdlib"), `tokenizer` (name, vocab_size), `train` and
+        `validation` (documents, bytes, tokens), `samples`, and `order`: a hash that is equal where the same tokens come
+        in the same order.
+    """
+
+    def __init__(self, tokens: _Tokens, manifest: dict[str, Any], sequence_length: int, seed: int, repeat: bool):
+        self.tokenizer = tokens.tokenizer
+        self.vocab_size = tokens.tokenizer.vocab_size
+        self.sequence_length = sequence_length
+        self.repeat = repeat
+        self.n_samples = (len(tokens.train) - 1) // sequence_length
+        order = hashlib.sha256(json.dumps([tokens.sha256, sequence_length, seed]).encode()).hexdigest()
+        self.manifest = manifest | {"samples": self.n_samples, "order": order}
+        self._tokens = tokens
+        self._seed = seed
+        self._permutations: dict[int, np.ndarray] = {}
+
+    def check(self, total_samples: int) -> None:
+        """Refuse a run of `total_samples` samples that the data cannot feed.
+
+        Raises
+        ------
+        UserError
+            If there are fewer and `repeat` is off.
+        """
+        if total_samples > self.n_samples and not self.repeat:
+            raise UserError(
+                f"Corpus '{self.manifest['corpus']['name']}' has {self.n_samples} samples of {self.sequence_length} tokens, the "
+                f"run wants {total_samples}: give more text, or set data.repeat=true to see it again."
+            )
+
+    def window_ids(self, start: int, count: int) -> np.ndarray:
+        """Windows of samples `start` to `start + count - 1`, int64: what `batch` reads, for tests and order hashes."""
+        if start < 0 or count < 0:
+            raise UserError(f"Samples are counted from 0, not from {start} to {start + count}.")
+        self.check(start + count)
+        samples = np.arange(start, start + count)
+        windows = np.empty(count, np.int64)
+        for epoch in np.unique(samples // self.n_samples):
+            here = samples // self.n_samples == epoch
+            windows[here] = self._permutation(int(epoch))[samples[here] % self.n_samples]
+        return windows
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch not in self._permutations:
+            # Raw words of the generator: NumPy promises that these, unlike `permutation`, never change.
+            words = np.random.PCG64(np.random.SeedSequence([self._seed, epoch])).random_raw(self.n_samples)
+            self._permutations = {epoch: np.argsort(words, kind="stable")}  # one epoch at a time is in use
+        return self._permutations[epoch]
+
+    def batch(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of `count` samples from the global sample index `start` on.
+
+        Returns
+        -------
+        tokens, targets : Tensor, shape (count, sequence_length), int64
+
+        Raises
+        ------
+        UserError
+            If the data end before that and `repeat` is off.
+        """
+        return self._windows(self._tokens.train, self.window_ids(start, count))
+
+    def _windows(self, stream: np.ndarray, windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        t = self.sequence_length
+        both = np.empty((len(windows), t + 1), np.int64)
+        for row, window in zip(both, windows, strict=True):
+            row[:] = stream[window * t : window * t + t + 1]
+        tensor = torch.from_numpy(both)
+        return tensor[:, :-1].contiguous(), tensor[:, 1:].contiguous()
+
+    def validation_batches(self, batch_size: int, max_tokens: int = 0) -> Iterator[ValidationBatch]:
+        """Held-out text in a fixed order, every token of it a target once.
+
+        Parameters
+        ----------
+        batch_size : int
+        max_tokens : int
+            Where above 0, about so many tokens only (at least one sequence), in windows spread evenly over the text.
+        """
+        t, stream = self.sequence_length, self._tokens.validation
+        n_full, tail = divmod(len(stream) - 1, t)
+        windows = np.arange(n_full)
+        if 0 < max_tokens < len(stream) - 1 and n_full:
+            wanted = min(max(max_tokens // t, 1), n_full)
+            windows, tail = (np.arange(wanted) * n_full) // wanted, 0
+        for start in range(0, len(windows), batch_size):
+            yield self._validation_batch(*self._windows(stream, windows[start : start + batch_size]))
+        if tail:
+            last = torch.from_numpy(stream[n_full * t :].astype(np.int64))[None]
+            yield self._validation_batch(last[:, :-1].contiguous(), last[:, 1:].contiguous())
+
+    def _validation_batch(self, tokens: torch.Tensor, targets: torch.Tensor) -> ValidationBatch:
+        return ValidationBatch(tokens, targets, int(self.tokenizer.bytes_per_token[targets.numpy()].sum()))

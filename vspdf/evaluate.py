@@ -1,0 +1,50 @@
+"""Held-out loss and bits per byte."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from vspdf.data import Dataset
+
+
+class Evaluation(NamedTuple):
+    loss: float  # nats per token
+    bits_per_byte: float  # of the text itself, so that tokenizers compare
+
+
+def autocast(precision: str) -> contextlib.AbstractContextManager:
+    """Context of a configured `train.precision`."""
+    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: Dataset, batch_size: int, max_tokens: int = 0, precision: str = "fp32"
+) -> Evaluation:
+    """Mean loss of a model over the held-out documents, the same ones at every call.
+
+    Parameters
+    ----------
+    model : nn.Module
+        ``model(tokens, targets)`` gives the mean cross-entropy in nats per token.
+    data : Dataset
+    batch_size : int
+        Sequences at a time.
+    max_tokens : int
+        Stop after about this many; 0: all.
+    """
+    training = model.training
+    model.eval()
+    nats = tokens = text_bytes = 0.0
+    with autocast(precision):
+        for inputs, targets, size in data.validation_batches(batch_size, max_tokens):
+            nats += float(model(inputs, targets)) * targets.numel()
+            tokens += targets.numel()
+            text_bytes += size
+    model.train(training)
+    return Evaluation(nats / tokens, nats / math.log(2) / text_bytes)

@@ -1,0 +1,56 @@
+"""What this machine is and what can run on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vspdf.kernels import cpu
+
+
+def cpu_name() -> str:
+    """Processor's model name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def hardware() -> dict[str, Any]:
+    """Facts to print beside a figure: processor, cores, instruction set, threads."""
+    extension = cpu._C
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isas": list(extension.isas()) if extension else [],
+        "openmp": bool(extension.openmp) if extension else False,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what figures depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("vspdf", "torch", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def backends() -> dict[str, str]:
+    """ "available", or why not, by backend."""
+    return {
+        "cpu": cpu.unavailable() or "available",
+        "reference": "available",
+        "triton": "not part of this version",
+    }

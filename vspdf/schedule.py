@@ -1,0 +1,95 @@
+"""Amounts over time as pure functions: learning rate within a phase, phase boundaries, and ways to split a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vspdf.config import PhaseConfig
+from vspdf.errors import UserError
+
+
+def learning_rate(phase: PhaseConfig, step: int) -> float:
+    """Learning rate of a phase's step, 0-based: linear warm-up to the peak, then decay to `lr_end` at the last step."""
+    assert phase.lr is not None and phase.lr_end is not None
+    assert phase.steps is not None and phase.warmup_steps is not None
+    peak, warmup = phase.lr * phase.lr_multiple, phase.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, phase.steps - 1 - warmup)
+    if phase.decay == "constant":
+        return peak
+    if phase.decay == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return peak + (phase.lr_end - peak) * progress
+
+
+class Position(NamedTuple):
+    """Where a step falls: phase index, step within the phase, and sequences consumed before it (the global count)."""
+
+    phase: int
+    step: int
+    samples: int
+
+
+def position(phases: Sequence[PhaseConfig], step: int) -> Position:
+    """Position of a global step, 0-based; ``phase == len(phases)`` after the last."""
+    samples = 0
+    for i, phase in enumerate(phases):
+        assert phase.steps is not None and phase.batch_size is not None
+        if step < phase.steps:
+            return Position(i, step, samples + step * phase.batch_size)
+        step -= phase.steps
+        samples += phase.steps * phase.batch_size
+    return Position(len(phases), step, samples)
+
+
+def split_add_on(dense_steps: int, effective: float, sparsity: float) -> tuple[int, int]:
+    """The published split: as many sparse steps as the dense run has, then dense steps up to the FLOP budget.
+
+    ``N1 = D``, ``N2 = ceil(D(1−S) − N1(1−s1))``: weight-FLOPs are those of a uniform sparsity S.
+
+    Parameters
+    ----------
+    dense_steps : int
+        D, of the dense run.
+    effective, sparsity : float
+        S and s1, with S <= s1.
+
+    Raises
+    ------
+    UserError
+        If S > s1.
+    """
+    _check_split(effective, sparsity)
+    # Rounded first: 62,522 · (0.25 − 0.1) is a hair above 9,378.3 or below, never to be decided by binary fractions.
+    return dense_steps, math.ceil(round(dense_steps * (sparsity - effective), 6))
+
+
+def split_fixed_budget(dense_steps: int, effective: float, sparsity: float) -> tuple[int, int]:
+    """The dense run's steps, a fraction ``f = S / s1`` of them sparse, the rest dense.
+
+    Raises
+    ------
+    UserError
+        If S > s1.
+    """
+    _check_split(effective, sparsity)
+    sparse = round(dense_steps * effective / sparsity)
+    return sparse, dense_steps - sparse
+
+
+def _check_split(effective: float, sparsity: float) -> None:
+    if not 0 <= effective <= sparsity < 1 or sparsity == 0:
+        raise UserError(f"an effective sparsity of {effective} cannot come from a first stage at {sparsity}.")
+
+
+def effective_sparsity(dense_steps: float, stages: Sequence[tuple[float, float]]) -> float:
+    """``1 − Σ stepsᵢ (1 − sᵢ) / D`` for (sparsity, steps) stages: weight-FLOPs saved against D dense steps."""
+    return 1 - sum(steps * (1 - s) for s, steps in stages) / dense_steps
+
+
+def time_average_sparsity(stages: Sequence[tuple[float, float]]) -> float:
+    """Mean sparsity over the run's own steps."""
+    return sum(steps * s for s, steps in stages) / sum(steps for _, steps in stages)

@@ -1,0 +1,390 @@
+"""Sparse layers in any model: `SparseLinear`, and the ways between dense and sparse.
+
+Both ways keep weights and optimizer state.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from vspdf.errors import UserError
+from vspdf.kernels.ops import sparse_linear
+from vspdf.pattern import Pattern
+
+log = logging.getLogger("vspdf")
+
+# Output heads of the common architectures: an unembedding is never sparsified, tied or not.
+UNEMBEDDINGS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out", "output_projection", "*.unembed", "unembed")
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, a linear layer whose weight is [in, out]; known without importing transformers."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+class SparseLinear(nn.Module):
+    """Linear layer in which only the kept weights exist.
+
+    Parameters: ``values``, shape (nnz,), row-major over the pattern, and ``bias``, shape (out_features,) or None.
+    A state_dict holds both and the packed pattern; loading one adopts its pattern, which must have as many weights.
+
+    Attributes
+    ----------
+    pattern : Pattern, shape (out_features, in_features)
+    backend : {"auto", "cpu", "reference", "triton"}
+    """
+
+    def __init__(self, pattern: Pattern, values: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> None:
+        super().__init__()
+        if values.shape != (pattern.nnz,):
+            raise UserError(f"values of shape {tuple(values.shape)} do not fit a {pattern}: expected ({pattern.nnz},).")
+        self.pattern = pattern
+        self.backend = backend
+        self.values = nn.Parameter(values)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.conv1d: type[nn.Module] | None = None  # the class to go back to, where it is not nn.Linear
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, pattern: Pattern, *, backend: str = "auto") -> SparseLinear:
+        """Sparse layer with the kept weights of an `nn.Linear` or transformers' Conv1D.
+
+        Raises
+        ------
+        UserError
+            If the pattern's shape is not (out_features, in_features) of the layer.
+        """
+        weight = linear.weight.T if _is_conv1d(linear) else linear.weight
+        assert isinstance(weight, Tensor)
+        if tuple(weight.shape) != pattern.shape:
+            raise UserError(f"a {pattern} does not fit a layer of shape {tuple(weight.shape)} (out, in).")
+        bias = linear.bias
+        with torch.no_grad():
+            values = weight.detach()[pattern.mask().to(weight.device)]
+            layer = cls(pattern, values, None if bias is None else bias.detach().clone(), backend=backend)  # type: ignore[operator]
+        layer.conv1d = type(linear) if _is_conv1d(linear) else None
+        return layer.train(linear.training)
+
+    @property
+    def in_features(self) -> int:
+        return self.pattern.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.pattern.out_features
+
+    def weight(self) -> Tensor:
+        """Dense weight [out_features, in_features], zeros at masked positions; detached."""
+        return scatter(self.values.detach(), self.pattern)
+
+    def to_linear(self) -> nn.Linear:
+        """Dense `nn.Linear` with zeros at masked positions."""
+        like = {"device": self.values.device, "dtype": self.values.dtype}
+        linear = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, bias=self.bias is not None, **like)
+        with torch.no_grad():
+            linear.weight.copy_(self.weight())
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear.train(self.training)
+
+    def to_original(self) -> nn.Module:
+        """Dense layer of the class this one was made from."""
+        if self.conv1d is None:
+            return self.to_linear()
+        layer = self.conv1d(self.out_features, self.in_features).to(self.values)
+        with torch.no_grad():
+            layer.weight.copy_(self.weight().T)  # type: ignore[operator]
+            if self.bias is not None:
+                layer.bias.copy_(self.bias)  # type: ignore[operator]
+        return layer.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sparse_linear(x, self.values, self.pattern, self.bias, backend=self.backend)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.from_numpy(self.pattern.bits.copy())
+
+    def set_extra_state(self, state: Tensor) -> None:
+        pattern = Pattern(self.pattern.shape, state.cpu().numpy())
+        if pattern.nnz != self.pattern.nnz:
+            raise UserError(f"the stored pattern has {pattern.nnz} weights, this layer {self.pattern.nnz}.")
+        self.pattern = pattern
+
+    def extra_repr(self) -> str:
+        bias, sparsity = self.bias is not None, self.pattern.sparsity
+        return f"{self.in_features}, {self.out_features}, {bias=}, {sparsity=:.4g}"
+
+
+def scatter(values: Tensor, pattern: Pattern, inside: Pattern | None = None) -> Tensor:
+    """`values` of `pattern` spread over the dense matrix, or over the positions of `inside`, with zeros between.
+
+    Returns a tensor of shape `pattern.shape`, or (inside.nnz,).
+    """
+    dense = values.new_zeros(pattern.numel)
+    dense[pattern.positions().to(values.device)] = values
+    return dense.view(pattern.shape) if inside is None else dense[inside.positions().to(values.device)]
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
+    """All sparse layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _layer_seed(seed: int, name: str) -> int:
+    """Masks of different layers are independent, and a layer's does not depend on the others."""
+    return (seed << 32) | zlib.crc32(name.encode())
+
+
+def sparsify(
+    model: nn.Module,
+    sparsity: float | Mapping[str, float | Pattern],
+    *,
+    seed: int = 0,
+    include: Iterable[str] = ("*",),
+    exclude: Iterable[str] = (),
+    rescale: bool = False,
+    backend: str = "auto",
+    optimizer: torch.optim.Optimizer | None = None,
+) -> dict[str, Pattern]:
+    """Replaces linear layers of any model, in place, by sparse ones with static random masks.
+
+    Takes every `nn.Linear` and transformers' `Conv1D` except unembeddings (by name, `UNEMBEDDINGS`), and skips with a
+    logged warning layers whose weight is tied or frozen. Embeddings and norms are never touched. Kept weights keep
+    their values.
+
+    Parameters
+    ----------
+    model : nn.Module
+    sparsity : float in [0, 1), or mapping from glob to float or Pattern
+        Of a mapping the first matching glob counts; layers that match none stay dense, as do those at 0.
+    seed : int
+        Together with a layer's name gives its mask.
+    include, exclude : iterables of globs over module names
+    rescale : bool
+        Density-aware init (SµPar, arXiv:2405.15743): multiply kept weights by ``1/sqrt(density)``. For a model that was
+        only just initialised.
+    backend : {"auto", "cpu", "reference", "triton"}
+    optimizer : torch.optim.Optimizer, optional
+        Its state of the replaced weights is carried over at kept positions.
+
+    Returns
+    -------
+    dict of str to Pattern
+        By module name.
+
+    Raises
+    ------
+    UserError
+        If a sparsity is outside [0, 1), a pattern does not fit, or no layer matches.
+    """
+    rules = dict(sparsity) if isinstance(sparsity, Mapping) else {"*": sparsity}
+    for glob, amount in rules.items():
+        if not isinstance(amount, Pattern) and not 0 <= amount < 1:
+            raise UserError(f"sparsity must lie in [0, 1), not {amount}{'' if glob == '*' else f' (for {glob!r})'}.")
+    uses: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    patterns: dict[str, Pattern] = {}
+    for name, module in list(model.named_modules()):
+        if not (type(module) is nn.Linear or _is_conv1d(module)) or _matches(name, UNEMBEDDINGS):
+            continue
+        if not _matches(name, include) or _matches(name, exclude):
+            continue
+        amount = next((rule for glob, rule in rules.items() if fnmatchcase(name, glob)), 0.0)
+        if not isinstance(amount, Pattern) and amount == 0:
+            continue
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        if uses[id(weight)] > 1:
+            log.warning("sparsify: '%s' stays dense: its weight is tied to another module's.", name)
+            continue
+        if not weight.requires_grad:
+            log.warning("sparsify: '%s' stays dense: its weight is frozen (requires_grad is False).", name)
+            continue
+        if isinstance(amount, Pattern):
+            pattern = amount
+        else:
+            shape = tuple(reversed(weight.shape)) if _is_conv1d(module) else tuple(weight.shape)
+            pattern = Pattern.random((shape[0], shape[1]), amount, seed=_layer_seed(seed, name))
+        layer = SparseLinear.from_linear(module, pattern, backend=backend)
+        if rescale and pattern.nnz:
+            with torch.no_grad():
+                layer.values.mul_(1 / math.sqrt(pattern.density))
+        _carry(optimizer, weight, layer.values, lambda t, m=module, p=pattern: (t.T if _is_conv1d(m) else t)[p.mask()])
+        _carry(optimizer, module.bias, layer.bias, lambda t: t)
+        _replace(model, name, layer)
+        patterns[name] = pattern
+    if not patterns:
+        raise UserError("sparsify found no layer: no nn.Linear or Conv1D matches, or every match is at sparsity 0.")
+    return patterns
+
+
+def _carry(
+    optimizer: torch.optim.Optimizer | None,
+    old: object,
+    new: nn.Parameter | None,
+    move: Callable[[Tensor], Tensor],
+    keep_moments: bool = True,
+) -> None:
+    """Puts `new` in the place of `old` in an optimizer; state tensors shaped like `old` go through `move`."""
+    if optimizer is None or old is None or new is None:
+        return
+    assert isinstance(old, nn.Parameter)
+    for group in optimizer.param_groups:
+        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    state = optimizer.state.pop(old, None)
+    if state and keep_moments:
+        optimizer.state[new] = {
+            key: move(value).contiguous() if isinstance(value, Tensor) and value.shape == old.shape else value
+            for key, value in state.items()
+        }
+
+
+def set_sparsity(
+    model: nn.Module,
+    sparsity: float,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    seed: int = 0,
+    moments: str = "keep",
+) -> dict[str, Pattern]:
+    """Densifies every sparse layer, in place, down to `sparsity`: adds random positions, never drops any.
+
+    New weights are zeros that learn; kept weights and, with ``moments="keep"``, their optimizer state stay. At 0 layers
+    stay sparse layers with a full pattern; `densify` goes back to dense classes.
+
+    Returns
+    -------
+    dict of str to Pattern
+        The patterns before, by module name.
+
+    Raises
+    ------
+    UserError
+        If a layer is already denser, or the model has no sparse layer.
+    """
+    layers = sparse_layers(model)
+    if not layers:
+        raise UserError("set_sparsity found no sparse layer: call vspdf.sparsify(model, ...) first.")
+    grown = {name: layer.pattern.grow(sparsity, seed=_layer_seed(seed, name)) for name, layer in layers.items()}
+    before = {}
+    for name, layer in layers.items():
+        old, old_values = layer.pattern, layer.values
+        spread = lambda t, a=old, b=grown[name]: scatter(t, a, inside=b)  # noqa: E731
+        layer.pattern, layer.values = grown[name], nn.Parameter(spread(old_values.detach()))
+        _carry(optimizer, old_values, layer.values, spread, moments == "keep")
+        before[name] = old
+    return before
+
+
+def densify(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, moments: str = "keep"
+) -> dict[str, Pattern]:
+    """Turns every sparse layer, in place, back into its original class; masked weights become zeros that learn.
+
+    Parameters
+    ----------
+    model : nn.Module
+    optimizer : torch.optim.Optimizer, optional
+        Its parameters are exchanged; with ``moments="keep"`` moments of kept weights are carried over (zeros
+        elsewhere), with ``"reset"`` those weights start without state.
+
+    Returns
+    -------
+    dict of str to Pattern
+        The patterns before, by module name.
+    """
+    before = {}
+    for name, layer in sparse_layers(model).items():
+        dense = layer.to_original()
+        transpose = layer.conv1d is not None
+        spread = lambda t, p=layer.pattern, tr=transpose: scatter(t, p).T if tr else scatter(t, p)  # noqa: E731
+        weight, bias = dense.weight, dense.bias
+        assert isinstance(weight, nn.Parameter)
+        _carry(optimizer, layer.values, weight, spread, moments == "keep")
+        _carry(optimizer, layer.bias, bias, lambda t: t)  # type: ignore[arg-type]
+        _replace(model, name, dense)
+        before[name] = layer.pattern
+    return before
+
+
+def training_state_bytes(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Training-state bytes: weight, gradient and two AdamW moments each, and the plans of sparse layers.
+
+    Returns
+    -------
+    dict
+        ``{"sparsified": {"dense", "sparse"}, "model": {"dense", "sparse"}}``, in bytes; plans that are not built yet
+        count nothing.
+    """
+    layers = sparse_layers(model).values()
+    values = [layer.values for layer in layers]
+    plans = {id(p): p for layer in layers for p in layer.pattern.plans.values() if hasattr(p, "nbytes")}
+    packed = sum(layer.pattern.bits.nbytes for layer in layers) + sum(p.nbytes for p in plans.values())
+    sparse = sum(4 * v.numel() * v.element_size() for v in values) + packed
+    dense = sum(4 * layer.pattern.numel * layer.values.element_size() for layer in layers)
+    everything = sum(4 * p.numel() * p.element_size() for p in model.parameters()) + packed
+    return {
+        "sparsified": {"dense": dense, "sparse": sparse},
+        "model": {"dense": everything - sparse + dense, "sparse": everything},
+    }
+
+
+class RevivedWarmup:
+    """Ramps the updates of revived weights over the first steps after a switch.
+
+    Adam's second moment of a weight that was masked is near zero, so with a large beta2 its first updates are too large
+    (SMET, arXiv:2606.00888). Scaling the gradient would not help, Adam divides it out: this scales the update itself.
+
+    Parameters
+    ----------
+    model : nn.Module
+        After the switch.
+    before : dict of str to Pattern
+        What `densify` or `set_sparsity` returned.
+    steps : int
+        Length of the ramp.
+    """
+
+    def __init__(self, model: nn.Module, before: Mapping[str, Pattern], steps: int, done: int = 0) -> None:
+        self.steps, self.done = steps, done
+        self.before = dict(before)
+        self.weights: list[tuple[Tensor, Tensor]] = []
+        for name, old in self.before.items():
+            layer = model.get_submodule(name)
+            if isinstance(layer, SparseLinear):
+                self.weights.append((layer.values, ~old.mask()[layer.pattern.mask()]))
+            else:
+                assert isinstance(layer.weight, Tensor)
+                self.weights.append((layer.weight, ~(old.mask().T if _is_conv1d(layer) else old.mask())))
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """``optimizer.step()`` with the updates of revived weights scaled by ``(done + 1) / (steps + 1)``."""
+        if self.done >= self.steps:
+            optimizer.step()
+            return
+        self.done += 1
+        ramp = self.done / (self.steps + 1)
+        with torch.no_grad():
+            old = [weight.clone() for weight, _ in self.weights]
+            optimizer.step()
+            for (weight, revived), start in zip(self.weights, old, strict=True):
+                revived = revived.to(weight.device)
+                weight[revived] = torch.lerp(start[revived], weight[revived], ramp)

@@ -1,0 +1,696 @@
+"""The trainer: takes a model through its phases and writes down what was done.
+
+A run directory holds `config.yaml`, `metrics.jsonl` (a line per logged step), `patterns.npz`, `checkpoints/` and, at the
+end, `summary.json`. A run killed at any moment goes on from its last checkpoint with equal metrics, to the last bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import os
+import signal
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vspdf import checkpoint, info, ledger, schedule
+from vspdf import config as configuration
+from vspdf.config import Config, PhaseConfig
+from vspdf.data import prepare
+from vspdf.errors import UserError
+from vspdf.evaluate import Evaluation, autocast, evaluate
+from vspdf.ledger import Count, Tally
+from vspdf.model import GPT
+from vspdf.sparse import RevivedWarmup, densify, set_sparsity, sparse_layers, sparsify
+
+log = logging.getLogger("vspdf")
+
+# A resumed run may differ in these: they do not touch the numbers.
+FREE_TO_CHANGE = {
+    "name", "run_dir", "train.log_every", "train.eval_every", "train.eval_tokens", "train.sample_tokens",
+    "train.checkpoint_every", "train.keep_checkpoints", "train.measure_dense", "train.tensorboard",
+}  # fmt: skip
+
+
+class Interrupted(Exception):
+    """The user stopped the run; it can be resumed."""
+
+
+@dataclass
+class PhaseRecord:
+    """What one phase has done so far."""
+
+    seconds: float = 0.0  # in steps
+    tally: Tally = field(default_factory=Tally)
+    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=512))
+    paired_seconds: list[tuple[float, float]] = field(default_factory=list)  # (this step, dense step on the same batch)
+    dense_threads: int | None = None
+    parts: dict[str, float] = field(default_factory=dict)  # fraction of a step's time
+    val_loss: float | None = None
+    val_bits_per_byte: float | None = None
+    loss: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **{k: v for k, v in vars(self).items() if k not in ("tally", "step_seconds")},
+            "tally": {name: asdict(count) for name, count in self.tally.products.items()},
+            "step_seconds": list(self.step_seconds),
+        }
+
+    @classmethod
+    def from_json(cls, body: dict[str, Any]) -> PhaseRecord:
+        record = cls(**{k: v for k, v in body.items() if k not in ("tally", "step_seconds", "paired_seconds")})
+        record.tally = Tally({name: Count(**count) for name, count in body["tally"].items()})
+        record.step_seconds.extend(body["step_seconds"])
+        record.paired_seconds = [(a, b) for a, b in body["paired_seconds"]]
+        return record
+
+
+def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = log.info) -> dict[str, Any]:
+    """Runs all phases of a configuration.
+
+    Parameters
+    ----------
+    config : Config
+        Resolved, as `vspdf.config.load` returns it.
+    resume : bool
+        Go on from the last checkpoint of the run directory.
+    say : callable
+        Receives progress, a line at a time.
+
+    Returns
+    -------
+    dict
+        What `summary.json` holds.
+
+    Raises
+    ------
+    UserError
+        For anything the user can mend: a directory that holds a run, too little data, a damaged checkpoint, a loss that
+        is not finite, a full disk.
+    Interrupted
+        After Ctrl-C or SIGTERM, with a checkpoint of the last whole step.
+    """
+    return _Run(config, resume, say).go()
+
+
+class _Run:
+    def __init__(self, config: Config, resume: bool, say: Callable[[str], None]) -> None:
+        self.config, self.say = config, say
+        self.folder = Path(config.run_dir or "")
+        self._claim_folder(resume)
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        assert config.model.sequence_length is not None
+        self.data = prepare(config.data, config.model.sequence_length, config.seed)
+        vocabulary = config.model.vocab_size or self.data.vocab_size
+        if vocabulary < self.data.vocab_size:
+            raise UserError(f"model.vocab_size = {vocabulary} is less than the tokenizer's {self.data.vocab_size}.")
+        config.model.vocab_size = vocabulary
+        self.shape = configuration.model_shape(config.model)
+        self.total_steps = sum(phase.steps or 0 for phase in config.phases)
+        self.data.check(sum((phase.steps or 0) * (phase.batch_size or 0) for phase in config.phases))
+        self.model: nn.Module = GPT(self.shape, config.model.init_std, seed=config.seed)
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.revived: RevivedWarmup | None = None
+        self.phase = -1  # the one whose form the model has
+        self.step = 0  # global steps done
+        self.seconds = 0.0  # wall clock, evaluation and checkpoints included
+        self.records = [PhaseRecord() for _ in config.phases]
+        self.samples: list[dict[str, Any]] = []
+        self.saved_step: int | None = None
+        self.stop_signal: int | None = None
+        if resume:
+            self._restore()
+        else:
+            configuration.save(config, self.folder / "config.yaml")
+            (self.folder / "manifest.json").write_text(json.dumps(self.data.manifest, indent=1))
+        self._trim_metrics()
+        self.board = _tensorboard(self.folder) if config.train.tensorboard else None
+
+    # -- the run directory -------------------------------------------------------------------------------------------
+
+    def _claim_folder(self, resume: bool) -> None:
+        holds_run = any((self.folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
+        if holds_run and not resume:
+            raise UserError(
+                f"run_dir '{self.folder}' already holds a run: --resume goes on with it, run_dir=... starts another."
+            )
+        if resume and not holds_run:
+            raise UserError(f"nothing to resume: '{self.folder}' holds no run.")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run_dir '{self.folder}' cannot be made: {error.strerror}.") from None
+        if resume:
+            stored = configuration.load(self.folder / "config.yaml")
+            if self.config.model.vocab_size is None:
+                self.config.model.vocab_size = stored.model.vocab_size
+            for key, (old, new) in _differences(
+                configuration.to_dict(stored), configuration.to_dict(self.config)
+            ).items():
+                if key == "train.threads":
+                    log.warning(
+                        "resuming with %s = %s instead of %s: results will differ in the last bits.", key, new, old
+                    )
+                elif key not in FREE_TO_CHANGE:
+                    raise UserError(f"cannot resume '{self.folder}': {key} was {old}, is now {new}.")
+
+    def _trim_metrics(self) -> None:
+        """Drops lines after the step the run goes on from, and one that a killed process left half written."""
+        path = self.folder / "metrics.jsonl"
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= self.step:
+                        kept.append(line + "\n")
+                except ValueError:
+                    continue
+        _write_whole(path, "".join(kept))
+
+    def _restore(self) -> None:
+        folder = self.folder / "checkpoints"
+        if not checkpoint.checkpoints(folder):
+            self.say("no checkpoint was written yet: starting again from step 0")
+            return
+        state, tensors, optimizer_state = checkpoint.read(checkpoint.resolve(self.folder))
+        if state["corpus"]["sha256"] != self.data.manifest["sha256"]:
+            raise UserError(
+                f"checkpoint {checkpoint.resolve(self.folder)} belongs to another corpus: sha256 was "
+                f"{state['corpus']['sha256'][:12]}..., is {self.data.manifest['sha256'][:12]}...."
+            )
+        _fit_model(self.model, state, self.shape, tensors, self.config.train.backend)
+        self.step, self.phase, self.seconds = state["step"], state["phase"], state["seconds"]
+        self.samples = state["samples"]
+        self.records = [PhaseRecord.from_json(body) for body in state["records"]]
+        self.optimizer = self._new_optimizer(self.config.phases[self.phase])
+        before = {name[8:]: t for name, t in optimizer_state.items() if name.startswith("revived:")}
+        checkpoint.load_optimizer_tensors(
+            self.model, self.optimizer, {k: v for k, v in optimizer_state.items() if not k.startswith("revived:")}
+        )
+        if before:
+            patterns = checkpoint.stored_patterns({f"{k}.pattern": v for k, v in before.items()}, self.model)
+            steps = self.config.phases[self.phase].revived_warmup
+            self.revived = RevivedWarmup(self.model, patterns, steps, done=state["revived_done"])
+        self.saved_step = self.step
+        self.say(f"resumed at step {self.step} of {self.total_steps}")
+
+    def _save(self) -> None:
+        if self.saved_step == self.step:
+            return
+        assert self.optimizer is not None
+        state = {
+            "vspdf": info.versions()["vspdf"],
+            "model": asdict(self.shape),
+            "tokenizer": self.data.manifest["tokenizer"],
+            "corpus": {"name": self.data.manifest["name"], "sha256": self.data.manifest["sha256"]},
+            "phase": self.phase,
+            "seconds": self.seconds,
+            "samples": self.samples,
+            "records": [record.to_json() for record in self.records],
+            "revived_done": self.revived.done if self.revived else 0,
+        }
+        ramp = self.revived.before if self.revived and self.revived.done < self.revived.steps else {}
+        extra = {f"revived:{name}": torch.from_numpy(pattern.bits.copy()) for name, pattern in ramp.items()}
+        folder = self.folder / "checkpoints"
+        checkpoint.save(folder, self.step, self.model, self.optimizer, state, extra)
+        checkpoint.prune(folder, self.config.train.keep_checkpoints)
+        self.saved_step = self.step
+
+    # -- phases ------------------------------------------------------------------------------------------------------
+
+    def _enter(self, index: int) -> None:
+        """Brings the model into the form of a phase."""
+        phase, train = self.config.phases[index], self.config.train
+        current = self.config.phases[self.phase].sparsity if self.phase >= 0 else 0.0
+        before = None
+        if self.phase < 0:
+            if phase.sparsity:
+                sparsify(
+                    self.model, phase.sparsity, seed=self.config.seed, rescale=phase.s_mu_par, backend=train.backend
+                )
+                self._export_patterns()
+        elif phase.sparsity < current:
+            if phase.sparsity:
+                before = set_sparsity(self.model, phase.sparsity, self.optimizer, seed=self.config.seed + index)
+            else:
+                before = densify(self.model, self.optimizer)
+        if self.optimizer is not None and phase.moments == "reset":
+            self.optimizer.state.clear()
+        if before and phase.revived_warmup:
+            self.revived = RevivedWarmup(self.model, before, phase.revived_warmup)
+        else:
+            self.revived = None
+            if before and (phase.beta2 or 0) > 0.98:
+                log.warning(
+                    "phase '%s' revives weights under beta2 = %s: without revived_warmup (50-100 steps) the loss may spike.",
+                    phase.name, phase.beta2,
+                )  # fmt: skip
+        old, self.optimizer = self.optimizer, self._new_optimizer(phase)
+        if old is not None:
+            self.optimizer.state.update(old.state)
+        self.phase = index
+        self.say(self._describe(phase))
+
+    def _describe(self, phase: PhaseConfig) -> str:
+        layers = sparse_layers(self.model)
+        kept = sum(layer.pattern.nnz for layer in layers.values())
+        numel = sum(layer.pattern.numel for layer in layers.values())
+        what = (
+            f"{len(layers)} sparse layers keep {kept:,} of {numel:,} weights" if layers else "every weight is trained"
+        )
+        return f"phase '{phase.name}': {phase.steps:,} steps, {phase.tokens:,} tokens; {what}"
+
+    def _new_optimizer(self, phase: PhaseConfig) -> torch.optim.Optimizer:
+        return _adamw(self.model, self.config, phase)
+
+    def _export_patterns(self) -> None:
+        """Positions for the simulator, which knows no torch."""
+        arrays: dict[str, np.ndarray] = {}
+        for name, layer in sparse_layers(self.model).items():
+            arrays[name] = layer.pattern.bits
+            arrays[f"{name}.shape"] = np.array(layer.pattern.shape, dtype=np.int64)
+        with (self.folder / "patterns.npz").open("wb") as stream:
+            np.savez(stream, **arrays)
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def go(self) -> dict[str, Any]:
+        started = time.perf_counter() - self.seconds
+        with self._signals():
+            while self.step < self.total_steps:
+                index, phase_step, samples = schedule.position(self.config.phases, self.step)
+                if index != self.phase:
+                    self._enter(index)
+                phase, record = self.config.phases[index], self.records[index]
+                line = self._train_step(phase, record, phase_step, samples)
+                self.step += 1
+                self._measure_dense(phase, record, samples, line["step_seconds"])
+                last = phase_step + 1 == phase.steps
+                self.seconds = time.perf_counter() - started
+                every = self.config.train.eval_every
+                if last or (every and self.step % every == 0):
+                    self._evaluate(record, line)
+                if last:
+                    self._sample(phase)
+                if last or "val_loss" in line or self.step % self.config.train.log_every == 0 or self.step == 1:
+                    self._log(phase, line)
+                self.seconds = time.perf_counter() - started
+                every = self.config.train.checkpoint_every
+                if self.step == self.total_steps or self.stop_signal or (every and self.step % every == 0):
+                    self._save()
+                if self.stop_signal and self.step < self.total_steps:
+                    raise Interrupted(f"stopped after step {self.step}; a checkpoint was written: --resume goes on.")
+        return self._summarise()
+
+    def _train_step(self, phase: PhaseConfig, record: PhaseRecord, phase_step: int, samples: int) -> dict[str, Any]:
+        assert self.optimizer is not None and phase.batch_size is not None
+        lr = schedule.learning_rate(phase, phase_step)
+        take = lambda: self._optimise(self.model, self.optimizer, phase, samples, lr, self.revived)  # noqa: E731
+        start = time.perf_counter()
+        with ledger.counting() as tally:
+            if phase_step == 1:  # the second step: plans are built, nothing else is special about it
+                (loss, norm), record.parts = _profiled(take, self.shape.vocab_size)
+            else:
+                loss, norm = take()
+        seconds = time.perf_counter() - start
+        tokens = phase.batch_size * self.shape.sequence_length
+        for name, count in {**tally.products, **_dense_counts(self.model, self.shape, tokens)}.items():
+            record.tally.add(name, count)
+        record.seconds += seconds
+        record.loss = loss
+        if phase_step > 1 or phase.steps in (1, 2):  # the first builds plans, the second is profiled
+            record.step_seconds.append(seconds)
+        return {
+            "step": self.step + 1,
+            "phase": phase.name,
+            "sparsity": phase.sparsity,
+            "tokens": self._tokens(self.step + 1),
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+
+    def _tokens(self, step: int) -> int:
+        return schedule.position(self.config.phases, step).samples * self.shape.sequence_length
+
+    def _optimise(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        phase: PhaseConfig,
+        samples: int,
+        lr: float,
+        revived: RevivedWarmup | None = None,
+    ) -> tuple[float, float]:
+        """One optimizer step; returns loss and gradient norm. Sparse runs and the dense twin share it."""
+        train = self.config.train
+        assert phase.batch_size is not None and train.micro_batch_size is not None
+        inputs, targets = self.data.batch(samples, phase.batch_size)
+        loss = 0.0
+        for x, y in zip(inputs.split(train.micro_batch_size), targets.split(train.micro_batch_size), strict=True):
+            share = len(x) / phase.batch_size
+            with autocast(train.precision):
+                part = model(x, y) * share
+            part.backward()
+            loss += float(part.detach())
+        if not math.isfinite(loss):
+            kept = (
+                f"the checkpoint of step {self.saved_step} is intact"
+                if self.saved_step
+                else "no checkpoint was written yet"
+            )
+            raise UserError(
+                f"the loss of step {self.step + 1} is {loss}: training stopped, {kept}. Lower optimizer.lr?"
+            )
+        clip = self.config.optimizer.clip
+        norm = float(nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        if revived is None:
+            optimizer.step()
+        else:
+            revived.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        return loss, norm
+
+    def _measure_dense(self, phase: PhaseConfig, record: PhaseRecord, samples: int, seconds: float) -> None:
+        """Times steps of a dense twin on the batches of the sparse steps beside them, a few per phase."""
+        wanted = self.config.train.measure_dense if phase.sparsity else 0
+        if len(record.paired_seconds) >= wanted:
+            self._twin = None
+            return
+        if len(record.step_seconds) < 2:
+            return
+        if getattr(self, "_twin", None) is None:
+            self._twin = _DenseTwin(self, phase, samples)
+            record.dense_threads = self._twin.threads
+            return
+        assert self._twin is not None
+        record.paired_seconds.append((seconds, self._twin.step(samples)))
+        if len(record.paired_seconds) == wanted:
+            self._twin = None
+            mine, dense = (statistics.median(column) for column in zip(*record.paired_seconds, strict=True))
+            low, high = min(b / a for a, b in record.paired_seconds), max(b / a for a, b in record.paired_seconds)
+            self.say(
+                f"measured beside each other: a step takes {mine:.3f} s, a dense step {dense:.3f} s "
+                f"({record.dense_threads} threads): {dense / mine:.2f}x faster (pairs {low:.2f}-{high:.2f})"
+            )
+
+    _twin: _DenseTwin | None = None
+
+    def _evaluate(self, record: PhaseRecord, line: dict[str, Any]) -> Evaluation:
+        train = self.config.train
+        result = evaluate(self.model, self.data, train.micro_batch_size or 1, train.eval_tokens, train.precision)
+        record.val_loss, record.val_bits_per_byte = result
+        line["val_loss"], line["val_bits_per_byte"] = result
+        return result
+
+    def _sample(self, phase: PhaseConfig) -> None:
+        count = self.config.train.sample_tokens
+        if not count:
+            return
+        prompt = next(iter(self.data.validation_batches(1, 1)))[0][:1, :16]
+        text = self.data.tokenizer.decode(self.model.generate(prompt, count, 0.8)[0].tolist())  # type: ignore[operator]
+        self.samples.append({"step": self.step, "phase": phase.name, "text": text})
+        self.say(f"sample after phase '{phase.name}': {text!r}")
+
+    def _log(self, phase: PhaseConfig, line: dict[str, Any]) -> None:
+        total = self._total()
+        line["flops"] = total.flops()
+        line["seconds"] = self.seconds
+        try:
+            with (self.folder / "metrics.jsonl").open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.folder / 'metrics.jsonl'} cannot be written: {error.strerror}.") from None
+        if self.board:
+            for key in ("loss", "lr", "grad_norm", "val_loss", "val_bits_per_byte", "tokens_per_second"):
+                if key in line:
+                    self.board.add_scalar(key, line[key], self.step)
+        val = f"  val {line['val_loss']:.4f} ({line['val_bits_per_byte']:.3f} bits/byte)" if "val_loss" in line else ""
+        skipped = 1 - total.executed / total.dense
+        self.say(
+            f"step {self.step:>{len(str(self.total_steps))}}/{self.total_steps}  {phase.name}  loss {line['loss']:.4f}{val}"
+            f"  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tokens/s  {skipped:.0%} of FLOPs skipped"
+            f"  ETA {_clock(self._eta())}"
+        )
+
+    def _eta(self) -> float:
+        """Seconds left: steps of each phase at its own speed, or at the dense twin's where it has not begun."""
+        index, done, _ = schedule.position(self.config.phases, self.step)
+        left, fallback = 0.0, 0.0
+        for i, phase in enumerate(self.config.phases):
+            record = self.records[i]
+            dense = [b for _, b in record.paired_seconds]
+            mine = statistics.median(record.step_seconds) if record.step_seconds else fallback
+            left += max(0, (phase.steps or 0) - (done if i == index else 0)) * mine if i >= index else 0.0
+            fallback = statistics.median(dense) if dense else mine
+        return left
+
+    def _total(self) -> Count:
+        total = Count()
+        for record in self.records:
+            total.add(record.tally.total)
+        return total
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint; a second one ends it at once."""
+
+        def note(number: int, frame: Any) -> None:
+            if self.stop_signal:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+            self.say("stopping after this step; once more to stop at once")
+
+        try:
+            previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread
+            previous = {}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    # -- summary -----------------------------------------------------------------------------------------------------
+
+    def _summarise(self) -> dict[str, Any]:
+        phases = [
+            self._phase_summary(phase, record) for phase, record in zip(self.config.phases, self.records, strict=True)
+        ]
+        last = self.records[-1]
+        stages = [(phase.sparsity, float(phase.tokens or 0)) for phase in self.config.phases]
+        tokens = sum(n for _, n in stages)
+        summary = {
+            "name": self.config.name,
+            "model": {**asdict(self.shape), "parameters": self.shape.parameters},
+            "corpus": {"name": self.data.manifest["name"], "sha256": self.data.manifest["sha256"]},
+            "tokenizer": self.data.manifest["tokenizer"],
+            "tokens": self._tokens(self.total_steps),
+            "seconds": self.seconds,
+            "val_loss": last.val_loss,
+            "val_bits_per_byte": last.val_bits_per_byte,
+            "phases": phases,
+            "flops": self._total().flops(),
+            "flops_saved_fraction_by_convention": {
+                name: 1
+                - ledger.training_flops(self.shape, stages, convention=name)
+                / ledger.training_flops(self.shape, tokens=tokens, convention=name)
+                for name in ledger.CONVENTIONS
+            },
+            "effective_sparsity": schedule.effective_sparsity(tokens, stages),
+            "samples": self.samples,
+            "hardware": info.hardware(),
+            "versions": info.versions(),
+        }
+        _write_whole(self.folder / "summary.json", json.dumps(summary, indent=1))
+        return summary
+
+    def _phase_summary(self, phase: PhaseConfig, record: PhaseRecord) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "name": phase.name,
+            "sparsity": phase.sparsity,
+            "steps": phase.steps,
+            "tokens": phase.tokens,
+            "seconds": record.seconds,
+            "step_seconds_median": statistics.median(record.step_seconds),
+            "loss": record.loss,
+            "val_loss": record.val_loss,
+            "val_bits_per_byte": record.val_bits_per_byte,
+            "flops": record.tally.total.flops(),
+            "products": {name: asdict(count) for name, count in record.tally.products.items()},
+            "time_fractions": record.parts,
+        }
+        if record.paired_seconds:
+            mine, dense = (statistics.median(column) for column in zip(*record.paired_seconds, strict=True))
+            ratios = [b / a for a, b in record.paired_seconds]
+            body["dense_step_seconds_median"] = dense
+            body["paired_step_seconds_median"] = mine
+            body["speedup"] = {"median": dense / mine, "low": min(ratios), "high": max(ratios)}
+            body["dense_threads"] = record.dense_threads
+        return body
+
+
+class _DenseTwin:
+    """The plain dense model with the same weights, to be timed beside the sparse one; it never feeds back."""
+
+    def __init__(self, run: _Run, phase: PhaseConfig, samples: int) -> None:
+        self.run, self.phase = run, phase
+        self.model = copy.deepcopy(run.model)
+        densify(self.model)
+        self.optimizer = _adamw(self.model, run.config, phase)
+        current = torch.get_num_threads()
+        times: dict[int, float] = {}
+        for threads in {current, os.cpu_count() or 1}:
+            self.threads = threads
+            self.step(samples)  # warm-up: allocates the moments
+            times[threads] = self.step(samples)
+        self.threads = min(times, key=lambda threads: times[threads])
+
+    def step(self, samples: int) -> float:
+        """Seconds of one dense step at its best thread count."""
+        current = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            start = time.perf_counter()
+            self.run._optimise(self.model, self.optimizer, self.phase, samples, lr=1e-8)
+            return time.perf_counter() - start
+        finally:
+            torch.set_num_threads(current)
+
+
+def _adamw(model: nn.Module, config: Config, phase: PhaseConfig) -> torch.optim.AdamW:
+    """AdamW over matrices and sparse values with weight decay, the rest without; fused where torch has it."""
+    o = config.optimizer
+    sparse = {layer.values: 1 / layer.pattern.density for layer in sparse_layers(model).values() if layer.pattern.nnz}
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for parameter in model.parameters():
+        decay = phase.weight_decay if parameter.dim() == 2 or parameter in sparse else 0.0
+        scale = sparse.get(parameter, 1.0) if phase.s_mu_par else 1.0
+        groups.setdefault((decay or 0.0, scale), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": p, "weight_decay": decay, "lr_scale": scale} for (decay, scale), p in groups.items()],
+        lr=0.0, betas=(o.beta1, phase.beta2 or 0.0), eps=o.eps, fused=True,
+    )  # fmt: skip
+
+
+def _dense_counts(model: nn.Module, shape: ledger.Shape, tokens: int) -> dict[str, Count]:
+    """What torch itself multiplies in a step, forward and backward: nothing is skipped there, the columns agree."""
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    macs = {"dense_linear": linear, "attention": shape.attention, "vocabulary": shape.vocabulary}
+    return {name: Count(*(3 * [6 * tokens * n]), 0.0) for name, n in macs.items() if n}
+
+
+def _profiled(step: Callable[[], Any], vocab_size: int) -> tuple[Any, dict[str, float]]:
+    """Runs a step under torch's profiler; returns its result and the fraction of its time by part."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        result = step()
+    times: dict[str, float] = {}
+    for event in profile.key_averages(group_by_input_shape=True):
+        part = _part(event.key, event.input_shapes, vocab_size)
+        times[part] = times.get(part, 0.0) + event.self_cpu_time_total
+    total = sum(times.values())
+    return result, {part: seconds / total for part, seconds in sorted(times.items())}
+
+
+def _part(key: str, shapes: Any, vocab_size: int) -> str:
+    if "vspdf::" in key:
+        return "sparse products"
+    if "scaled_dot_product" in key or "flash_attention" in key:
+        return "attention"
+    if "AdamW" in key or "adamw" in key or "_foreach_" in key or "Optimizer" in key:
+        return "optimizer"
+    if any(vocab_size in shape for shape in shapes if isinstance(shape, list)):
+        return "vocabulary"
+    if key in ("aten::mm", "aten::addmm", "aten::linear", "aten::matmul"):
+        return "dense products"
+    return "rest"
+
+
+def _fit_model(
+    model: nn.Module, state: dict[str, Any], shape: ledger.Shape, tensors: dict[str, Tensor], backend: str
+) -> None:
+    """Brings a fresh dense model into a checkpoint's form and loads its tensors."""
+    if state["model"] != asdict(shape):
+        wrong = next(key for key, value in asdict(shape).items() if state["model"].get(key) != value)
+        raise UserError(
+            f"the checkpoint belongs to another model: its {wrong} is {state['model'].get(wrong)}, here it is {asdict(shape)[wrong]}."
+        )
+    patterns = checkpoint.stored_patterns(tensors, model)
+    if patterns:
+        sparsify(model, patterns, backend=backend)
+    checkpoint.load_model_tensors(model, tensors)
+
+
+def load_model(path: Path, backend: str = "auto") -> tuple[GPT, dict[str, Any]]:
+    """Model of a checkpoint, sparse layers as stored, and the checkpoint's state.
+
+    Parameters
+    ----------
+    path : a run directory or one checkpoint folder
+
+    Raises
+    ------
+    UserError
+        If there is none or it is damaged.
+    """
+    state, tensors, _ = checkpoint.read(checkpoint.resolve(path))
+    model = GPT(ledger.Shape(**state["model"]))
+    _fit_model(model, state, model.shape, tensors, backend)
+    return model, state
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted({*a, *b}):
+        old, new = a.get(key), b.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found.update(_differences(old, new, f"{prefix}{key}."))
+        elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            for i, (x, y) in enumerate(zip(old, new, strict=True)):
+                found.update(_differences(x, y, f"{prefix}{key}.{i}."))
+        elif old != new:
+            found[prefix + key] = (old, new)
+    return found
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replaces a file at once, or leaves it as it was."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        draft.write_text(text)
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("train.tensorboard needs the package 'tensorboard': pip install tensorboard.") from None
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
