@@ -136,6 +136,7 @@ class _Run:
             self._restore()
         else:
             configuration.save(config, self.folder / "config.yaml")
+            self.data.tokenizer.save(self.folder / "tokenizer.json")
             (self.folder / "manifest.json").write_text(json.dumps(self.data.manifest, indent=1))
         self._trim_metrics()
         self.board = _tensorboard(self.folder) if config.train.tensorboard else None
@@ -187,10 +188,10 @@ class _Run:
             self.say("no checkpoint was written yet: starting again from step 0")
             return
         state, tensors, optimizer_state = checkpoint.read(checkpoint.resolve(self.folder))
-        if state["corpus"]["sha256"] != self.data.manifest["sha256"]:
+        if state["corpus"]["sha256"] != self.data.manifest["corpus"]["sha256"]:
             raise UserError(
                 f"checkpoint {checkpoint.resolve(self.folder)} belongs to another corpus: sha256 was "
-                f"{state['corpus']['sha256'][:12]}..., is {self.data.manifest['sha256'][:12]}...."
+                f"{state['corpus']['sha256'][:12]}..., is {self.data.manifest['corpus']['sha256'][:12]}...."
             )
         _fit_model(self.model, state, self.shape, tensors, self.config.train.backend)
         self.step, self.phase, self.seconds = state["step"], state["phase"], state["seconds"]
@@ -216,7 +217,7 @@ class _Run:
             "vspdf": info.versions()["vspdf"],
             "model": asdict(self.shape),
             "tokenizer": self.data.manifest["tokenizer"],
-            "corpus": {"name": self.data.manifest["name"], "sha256": self.data.manifest["sha256"]},
+            "corpus": self.data.manifest["corpus"],
             "phase": self.phase,
             "seconds": self.seconds,
             "samples": self.samples,
@@ -501,7 +502,7 @@ class _Run:
         summary = {
             "name": self.config.name,
             "model": {**asdict(self.shape), "parameters": self.shape.parameters},
-            "corpus": {"name": self.data.manifest["name"], "sha256": self.data.manifest["sha256"]},
+            "corpus": self.data.manifest["corpus"],
             "tokenizer": self.data.manifest["tokenizer"],
             "tokens": self._tokens(self.total_steps),
             "seconds": self.seconds,
@@ -600,7 +601,7 @@ def _dense_counts(model: nn.Module, shape: ledger.Shape, tokens: int) -> dict[st
 
 def _profiled(step: Callable[[], Any], vocab_size: int) -> tuple[Any, dict[str, float]]:
     """Runs a step under torch's profiler; returns its result and the fraction of its time by part."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+    with torch.autograd.profiler_legacy.profile(record_shapes=True) as profile:  # the newer one writes to stderr
         result = step()
     times: dict[str, float] = {}
     for event in profile.key_averages(group_by_input_shape=True):

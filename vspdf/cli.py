@@ -1,0 +1,203 @@
+"""The command line: `vspdf VERB ...`. Figures go to stdout, progress to stderr; `--json` prints one JSON object."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from vspdf.errors import BackendUnavailable, UserError
+
+app = typer.Typer(
+    name="vspdf",
+    help="Variable Sparse Pre-training and Dense Fine-tuning of GPTs, with the masked FLOPs really skipped.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+out = Console()
+err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+
+
+def main() -> None:
+    """Entry point: user errors end in one line and status 2, a stopped run in status 130."""
+    from vspdf.train import Interrupted
+
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=err, show_path=False, show_time=False)]
+    )
+    logging.getLogger("vspdf").setLevel(logging.INFO)
+    try:
+        app()
+    except (UserError, BackendUnavailable) as error:
+        err.print(f"vspdf: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except (Interrupted, KeyboardInterrupt) as error:
+        err.print(f"vspdf: {error or 'stopped at once; what was saved is intact'}", markup=False, soft_wrap=True)
+        sys.exit(130)
+
+
+def _emit(body: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(body) + "\n")
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a config that ships: quickstart, ...")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Pre-train a GPT through its phases, e.g. 90 % sparse, then dense.
+
+    `vspdf train quickstart`
+
+    `vspdf train my.yaml phases.0.sparsity=0.75 run_dir=runs/mine`
+
+    `vspdf train my.yaml run_dir=runs/mine --resume`
+    """
+    from omegaconf import OmegaConf
+
+    from vspdf import config as configuration
+    from vspdf.train import train as run
+
+    settings = configuration.load(config, overrides or [])
+    err.print(OmegaConf.to_yaml(OmegaConf.structured(settings)).rstrip(), style="dim", markup=False, highlight=False)
+    summary = run(
+        settings, resume=resume, say=lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True)
+    )
+    if as_json:
+        _emit(summary)
+    else:
+        _print_summary(summary)
+        out.print(f"\nEverything is in {settings.run_dir}/", highlight=False)
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    phases = summary["phases"]
+    table = Table(
+        title=f"{summary['name']}: {summary['model']['parameters'] / 1e6:.1f}M parameters on {summary['corpus']['name']}",
+        title_justify="left",
+    )
+    table.add_column("phase")
+    for phase in phases:
+        table.add_column(phase["name"], justify="right")
+    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("sparsity", lambda p: f"{p['sparsity']:.4g}"),
+        ("steps", lambda p: f"{p['steps']:,}"),
+        ("tokens", lambda p: f"{p['tokens']:,}"),
+        ("training loss (last step)", lambda p: f"{p['loss']:.4f}"),
+        ("validation loss", lambda p: f"{p['val_loss']:.4f}"),
+        ("validation bits/byte", lambda p: f"{p['val_bits_per_byte']:.4f}"),
+        ("TFLOP dense", lambda p: f"{p['flops']['dense'] / 1e12:,.2f}"),
+        ("TFLOP useful", lambda p: f"{p['flops']['useful'] / 1e12:,.2f}"),
+        ("TFLOP executed", lambda p: f"{p['flops']['executed'] / 1e12:,.2f}"),
+        ("seconds a step (median)", lambda p: f"{p['step_seconds_median']:.3f}"),
+        ("dense step beside it", lambda p: f"{p['dense_step_seconds_median']:.3f}" if "speedup" in p else "-"),
+        ("speed-up (pairs low-high)", lambda p: "{median:.2f}x ({low:.2f}-{high:.2f})".format(**p["speedup"]) if "speedup" in p else "-"),
+    ]  # fmt: skip
+    for title, cell in rows:
+        table.add_row(title, *(cell(phase) for phase in phases))
+    parts = {part for phase in phases for part in phase["time_fractions"]}
+    for part in sorted(parts, key=lambda part: -phases[0]["time_fractions"].get(part, 0)):
+        table.add_row(f"time in {part}", *(f"{phase['time_fractions'].get(part, 0):.0%}" for phase in phases))
+    out.print(table)
+    flops = summary["flops"]
+    saved = summary["flops_saved_fraction_by_convention"]
+    out.print(
+        f"{1 - flops['executed'] / flops['dense']:.1%} of all FLOPs were really skipped (executed, padding included, "
+        "against dense on the same tokens). By convention: "
+        + ", ".join(f"{name} {fraction:.1%}" for name, fraction in saved.items()) + ".",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+@app.command(name="eval")
+def evaluate(
+    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run directory or one of its checkpoints.")],
+    as_json: Json = False,
+) -> None:
+    """Loss and bits per byte of a checkpoint on its run's held-out documents.
+
+    `vspdf eval runs/quickstart`
+    """
+    from vspdf import checkpoint
+    from vspdf import config as configuration
+    from vspdf.data import prepare
+    from vspdf.evaluate import evaluate as run
+    from vspdf.train import load_model
+
+    folder = checkpoint.resolve(path)
+    settings = configuration.load(folder.parent.parent / "config.yaml")
+    model, state = load_model(folder, settings.train.backend)
+    data = prepare(settings.data, model.shape.sequence_length, settings.seed)
+    if data.manifest["corpus"]["sha256"] != state["corpus"]["sha256"]:
+        raise UserError(f"the corpus '{settings.data.corpus}' has changed since {folder} was written.")
+    result = run(model, data, settings.train.micro_batch_size or 1, precision=settings.train.precision)
+    body = {
+        "checkpoint": str(folder),
+        "step": state["step"],
+        "val_loss": result.loss,
+        "val_bits_per_byte": result.bits_per_byte,
+    }
+    if as_json:
+        _emit(body)
+    else:
+        out.print(
+            f"{folder}: {result.loss:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte on all held-out text",
+            highlight=False,
+        )
+
+
+@app.command()
+def generate(
+    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run directory or one of its checkpoints.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "def ",
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.8,
+    seed: int = 0,
+) -> None:
+    """Text from a checkpoint, sparse or dense.
+
+    `vspdf generate runs/quickstart --prompt "import "`
+    """
+    import torch
+
+    from vspdf import checkpoint
+    from vspdf.tokenizer import Tokenizer
+    from vspdf.train import load_model
+
+    folder = checkpoint.resolve(path)
+    model, _ = load_model(folder)
+    tokenizer = Tokenizer.load(folder.parent.parent / "tokenizer.json")
+    ids = tokenizer.encode(prompt).tolist()
+    if not ids:
+        raise UserError("the prompt is empty: give at least one character with --prompt.")
+    model.eval()
+    result = model.generate(torch.tensor([ids]), tokens, temperature, seed)
+    out.print(tokenizer.decode(result[0].tolist()), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """Versions, instruction sets, threads, and which backends can run here."""
+    from vspdf import info as facts
+
+    body = {"hardware": facts.hardware(), "versions": facts.versions(), "backends": facts.backends()}
+    if as_json:
+        _emit(body)
+        return
+    for title, entries in body.items():
+        out.print(title, style="bold")
+        for key, value in entries.items():
+            out.print(f"  {key}: {value}", markup=False, highlight=False)
