@@ -14,8 +14,8 @@ log = logging.getLogger("vspdf")
 def user_cache() -> Path:
     """vspdf's folder in the user's cache, created if missing.
 
-    ``$VSPDF_CACHE`` if set, else ``vspdf`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``. Where that cannot be written, a
-    temporary folder that lasts as long as the process, and one line of warning.
+    ``$VSPDF_CACHE`` if set, else ``vspdf`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``. Where that cannot be written,
+    a temporary folder that lasts as long as the process, and one line of warning.
     """
     try:
         folder = _wanted_folder()
@@ -41,7 +41,5 @@ def _temporary_folder(why: str) -> Path:
     if not _temporary:
         _temporary.append(tempfile.TemporaryDirectory(prefix="vspdf-cache-"))
     folder = Path(_temporary[0].name)
-    log.warning(
-        "Cache folder not writable (%s): using %s for this process. Set VSPDF_CACHE to a writable folder.", why, folder
-    )
+    log.warning("Cache folder not writable (%s): using %s this time. Set VSPDF_CACHE to a writable one.", why, folder)
     return folder

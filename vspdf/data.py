@@ -1,8 +1,8 @@
 """Text, held-out documents, the token cache, and one deterministic order of training samples.
 
 A corpus is a list of documents. Some whole documents are held out for validation, chosen by their content, so every
-seed sees the same split. Tokens are made once and kept in a memory-mapped cache file. Training windows are taken in an
-order that depends on the seed and on one global sample index alone, so batch size, phases and resumption do not alter it.
+seed sees the same split. Tokens are made once and kept in a memory-mapped cache file. Training windows come in an order
+that depends on the seed and on one global sample index alone, so batch size, phases and resumption do not alter it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import json
 import logging
 import os
 import platform
+import secrets
 import struct
 import sys
 import sysconfig
-import tempfile
+import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +59,7 @@ class Corpus:
     python: str | None = None  # version whose standard library this is
 
     def __iter__(self) -> Iterator[Document]:
-        return (document for document in self.read() if not document.text.isspace() and document.text)
+        return (document for document in self.read() if document.text and not document.text.isspace())
 
 
 def load_documents(config: DataConfig) -> Corpus:
@@ -76,7 +78,7 @@ def load_documents(config: DataConfig) -> Corpus:
         return Corpus(name, _standard_library, platform.python_version())
     if name.startswith("hf:"):
         return Corpus(name, _hugging_face(name, config.text_field))
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_dir():
         files = _text_files(path)
         return Corpus(name, lambda: _folder(path, files, config.text_field))
@@ -93,7 +95,7 @@ def _standard_library() -> Iterator[Document]:
     files = sorted(file for file in folder.glob("*.py") if file.stem in sys.stdlib_module_names)
     if not files:
         raise UserError(
-            f"Corpus 'stdlib': this Python has no sources in '{folder}'; expected its *.py files, or give a text file."
+            f"Corpus 'stdlib': this Python has no sources in '{folder}': expected *.py files; give a text file."
         )
     return (Document(file.name, _read_text(file)) for file in files)
 
@@ -105,26 +107,23 @@ def _text_files(folder: Path) -> list[Path]:
         for file in files
         if not any(part.startswith(".") for part in (Path(parent) / file).relative_to(folder).parts)
     )
-    chosen = [file for file in visible if file.suffix.lower() in TEXT_ENDINGS + JSON_LINES_ENDINGS]
-    ignored = sorted({file.suffix or "no ending" for file in visible} - {file.suffix for file in chosen})
+    endings = TEXT_ENDINGS + JSON_LINES_ENDINGS
+    chosen = [file for file in visible if file.suffix.lower() in endings]
+    others = [file.suffix or "no ending" for file in visible if file.suffix.lower() not in endings]
+    kinds = ", ".join(sorted(set(others)))
     if not chosen:
-        found = f"; found {', '.join(ignored)}" if ignored else ""
-        raise UserError(
-            f"Corpus folder '{folder}' has no text: expected {', '.join(TEXT_ENDINGS + JSON_LINES_ENDINGS)}{found}."
-        )
-    if ignored:
-        log.warning(
-            "Corpus folder '%s': %d files ignored (%s).", folder, len(visible) - len(chosen), ", ".join(ignored)
-        )
+        found = f"; found {kinds}" if others else ""
+        raise UserError(f"Corpus folder '{folder}' has no text: expected files in {', '.join(endings)}{found}.")
+    if others:
+        log.warning("Corpus folder '%s': %d other files ignored (%s).", folder, len(others), kinds)
     return chosen
 
 
 def _folder(folder: Path, files: list[Path], text_field: str) -> Iterator[Document]:
     for file in files:
         if file.suffix.lower() in JSON_LINES_ENDINGS:
-            yield from (
-                Document(f"{file.as_posix()} {name}", text) for name, text in _json_lines(folder / file, text_field)
-            )
+            for line, text in _json_lines(folder / file, text_field):
+                yield Document(f"{file.as_posix()} {line}", text)
         else:
             yield Document(file.as_posix(), _read_text(folder / file))
 
@@ -160,17 +159,15 @@ def _json_lines(path: Path, text_field: str) -> Iterator[Document]:
 def _hugging_face(name: str, text_field: str) -> Callable[[], Iterator[Document]]:
     _, dataset, *config = name.split(":", 2)
     try:
-        from datasets import load_dataset
+        load_dataset = import_module("datasets").load_dataset
     except ImportError:
-        raise UserError(
-            f"Corpus '{name}' needs the package datasets: `pip install datasets`, or give a file instead."
-        ) from None
+        raise UserError(f"Corpus '{name}' needs a package: `pip install datasets`, or give a file instead.") from None
     try:
         rows = load_dataset(dataset, *config, split="train")
     except Exception as error:  # the library's errors have no common base
         why = " ".join(str(error).split())[:200]
         raise UserError(
-            f"Cannot load corpus '{name}' ({why}): expected a dataset on the hub within reach, or one downloaded earlier; "
+            f"Cannot load corpus '{name}' ({why}): expected a dataset that can be reached or was downloaded before; "
             "or give a file instead."
         ) from None
 
@@ -207,9 +204,7 @@ def _lines(path: Path, limit: int = -1) -> Iterator[tuple[int, str]]:
                 number += line.endswith("\n")
     except UnicodeDecodeError as error:  # the decoder reads ahead: the line is not known exactly
         byte = error.object[error.start]
-        raise UserError(
-            f"'{path}' is not UTF-8 (byte 0x{byte:02x} at or after line {number}): expected UTF-8 text."
-        ) from None
+        raise UserError(f"'{path}' is not UTF-8 (byte 0x{byte:02x}, line {number} or later): expected text.") from None
     except OSError as error:
         raise UserError(f"Cannot read '{path}' ({error.strerror}): expected a readable text file.") from None
 
@@ -241,8 +236,8 @@ def _key(content: bytes) -> int:
 def held_out(keys: np.ndarray, sizes: np.ndarray, fraction: float) -> np.ndarray:
     """Which documents are for validation, by their content alone.
 
-    In the order of their hash, each document that brings the share of bytes nearer to `fraction`. Equal documents go to
-    the same side. At least one goes to either side.
+    In the order of their hash, each document that `fraction` of all bytes still has room for. Equal documents go to the
+    same side. At least one goes to either side.
 
     Parameters
     ----------
@@ -258,36 +253,31 @@ def held_out(keys: np.ndarray, sizes: np.ndarray, fraction: float) -> np.ndarray
 
     Raises
     ------
-    UserError
+    ValueError
         If there are not two different documents.
     """
     distinct, group = np.unique(keys, return_inverse=True)
     if len(distinct) < 2:
-        raise UserError(
-            "The corpus is a single document: expected at least two different ones, one to train on and one to hold out."
-        )
+        raise ValueError("Expected at least two different documents.")
     group_sizes = np.bincount(group, weights=sizes)
     chosen = np.zeros(len(distinct), bool)
     room, smallest = fraction * sizes.sum(), group_sizes.min()
     for i, size in enumerate(group_sizes):
-        if room <= smallest / 2:
+        if room < smallest:
             break
-        if size / 2 < room:
+        if size <= room:
             chosen[i] = True
             room -= size
     if not chosen.any():
         chosen[group_sizes.argmin()] = True
-    if chosen.all():
-        chosen[group_sizes.argmax()] = False
     return chosen[group]
 
 
 # --- The token cache -------------------------------------------------------------------------------------------------
-# One file: training tokens, validation tokens, then a JSON footer, its length and a magic word. Being last, the footer
-# exists only in files that were written to the end.
+# One file: training tokens, validation tokens, then a JSON footer, its checksum and length, and a magic word.
 
 _MAGIC = b"vspdftk1"
-_TAIL = struct.Struct("<Q8s")
+_TAIL = struct.Struct("<IQ8s")
 
 
 @dataclass(frozen=True)
@@ -310,14 +300,14 @@ def _read_cache(path: Path, key: str) -> _Tokens:
         if size < _TAIL.size:
             raise _Damaged("is truncated")
         file.seek(size - _TAIL.size)
-        length, magic = _TAIL.unpack(file.read(_TAIL.size))
+        checksum, length, magic = _TAIL.unpack(file.read(_TAIL.size))
         if magic != _MAGIC or length > size - _TAIL.size:
             raise _Damaged("is truncated or no token cache")
         file.seek(size - _TAIL.size - length)
-        try:
-            footer = json.loads(file.read(length))
-        except ValueError:
-            raise _Damaged("is damaged") from None
+        encoded = file.read(length)
+    if zlib.crc32(encoded) != checksum:
+        raise _Damaged("is damaged")
+    footer = json.loads(encoded)
     if footer["key"] != key:
         raise _Damaged("belongs to another corpus")
     dtype, n_train, n_validation = np.dtype(footer["dtype"]), footer["train_tokens"], footer["validation_tokens"]
@@ -333,27 +323,25 @@ def _read_cache(path: Path, key: str) -> _Tokens:
 def _sha256(tokens: np.ndarray) -> str:
     digest, step = hashlib.sha256(), 16 * _MEBIBYTE
     for start in range(0, len(tokens), step):
-        digest.update(np.ascontiguousarray(tokens[start : start + step]))
+        digest.update(tokens[start : start + step].tobytes())
     return digest.hexdigest()
 
 
-def _write_cache(
-    path: Path, key: str, corpus: Corpus, keys: np.ndarray, held: np.ndarray, tokenizer: Tokenizer
-) -> None:
-    """Tokenise `corpus` into `path`, whole or not at all."""
+def _write_cache(path: Path, key: str, batches: Iterator[tuple[list[str], list[bool]]], tokenizer: Tokenizer) -> None:
+    """Tokenise what `_batches` yields into `path`, whole or not at all."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     end = np.array([tokenizer.end_of_document], dtype)
     # Both streams begin with an end of document, so that the first token of every document has something to follow.
     digest, validation, n_train = hashlib.sha256(end.tobytes()), [end], 1
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with open(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(end.tobytes())
-            for texts, sides in _batches(corpus, keys, held):
+            for texts, sides in batches:
                 for text, for_validation, ids in zip(texts, sides, tokenizer.encode_batch(texts), strict=True):
                     if tokenizer.bytes_per_token[ids].sum() != len(text.encode()):
                         raise UserError(
-                            f"Tokenizer {tokenizer.name} alters the text '{text[:40]}...': expected one that keeps every byte."
+                            f"Tokenizer {tokenizer.name} alters the text {text[:40]!r}: expected one that keeps it."
                         )
                     stream = np.append(ids, tokenizer.end_of_document).astype(dtype)
                     if for_validation:
@@ -375,48 +363,49 @@ def _write_cache(
                 "tokenizer": tokenizer.to_json(),
             }
             encoded = json.dumps(footer).encode()
-            file.write(encoded + _TAIL.pack(len(encoded), _MAGIC))
+            file.write(encoded + _TAIL.pack(zlib.crc32(encoded), len(encoded), _MAGIC))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _batches(corpus: Corpus, keys: np.ndarray, held: np.ndarray) -> Iterator[tuple[list[str], list[bool]]]:
-    """Documents by some megabytes, each with whether it is for validation."""
+    """Documents by some megabytes, each with whether it is held out; makes sure that they are those of the survey."""
     texts: list[str] = []
     start = size = number = 0
     for number, (name, text) in enumerate(corpus, 1):
         if number > len(keys) or _key(text.encode()) != keys[number - 1]:
-            raise UserError(
-                f"The corpus changed while it was read ('{name}'): expected files that stay as they are; start again."
-            )
+            raise UserError(f"Corpus '{corpus.name}' changed while it was read ({name}): start again.")
         texts.append(text)
         size += len(text)
         if size > 4 * _MEBIBYTE:
             yield texts, held[start:number].tolist()
             texts, start, size = [], number, 0
     if number < len(keys):
-        raise UserError(f"The corpus changed while it was read ({len(keys) - number} documents vanished): start again.")
+        raise UserError(
+            f"Corpus '{corpus.name}' changed while it was read ({len(keys) - number} documents less): start again."
+        )
     yield texts, held[start:].tolist()
 
 
 def _cached_tokens(folder: Path, key: str, make: Callable[[Path], None]) -> _Tokens:
     path = folder / f"{key[:32]}.tokens"
-    if path.exists():
-        try:
-            return _read_cache(path, key)
-        except _Damaged as why:
-            log.warning("Token cache %s %s: made anew.", path, why)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            try:
+                return _read_cache(path, key)
+            except _Damaged as why:
+                log.warning("Token cache %s %s: made anew.", path, why)
         make(path)
+        return _read_cache(path, key)
     except OSError as error:
         raise UserError(
-            f"Cannot write the token cache in '{folder}' ({error.strerror}): expected a writable folder with room; "
+            f"Cannot keep the token cache in '{folder}' ({error.strerror}): expected a writable folder with room; "
             "set data.cache_dir or VSPDF_CACHE."
         ) from None
-    return _read_cache(path, key)
 
 
 # --- The dataset -----------------------------------------------------------------------------------------------------
@@ -444,16 +433,14 @@ def prepare(config: DataConfig, sequence_length: int, seed: int) -> Dataset:
     Raises
     ------
     UserError
-        If corpus or tokenizer are missing or unfit, the corpus is shorter than a sequence, or the cache cannot be written.
+        If corpus or tokenizer are missing or unfit, the corpus is shorter than a sequence, or the cache not writable.
     """
     if sequence_length < 1:
         raise UserError(f"model.sequence_length is {sequence_length}: expected at least 1.")
     if seed < 0:
         raise UserError(f"seed is {seed}: expected 0 or more.")
     if not 0 < config.validation_fraction < 1:
-        raise UserError(
-            f"data.validation_fraction is {config.validation_fraction}: expected more than 0 and less than 1."
-        )
+        raise UserError(f"data.validation_fraction is {config.validation_fraction}: expected between 0 and 1.")
     tokenizer_key, make_tokenizer = tokenizer_maker(config.tokenizer)
     corpus = load_documents(config)
     survey = _Survey.of(corpus)
@@ -462,18 +449,25 @@ def prepare(config: DataConfig, sequence_length: int, seed: int) -> Dataset:
         raise UserError(f"Corpus '{corpus.name}' is empty: expected text.")
     if n_bytes + len(survey.sizes) <= sequence_length:  # no tokenizer makes more tokens than bytes
         raise _too_short(corpus.name, f"{n_bytes} bytes", sequence_length)
+    if len(set(survey.keys.tolist())) < 2:
+        raise UserError(
+            f"Corpus '{corpus.name}' is a single document of {n_bytes} bytes: expected at least two different ones, "
+            "one to train on and one to hold out."
+        )
     held = held_out(survey.keys, survey.sizes, config.validation_fraction)
 
-    def training_texts() -> Iterator[str]:
-        return (text for (_, text), for_validation in zip(corpus, held, strict=True) if not for_validation)
+    def batches() -> Iterator[tuple[list[str], list[bool]]]:
+        return _batches(corpus, survey.keys, held)
 
     def make(path: Path) -> None:
         log.info("Tokenising %s (%.1f MB) with %s.", corpus.name, n_bytes / 1e6, config.tokenizer)
-        _write_cache(path, key, corpus, survey.keys, held, make_tokenizer(training_texts()))
+        training = (text for texts, sides in batches() for text, out in zip(texts, sides, strict=True) if not out)
+        _write_cache(path, key, batches(), make_tokenizer(training))
 
     parts = [survey.sha256, tokenizer_key, hashlib.sha256(held.tobytes()).hexdigest()]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    tokens = _cached_tokens(_cache_folder(config), key, make)
+    folder = user_cache() / "tokens" if config.cache_dir is None else Path(config.cache_dir).expanduser()
+    tokens = _cached_tokens(folder, key, make)
     if len(tokens.train) <= sequence_length:
         raise _too_short(corpus.name, f"{len(tokens.train)} training tokens", sequence_length)
 
@@ -486,7 +480,7 @@ def prepare(config: DataConfig, sequence_length: int, seed: int) -> Dataset:
 
     manifest: dict[str, Any] = {
         "corpus": {"name": corpus.name, "sha256": survey.sha256, "documents": len(held), "bytes": n_bytes},
-        "tokenizer": {"name": config.tokenizer, "vocab_size": tokens.tokenizer.vocab_size},
+        "tokenizer": {"name": tokens.tokenizer.name, "vocab_size": tokens.tokenizer.vocab_size},
         "train": side(~held, tokens.train),
         "validation": side(held, tokens.validation),
     }
@@ -500,20 +494,6 @@ def _too_short(name: str, has: str, sequence_length: int) -> UserError:
         f"Corpus '{name}' is too short: it has {has}, expected at least {sequence_length + 1} for one sequence "
         "(model.sequence_length + 1)."
     )
-
-
-def _cache_folder(config: DataConfig) -> Path:
-    if config.cache_dir is None:
-        folder = user_cache() / "tokens"
-    else:
-        folder = Path(config.cache_dir).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"Cannot create data.cache_dir '{folder}' ({error.strerror}): expected a writable folder."
-        ) from None
-    return folder
 
 
 class Dataset:
@@ -560,8 +540,8 @@ class Dataset:
         """
         if total_samples > self.n_samples and not self.repeat:
             raise UserError(
-                f"Corpus '{self.manifest['corpus']['name']}' has {self.n_samples} samples of {self.sequence_length} tokens, the "
-                f"run wants {total_samples}: give more text, or set data.repeat=true to see it again."
+                f"Corpus '{self.manifest['corpus']['name']}' has {self.n_samples} samples of {self.sequence_length} "
+                f"tokens, the run wants {total_samples}: give more text, or set data.repeat=true to see it again."
             )
 
     def window_ids(self, start: int, count: int) -> np.ndarray:

@@ -25,7 +25,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def near_path(path: Path, keywords: Iterable[str] = ()) -> str:
-    """The tail of an error message on a missing file: `` Did you mean 'data/corpus.txt'?``, or nothing where none is near."""
+    """The tail of an error message on a missing file: `` Did you mean 'data/text.txt'?``, or "" where none is near."""
     missing = path
     while missing.parent != missing and not missing.parent.exists():
         missing = missing.parent

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, byte-level BPE trained on the corpus, GPT-2's BPE, or any byte-level tokenizer.json.
+"""Text to token ids and back: bytes, byte-level BPE learnt from the corpus, GPT-2's BPE, any byte-level tokenizer.json.
 
 Every tokenizer here is byte-level and loses nothing, so each token stands for a known number of bytes of the text and
 bits per byte are exact whatever the vocabulary.
@@ -71,14 +71,12 @@ class Tokenizer:
             self.bytes_per_token[i] = 0 if added.special else len(added.content.encode())
         self.bytes_per_token[self.end_of_document] = 0
         # Ids that are the bytes themselves need no library: 100 times faster.
-        self._bytewise = self.vocab_size == 257 and all(
-            vocabulary.get(char) == byte for byte, char in enumerate(_BYTES)
-        )
+        self._bytewise = self.vocab_size == 257 and all(vocabulary.get(char) == i for i, char in enumerate(_BYTES))
 
         ids = self.encode(_PROBE)
         if self.decode(ids) != _PROBE or self.bytes_per_token[ids].sum() != len(_PROBE.encode()):
             raise UserError(
-                f"Tokenizer {name} does not keep text exactly: expected a byte-level tokenizer without normalisation or "
+                f"Tokenizer {name} does not keep text exactly: expected a byte-level one without normalisation or "
                 "added spaces, as GPT-2's."
             )
 
@@ -98,9 +96,7 @@ class Tokenizer:
             If `vocab_size` is below 257 or the texts are too few for it.
         """
         if vocab_size < 257:
-            raise UserError(
-                f"Tokenizer bpe:{vocab_size} is too small: expected at least 257, all bytes and the end of a document."
-            )
+            raise UserError(f"Tokenizer bpe:{vocab_size}: expected at least 257, all bytes and the end of a document.")
         model = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -110,9 +106,7 @@ class Tokenizer:
         )
         model.train_from_iterator(texts, trainer)
         if (found := model.get_vocab_size()) < vocab_size:
-            raise UserError(
-                f"Tokenizer bpe:{vocab_size}: the training text yields only {found} tokens; expected bpe:{found} or less."
-            )
+            raise UserError(f"Tokenizer bpe:{vocab_size}: the training text yields {found} tokens; expected no more.")
         return cls(model, f"bpe:{vocab_size}")
 
     @classmethod
@@ -127,12 +121,12 @@ class Tokenizer:
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
         """Read a tokenizer.json, from `save` or from elsewhere."""
         path = Path(path)
-        if not path.is_file():
+        if path.is_dir():
             inside = path / "tokenizer.json"
-            near = f" Did you mean '{inside}'?" if inside.is_file() else near_path(path, ("bytes", "gpt2:", "bpe:"))
-            raise UserError(
-                f"Tokenizer '{path}' {'is a folder' if path.is_dir() else 'not found'}: expected {_EXPECTED}.{near}"
-            )
+            near = f" Did you mean '{inside}'?" if inside.is_file() else ""
+            raise UserError(f"Tokenizer '{path}' is a folder: expected {_EXPECTED}.{near}")
+        if not path.is_file():
+            raise UserError(f"Tokenizer '{path}' not found: expected {_EXPECTED}.{near_path(path)}")
         with _reading(str(path), "a tokenizer.json of Hugging Face tokenizers"):
             return cls.from_json(path.read_text(encoding="utf-8"), path.name)
 
@@ -179,7 +173,7 @@ def _gpt2_files(folder: Path) -> tuple[Path, Path]:
     for file in files:
         if not file.is_file():
             raise UserError(
-                f"Tokenizer file '{file}' not found: expected gpt2:FOLDER with vocab.json and merges.txt.{near_path(file)}"
+                f"Tokenizer file '{file}' not found: expected gpt2:FOLDER with vocab.json, merges.txt.{near_path(file)}"
             )
     return files
 
@@ -214,20 +208,21 @@ def tokenizer_maker(spec: str) -> tuple[str, Callable[[Iterable[str]], Tokenizer
     if spec == "bytes":
         return "bytes", lambda texts: Tokenizer.bytewise()
     if kind == "bpe":
-        if not rest.isascii() or not rest.isdigit():
+        if not rest.isascii() or not rest.isdigit() or len(rest) > 7:
             raise UserError(f"Tokenizer '{spec}': expected a vocabulary size after 'bpe:', as in bpe:8192.")
         return f"{spec} by tokenizers {tokenizers.__version__}", lambda texts: Tokenizer.train(texts, int(rest))
     if kind == "gpt2":
         if not rest:
-            raise UserError(
-                f"Tokenizer '{spec}': expected gpt2:FOLDER, the folder that holds vocab.json and merges.txt."
-            )
-        return f"gpt2 {_digest(*_gpt2_files(Path(rest)))}", lambda texts: Tokenizer.gpt2(rest)
-    if not Path(spec).exists() and os.sep not in spec and not spec.endswith(".json"):
-        known = ["bytes", "bpe", "gpt2"]
-        raise UserError(f"Unknown tokenizer '{spec}': expected {_EXPECTED}.{did_you_mean(kind, known)}")
-    loaded = Tokenizer.load(spec)
-    return f"json {_digest(Path(spec))}", lambda texts: loaded
+            raise UserError(f"Tokenizer '{spec}': expected gpt2:FOLDER, where vocab.json and merges.txt are.")
+        folder = Path(rest).expanduser()
+        return f"gpt2 {_digest(*_gpt2_files(folder))}", lambda texts: Tokenizer.gpt2(folder)
+    path = Path(spec).expanduser()
+    if not path.exists() and not path.suffix and len(path.parts) == 1:
+        raise UserError(
+            f"Unknown tokenizer '{spec}': expected {_EXPECTED}.{did_you_mean(kind, ['bytes', 'bpe', 'gpt2'])}"
+        )
+    loaded = Tokenizer.load(path)
+    return f"json {_digest(path)}", lambda texts: loaded
 
 
 def _digest(*files: Path) -> str:
