@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +42,26 @@ def extension() -> Any:
     if reason:
         raise BackendUnavailable(f"backend 'cpu' cannot run: {reason}.")
     return _C
+
+
+def isa() -> str:
+    """Instruction set that the kernels use: the best one here, or what ``VSPDF_ISA`` asks for."""
+    return os.environ.get("VSPDF_ISA") or extension().isas()[0]
+
+
+def build() -> str:
+    """Identifies the compiled kernels, so that timings of another build are not believed."""
+    file = Path(extension().__file__).stat()
+    return f"kernels {file.st_size:x}-{file.st_mtime_ns:x}"
+
+
+def cpu_name() -> str:
+    """Processor's model name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def plan(pattern: Pattern) -> Any:

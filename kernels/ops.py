@@ -30,13 +30,14 @@ def _run(product: str, pattern: Pattern, backend: str, *tensors: Tensor | None) 
     x = tensors[0]
     assert x is not None
     tokens = x.shape[0]
-    choice = choose(product, pattern, tokens, x.dtype, x.device, backend)
     sparse, dense = _RUN[product]
+    run = lambda path: (sparse if path == "cpu" else dense)(*tensors, pattern)  # type: ignore[operator]  # noqa: E731
+    choice = choose(product, pattern, tokens, x.dtype, x.device, backend, tune=run)
     start = time.perf_counter()
     if choice.path == "cpu":
-        result, macs = sparse(*tensors, pattern)  # type: ignore[operator]
+        result, macs = run("cpu")
     else:
-        result, macs = dense(*tensors, pattern), tokens * pattern.numel  # type: ignore[operator]
+        result, macs = run("dense"), tokens * pattern.numel
     seconds = time.perf_counter() - start
     ledger.record(product, 2 * tokens * pattern.numel, 2 * tokens * pattern.nnz, 2 * macs, seconds)
     return result

@@ -7,6 +7,7 @@ Data are random, never zeros. Times include packing, transposes and the refresh 
 from __future__ import annotations
 
 import csv
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -310,7 +311,7 @@ def _break_even(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for (tokens, in_features, out_features, threads, product), group in groups.items():
         group.sort(key=lambda row: row.sparsity)
         at = None
-        for a, b in zip(group, group[1:], strict=False):
+        for a, b in itertools.pairwise(group):
             if a.ratio_to_dense < 1 <= b.ratio_to_dense:
                 share = (1 - a.ratio_to_dense) / (b.ratio_to_dense - a.ratio_to_dense)
                 at = a.sparsity + share * (b.sparsity - a.sparsity)
@@ -452,7 +453,7 @@ def plot(result: dict[str, Any], path: Path, threads: int | None = None) -> None
     axes.axhline(1, color="0.3", linewidth=0.8)
     axes.set(
         xlabel="sparsity", ylabel="speed-up over dense (log)", yscale="log",
-        title=f"Linear layer, forward + both gradients, {count} thread{'s' if count > 1 else ''}, fp32\n{result['hardware']['cpu']}",
+        title=f"Linear layer, forward + both gradients, {count} threads, fp32\n{result['hardware']['cpu']}",
     )  # fmt: skip
     axes.set_xticks(sparsities, [f"{s:.0%}" for s in sparsities])
     ticks = [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64]

@@ -129,16 +129,16 @@ def _folder(folder: Path, files: list[Path], text_field: str) -> Iterator[Docume
 
 
 def _sections(path: Path) -> Iterator[Document]:
-    """One file as documents: cut at the first blank line past a hundredth of the file, else at the end of a line."""
+    """One file as documents of about a hundredth of it, cut after blank lines, or between lines where none is near."""
     enough = min(max(path.stat().st_size // 100, 256), 64 * 1024)
     section: list[str] = []
     size = count = 0
-    for _, line in _lines(path, limit=2 * enough):  # the limit cuts files without line ends
-        section.append(line)
-        size += len(line)
-        if size >= 2 * enough or (size >= enough and line.isspace()):
+    for _, line in _lines(path, limit=max(2 * enough, 16 * 1024)):  # the limit is for files without line ends
+        if not line.isspace() and (size >= 2 * enough or (size >= enough and section[-1].isspace())):
             yield Document(f"section {count}", "".join(section))
             section, size, count = [], 0, count + 1
+        section.append(line)
+        size += len(line)
     yield Document(f"section {count}", "".join(section))
 
 

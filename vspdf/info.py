@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,22 +12,11 @@ import torch
 from vspdf.kernels import cpu
 
 
-def cpu_name() -> str:
-    """Processor's model name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def hardware() -> dict[str, Any]:
     """Facts to print beside a figure: processor, cores, instruction set, threads."""
     extension = cpu._C
     return {
-        "cpu": cpu_name(),
+        "cpu": cpu.cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isas": list(extension.isas()) if extension else [],

@@ -31,6 +31,7 @@ from vspdf.config import Config, PhaseConfig
 from vspdf.data import prepare
 from vspdf.errors import UserError
 from vspdf.evaluate import Evaluation, autocast, evaluate
+from vspdf.kernels import dispatch
 from vspdf.ledger import Count, Tally
 from vspdf.model import GPT
 from vspdf.sparse import RevivedWarmup, densify, set_sparsity, sparse_layers, sparsify
@@ -194,6 +195,7 @@ class _Run:
                 f"{state['corpus']['sha256'][:12]}..., is {self.data.manifest['corpus']['sha256'][:12]}...."
             )
         _fit_model(self.model, state, self.shape, tensors, self.config.train.backend)
+        dispatch.pin(state["kernel_choices"])
         self.step, self.phase, self.seconds = state["step"], state["phase"], state["seconds"]
         self.samples = state["samples"]
         self.records = [PhaseRecord.from_json(body) for body in state["records"]]
@@ -223,6 +225,7 @@ class _Run:
             "samples": self.samples,
             "records": [record.to_json() for record in self.records],
             "revived_done": self.revived.done if self.revived else 0,
+            "kernel_choices": dispatch.choices(),
         }
         ramp = self.revived.before if self.revived and self.revived.done < self.revived.steps else {}
         extra = {f"revived:{name}": torch.from_numpy(pattern.bits.copy()) for name, pattern in ramp.items()}
