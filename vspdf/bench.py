@@ -10,6 +10,7 @@ import csv
 import itertools
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -128,13 +129,16 @@ def _torch_csr(p: Problem) -> Candidate:
     """torch.sparse (MKL), with the transposes that a Linear layer's row-major activations need."""
     values, rows, columns, t_rows, t_columns, order = _csr_parts(p)
     shape, t_shape = p.pattern.shape, (p.pattern.in_features, p.pattern.out_features)
-    zeros = torch.sparse_csr_tensor(rows, columns, torch.zeros_like(values), shape)
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+    zeros = torch.sparse_csr_tensor(rows, columns, torch.zeros_like(values), shape, check_invariants=False)
 
     def forward() -> Tensor:
-        return (torch.sparse_csr_tensor(rows, columns, values, shape) @ p.x.T.contiguous()).T.contiguous()
+        return (
+            torch.sparse_csr_tensor(rows, columns, values, shape, check_invariants=False) @ p.x.T.contiguous()
+        ).T.contiguous()
 
     def grad_input() -> Tensor:
-        w_t = torch.sparse_csr_tensor(t_rows, t_columns, values[order], t_shape)
+        w_t = torch.sparse_csr_tensor(t_rows, t_columns, values[order], t_shape, check_invariants=False)
         return (w_t @ p.grad.T.contiguous()).T.contiguous()
 
     def grad_values() -> Tensor:
