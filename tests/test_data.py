@@ -470,6 +470,16 @@ def test_other_text_split_or_tokenizer_is_another_cache(text_file, tmp_path, set
     assert len(cache_files(tmp_path)) == 4
 
 
+def test_an_edit_that_keeps_the_split_is_another_cache(tmp_path, settings_for):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "held.txt").write_text("short")
+    for letter in "ab":
+        (folder / "train.txt").write_text(letter * 100)
+        tokens, _ = prepare(settings_for(folder), 16, 0).batch(0, 1)
+        assert tokens[0, -1] == ord(letter)
+
+
 def flip(content: bytes, at: int) -> bytes:
     return content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
 

@@ -180,6 +180,38 @@ def test_tokenizers_that_alter_text_are_refused(tmp_path):
     assert "keep text exactly" in refused(edited(tmp_path, lambda c: c["pre_tokenizer"].update(add_prefix_space=True)))
 
 
+def test_habits_of_a_tokenizer_json_are_dropped(tmp_path):
+    def change(content):
+        content["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+        ids = {"pad_id": 0, "pad_type_id": 0, "pad_token": END_OF_DOCUMENT, "pad_to_multiple_of": None}
+        content["padding"] = {"strategy": {"Fixed": 9000}, "direction": "Right", **ids}
+        end = {"id": END_OF_DOCUMENT, "ids": [0], "tokens": [END_OF_DOCUMENT]}
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": END_OF_DOCUMENT, "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {END_OF_DOCUMENT: end},
+        }
+
+    loaded = Tokenizer.load(edited(tmp_path, change))
+    for text in HARD:
+        assert_lossless(loaded, text)
+
+
+def test_added_tokens_that_are_text_count_their_bytes(tmp_path):
+    def change(content):
+        common = {"special": False, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        content["added_tokens"] += [{"id": 300, "content": "  ", **common}, {"id": 301, "content": "世界", **common}]
+
+    loaded = Tokenizer.load(edited(tmp_path, change))
+    assert loaded.encode("a  世界").tolist()[1:] == [300, 301]
+    for text in HARD:
+        assert_lossless(loaded, text)
+
+
 def test_a_tokenizer_without_end_of_document_is_refused(tmp_path):
     def rename(content):
         content["added_tokens"] = []
