@@ -1,0 +1,45 @@
+#include "isa.hpp"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace vspdf {
+
+const char* isa_name(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "plain"; }
+
+std::vector<Isa> isas() {
+    std::vector<Isa> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) {
+        found.push_back(Isa::avx512);
+    }
+    if (avx2) found.push_back(Isa::avx2);
+#endif
+    found.push_back(Isa::plain);
+    return found;
+}
+
+Isa choose_isa(const std::string& name) {
+    const char* forced = std::getenv("VSPDF_ISA");
+    const bool from_env = name.empty() && forced && *forced;
+    const std::string wanted = from_env ? forced : name;
+    const std::vector<Isa> have = isas();
+    if (wanted.empty()) return have.front();
+    std::string names;
+    for (Isa isa : have) {
+        if (wanted == isa_name(isa)) return isa;
+        names += std::string(names.empty() ? "" : ", ") + isa_name(isa);
+    }
+    throw std::invalid_argument(std::string(from_env ? "VSPDF_ISA" : "isa") + ": '" + wanted +
+                                "' cannot run here; this machine has: " + names + ".");
+}
+
+bool jit_allowed() {
+    const char* jit = std::getenv("VSPDF_JIT");
+    return !(jit && std::string(jit) == "0");
+}
+
+}  // namespace vspdf

@@ -1,0 +1,25 @@
+// Reused working memory: fresh pages cost more than the work done in them.
+#pragma once
+
+#include <cstddef>
+
+namespace vspdf {
+
+// A 64-byte aligned buffer taken from a process-wide pool and given back when it goes out of scope. Thread-safe.
+// The contents are whatever the last user left.
+class Scratch {
+  public:
+    explicit Scratch(size_t bytes);
+    ~Scratch();
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+
+    float* floats() const { return static_cast<float*>(data_); }
+    void* data() const { return data_; }
+
+  private:
+    void* data_;
+    size_t size_;
+};
+
+}  // namespace vspdf
