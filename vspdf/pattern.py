@@ -7,6 +7,7 @@ pointers, packed order, generated code) they keep in `Pattern.plans`.
 from __future__ import annotations
 
 import hashlib
+import threading
 import weakref
 from fractions import Fraction
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from vspdf.errors import UserError
 
 _alive: weakref.WeakValueDictionary[str, Pattern] = weakref.WeakValueDictionary()
+_making = threading.Lock()
 
 
 def kept_count(numel: int, sparsity: float) -> int:
@@ -33,11 +35,29 @@ def kept_count(numel: int, sparsity: float) -> int:
     return numel - round(Fraction(repr(float(sparsity))) * numel)
 
 
+def _sides(shape: tuple[int, int]) -> tuple[int, int]:
+    out_features, in_features = (int(n) for n in shape)
+    if out_features < 1 or in_features < 1:
+        raise UserError(f"a pattern's shape is (out_features, in_features), both at least 1, not {tuple(shape)}.")
+    return out_features, in_features
+
+
 class Pattern:
     """Positions of the weights that exist in a matrix of shape (out_features, in_features).
 
     Equal patterns are one object while alive (`digest` identifies it), copies are the object itself, and pickling
-    carries shape and bits only. Make one with `random`, `from_mask` or `from_bits`.
+    carries shape and bits only. Make one with `random` or `from_mask`, or of stored `bits`.
+
+    Parameters
+    ----------
+    shape : (out_features, in_features)
+    bits : uint8 array, shape (ceil(out · in / 8),)
+        As the attribute; copied.
+
+    Raises
+    ------
+    UserError
+        If a side is below 1, or `bits` do not fit the shape.
 
     Attributes
     ----------
@@ -60,29 +80,25 @@ class Pattern:
     __slots__ = ("__weakref__", "bits", "digest", "nnz", "plans", "shape")
 
     def __new__(cls, shape: tuple[int, int], bits: np.ndarray) -> Pattern:
-        out_features, in_features = (int(n) for n in shape)
+        out_features, in_features = shape = _sides(shape)
         numel = out_features * in_features
-        bits = np.ascontiguousarray(bits, dtype=np.uint8)
-        if out_features < 1 or in_features < 1 or bits.shape != ((numel + 7) // 8,):
+        bits = np.array(bits, dtype=np.uint8)  # its own: the caller's memory may change
+        if bits.shape != ((numel + 7) // 8,):
             raise UserError(
-                f"a pattern of shape {(out_features, in_features)} needs {(numel + 7) // 8} bytes of bits, "
-                f"got an array of shape {bits.shape}."
+                f"a pattern of shape {shape} needs {(numel + 7) // 8} bytes of bits, got an array of shape {bits.shape}."
             )
         if numel % 8 and bits[-1] >> (numel % 8):
             raise UserError("a pattern's unused trailing bits must be zero.")
-        digest = hashlib.blake2b(
-            repr((out_features, in_features)).encode() + bits.tobytes(), digest_size=16
-        ).hexdigest()
-        self = _alive.get(digest)
-        if self is None:
-            self = super().__new__(cls)
-            bits.setflags(write=False)
-            self.shape, self.bits, self.digest = (out_features, in_features), bits, digest
-            self.nnz = (
-                int(np.bitwise_count(bits).sum()) if hasattr(np, "bitwise_count") else int(np.unpackbits(bits).sum())
-            )
-            self.plans = {}
-            _alive[digest] = self
+        digest = hashlib.blake2b(repr(shape).encode() + bits.tobytes(), digest_size=16).hexdigest()
+        with _making:  # two threads must not make two of one pattern
+            self = _alive.get(digest)
+            if self is None:
+                self = super().__new__(cls)
+                bits.setflags(write=False)
+                self.shape, self.bits, self.digest = shape, bits, digest
+                self.nnz = int(np.unpackbits(bits).sum(dtype=np.int64))
+                self.plans = {}
+                _alive[digest] = self
         return self
 
     @classmethod
@@ -99,8 +115,9 @@ class Pattern:
         Raises
         ------
         UserError
-            If `sparsity` is outside [0, 1].
+            If `sparsity` is outside [0, 1] or a side is below 1.
         """
+        shape = _sides(shape)
         numel = shape[0] * shape[1]
         keep = kept_count(numel, sparsity)
         mask = np.zeros(numel, dtype=bool)

@@ -1,0 +1,143 @@
+import copy
+import gc
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vspdf
+from vspdf.errors import UserError
+from vspdf.pattern import Pattern, kept_count
+
+shapes = st.tuples(st.integers(1, 40), st.integers(1, 40))
+sparsities = st.floats(0, 1)
+
+
+@pytest.mark.parametrize(
+    "numel, sparsity, kept",
+    [
+        (100, 0.9, 10),
+        (10, 0.25, 8),  # 2.5 rounds to even, 2
+        (10, 0.35, 6),  # 3.5 to 4, though the double 0.35 is a hair below
+        (15, 0.9, 1),  # 13.5 to 14, though the double product is above by rounding only
+        (4096 * 16384, 0.9, 6710886),  # 60,397,977.6 masked
+        (7, 0.0, 7),
+        (7, 1.0, 0),
+        (1, 0.5, 1),
+    ],
+)
+def test_kept_count_is_numel_minus_rounded_exact_product(numel, sparsity, kept):
+    assert kept_count(numel, sparsity) == kept
+
+
+@settings(max_examples=50, deadline=None)
+@given(shapes, sparsities, st.integers(0, 2**63))
+def test_random_keeps_the_promised_number_and_is_reproducible(shape, sparsity, seed):
+    pattern = Pattern.random(shape, sparsity, seed)
+    assert pattern.nnz == kept_count(shape[0] * shape[1], sparsity) == int(pattern.mask().sum())
+    assert pattern.shape == shape and pattern.numel == shape[0] * shape[1]
+    assert pattern.density == pattern.nnz / pattern.numel and pattern.sparsity == 1 - pattern.density
+    assert Pattern.random(shape, sparsity, seed) is pattern
+
+
+def test_seeds_give_different_masks_that_cover_evenly():
+    counts = sum(Pattern.random((16, 16), 0.5, seed).mask().int() for seed in range(400))
+    assert Pattern.random((16, 16), 0.5, 0) is not Pattern.random((16, 16), 0.5, 1)
+    assert 140 < counts.min() and counts.max() < 260  # 200 ± 10 each: six deviations
+
+
+@settings(max_examples=50, deadline=None)
+@given(shapes, sparsities)
+def test_positions_rows_and_columns_agree_with_scipy(shape, sparsity):
+    pattern = Pattern.random(shape, sparsity)
+    mask = pattern.mask()
+    assert Pattern.from_mask(mask) is pattern
+    assert Pattern.from_mask(mask.numpy()) is pattern
+    assert torch.equal(pattern.positions(), mask.flatten().nonzero().flatten())
+    rows, columns = pattern.csr()
+    oracle = scipy.sparse.csr_array(mask.numpy())
+    oracle.sort_indices()
+    assert rows.dtype == np.int64 and columns.dtype == np.int32
+    np.testing.assert_array_equal(rows, oracle.indptr)
+    np.testing.assert_array_equal(columns, oracle.indices)
+
+
+@settings(max_examples=50, deadline=None)
+@given(shapes, sparsities, sparsities)
+def test_growing_adds_and_never_drops(shape, a, b):
+    pattern = Pattern.random(shape, max(a, b))
+    grown = pattern.grow(min(a, b), seed=1)
+    assert grown.nnz == kept_count(pattern.numel, min(a, b))
+    assert grown.issuperset(pattern)
+    assert not (pattern.mask() & ~grown.mask()).any()
+
+
+def test_growing_backwards_is_refused():
+    with pytest.raises(UserError, match=r"only grow: its sparsity is 0.5, 0.9 would drop"):
+        Pattern.random((4, 5), 0.5).grow(0.9)
+
+
+def test_superset_needs_the_same_shape():
+    full, flat = Pattern.random((4, 6), 0.0), Pattern.random((6, 4), 0.0)
+    assert not full.issuperset(flat) and full is not flat
+
+
+def test_equal_patterns_are_one_object_through_copies_and_pickle():
+    pattern = Pattern.random((9, 5), 0.7)
+    assert copy.copy(pattern) is pattern and copy.deepcopy([pattern])[0] is pattern
+    assert pickle.loads(pickle.dumps(pattern)) is pattern
+    assert Pattern.find(pattern.digest) is pattern
+    stored, digest = pickle.dumps(pattern), pattern.digest
+    del pattern
+    gc.collect()
+    with pytest.raises(KeyError):
+        Pattern.find(digest)  # nothing keeps a pattern alive but its users
+    assert pickle.loads(stored).digest == digest
+
+
+def test_a_pattern_owns_its_bits():
+    bits = np.array([0b1011], np.uint8)
+    pattern = Pattern((2, 2), bits)
+    bits[0] = 0
+    assert pattern.nnz == 3 and pattern.mask().tolist() == [[True, True], [False, True]]
+    with pytest.raises(ValueError, match="read-only"):
+        pattern.bits[0] = 0
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Pattern.random((4, 4), 1.1), r"sparsity must lie in \[0, 1\], not 1.1"),
+        (lambda: Pattern.random((4, 4), -0.1), "not -0.1"),
+        (lambda: Pattern.random((4, 4), float("nan")), "not nan"),
+        (lambda: Pattern.random((0, 4), 0.5), r"both at least 1, not \(0, 4\)"),
+        (lambda: Pattern.from_mask(torch.ones(3, dtype=torch.bool)), r"boolean matrix \[out, in\], got bool of shape"),
+        (lambda: Pattern.from_mask(torch.ones(3, 3)), "got float32"),
+        (lambda: Pattern.from_mask(np.zeros((3, 0), bool)), r"not \(3, 0\)"),
+        (lambda: Pattern((3, 3), np.zeros(1, np.uint8)), "needs 2 bytes of bits"),
+        (lambda: Pattern((3, 3), np.full(2, 255, np.uint8)), "trailing bits must be zero"),
+    ],
+    ids=["above 1", "below 0", "nan", "no rows", "vector", "float mask", "no columns", "short bits", "trailing bits"],
+)
+def test_impossible_patterns_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_public_name_is_the_same_class():
+    assert vspdf.Pattern is Pattern
+
+
+def test_threads_get_one_object():
+    for seed in range(20):
+        mask = torch.rand(64, 64, generator=torch.Generator().manual_seed(seed)) < 0.5
+        start = threading.Barrier(4)
+        with ThreadPoolExecutor(4) as pool:
+            made = list(pool.map(lambda _, m=mask, b=start: (b.wait(), Pattern.from_mask(m))[1], range(4)))
+        assert len(set(map(id, made))) == 1
