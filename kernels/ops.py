@@ -14,15 +14,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vspdf import ledger
 from vspdf.errors import UserError
-from vspdf.kernels import cpu, reference
+from vspdf.kernels import cpu, dense, reference
 from vspdf.kernels.dispatch import choose
 from vspdf.pattern import Pattern
 
-_RUN = {
-    "forward": (cpu.forward, reference.forward),
-    "grad_input": (cpu.grad_input, reference.grad_input),
-    "grad_values": (cpu.grad_values, reference.grad_values),
-}
+_PATHS = {"cpu": cpu, "dense": dense, "reference": reference}
+_PRODUCTS = ("forward", "grad_input", "grad_values")
 
 
 def _run(product: str, pattern: Pattern, backend: str, *tensors: Tensor | None) -> Tensor:
@@ -30,14 +27,12 @@ def _run(product: str, pattern: Pattern, backend: str, *tensors: Tensor | None) 
     x = tensors[0]
     assert x is not None
     tokens = x.shape[0]
-    sparse, dense = _RUN[product]
-    run = lambda path: (sparse if path == "cpu" else dense)(*tensors, pattern)  # type: ignore[operator]  # noqa: E731
+    run = lambda path: getattr(_PATHS[path], product)(*tensors, pattern)  # noqa: E731
     choice = choose(product, pattern, tokens, x.dtype, x.device, backend, tune=run)
     start = time.perf_counter()
-    if choice.path == "cpu":
-        result, macs = run("cpu")
-    else:
-        result, macs = run("dense"), tokens * pattern.numel
+    result = run(choice.path)
+    # Only the sparse kernels count for themselves; a dense product multiplies everything.
+    result, macs = result if choice.path == "cpu" else (result, tokens * pattern.numel)
     seconds = time.perf_counter() - start
     ledger.record(product, 2 * tokens * pattern.numel, 2 * tokens * pattern.nnz, 2 * macs, seconds)
     return result
@@ -96,7 +91,7 @@ def _backward(ctx, grad_output):
     if ctx.needs_input_grad[1]:
         grad_v = _grad_values(grad_output, x, key, ctx.backend)
     if ctx.has_bias and ctx.needs_input_grad[2]:
-        grad_b = grad_output.sum(dim=tuple(range(grad_output.dim() - 1)))
+        grad_b = grad_output.sum_to_size(grad_output.shape[-1])
     return grad_x, grad_v, grad_b, None, None
 
 
@@ -159,7 +154,7 @@ def sparse_linear(
     Notes
     -----
     FLOPs: ``2 * tokens * nnz`` forward, twice that backward (SPDF, arXiv:2303.10464). Under autocast, inputs are cast
-    to its dtype as for `torch.nn.functional.linear`. Double backward is not supported.
+    to its dtype as for `torch.nn.functional.linear` (float64 is not). Double backward is not supported.
     """
     if x.dim() == 0 or x.shape[-1] != pattern.in_features:
         raise UserError(
@@ -171,15 +166,15 @@ def sparse_linear(
         raise UserError(
             f"bias of shape {tuple(bias.shape)} does not fit a {pattern}: expected ({pattern.out_features},)."
         )
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_floating_point():
+        raise UserError(f"x is {x.dtype}: expected a floating-point tensor.")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, values = x.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     for name, tensor in (("values", values), ("bias", bias)):
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
-            raise UserError(
-                f"{name} are {tensor.dtype} on {tensor.device}, x is {x.dtype} on {x.device}: they must agree."
-            )
+            raise UserError(f"{name} {tensor.dtype} on {tensor.device} and x {x.dtype} on {x.device} must agree.")
     return _linear(x, values, bias, pattern.digest, backend)
 
 
@@ -187,7 +182,7 @@ def explain(pattern: Pattern, tokens: int, dtype: torch.dtype = torch.float32, b
     """What `sparse_linear` would run for `tokens` rows here, a line per product, and why."""
     device = torch.device("cpu")
     lines = []
-    for product in _RUN:
+    for product in _PRODUCTS:
         choice = choose(product, pattern, tokens, dtype, device, backend)
         kernel = cpu.plan(pattern).describe(tokens, torch.get_num_threads())[product] if choice.path == "cpu" else ""
         lines.append(f"{product}: {choice.path}{f' ({kernel})' if kernel else ''}: {choice.reason}")

@@ -85,7 +85,7 @@ class Pattern:
         bits = np.array(bits, dtype=np.uint8)  # its own: the caller's memory may change
         if bits.shape != ((numel + 7) // 8,):
             raise UserError(
-                f"a pattern of shape {shape} needs {(numel + 7) // 8} bytes of bits, got an array of shape {bits.shape}."
+                f"a pattern of shape {shape} needs {(numel + 7) // 8} bytes of bits, got them as {bits.shape}."
             )
         if numel % 8 and bits[-1] >> (numel % 8):
             raise UserError("a pattern's unused trailing bits must be zero.")
