@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "isa.hpp"
+#include "materialise.hpp"
 #include "parallel.hpp"
 #include "plan.hpp"
 
@@ -76,6 +77,18 @@ PYBIND11_MODULE(_C, m) {
                int64_t tokens, int dtype, int threads) {
                 return plan.grad_values(pointer(dvalues), pointer(dy), dy_stride, pointer(x), x_stride, tokens,
                                         Dtype(dtype), threads);
+            },
+            release)
+        .def(
+            "scatter",
+            [](const Plan& plan, uintptr_t dense, uintptr_t values, int dtype, int threads) {
+                scatter(plan.csr(), pointer(dense), pointer(values), Dtype(dtype), threads);
+            },
+            release)
+        .def(
+            "gather",
+            [](const Plan& plan, uintptr_t values, uintptr_t dense, int dtype, int threads) {
+                gather(plan.csr(), pointer(values), pointer(dense), Dtype(dtype), threads);
             },
             release)
         .def_property_readonly("nbytes", &Plan::nbytes)

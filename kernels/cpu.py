@@ -44,6 +44,11 @@ def extension() -> Any:
     return _C
 
 
+def takes(tensor: Tensor) -> bool:
+    """Whether the kernels can work on a tensor like this one."""
+    return _C is not None and tensor.device.type == "cpu" and tensor.dtype in DTYPES
+
+
 def isa() -> str:
     """Instruction set that the kernels use: the best one here, or what ``VSPDF_ISA`` asks for."""
     return os.environ.get("VSPDF_ISA") or extension().isas()[0]
@@ -110,3 +115,19 @@ def grad_values(grad_output: Tensor, x: Tensor, pattern: Pattern) -> tuple[Tenso
         x.shape[0], DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return dvalues, macs
+
+
+def materialise(values: Tensor, pattern: Pattern) -> Tensor:
+    """Dense weight [out_features, in_features] with zeros at masked positions."""
+    values = values.contiguous()
+    weight = values.new_empty(pattern.shape)
+    plan(pattern).scatter(weight.data_ptr(), values.data_ptr(), DTYPES[values.dtype], torch.get_num_threads())
+    return weight
+
+
+def sample(dense: Tensor, pattern: Pattern) -> Tensor:
+    """Kept positions of a dense [out_features, in_features], row-major: shape (nnz,)."""
+    dense = dense.contiguous()
+    values = dense.new_empty(pattern.nnz)
+    plan(pattern).gather(values.data_ptr(), dense.data_ptr(), DTYPES[dense.dtype], torch.get_num_threads())
+    return values

@@ -31,7 +31,7 @@ SMALL = 1 << 21  # multiply-adds: below it a call costs microseconds either way 
 
 
 class Choice(NamedTuple):
-    path: str  # "cpu" or "dense"
+    path: str  # "cpu", "dense" or "reference"
     reason: str
 
 
@@ -160,7 +160,7 @@ def choose(
     if backend not in BACKENDS:
         raise UserError(f"unknown backend '{backend}'.{did_you_mean(backend, BACKENDS)}")
     if backend == "reference":
-        return Choice("dense", "asked for: masked-dense PyTorch")
+        return Choice("reference", "asked for")
     if backend == "triton":
         raise BackendUnavailable("backend 'triton' is not part of this version; use 'auto' (dense on a GPU).")
     refusal = (

@@ -1,6 +1,6 @@
 """The truth: the three products of a sparse linear layer in plain masked-dense PyTorch.
 
-Any float dtype, any device; nothing is skipped. The kernels are tested against it, and the dense path of `auto` is it.
+Any float dtype, any device; nothing is skipped. The kernels are tested against it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ def materialise(values: Tensor, pattern: Pattern) -> Tensor:
     return weight.view(pattern.shape)
 
 
+def sample(dense: Tensor, pattern: Pattern) -> Tensor:
+    """Kept positions of a dense [out_features, in_features], row-major: shape (nnz,)."""
+    return dense.reshape(-1)[pattern.positions().to(dense.device)]
+
+
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
     """``x @ W.T + bias``: [T, in_features] -> [T, out_features]."""
     return torch.nn.functional.linear(x, materialise(values, pattern), bias)
@@ -30,4 +35,4 @@ def grad_input(grad_output: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
 
 def grad_values(grad_output: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
     """``grad_output.T @ x`` at kept positions, row-major: shape (nnz,)."""
-    return (grad_output.T @ x).view(-1)[pattern.positions().to(x.device)]
+    return sample(grad_output.T @ x, pattern)
