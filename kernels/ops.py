@@ -179,11 +179,12 @@ def sparse_linear(
 
 
 def explain(pattern: Pattern, tokens: int, dtype: torch.dtype = torch.float32, backend: str = "auto") -> str:
-    """What `sparse_linear` would run for `tokens` rows here, a line per product, and why."""
-    device = torch.device("cpu")
+    """Path and reason for `tokens` rows on the CPU, a line per product; `vspdf.explain` is the public form."""
     lines = []
     for product in _PRODUCTS:
-        choice = choose(product, pattern, tokens, dtype, device, backend)
-        kernel = cpu.plan(pattern).describe(tokens, torch.get_num_threads())[product] if choice.path == "cpu" else ""
-        lines.append(f"{product}: {choice.path}{f' ({kernel})' if kernel else ''}: {choice.reason}")
+        choice = choose(product, pattern, tokens, dtype, torch.device("cpu"), backend)
+        path = choice.path
+        if path == "cpu":
+            path = f"{path}-{cpu.isa()} ({cpu.plan(pattern).describe(tokens, torch.get_num_threads())[product]})"
+        lines.append(f"{product}: {backend} chose {path}: {choice.reason}")
     return "\n".join(lines)

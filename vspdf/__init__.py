@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vspdf.errors import BackendUnavailable as BackendUnavailable
     from vspdf.errors import UserError as UserError
-    from vspdf.kernels.ops import explain as explain
     from vspdf.kernels.ops import sparse_linear as sparse_linear
     from vspdf.ledger import training_flops as training_flops
     from vspdf.pattern import Pattern as Pattern
     from vspdf.simulator import simulate as simulate
     from vspdf.sparse import SparseLinear as SparseLinear
     from vspdf.sparse import densify as densify
+    from vspdf.sparse import explain as explain
     from vspdf.sparse import set_sparsity as set_sparsity
     from vspdf.sparse import sparsify as sparsify
 
@@ -28,7 +28,7 @@ _HOMES = {
     "SparseLinear": "vspdf.sparse",
     "UserError": "vspdf.errors",
     "densify": "vspdf.sparse",
-    "explain": "vspdf.kernels.ops",
+    "explain": "vspdf.sparse",
     "set_sparsity": "vspdf.sparse",
     "simulate": "vspdf.simulator",
     "sparse_linear": "vspdf.kernels.ops",

@@ -193,11 +193,16 @@ def info(as_json: Json = False) -> None:
     """Versions, instruction sets, threads, and which backends can run here."""
     from vspdf import info as facts
 
-    body = {"hardware": facts.hardware(), "versions": facts.versions(), "backends": facts.backends()}
+    body = {"hardware": facts.hardware(), "versions": facts.versions(), "backends": facts.backends(), "tuning": facts.tuning()}
     if as_json:
         _emit(body)
         return
     for title, entries in body.items():
+        if title == "tuning":
+            out.print("paths that auto has measured on this machine", style="bold")
+            for line in entries or ["none yet"]:
+                out.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+            continue
         out.print(title, style="bold")
         for key, value in entries.items():
             out.print(f"  {key}: {value}", markup=False, highlight=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vspdf.kernels import cpu
+from vspdf.kernels import cpu, dispatch
 
 
 def hardware() -> dict[str, Any]:
@@ -42,3 +42,8 @@ def backends() -> dict[str, str]:
         "reference": "available",
         "triton": "not part of this version",
     }
+
+
+def tuning() -> list[str]:
+    """What `auto` has measured on this machine and chose from it, a line each."""
+    return [] if cpu.unavailable() else dispatch.describe_table()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vspdf.errors import UserError
+from vspdf.kernels import ops
 from vspdf.kernels.ops import sparse_linear
 from vspdf.pattern import Pattern
 
@@ -34,6 +35,7 @@ class SparseLinear(nn.Module):
 
     Parameters: ``values``, shape (nnz,), row-major over the pattern, and ``bias``, shape (out_features,) or None.
     A state_dict holds both and the packed pattern; loading one adopts its pattern, which must have as many weights.
+    Optimizers that tell matrices from the rest by ``dim()`` take `values`, a vector, for the rest: name it to decay it.
 
     Attributes
     ----------
@@ -79,16 +81,20 @@ class SparseLinear(nn.Module):
     def out_features(self) -> int:
         return self.pattern.out_features
 
+    @property
     def weight(self) -> Tensor:
-        """Dense weight [out_features, in_features], zeros at masked positions; detached."""
-        return scatter(self.values.detach(), self.pattern)
+        """Dense weight [out_features, in_features] with zeros at masked positions, for code that reads a layer's weight.
+
+        Made anew at every access and differentiable; to change weights, change `values`.
+        """
+        return scatter(self.values, self.pattern)
 
     def to_linear(self) -> nn.Linear:
         """Dense `nn.Linear` with zeros at masked positions."""
         like = {"device": self.values.device, "dtype": self.values.dtype}
         linear = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, bias=self.bias is not None, **like)
         with torch.no_grad():
-            linear.weight.copy_(self.weight())
+            linear.weight.copy_(self.weight)
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
         return linear.train(self.training)
@@ -99,7 +105,7 @@ class SparseLinear(nn.Module):
             return self.to_linear()
         layer = self.conv1d(self.out_features, self.in_features).to(self.values)
         with torch.no_grad():
-            layer.weight.copy_(self.weight().T)  # type: ignore[operator]
+            layer.weight.copy_(self.weight.T)  # type: ignore[operator]
             if self.bias is not None:
                 layer.bias.copy_(self.bias)  # type: ignore[operator]
         return layer.train(self.training)
@@ -121,6 +127,34 @@ class SparseLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {bias=}, {sparsity=:.4g}"
 
 
+def explain(
+    target: nn.Module | Pattern, tokens: int, *, dtype: torch.dtype = torch.float32, backend: str = "auto"
+) -> str:
+    """Which path each product takes here, and why.
+
+    Parameters
+    ----------
+    target : Pattern, SparseLinear, or any module with sparse layers inside
+    tokens : int
+        Rows of the input, batch times sequence.
+
+    Returns
+    -------
+    str
+        A line per product, under a line per layer where there are several.
+    """
+    if isinstance(target, Pattern):
+        return ops.explain(target, tokens, dtype, backend)
+    layers = sparse_layers(target)
+    if not layers:
+        return "no sparse layer: every product is torch's own."
+    parts = []
+    for name, layer in layers.items():
+        lines = ops.explain(layer.pattern, tokens, dtype, layer.backend)
+        parts.append(f"{name}\n  " + lines.replace("\n", "\n  ") if name else lines)
+    return "\n".join(parts)
+
+
 def scatter(values: Tensor, pattern: Pattern, inside: Pattern | None = None) -> Tensor:
     """`values` of `pattern` spread over the dense matrix, or over the positions of `inside`, with zeros between.
 
@@ -140,9 +174,12 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts `new` in every place of `old`: a shared module stays shared."""
+    for parent in list(model.modules()):
+        for child, module in list(parent._modules.items()):
+            if module is old:
+                setattr(parent, child, new)
 
 
 def _layer_seed(seed: int, name: str) -> int:
