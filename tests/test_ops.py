@@ -169,7 +169,7 @@ def test_other_dtypes_run_dense_and_say_so(dtype):
     weight = torch.zeros(12, 9, dtype=dtype).masked_scatter(pattern.mask(), values)
     torch.testing.assert_close(vspdf.sparse_linear(x, values, pattern, bias), nn.functional.linear(x, weight, bias))
     assert "dense" in vspdf.explain(pattern, 8, dtype)
-    with pytest.raises(UserError, match="no kernel for torch"):
+    with pytest.raises(UserError, match=r"no kernel for torch"):
         vspdf.sparse_linear(x, values, pattern, bias, backend="cpu")
 
 
@@ -200,7 +200,7 @@ def test_double_backward_says_that_it_is_not_supported(backend):
     x, values, bias = draw(pattern, 5)
     y = vspdf.sparse_linear(x, values, pattern, bias, backend=backend)
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward through sparse_linear is not supported"):
+    with pytest.raises(RuntimeError, match=r"double backward through sparse_linear is not supported"):
         grad.sum().backward()
 
 

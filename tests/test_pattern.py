@@ -106,7 +106,7 @@ def test_a_pattern_owns_its_bits():
     pattern = Pattern((2, 2), bits)
     bits[0] = 0
     assert pattern.nnz == 3 and pattern.mask().tolist() == [[True, True], [False, True]]
-    with pytest.raises(ValueError, match="read-only"):
+    with pytest.raises(ValueError, match=r"read-only"):
         pattern.bits[0] = 0
 
 

@@ -21,7 +21,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     near = get_close_matches(str(word), known, n=1, cutoff=0.55)
     if near:
         return f" Did you mean '{near[0]}'?"
-    return f" Known: {', '.join(known)}." if known else ""
+    return f" Known: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}." if known else ""
 
 
 def near_path(path: Path, keywords: Iterable[str] = ()) -> str:

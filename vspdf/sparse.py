@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import math
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from vspdf.errors import UserError
+from vspdf.errors import UserError, did_you_mean
 from vspdf.kernels import ops
 from vspdf.kernels.ops import sparse_linear
 from vspdf.pattern import Pattern
@@ -28,6 +29,10 @@ UNEMBEDDINGS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out", "output_proj
 def _is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D, a linear layer whose weight is [in, out]; known without importing transformers."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or _is_conv1d(module)
 
 
 class SparseLinear(nn.Module):
@@ -83,7 +88,7 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Dense weight [out_features, in_features] with zeros at masked positions, for code that reads a layer's weight.
+        """Dense weight [out_features, in_features], zeros at masked positions, for code that reads a layer's weight.
 
         Made anew at every access and differentiable; to change weights, change `values`.
         """
@@ -103,7 +108,9 @@ class SparseLinear(nn.Module):
         """Dense layer of the class this one was made from."""
         if self.conv1d is None:
             return self.to_linear()
-        layer = self.conv1d(self.out_features, self.in_features).to(self.values)
+        with torch.device("meta"):  # its constructor would draw random numbers
+            layer = self.conv1d(self.out_features, self.in_features)
+        layer = layer.to_empty(device=self.values.device).to(self.values.dtype)
         with torch.no_grad():
             layer.weight.copy_(self.weight.T)  # type: ignore[operator]
             if self.bias is not None:
@@ -170,6 +177,10 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
 
 
+def _globs(globs: str | Iterable[str]) -> tuple[str, ...]:
+    return (globs,) if isinstance(globs, str) else tuple(globs)
+
+
 def _matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
 
@@ -192,26 +203,26 @@ def sparsify(
     sparsity: float | Mapping[str, float | Pattern],
     *,
     seed: int = 0,
-    include: Iterable[str] = ("*",),
-    exclude: Iterable[str] = (),
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = (),
     rescale: bool = False,
     backend: str = "auto",
     optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, Pattern]:
     """Replaces linear layers of any model, in place, by sparse ones with static random masks.
 
-    Takes every `nn.Linear` and transformers' `Conv1D` except unembeddings (by name, `UNEMBEDDINGS`), and skips with a
-    logged warning layers whose weight is tied or frozen. Embeddings and norms are never touched. Kept weights keep
-    their values.
+    Takes every `nn.Linear` and transformers' `Conv1D`, except unembeddings (by name, `UNEMBEDDINGS`) and subclasses,
+    which may use their weight in ways of their own. Layers whose weight is tied or frozen are skipped with a logged
+    warning. Embeddings and norms are never touched. Kept weights keep their values; biases stay the same parameters.
 
     Parameters
     ----------
     model : nn.Module
-    sparsity : float in [0, 1), or mapping from glob to float or Pattern
+    sparsity : float in [0, 1), or mapping from glob over module names to float or Pattern
         Of a mapping the first matching glob counts; layers that match none stay dense, as do those at 0.
     seed : int
         Together with a layer's name gives its mask.
-    include, exclude : iterables of globs over module names
+    include, exclude : globs over module names, one or several
     rescale : bool
         Density-aware init (SµPar, arXiv:2405.15743): multiply kept weights by ``1/sqrt(density)``. For a model that was
         only just initialised.
@@ -227,67 +238,73 @@ def sparsify(
     Raises
     ------
     UserError
-        If a sparsity is outside [0, 1), a pattern does not fit, or no layer matches.
+        If a sparsity is outside [0, 1), a pattern does not fit, or a glob or the whole call matches no layer. The model
+        is then as it was.
     """
     rules = dict(sparsity) if isinstance(sparsity, Mapping) else {"*": sparsity}
     for glob, amount in rules.items():
         if not isinstance(amount, Pattern) and not 0 <= amount < 1:
             raise UserError(f"sparsity must lie in [0, 1), not {amount}{'' if glob == '*' else f' (for {glob!r})'}.")
-    uses: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    patterns: dict[str, Pattern] = {}
-    for name, module in list(model.named_modules()):
-        if not (type(module) is nn.Linear or _is_conv1d(module)) or _matches(name, UNEMBEDDINGS):
-            continue
-        if not _matches(name, include) or _matches(name, exclude):
-            continue
+    if _is_linear(model):
+        raise UserError("sparsify replaces layers inside a model; for a single one use SparseLinear.from_linear.")
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if _is_linear(module) and not _matches(name, UNEMBEDDINGS)
+    }
+    if not linears:
+        raise UserError("sparsify found no layer: the model has no nn.Linear or Conv1D beside unembeddings.")
+    include, exclude = _globs(include), _globs(exclude)
+    for glob in (*rules, *include):
+        if not any(fnmatchcase(name, glob) for name in linears):
+            raise UserError(f"'{glob}' matches no linear layer.{did_you_mean(glob, linears)}")
+    for glob in exclude:
+        if not any(fnmatchcase(name, glob) for name, _ in model.named_modules()):
+            raise UserError(f"'{glob}' matches no module.{did_you_mean(glob, linears)}")
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    layers: dict[str, SparseLinear] = {}
+    for name, module in linears.items():
         amount = next((rule for glob, rule in rules.items() if fnmatchcase(name, glob)), 0.0)
-        if not isinstance(amount, Pattern) and amount == 0:
+        if not _matches(name, include) or _matches(name, exclude) or (not isinstance(amount, Pattern) and amount == 0):
             continue
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
         if uses[id(weight)] > 1:
             log.warning("sparsify: '%s' stays dense: its weight is tied to another module's.", name)
-            continue
-        if not weight.requires_grad:
+        elif not weight.requires_grad:
             log.warning("sparsify: '%s' stays dense: its weight is frozen (requires_grad is False).", name)
-            continue
-        if isinstance(amount, Pattern):
-            pattern = amount
         else:
-            shape = tuple(reversed(weight.shape)) if _is_conv1d(module) else tuple(weight.shape)
-            pattern = Pattern.random((shape[0], shape[1]), amount, seed=_layer_seed(seed, name))
-        layer = SparseLinear.from_linear(module, pattern, backend=backend)
+            if not isinstance(amount, Pattern):
+                out_features, in_features = reversed(weight.shape) if _is_conv1d(module) else weight.shape
+                amount = Pattern.random((out_features, in_features), amount, seed=_layer_seed(seed, name))
+            layers[name] = SparseLinear.from_linear(module, amount, backend=backend)
+    for name, layer in layers.items():
+        module, pattern = linears[name], layer.pattern
+        layer.bias = module.bias  # type: ignore[assignment]
         if rescale and pattern.nnz:
             with torch.no_grad():
                 layer.values.mul_(1 / math.sqrt(pattern.density))
-        _carry(optimizer, weight, layer.values, lambda t, m=module, p=pattern: (t.T if _is_conv1d(m) else t)[p.mask()])
-        _carry(optimizer, module.bias, layer.bias, lambda t: t)
-        _replace(model, name, layer)
-        patterns[name] = pattern
-    if not patterns:
-        raise UserError("sparsify found no layer: no nn.Linear or Conv1D matches, or every match is at sparsity 0.")
-    return patterns
+        mask = pattern.mask().to(layer.values.device)
+        _carry(optimizer, module.weight, layer.values, lambda t, m=mask, c=layer.conv1d: (t.T if c else t)[m])
+        _replace(model, module, layer)
+    return {name: layer.pattern for name, layer in layers.items()}
 
 
 def _carry(
     optimizer: torch.optim.Optimizer | None,
     old: object,
-    new: nn.Parameter | None,
+    new: object,
     move: Callable[[Tensor], Tensor],
-    keep_moments: bool = True,
+    moments: str = "keep",
 ) -> None:
     """Puts `new` in the place of `old` in an optimizer; state tensors shaped like `old` go through `move`."""
-    if optimizer is None or old is None or new is None:
+    assert isinstance(old, nn.Parameter) and isinstance(new, nn.Parameter)
+    if optimizer is None:
         return
-    assert isinstance(old, nn.Parameter)
     for group in optimizer.param_groups:
         group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
     state = optimizer.state.pop(old, None)
-    if state and keep_moments:
+    if state and moments == "keep":
         optimizer.state[new] = {
             key: move(value).contiguous() if isinstance(value, Tensor) and value.shape == old.shape else value
             for key, value in state.items()
@@ -315,8 +332,9 @@ def set_sparsity(
     Raises
     ------
     UserError
-        If a layer is already denser, or the model has no sparse layer.
+        If a layer is already denser, the model has no sparse layer, or `moments` is unknown.
     """
+    _check_moments(moments)
     layers = sparse_layers(model)
     if not layers:
         raise UserError("set_sparsity found no sparse layer: call vspdf.sparsify(model, ...) first.")
@@ -325,8 +343,9 @@ def set_sparsity(
     for name, layer in layers.items():
         old, old_values = layer.pattern, layer.values
         spread = lambda t, a=old, b=grown[name]: scatter(t, a, inside=b)  # noqa: E731
-        layer.pattern, layer.values = grown[name], nn.Parameter(spread(old_values.detach()))
-        _carry(optimizer, old_values, layer.values, spread, moments == "keep")
+        values = nn.Parameter(spread(old_values.detach()), old_values.requires_grad)
+        layer.pattern, layer.values = grown[name], values
+        _carry(optimizer, old_values, values, spread, moments)
         before[name] = old
     return before
 
@@ -347,19 +366,30 @@ def densify(
     -------
     dict of str to Pattern
         The patterns before, by module name.
+
+    Raises
+    ------
+    UserError
+        If `moments` is unknown, or `model` is itself a sparse layer.
     """
+    _check_moments(moments)
+    if isinstance(model, SparseLinear):
+        raise UserError("densify replaces layers inside a model; for a single one use its to_linear().")
     before = {}
     for name, layer in sparse_layers(model).items():
         dense = layer.to_original()
-        transpose = layer.conv1d is not None
-        spread = lambda t, p=layer.pattern, tr=transpose: scatter(t, p).T if tr else scatter(t, p)  # noqa: E731
-        weight, bias = dense.weight, dense.bias
-        assert isinstance(weight, nn.Parameter)
-        _carry(optimizer, layer.values, weight, spread, moments == "keep")
-        _carry(optimizer, layer.bias, bias, lambda t: t)  # type: ignore[arg-type]
-        _replace(model, name, dense)
+        dense.weight.requires_grad_(layer.values.requires_grad)  # type: ignore[operator]
+        dense.bias = layer.bias  # type: ignore[assignment]
+        spread = lambda t, p=layer.pattern, c=layer.conv1d: scatter(t, p).T if c else scatter(t, p)  # noqa: E731
+        _carry(optimizer, layer.values, dense.weight, spread, moments)
+        _replace(model, layer, dense)
         before[name] = layer.pattern
     return before
+
+
+def _check_moments(moments: str) -> None:
+    if moments not in ("keep", "reset"):
+        raise UserError(f"moments = '{moments}' is not known.{did_you_mean(moments, ('keep', 'reset'))}")
 
 
 def training_state_bytes(model: nn.Module) -> dict[str, dict[str, int]]:
