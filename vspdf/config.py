@@ -7,14 +7,15 @@ switch from sparse to dense come from small-scale studies (see docs/method.md).
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from vspdf import ledger
@@ -132,29 +133,40 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = find_config(source)
     try:
-        tree = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        stored = OmegaConf.load(path)
+        _check_form(OmegaConf.to_container(stored), Config, "", str(path))
+        tree = OmegaConf.merge(OmegaConf.structured(Config), stored)
     except YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except OmegaConfBaseException as error:
         raise _explained(error, str(path)) from None
-    except (ValueError, TypeError, OSError) as error:  # a scalar or a list where a mapping belongs
-        raise UserError(f"{path}: expected a mapping of settings: {_first_line(error)}.") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {_first_line(error)}.") from None
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"override '{override}' is not of the form key=value.")
         try:
-            value = OmegaConf.create(f"value: {text}").value if text else ""
+            value = OmegaConf.create(f"value: {text}") if text else OmegaConf.create({"value": ""})
             _check_path(tree, key)
-            OmegaConf.update(tree, re.sub(r"\.(\d+)", r"[\1]", key), value)
+            _check_form(OmegaConf.to_container(value)["value"], _hint(key), key, f"override '{override}'")  # type: ignore[call-overload,index]
+            OmegaConf.update(tree, re.sub(r"\.(\d+)", r"[\1]", key), value.value)
         except YAMLError:
             raise UserError(f"override '{override}': its value is not valid YAML.") from None
         except OmegaConfBaseException as error:
             raise _explained(error, f"override '{override}'") from None
-    config = OmegaConf.to_object(tree)
+    try:
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise _explained(error, str(path)) from None
     assert isinstance(config, Config)
     resolve(config)
     return config
+
+
+def shipped() -> list[Path]:
+    """Configurations that come with vspdf."""
+    return sorted(Path(__file__).parent.glob("configs/*.yaml"))
 
 
 def find_config(source: str | Path) -> Path:
@@ -162,12 +174,12 @@ def find_config(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    shipped = {file.stem: file for file in sorted(Path(__file__).parent.glob("configs/*.yaml"))}
-    if str(source) in shipped:
-        return shipped[str(source)]
+    ours = {file.stem: file for file in shipped()}
+    if str(source) in ours:
+        return ours[str(source)]
     if path.is_dir():
         raise UserError(f"{path} is a folder; a configuration is a YAML file.")
-    near = [*shipped, *(str(file) for file in path.parent.glob("*.yaml"))]
+    near = [*ours, *(str(file) for file in path.parent.glob("*.yaml"))]
     raise UserError(f"no configuration '{source}': neither a file nor one that ships.{did_you_mean(str(source), near)}")
 
 
@@ -201,18 +213,44 @@ def _check_path(tree: Any, key: str) -> None:
         seen = f"{seen}.{part}" if seen else part
 
 
+def _hint(key: str) -> Any:
+    """Type of the setting that a dotted key names."""
+    hint: Any = Config
+    for part in key.split("."):
+        hint = get_args(hint)[0] if get_origin(hint) is list else get_type_hints(hint)[part]
+    return hint
+
+
+def _check_form(value: Any, hint: Any, key: str, where: str) -> None:
+    """Mappings, lists and keys must be those of the dataclasses; what single values are is left to OmegaConf."""
+    named = f"'{key}' must be" if key else "expected"
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: {named} a mapping of settings, not {_described(value)}.")
+        known = get_type_hints(hint)
+        for name, item in value.items():
+            path = f"{key}.{name}" if key else str(name)
+            if name not in known:
+                raise UserError(f"{where}: unknown setting '{path}'.{did_you_mean(str(name), known)}")
+            _check_form(item, known[name], path, where)
+    elif get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise UserError(f"{where}: {named} a list, not {_described(value)}.")
+        for i, item in enumerate(value):
+            _check_form(item, get_args(hint)[0], f"{key}.{i}", where)
+    elif value is None and type(None) not in get_args(hint):
+        raise UserError(f"{where}: '{key}' must not be empty.")
+
+
+def _described(value: Any) -> str:
+    kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
+    return kinds.get(type(value), f"'{value}'")
+
+
 def _explained(error: OmegaConfBaseException, where: str) -> UserError:
-    """OmegaConf's error in one line: the key, what was wrong, what is near."""
-    key = error.full_key or error.key
-    if isinstance(error, ConfigKeyError):
-        known = (
-            [f.name for f in dataclasses.fields(error.object_type)]
-            if dataclasses.is_dataclass(error.object_type)
-            else []
-        )
-        return UserError(f"{where}: unknown setting '{key}'.{did_you_mean(str(error.key), known)}")
-    what = f"'{key}': " if key else ""
-    return UserError(f"{where}: {what}{_first_line(error)}.")
+    """OmegaConf's error in one line that names the key."""
+    key = re.sub(r"\[(\d+)\]", r".\1", error.full_key or str(error.key or ""))
+    return UserError(f"{where}: {f'{key!r}: ' if key else ''}{_first_line(error)}.")
 
 
 def _require(ok: bool, message: str) -> None:
@@ -244,19 +282,26 @@ def resolve(config: Config) -> None:
     train, optimizer = config.train, config.optimizer
     _one_of("train.precision", train.precision, ("fp32", "bf16"))
     _one_of("train.backend", train.backend, ("auto", "cpu", "reference"))
-    train.micro_batch_size = train.micro_batch_size or train.batch_size
+    train.micro_batch_size = train.batch_size if train.micro_batch_size is None else train.micro_batch_size
     for key in ("batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
         _require(getattr(train, key) >= 1, f"train.{key} must be at least 1, not {getattr(train, key)}.")
     for key in ("eval_every", "eval_tokens", "sample_tokens", "checkpoint_every", "measure_dense"):
         _require(getattr(train, key) >= 0, f"train.{key} must not be negative, is {getattr(train, key)}.")
     _require(train.threads is None or train.threads >= 1, f"train.threads must be at least 1, not {train.threads}.")
-    _require(optimizer.lr > 0, f"optimizer.lr must be positive, not {optimizer.lr}.")
+    _require(0 < optimizer.lr < math.inf, f"optimizer.lr must be positive, not {optimizer.lr}.")
+    for key in ("eps", "weight_decay", "clip"):
+        value = getattr(optimizer, key)
+        _require(0 <= value < math.inf, f"optimizer.{key} must not be negative, is {value}.")
+    _require(config.seed >= 0, f"seed must not be negative, is {config.seed}.")
     for key in ("beta1", "beta2"):
         _require(
             0 <= getattr(optimizer, key) < 1, f"optimizer.{key} must lie in [0, 1), not {getattr(optimizer, key)}."
         )
-    _require(0 < config.data.validation_fraction < 1, "data.validation_fraction must lie between 0 and 1.")
-    _require(bool(re.fullmatch(r"[\w.-]+", config.name)), f"name = '{config.name}' must be usable as a folder's name.")
+    fraction = config.data.validation_fraction
+    _require(0 < fraction < 1, f"data.validation_fraction must lie between 0 and 1, is {fraction}.")
+    _require(
+        bool(re.fullmatch(r"\w[\w.-]*", config.name)), f"name = '{config.name}' must be usable as a folder's name."
+    )
     _require(
         bool(config.phases), "phases: at least one phase is needed, e.g. [{sparsity: 0.9, steps: 250}, {steps: 50}]."
     )
@@ -275,12 +320,18 @@ def _resolve_model(model: ModelConfig) -> None:
         value = getattr(model, key)
         _require(value is not None, f"model.{key} is not set; give it, or model.name for a preset.")
         _require(value >= 1, f"model.{key} must be at least 1, not {value}.")
-    model.d_ff = model.d_ff or 4 * model.d_model  # type: ignore[operator]
+    assert model.d_model is not None and model.n_head is not None
+    model.d_ff = 4 * model.d_model if model.d_ff is None else model.d_ff
+    _require(model.d_ff >= 1, f"model.d_ff must be at least 1, not {model.d_ff}.")
     _require(
-        model.d_model % model.n_head == 0,  # type: ignore[operator]
+        model.vocab_size is None or model.vocab_size >= 1,
+        f"model.vocab_size must be at least 1, not {model.vocab_size}.",
+    )
+    _require(
+        model.d_model % model.n_head == 0,
         f"model.n_head = {model.n_head} does not divide model.d_model = {model.d_model}.",
     )
-    _require(model.init_std > 0, f"model.init_std must be positive, not {model.init_std}.")
+    _require(0 < model.init_std < math.inf, f"model.init_std must be positive, not {model.init_std}.")
 
 
 def _resolve_phase(config: Config, i: int, phase: PhaseConfig) -> None:
@@ -292,15 +343,18 @@ def _resolve_phase(config: Config, i: int, phase: PhaseConfig) -> None:
         "weights are only ever added.",
     )
     phase.name = phase.name or (f"sparse {phase.sparsity:.4g}" if phase.sparsity else "dense")
-    phase.batch_size = phase.batch_size or config.train.batch_size
+    phase.batch_size = config.train.batch_size if phase.batch_size is None else phase.batch_size
+    _require(phase.batch_size >= 1, f"{key}.batch_size must be at least 1, not {phase.batch_size}.")
     step_tokens = phase.batch_size * config.model.sequence_length  # type: ignore[operator]
     _require((phase.steps is None) != (phase.tokens is None) or phase.tokens == (phase.steps or 0) * step_tokens,
-             f"{key} needs either steps or tokens.")  # fmt: skip
+             f"{key} needs steps or tokens, one of them.")  # fmt: skip
+    _require(phase.tokens is None or phase.tokens >= 1, f"{key}.tokens must be at least 1, not {phase.tokens}.")
     if phase.steps is None:
         phase.steps = max(1, round(phase.tokens / step_tokens))  # type: ignore[operator]
     _require(phase.steps >= 1, f"{key}.steps must be at least 1, not {phase.steps}.")
     phase.tokens = phase.steps * step_tokens
-    micro = min(config.train.micro_batch_size, phase.batch_size)  # type: ignore[type-var]
+    assert config.train.micro_batch_size is not None
+    micro = min(config.train.micro_batch_size, phase.batch_size)
     _require(
         phase.batch_size % micro == 0,
         f"train.micro_batch_size = {micro} does not divide {key}.batch_size = {phase.batch_size}.",
@@ -313,8 +367,16 @@ def _resolve_phase(config: Config, i: int, phase: PhaseConfig) -> None:
     phase.beta2 = config.optimizer.beta2 if phase.beta2 is None else phase.beta2
     if phase.warmup_steps is None:
         phase.warmup_steps = phase.steps // (10 if previous else 20)
-    _require(phase.lr > 0 and phase.lr_multiple > 0, f"{key}: lr and lr_multiple must be positive.")
-    _require(0 <= phase.lr_end <= phase.lr * phase.lr_multiple, f"{key}.lr_end = {phase.lr_end} is above the peak.")
-    _require(0 <= phase.warmup_steps <= phase.steps, f"{key}.warmup_steps = {phase.warmup_steps} exceeds its steps.")
-    _require(phase.revived_warmup >= 0, f"{key}.revived_warmup must not be negative.")
+    peak = phase.lr * phase.lr_multiple
+    _require(phase.lr > 0 and phase.lr_multiple > 0 and peak < math.inf, f"{key}: lr and lr_multiple must be positive.")
+    _require(
+        0 <= phase.lr_end <= peak,
+        f"{key}.lr_end = {phase.lr_end:.4g} must lie between 0 and the phase's peak, {peak:.4g} (lr · lr_multiple).",
+    )
+    _require(
+        0 <= phase.warmup_steps <= phase.steps,
+        f"{key}.warmup_steps = {phase.warmup_steps} must lie between 0 and the phase's {phase.steps} steps.",
+    )
+    _require(phase.revived_warmup >= 0, f"{key}.revived_warmup must not be negative, is {phase.revived_warmup}.")
+    _require(0 <= phase.weight_decay < math.inf, f"{key}.weight_decay must not be negative, is {phase.weight_decay}.")
     _require(0 <= phase.beta2 < 1, f"{key}.beta2 must lie in [0, 1), not {phase.beta2}.")
