@@ -92,6 +92,18 @@ void Assembler::add(Reg dst, int32_t value) {
     for (int i = 0; i < (near ? 1 : 4); ++i) byte(uint8_t(uint32_t(value) >> 8 * i));
 }
 
+void Assembler::lea(Reg dst, Mem src) {
+    byte(uint8_t(0x48 | (dst & 8 ? 4 : 0) | (src.base & 8 ? 1 : 0)));
+    byte(0x8D);
+    byte(uint8_t(0x80 | (dst & 7) << 3 | (src.base & 7)));
+    for (int i = 0; i < 4; ++i) byte(uint8_t(uint32_t(src.disp) >> 8 * i));
+}
+
+void Assembler::vzeroupper() {
+    const uint8_t bytes[3] = {0xC5, 0xF8, 0x77};
+    put(bytes, 3);
+}
+
 void Assembler::jnz(size_t target) {
     const int32_t jump = int32_t(int64_t(target) - int64_t(code.size()) - 6);
     byte(0x0F);

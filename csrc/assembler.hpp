@@ -52,6 +52,8 @@ class Assembler {
     void add(int dst, int a, Mem b) { evex_mem(0x58, 1, 0, dst, a, b, 64); }
 
     void add(Reg dst, int32_t value);  // add dst, value
+    void lea(Reg dst, Mem src);        // dst = src.base + src.disp
+    void vzeroupper();
     void ret() { code.push_back(0xC3); }
     // Jumps back to offset `target` while the last integer result is not zero.
     void jnz(size_t target);

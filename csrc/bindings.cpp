@@ -7,6 +7,7 @@
 #include "materialise.hpp"
 #include "parallel.hpp"
 #include "plan.hpp"
+#include "spmm_kernels.hpp"
 
 namespace py = pybind11;
 using namespace vspdf;
@@ -50,6 +51,9 @@ PYBIND11_MODULE(_C, m) {
             return names;
         },
         "Instruction sets that can run here, best first.");
+
+    m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("seconds") = 0.2, py::call_guard<py::gil_scoped_release>(),
+          "GFLOP/s of multiply-adds from registers: the ceiling.");
 
     const auto release = py::call_guard<py::gil_scoped_release>();
     py::class_<Plan>(m, "Plan")

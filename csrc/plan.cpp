@@ -62,12 +62,12 @@ Plan::~Plan() = default;
 
 int64_t Plan::forward(void* y, const void* x, int64_t x_stride, const void* values, const void* bias, int64_t tokens,
                       Dtype dtype, int threads) const {
-    return spmm_forward(csr_, forward_.get(*this), y, x, x_stride, values, bias, tokens, dtype, threads);
+    return spmm_forward(*this, forward_, y, x, x_stride, values, bias, tokens, dtype, threads);
 }
 
 int64_t Plan::grad_input(void* dx, const void* dy, int64_t dy_stride, const void* values, int64_t tokens, Dtype dtype,
                          int threads) const {
-    return spmm_grad_input(csr_, transposed_.get(*this), dx, dy, dy_stride, values, tokens, dtype, threads);
+    return spmm_grad_input(*this, transposed_, dx, dy, dy_stride, values, tokens, dtype, threads);
 }
 
 int64_t Plan::grad_values(void* dvalues, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
@@ -78,8 +78,8 @@ int64_t Plan::grad_values(void* dvalues, const void* dy, int64_t dy_stride, cons
 size_t Plan::nbytes() const { return csr_.nbytes() + forward_.nbytes() + transposed_.nbytes() + gradient_.nbytes(); }
 
 std::vector<std::pair<std::string, std::string>> Plan::describe(int64_t tokens, int threads) const {
-    return {{"forward", spmm_describe(*this, tokens, threads)},
-            {"grad_input", spmm_describe(*this, tokens, threads)},
+    return {{"forward", spmm_describe(*this, false, forward_, tokens, threads)},
+            {"grad_input", spmm_describe(*this, true, transposed_, tokens, threads)},
             {"grad_values", sddmm_describe(*this, tokens, threads)}};
 }
 

@@ -1,64 +1,410 @@
 #include "spmm.hpp"
 
-#include <vector>
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
 
-#include "bf16.hpp"
 #include "parallel.hpp"
+#include "scratch.hpp"
+#include "spmm_kernels.hpp"
+static double tune(const char* n, double d) {
+    const char* e = getenv(n);
+    return e ? atof(e) : d;
+}
+#define TUNE(n, d) tune(n, d)
 
 namespace vspdf {
 namespace {
 
-template <class T>
-int64_t forward(const Csr& csr, T* y, const T* x, int64_t x_stride, const T* values, const T* bias, int64_t tokens,
-                int threads) {
-    parallel_for(tokens, threads, [&](int64_t t) {
-        for (int row = 0; row < csr.rows; ++row) {
-            float sum = bias ? to_float(bias[row]) : 0;
-            for (uint32_t i = csr.start[row]; i < csr.start[row + 1]; ++i) {
-                sum += to_float(values[i]) * to_float(x[t * x_stride + csr.col[i]]);
-            }
-            from_float(sum, y[t * csr.rows + row]);
+constexpr int kSlice = 16;            // tokens of one call of generated code
+constexpr int kSlices = 16;           // slices that share one pass over the code, which comes from far
+constexpr int kPacked = 1 << 20;      // bytes of packed x at a time: half of a second-level cache
+constexpr int64_t kStream = 1 << 20;  // bytes of output from which on it bypasses the caches
+constexpr int kFewTokens = 64;        // up to here values are read in row-major order, without a plan
+constexpr int kRowsAtOnce = 256;      // rows whose sums stay near while the blocks of features pass
+constexpr int kLines = 32 << 10;      // bytes of packed x that stay in the first-level cache
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The two element types behind one name.
+struct Source {
+    const void* data;
+    int64_t stride;
+    Dtype dtype;
+
+    // out[f][t] = data[token + t, feature + f]; lanes from `tokens` on are zero
+    void pack(const SpmmKernels& kernels, float* out, int lanes, int64_t token, int tokens, int feature,
+              int features) const {
+        const int64_t at = token * stride + feature;
+        if (dtype == Dtype::f32) {
+            kernels.pack(out, lanes, static_cast<const float*>(data) + at, stride, tokens, features);
+        } else {
+            kernels.pack_bf16(out, lanes, static_cast<const bf16*>(data) + at, stride, tokens, features);
+        }
+    }
+};
+
+struct Target {
+    void* data;
+    int64_t stride;
+    Dtype dtype;
+    const float* bias;  // or null
+    bool stream;
+
+    // data[token + t, feature + f] = y[f][t] + bias[feature + f]
+    void unpack(const SpmmKernels& kernels, const float* y, int lanes, int64_t token, int tokens, int feature,
+                int features) const {
+        const int64_t at = token * stride + feature;
+        const float* shift = bias ? bias + feature : nullptr;
+        if (dtype == Dtype::f32) {
+            kernels.unpack(static_cast<float*>(data) + at, stride, y, lanes, tokens, features, shift, stream);
+        } else {
+            kernels.unpack_bf16(static_cast<bf16*>(data) + at, stride, y, lanes, tokens, features, shift, stream);
+        }
+    }
+};
+
+// out[i] = values[source[i]], or values[i] where `source` is null
+void refresh(const SpmmKernels& kernels, float* out, const void* values, const uint32_t* source, int64_t n, Dtype dtype,
+             int threads) {
+    constexpr int64_t kChunk = 1 << 15;
+    parallel_for(ceil_div(n, kChunk), threads, [&](int64_t chunk) {
+        const int64_t first = chunk * kChunk, count = std::min(kChunk, n - first);
+        if (!source) {
+            for (int64_t i = first; i < first + count; ++i) out[i] = to_float(static_cast<const bf16*>(values)[i]);
+        } else if (dtype == Dtype::f32) {
+            kernels.gather(out + first, static_cast<const float*>(values), source + first, count);
+        } else {
+            kernels.gather_bf16(out + first, static_cast<const bf16*>(values), source + first, count);
         }
     });
-    return tokens * csr.nnz();
 }
 
-template <class T>
-int64_t grad_input(const Csr& csr, T* dx, const T* dy, int64_t dy_stride, const T* values, int64_t tokens,
-                   int threads) {
-    parallel_for(tokens, threads, [&](int64_t t) {
-        std::vector<float> sum(csr.cols, 0.f);
-        for (int row = 0; row < csr.rows; ++row) {
-            const float g = to_float(dy[t * dy_stride + row]);
-            for (uint32_t i = csr.start[row]; i < csr.start[row + 1]; ++i) sum[csr.col[i]] += to_float(values[i]) * g;
-        }
-        for (int k = 0; k < csr.cols; ++k) from_float(sum[k], dx[t * csr.cols + k]);
-    });
-    return tokens * csr.nnz();
+// Row-major values as float32: the caller's own where they are.
+const float* as_floats(const SpmmKernels& kernels, const Scratch& scratch, const void* values, int64_t n, Dtype dtype,
+                       int threads) {
+    if (dtype == Dtype::f32) return static_cast<const float*>(values);
+    refresh(kernels, scratch.floats(), values, nullptr, n, dtype, threads);
+    return scratch.floats();
 }
+
+// How the work is cut: `units` token units into blocks of `unit_count`, rows into `parts`, for `threads` threads.
+struct Cut {
+    int64_t blocks;
+    int64_t units;  // most units of a block
+    int64_t parts;
+};
+Cut cut(int64_t units, int64_t most, int64_t few, int threads, int64_t row_units) {
+    int64_t blocks = ceil_div(units, most);
+    if (threads > 1) {
+        // A multiple of the threads, unless that leaves blocks too short to pay for a pass over the values.
+        const int64_t even = ceil_div(blocks, threads) * threads;
+        if (units >= even * few) blocks = even;
+    }
+    const int64_t block = ceil_div(units, blocks);
+    blocks = ceil_div(units, block);
+    const int64_t parts = blocks >= threads ? 1 : std::min<int64_t>(row_units, ceil_div(threads, blocks));
+    return {blocks, block, parts};
+}
+
+// ---- Generated code ---------------------------------------------------------------------------------------------
+
+int64_t run_program(const SpmmKernels& kernels, const SpmmPart& part, const Target& y, const Source& x,
+                    const float* values, int64_t tokens, int threads) {
+    const SpmmProgram& program = part.program;
+    const int64_t slices = ceil_div(tokens, kSlice);
+    const Cut work = cut(slices, TUNE("NS", kSlices), TUNE("FEW", 6), threads, program.chains());
+    const int nblocks = program.blocks;
+    std::atomic<int64_t> macs{0};
+
+    parallel_for(work.blocks * work.parts, threads, [&](int64_t task) {
+        const int64_t first = task / work.parts * work.units;
+        const int count = int(std::min(work.units, slices - first));
+        const int part_index = int(task % work.parts);
+        const int chain0 = int(program.chains() * part_index / work.parts);
+        const int chain1 = int(program.chains() * (part_index + 1) / work.parts);
+        const int64_t token0 = first * kSlice;
+        const auto slice_tokens = [&](int s) {
+            return int(std::min<int64_t>(kSlice, tokens - token0 - int64_t(s) * kSlice));
+        };
+
+        // Blocks of features whose packed lines fit in the second-level cache together.
+        const int64_t line = int64_t(count) * kSlice * sizeof(float);
+        int group = std::clamp<int>(int(TUNE("PACKED", kPacked) / (line * program.block)), 1, nblocks);
+        group = int(ceil_div(nblocks, ceil_div(nblocks, group)));
+        const bool once = group == nblocks;
+        const int group_features = std::min(part.cols, group * program.block);
+
+        // Sums are [slice][window rows][16]. If all features pass at once the window slides with the chains: it then
+        // needs room for one chain and the rows of the one before that did not fill a line of the output.
+        const int row0 = program.row[chain0], row1 = program.row[chain1];
+        const int window = once ? std::min(row1 - row0, program.widest + kSlice) : row1 - row0;
+        Scratch packed(size_t(line) * group_features);
+        Scratch sums(size_t(line) * window);
+        int64_t done = 0;
+
+        for (int g = 0; g < nblocks; g += group) {
+            const int b1 = std::min(nblocks, g + group);
+            const int feature0 = g * program.block;
+            const int features = std::min(part.cols, b1 * program.block) - feature0;
+            for (int s = 0; s < count; ++s) {
+                x.pack(kernels, packed.floats() + int64_t(s) * features * kSlice, kSlice, token0 + s * kSlice,
+                       slice_tokens(s), feature0, features);
+            }
+            const bool last_group = b1 == nblocks;
+            int base = row0;  // the window's first row
+            for (int c = chain0; c < chain1; ++c) {
+                for (int b = g; b < b1; ++b) {
+                    const size_t i = size_t(c) * nblocks + b;
+                    const SpmmProgram::Piece piece = program.piece(i);
+                    // While this piece runs, the next one's code and values are brought near.
+                    size_t next = b + 1 < b1 ? i + 1 : c + 1 < chain1 ? size_t(c + 1) * nblocks + g : i;
+                    const char* code = reinterpret_cast<const char*>(program.code.entry()) + program.at[next];
+                    const char* value = reinterpret_cast<const char*>(values + program.value[next]);
+                    const int64_t code_bytes = next == i ? 0 : program.at[next + 1] - program.at[next];
+                    const int64_t value_bytes = next == i ? 0 : (program.value[next + 1] - program.value[next]) * 4;
+                    const int64_t code_step = (ceil_div(code_bytes, count) + 63) & -64;
+                    const int64_t value_step = (ceil_div(value_bytes, count) + 63) & -64;
+                    const float* lines = packed.floats() + int64_t(b * program.block - feature0) * kSlice;
+                    float* to = sums.floats() + int64_t(program.row[c] - base) * kSlice;
+                    for (int s = 0; s < count; ++s) {
+                        for (int64_t j = s * code_step, e = std::min(code_bytes, j + code_step); j < e; j += 64) {
+                            __builtin_prefetch(code + j, 0, 2);
+                        }
+                        for (int64_t j = s * value_step, e = std::min(value_bytes, j + value_step); j < e; j += 64) {
+                            __builtin_prefetch(value + j, 0, 2);
+                        }
+                        piece(lines + int64_t(s) * features * kSlice, values + program.value[i],
+                              to + int64_t(s) * window * kSlice);
+                        done += int64_t(kSlice) * (program.value[i + 1] - program.value[i]);
+                    }
+                }
+                if (!last_group || (!once && c + 1 < chain1)) continue;
+                // Whole lines of the output leave; the rest of the rows moves to the window's front.
+                const int end = program.row[c + 1], full = c + 1 == chain1 ? end : end / kSlice * kSlice;
+                if (full <= base) continue;
+                for (int s = 0; s < count; ++s) {
+                    float* from = sums.floats() + int64_t(s) * window * kSlice;
+                    y.unpack(kernels, from, kSlice, token0 + s * kSlice, slice_tokens(s), base, full - base);
+                    std::memmove(from, from + (full - base) * kSlice, size_t(end - full) * kSlice * sizeof(float));
+                }
+                base = full;
+            }
+        }
+        macs += done;
+    });
+    return macs;
+}
+
+// ---- Loops ------------------------------------------------------------------------------------------------------
+
+int log2_of(int n) { return n == 1 ? 0 : n == 2 ? 1 : n == 4 ? 2 : 3; }
+
+// The narrowest line of whole vectors for so many tokens, up to the widest.
+int line_vectors(const SpmmKernels& kernels, int64_t tokens) {
+    int vectors = 1;
+    while (vectors * kernels.width < tokens && vectors * kernels.width < kernels.tile) vectors *= 2;
+    return vectors;
+}
+
+// `edge` as in SpmmPart.
+int64_t run_rows(const SpmmKernels& kernels, int rows, int cols, const uint32_t* edge, int block, int blocks,
+                 const uint16_t* col, const Target& y, const Source& x, const float* values, int64_t tokens,
+                 int threads) {
+    const int vectors = line_vectors(kernels, tokens), lanes = vectors * kernels.width;
+    const SpmmKernels::Rows kernel = kernels.rows[log2_of(vectors)];
+    const int64_t tiles = ceil_div(tokens, lanes);
+    const Cut work = cut(tiles, 1, 1, threads, ceil_div(rows, kSlice));
+    std::atomic<int64_t> macs{0};
+
+    parallel_for(work.blocks * work.parts, threads, [&](int64_t task) {
+        const int64_t token = task / work.parts * lanes;
+        const int count = int(std::min<int64_t>(lanes, tokens - token));
+        const auto part_row = [&](int64_t part) {
+            return part == work.parts ? rows : int(rows * part / work.parts / kSlice * kSlice);
+        };
+        const int row0 = part_row(task % work.parts), row1 = part_row(task % work.parts + 1);
+        Scratch packed(sizeof(float) * lanes * cols);
+        Scratch sums(sizeof(float) * lanes * std::min(rows, kRowsAtOnce));
+        x.pack(kernels, packed.floats(), lanes, token, count, 0, cols);
+        int64_t done = 0;
+        for (int r = row0; r < row1; r += kRowsAtOnce) {
+            const int n = std::min(kRowsAtOnce, row1 - r);
+            for (int b = 0; b < blocks; ++b) {
+                const uint32_t* lo = edge + int64_t(b) * rows + r;
+                const uint32_t* hi = blocks == 1 ? lo + 1 : lo + rows;
+                done += kernel(sums.floats(), packed.floats(), values, col, lo, hi, n, b == 0);
+            }
+            y.unpack(kernels, sums.floats(), lanes, token, count, r, n);
+        }
+        macs += done;
+    });
+    (void)block;
+    return macs;
+}
+
+// dx = dy W for few tokens: row-major values added into dx, a private copy for each thread.
+int64_t run_scatter(const SpmmKernels& kernels, const Csr& csr, const Target& dx, const Source& dy, const float* values,
+                    int64_t tokens, int threads) {
+    const int vectors = line_vectors(kernels, tokens), lanes = vectors * kernels.width;
+    const SpmmKernels::Scatter kernel = kernels.scatter[log2_of(vectors)];
+    const int parts = int(std::clamp<int64_t>(csr.nnz() / (8 * csr.cols + 1), 1, threads));
+    const int64_t size = int64_t(lanes) * csr.cols;
+    Scratch sums(sizeof(float) * size * parts);
+    std::atomic<int64_t> macs{0};
+    parallel_for(parts, threads, [&](int64_t part) {
+        const auto part_row = [&](int64_t i) {
+            const uint32_t at = uint32_t(csr.nnz() * i / parts);
+            return i == parts ? csr.rows
+                              : int(std::lower_bound(csr.start.begin(), csr.start.end(), at) - csr.start.begin());
+        };
+        const int row0 = part_row(part), row1 = std::max(row0, part_row(part + 1));
+        float* to = sums.floats() + part * size;
+        std::fill_n(to, size, 0.f);
+        Scratch packed(sizeof(float) * lanes * (row1 - row0));
+        dy.pack(kernels, packed.floats(), lanes, 0, int(tokens), row0, row1 - row0);
+        macs += kernel(to, packed.floats(), values, csr.col.data(), csr.start.data() + row0, row1 - row0);
+    });
+    for (int part = 1; part < parts; ++part) {
+        for (int64_t i = 0; i < size; ++i) sums.floats()[i] += sums.floats()[part * size + i];
+    }
+    dx.unpack(kernels, sums.floats(), lanes, 0, int(tokens), 0, csr.cols);
+    return macs;
+}
+
+int64_t run_part(const SpmmKernels& kernels, const SpmmPart& part, const Target& y, const Source& x, const void* values,
+                 int64_t nnz, int64_t tokens, int threads) {
+    const bool own = x.dtype == Dtype::f32 && part.source.empty();
+    Scratch scratch(own ? 0 : sizeof(float) * nnz);
+    const float* packed = static_cast<const float*>(values);
+    if (!own) {
+        refresh(kernels, scratch.floats(), values, part.source.empty() ? nullptr : part.source.data(), nnz, x.dtype,
+                threads);
+        packed = scratch.floats();
+    }
+    if (part.program.code.entry()) return run_program(kernels, part, y, x, packed, tokens, threads);
+    return run_rows(kernels, part.rows, part.cols, part.edge.data(), part.block, part.blocks, part.col, y, x, packed,
+                    tokens, threads);
+}
+
+bool streams(int64_t tokens, int features) { return tokens * features * int64_t(sizeof(float)) >= kStream; }
 
 }  // namespace
 
-int64_t spmm_forward(const Csr& csr, const SpmmPart&, void* y, const void* x, int64_t x_stride, const void* values,
-                     const void* bias, int64_t tokens, Dtype dtype, int threads) {
-    if (dtype == Dtype::f32) {
-        return forward(csr, static_cast<float*>(y), static_cast<const float*>(x), x_stride,
-                       static_cast<const float*>(values), static_cast<const float*>(bias), tokens, threads);
+SpmmPart::SpmmPart(const Plan& plan, bool transposed) {
+    if (transposed) transpose = vspdf::transpose(plan.csr(), source);
+    const Csr& csr = transposed ? transpose : plan.csr();
+    rows = csr.rows;
+    cols = csr.cols;
+    if (plan.jit()) {
+        std::vector<uint32_t> order;
+        program = SpmmProgram::build(csr, order, refused);
+        if (program.code.entry()) {
+            if (transposed) {
+                for (uint32_t& i : order) i = source[i];
+                transpose = Csr();
+            }
+            source = std::move(order);
+            return;
+        }
+        program = SpmmProgram();
     }
-    return forward(csr, static_cast<bf16*>(y), static_cast<const bf16*>(x), x_stride, static_cast<const bf16*>(values),
-                   static_cast<const bf16*>(bias), tokens, threads);
+    col = csr.col.data();
+    const SpmmKernels& kernels = spmm_kernels(plan.isa());
+    blocks = int(ceil_div(cols, kLines / int(sizeof(float)) / kernels.tile));
+    block = int(ceil_div(cols, blocks));
+    edge.resize(size_t(blocks + 1) * rows);
+    for (int r = 0; r < rows; ++r) {
+        uint32_t i = csr.start[r];
+        for (int b = 0; b <= blocks; ++b) {
+            while (i < csr.start[r + 1] && csr.col[i] < b * block) ++i;
+            edge[size_t(b) * rows + r] = b == blocks ? csr.start[r + 1] : i;
+        }
+    }
 }
 
-int64_t spmm_grad_input(const Csr& csr, const SpmmPart&, void* dx, const void* dy, int64_t dy_stride,
+size_t SpmmPart::nbytes() const {
+    return program.nbytes() + edge.size() * sizeof(uint32_t) + transpose.nbytes() + source.size() * sizeof(uint32_t);
+}
+
+int64_t spmm_forward(const Plan& plan, const Lazy<SpmmPart>& part, void* y, const void* x, int64_t x_stride,
+                     const void* values, const void* bias, int64_t tokens, Dtype dtype, int threads) {
+    if (tokens == 0) return 0;
+    const SpmmKernels& kernels = spmm_kernels(plan.isa());
+    const Csr& csr = plan.csr();
+    Scratch bias_scratch(bias && dtype != Dtype::f32 ? sizeof(float) * csr.rows : 0);
+    const float* shift = bias ? as_floats(kernels, bias_scratch, bias, csr.rows, dtype, 1) : nullptr;
+    const Source in{x, x_stride, dtype};
+    const Target out{y, csr.rows, dtype, shift, streams(tokens, csr.rows)};
+    if (tokens <= TUNE("FEWT", kFewTokens)) {
+        Scratch scratch(dtype != Dtype::f32 ? sizeof(float) * csr.nnz() : 0);
+        return run_rows(kernels, csr.rows, csr.cols, csr.start.data(), csr.cols, 1, csr.col.data(), out, in,
+                        as_floats(kernels, scratch, values, csr.nnz(), dtype, threads), tokens, threads);
+    }
+    return run_part(kernels, part.get(plan, false), out, in, values, csr.nnz(), tokens, threads);
+}
+
+int64_t spmm_grad_input(const Plan& plan, const Lazy<SpmmPart>& part, void* dx, const void* dy, int64_t dy_stride,
                         const void* values, int64_t tokens, Dtype dtype, int threads) {
-    if (dtype == Dtype::f32) {
-        return grad_input(csr, static_cast<float*>(dx), static_cast<const float*>(dy), dy_stride,
-                          static_cast<const float*>(values), tokens, threads);
+    if (tokens == 0) return 0;
+    const SpmmKernels& kernels = spmm_kernels(plan.isa());
+    const Csr& csr = plan.csr();
+    const Source in{dy, dy_stride, dtype};
+    const Target out{dx, csr.cols, dtype, nullptr, streams(tokens, csr.cols)};
+    if (tokens <= std::min<int64_t>(TUNE("FEWT", kFewTokens), 8 * kernels.width)) {
+        Scratch scratch(dtype != Dtype::f32 ? sizeof(float) * csr.nnz() : 0);
+        return run_scatter(kernels, csr, out, in, as_floats(kernels, scratch, values, csr.nnz(), dtype, threads),
+                           tokens, threads);
     }
-    return grad_input(csr, static_cast<bf16*>(dx), static_cast<const bf16*>(dy), dy_stride,
-                      static_cast<const bf16*>(values), tokens, threads);
+    return run_part(kernels, part.get(plan, true), out, in, values, csr.nnz(), tokens, threads);
 }
 
-std::string spmm_describe(const Plan&, int64_t, int) { return "plain loops over the row-major pattern"; }
+std::string spmm_describe(const Plan& plan, bool transposed, const Lazy<SpmmPart>& part, int64_t tokens, int) {
+    const SpmmKernels& kernels = spmm_kernels(plan.isa());
+    if (tokens <= kFewTokens) {
+        return std::string(transposed ? "scattered" : "gathered") + " rows in row-major order, lines of " +
+               std::to_string(line_vectors(kernels, tokens) * kernels.width) + " tokens (few tokens: no packed plan)";
+    }
+    const SpmmPart& built = part.get(plan, transposed);
+    if (built.program.code.entry()) {
+        return "generated code, " + std::to_string(built.program.chains()) + " x " +
+               std::to_string(built.program.blocks) + " pieces, " + std::to_string(built.program.code.nbytes() >> 10) +
+               " KiB";
+    }
+    const std::string why = plan.isa() != Isa::avx512 ? "generated code needs avx512"
+                            : built.refused.empty()   ? "VSPDF_JIT=0"
+                                                      : built.refused;
+    return std::string("row loops (") + isa_name(plan.isa()) + "), tiles of " + std::to_string(kernels.tile) +
+           " tokens, " + std::to_string(built.blocks) + " blocks of features (" + why + ")";
+}
+
+const SpmmKernels& spmm_kernels(Isa isa) {
+#if defined(__x86_64__)
+    if (isa == Isa::avx512) return spmm_kernels_avx512;
+    if (isa == Isa::avx2) return spmm_kernels_avx2;
+#endif
+    (void)isa;
+    return spmm_kernels_plain;
+}
+
+double fma_peak(int threads, double seconds) {
+    using Clock = std::chrono::steady_clock;
+    const SpmmKernels& kernels = spmm_kernels(isas().front());
+    std::vector<double> rates(std::max(threads, 1), 0.0);
+    parallel_for(int64_t(rates.size()), threads, [&](int64_t thread) {
+        int64_t flops = 0;
+        double passed = 0;
+        for (const auto start = Clock::now(); passed < seconds;) {
+            flops += kernels.fma_rounds(20000);
+            passed = std::chrono::duration<double>(Clock::now() - start).count();
+        }
+        rates[thread] = double(flops) / passed / 1e9;
+    });
+    double total = 0;
+    for (double rate : rates) total += rate;
+    return total;
+}
 
 }  // namespace vspdf
