@@ -1,7 +1,58 @@
+import inspect
+import logging
 import os
 import tempfile
+import textwrap
 
 # Before vspdf is imported: the suite neither reads nor leaves anything in the user's cache.
 _cache = tempfile.TemporaryDirectory(prefix="vspdf-tests-")
 os.environ["VSPDF_CACHE"] = _cache.name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+
+TINY_RUN = """
+    name: tiny
+    model: {n_layer: 2, d_model: 32, n_head: 4, sequence_length: 16}
+    data: {corpus: CORPUS, validation_fraction: 0.1}
+    optimizer: {lr: 3.0e-3}
+    train:
+      batch_size: 8
+      threads: 2
+      log_every: 1
+      eval_every: 0
+      eval_tokens: 512
+      sample_tokens: 0
+      checkpoint_every: 0
+      measure_dense: 0
+    phases:
+      - {name: sparse, sparsity: 0.9, steps: 12, lr_multiple: 2}
+      - {name: half, sparsity: 0.5, steps: 8}
+      - {name: dense, steps: 8}
+"""
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A text file of some ten thousand words."""
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("\n\n".join(inspect.getsource(module) for module in (logging, inspect, textwrap)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_config(corpus):
+    """Writes into a folder a configuration that trains in a second; its run goes to run/ beside it."""
+
+    def write(folder):
+        path = folder / "tiny.yaml"
+        path.write_text(f"run_dir: {folder}/run\n" + textwrap.dedent(TINY_RUN).replace("CORPUS", str(corpus)))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def tiny(tmp_path, tiny_config):
+    """Path of such a configuration in `tmp_path`."""
+    return tiny_config(tmp_path)

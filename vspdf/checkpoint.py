@@ -30,16 +30,11 @@ _PATTERN = ".pattern"
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state by name; sparse layers as values, bias and packed pattern. Tied tensors appear once."""
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen and tensor.numel():
-            continue
-        seen.add(tensor.data_ptr())
-        name = name.removesuffix(_EXTRA) + _PATTERN if name.endswith(_EXTRA) else name
-        tensors[name] = tensor.contiguous()
-    return tensors
+    """A model's state by name; sparse layers as values, bias and packed pattern."""
+    return {
+        name.removesuffix(_EXTRA) + _PATTERN if name.endswith(_EXTRA) else name: tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+    }
 
 
 def stored_patterns(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Pattern]:
@@ -48,8 +43,8 @@ def stored_patterns(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, P
     for name, bits in tensors.items():
         if name.endswith(_PATTERN):
             layer = model.get_submodule(name.removesuffix(_PATTERN))
-            shape = layer.pattern.shape if isinstance(layer, SparseLinear) else layer.weight.shape  # type: ignore[union-attr]
-            patterns[name.removesuffix(_PATTERN)] = Pattern((shape[0], shape[1]), bits.numpy())  # type: ignore[index]
+            assert isinstance(layer, (SparseLinear, nn.Linear))
+            patterns[name.removesuffix(_PATTERN)] = Pattern((layer.out_features, layer.in_features), bits.numpy())
     return patterns
 
 
@@ -64,7 +59,7 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimizer state as ``PARAMETER:KEY`` tensors."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}:{key}": torch.as_tensor(value).contiguous()
         for parameter, state in optimizer.state.items()
@@ -109,6 +104,7 @@ def save(
         (draft / "state.json").write_text(text)
         for name in (*FILES, "state.json"):
             _flush(draft / name)
+        _flush(draft)
         if final.exists():  # the same step, reached again after a resume
             shutil.rmtree(final)
         draft.rename(final)
@@ -163,7 +159,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tenso
         stated = state.pop("state_sha256")
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} has no state.json; it is not whole.") from None
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         raise _damaged(path / "state.json") from None
     if _digest(state) != stated:
         raise _damaged(path / "state.json")

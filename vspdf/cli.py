@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from vspdf.errors import BackendUnavailable, UserError
+from vspdf.allocator import keep_freed_memory
+from vspdf.errors import BackendUnavailable, Interrupted, UserError
 
 app = typer.Typer(
     name="vspdf",
@@ -31,8 +32,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to std
 
 def main() -> None:
     """Entry point: user errors end in one line and status 2, a stopped run in status 130."""
-    from vspdf.train import Interrupted
-
     logging.basicConfig(
         level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=err, show_path=False, show_time=False)]
     )
@@ -66,13 +65,12 @@ def train(
 
     `vspdf train my.yaml run_dir=runs/mine --resume`
     """
-    from omegaconf import OmegaConf
-
     from vspdf import config as configuration
     from vspdf.train import train as run
 
+    keep_freed_memory()
     settings = configuration.load(config, overrides or [])
-    err.print(OmegaConf.to_yaml(OmegaConf.structured(settings)).rstrip(), style="dim", markup=False, highlight=False)
+    err.print(configuration.to_yaml(settings).rstrip(), style="dim", markup=False, highlight=False)
     summary = run(
         settings, resume=resume, say=lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True)
     )
@@ -86,7 +84,8 @@ def train(
 def _print_summary(summary: dict[str, Any]) -> None:
     phases = summary["phases"]
     table = Table(
-        title=f"{summary['name']}: {summary['model']['parameters'] / 1e6:.1f}M parameters on {summary['corpus']['name']}",
+        title=f"{summary['name']}: {summary['model']['parameters'] / 1e6:.1f}M parameters on "
+        f"{summary['corpus']['name']}",
         title_justify="left",
     )
     table.add_column("phase")
@@ -104,7 +103,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
         ("TFLOP executed", lambda p: f"{p['flops']['executed'] / 1e12:,.2f}"),
         ("seconds a step (median)", lambda p: f"{p['step_seconds_median']:.3f}"),
         ("dense step beside it", lambda p: f"{p['dense_step_seconds_median']:.3f}" if "speedup" in p else "-"),
-        ("speed-up (pairs low-high)", lambda p: "{median:.2f}x ({low:.2f}-{high:.2f})".format(**p["speedup"]) if "speedup" in p else "-"),
+        ("speed-up (pairs low-high)",
+         lambda p: "{median:.2f}x ({low:.2f}-{high:.2f})".format(**p["speedup"]) if "speedup" in p else "-"),
     ]  # fmt: skip
     for title, cell in rows:
         table.add_row(title, *(cell(phase) for phase in phases))
@@ -193,7 +193,12 @@ def info(as_json: Json = False) -> None:
     """Versions, instruction sets, threads, and which backends can run here."""
     from vspdf import info as facts
 
-    body = {"hardware": facts.hardware(), "versions": facts.versions(), "backends": facts.backends(), "tuning": facts.tuning()}
+    body: dict[str, Any] = {
+        "hardware": facts.hardware(),
+        "versions": facts.versions(),
+        "backends": facts.backends(),
+        "tuning": facts.tuning(),
+    }
     if as_json:
         _emit(body)
         return
@@ -251,6 +256,7 @@ def bench_linear(
         assert all(len(shape) == 3 and min(shape) > 0 for shape in chosen)
     except (ValueError, AssertionError):
         raise UserError(f"--shapes '{shapes}': expected TOKENSxINxOUT, e.g. 1024x768x3072.") from None
+    keep_freed_memory()
     result = benchmark.bench_linear(
         chosen,  # type: ignore[arg-type]
         _numbers(sparsity, float, "--sparsity"), _numbers(threads, int, "--threads") or None, rounds, peers,
@@ -319,6 +325,7 @@ def bench_step(
     """
     from vspdf import bench as benchmark
 
+    keep_freed_memory()
     result = benchmark.bench_step(
         n_layer, d_model, n_head, sequence_length, batch_size, _numbers(sparsity, float, "--sparsity"), threads, rounds,
         progress=lambda line: err.print(line, style="dim", highlight=False),

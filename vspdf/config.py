@@ -183,9 +183,9 @@ def find_config(source: str | Path) -> Path:
     raise UserError(f"no configuration '{source}': neither a file nor one that ships.{did_you_mean(str(source), near)}")
 
 
-def save(config: Config, path: Path) -> None:
-    """Writes a resolved configuration as YAML."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+def to_yaml(config: Config) -> str:
+    """A resolved configuration as `load` reads it."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -15,6 +15,10 @@ class BackendUnavailable(RuntimeError):
     """A backend that was asked for by name cannot run here; the message says what is missing and how to get it."""
 
 
+class Interrupted(Exception):
+    """The user stopped a run; it can be resumed."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The tail of an error message: `` Did you mean 'n_layer'?``, or the known words where none is near."""
     known = list(known)

@@ -280,12 +280,13 @@ def sparsify(
             layers[name] = SparseLinear.from_linear(module, amount, backend=backend)
     for name, layer in layers.items():
         module, pattern = linears[name], layer.pattern
-        layer.bias = module.bias  # type: ignore[assignment]
+        layer.bias = module.bias
         if rescale and pattern.nnz:
             with torch.no_grad():
                 layer.values.mul_(1 / math.sqrt(pattern.density))
-        mask = pattern.mask().to(layer.values.device)
-        _carry(optimizer, module.weight, layer.values, lambda t, m=mask, c=layer.conv1d: (t.T if c else t)[m])
+        mask, conv1d = pattern.mask().to(layer.values.device), _is_conv1d(module)
+        gather = lambda t, mask=mask, conv1d=conv1d: (t.T if conv1d else t)[mask]  # noqa: E731
+        _carry(optimizer, module.weight, layer.values, gather)
         _replace(model, module, layer)
     return {name: layer.pattern for name, layer in layers.items()}
 
@@ -378,8 +379,9 @@ def densify(
     before = {}
     for name, layer in sparse_layers(model).items():
         dense = layer.to_original()
-        dense.weight.requires_grad_(layer.values.requires_grad)  # type: ignore[operator]
-        dense.bias = layer.bias  # type: ignore[assignment]
+        assert isinstance(dense.weight, nn.Parameter)
+        dense.weight.requires_grad_(layer.values.requires_grad)
+        dense.register_parameter("bias", layer.bias)
         spread = lambda t, p=layer.pattern, c=layer.conv1d: scatter(t, p).T if c else scatter(t, p)  # noqa: E731
         _carry(optimizer, layer.values, dense.weight, spread, moments)
         _replace(model, layer, dense)

@@ -1,12 +1,13 @@
 """The trainer: takes a model through its phases and writes down what was done.
 
-A run directory holds `config.yaml`, `metrics.jsonl` (a line per logged step), `patterns.npz`, `checkpoints/` and, at the
-end, `summary.json`. A run killed at any moment goes on from its last checkpoint with equal metrics, to the last bit.
+A run directory holds `config.yaml`, `metrics.jsonl` (a line per logged step), `patterns.npz`, `checkpoints/` and, at
+the end, `summary.json`. A run killed at any moment goes on from its last checkpoint with metrics equal to the last bit.
 """
 
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import math
@@ -29,7 +30,7 @@ from vspdf import checkpoint, info, ledger, schedule
 from vspdf import config as configuration
 from vspdf.config import Config, PhaseConfig
 from vspdf.data import prepare
-from vspdf.errors import UserError
+from vspdf.errors import Interrupted, UserError
 from vspdf.evaluate import Evaluation, autocast, evaluate
 from vspdf.kernels import dispatch
 from vspdf.ledger import Count, Tally
@@ -40,13 +41,10 @@ log = logging.getLogger("vspdf")
 
 # A resumed run may differ in these: they do not touch the numbers.
 FREE_TO_CHANGE = {
-    "name", "run_dir", "train.log_every", "train.eval_every", "train.eval_tokens", "train.sample_tokens",
-    "train.checkpoint_every", "train.keep_checkpoints", "train.measure_dense", "train.tensorboard",
+    "name", "run_dir", "data.cache_dir",
+    "train.log_every", "train.eval_every", "train.eval_tokens", "train.sample_tokens", "train.checkpoint_every",
+    "train.keep_checkpoints", "train.measure_dense", "train.tensorboard",
 }  # fmt: skip
-
-
-class Interrupted(Exception):
-    """The user stopped the run; it can be resumed."""
 
 
 @dataclass
@@ -104,14 +102,18 @@ def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = 
     Interrupted
         After Ctrl-C or SIGTERM, with a checkpoint of the last whole step.
     """
-    return _Run(config, resume, say).go()
+    threads = torch.get_num_threads()
+    try:
+        return _Run(config, resume, say).go()
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Run:
     def __init__(self, config: Config, resume: bool, say: Callable[[str], None]) -> None:
         self.config, self.say = config, say
         self.folder = Path(config.run_dir or "")
-        self._claim_folder(resume)
+        self._check_folder(resume)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         assert config.model.sequence_length is not None
@@ -133,18 +135,17 @@ class _Run:
         self.samples: list[dict[str, Any]] = []
         self.saved_step: int | None = None
         self.stop_signal: int | None = None
+        self._twin: _DenseTwin | None = None
         if resume:
             self._restore()
         else:
-            configuration.save(config, self.folder / "config.yaml")
-            self.data.tokenizer.save(self.folder / "tokenizer.json")
-            (self.folder / "manifest.json").write_text(json.dumps(self.data.manifest, indent=1))
+            self._begin_folder()
         self._trim_metrics()
         self.board = _tensorboard(self.folder) if config.train.tensorboard else None
 
     # -- the run directory -------------------------------------------------------------------------------------------
 
-    def _claim_folder(self, resume: bool) -> None:
+    def _check_folder(self, resume: bool) -> None:
         holds_run = any((self.folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
         if holds_run and not resume:
             raise UserError(
@@ -152,10 +153,6 @@ class _Run:
             )
         if resume and not holds_run:
             raise UserError(f"nothing to resume: '{self.folder}' holds no run.")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run_dir '{self.folder}' cannot be made: {error.strerror}.") from None
         if resume:
             stored = configuration.load(self.folder / "config.yaml")
             if self.config.model.vocab_size is None:
@@ -169,6 +166,16 @@ class _Run:
                     )
                 elif key not in FREE_TO_CHANGE:
                     raise UserError(f"cannot resume '{self.folder}': {key} was {old}, is now {new}.")
+
+    def _begin_folder(self) -> None:
+        """Only now, with model and data at hand: a run that cannot start leaves nothing behind."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run_dir '{self.folder}' cannot be made: {error.strerror}.") from None
+        _write_whole(self.folder / "tokenizer.json", self.data.tokenizer.to_json())
+        _write_whole(self.folder / "manifest.json", json.dumps(self.data.manifest, indent=1))
+        _write_whole(self.folder / "config.yaml", configuration.to_yaml(self.config))
 
     def _trim_metrics(self) -> None:
         """Drops lines after the step the run goes on from, and one that a killed process left half written."""
@@ -260,13 +267,15 @@ class _Run:
             self.revived = None
             if before and (phase.beta2 or 0) > 0.98:
                 log.warning(
-                    "phase '%s' revives weights under beta2 = %s: without revived_warmup (50-100 steps) the loss may spike.",
-                    phase.name, phase.beta2,
-                )  # fmt: skip
+                    "phase '%s' revives weights under beta2 = %s: without revived_warmup (50-100 steps) "
+                    "the loss may spike.",
+                    phase.name,
+                    phase.beta2,
+                )
         old, self.optimizer = self.optimizer, self._new_optimizer(phase)
         if old is not None:
             self.optimizer.state.update(old.state)
-        self.phase = index
+        self.phase, self._twin = index, None
         self.say(self._describe(phase))
 
     def _describe(self, phase: PhaseConfig) -> str:
@@ -287,8 +296,9 @@ class _Run:
         for name, layer in sparse_layers(self.model).items():
             arrays[name] = layer.pattern.bits
             arrays[f"{name}.shape"] = np.array(layer.pattern.shape, dtype=np.int64)
-        with (self.folder / "patterns.npz").open("wb") as stream:
-            np.savez(stream, **arrays)
+        stream = io.BytesIO()
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
+        _write_whole(self.folder / "patterns.npz", stream.getvalue())
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -313,10 +323,10 @@ class _Run:
                 if last or "val_loss" in line or self.step % self.config.train.log_every == 0 or self.step == 1:
                     self._log(phase, line)
                 self.seconds = time.perf_counter() - started
-                every = self.config.train.checkpoint_every
-                if self.step == self.total_steps or self.stop_signal or (every and self.step % every == 0):
+                every, stop = self.config.train.checkpoint_every, self.stop_signal
+                if self.step == self.total_steps or stop or (every and self.step % every == 0):
                     self._save()
-                if self.stop_signal and self.step < self.total_steps:
+                if stop and self.step < self.total_steps:
                     raise Interrupted(f"stopped after step {self.step}; a checkpoint was written: --resume goes on.")
         return self._summarise()
 
@@ -373,17 +383,10 @@ class _Run:
                 part = model(x, y) * share
             part.backward()
             loss += float(part.detach())
-        if not math.isfinite(loss):
-            kept = (
-                f"the checkpoint of step {self.saved_step} is intact"
-                if self.saved_step
-                else "no checkpoint was written yet"
-            )
-            raise UserError(
-                f"the loss of step {self.step + 1} is {loss}: training stopped, {kept}. Lower optimizer.lr?"
-            )
+        self._require_finite("loss", loss)
         clip = self.config.optimizer.clip
         norm = float(nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf))
+        self._require_finite("gradient norm", norm)  # before it reaches weights that a checkpoint would keep
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         if revived is None:
@@ -393,19 +396,23 @@ class _Run:
         optimizer.zero_grad(set_to_none=True)
         return loss, norm
 
+    def _require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            saved = self.saved_step
+            kept = f"the checkpoint of step {saved} is intact" if saved else "no checkpoint was written yet"
+            raise UserError(
+                f"the {what} of step {self.step + 1} is {value}: training stopped, {kept}. Lower optimizer.lr?"
+            )
+
     def _measure_dense(self, phase: PhaseConfig, record: PhaseRecord, samples: int, seconds: float) -> None:
         """Times steps of a dense twin on the batches of the sparse steps beside them, a few per phase."""
         wanted = self.config.train.measure_dense if phase.sparsity else 0
-        if len(record.paired_seconds) >= wanted:
-            self._twin = None
+        if len(record.paired_seconds) >= wanted or len(record.step_seconds) < 2:
             return
-        if len(record.step_seconds) < 2:
-            return
-        if getattr(self, "_twin", None) is None:
+        if self._twin is None:
             self._twin = _DenseTwin(self, phase, samples)
             record.dense_threads = self._twin.threads
             return
-        assert self._twin is not None
         record.paired_seconds.append((seconds, self._twin.step(samples)))
         if len(record.paired_seconds) == wanted:
             self._twin = None
@@ -415,8 +422,6 @@ class _Run:
                 f"measured beside each other: a step takes {mine:.3f} s, a dense step {dense:.3f} s "
                 f"({record.dense_threads} threads): {dense / mine:.2f}x faster (pairs {low:.2f}-{high:.2f})"
             )
-
-    _twin: _DenseTwin | None = None
 
     def _evaluate(self, record: PhaseRecord, line: dict[str, Any]) -> Evaluation:
         train = self.config.train
@@ -450,7 +455,8 @@ class _Run:
         val = f"  val {line['val_loss']:.4f} ({line['val_bits_per_byte']:.3f} bits/byte)" if "val_loss" in line else ""
         skipped = 1 - total.executed / total.dense
         self.say(
-            f"step {self.step:>{len(str(self.total_steps))}}/{self.total_steps}  {phase.name}  loss {line['loss']:.4f}{val}"
+            f"step {self.step:>{len(str(self.total_steps))}}/{self.total_steps}  {phase.name}"
+            f"  loss {line['loss']:.4f}{val}"
             f"  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tokens/s  {skipped:.0%} of FLOPs skipped"
             f"  ETA {_clock(self._eta())}"
         )
@@ -599,7 +605,8 @@ def _dense_counts(model: nn.Module, shape: ledger.Shape, tokens: int) -> dict[st
     """What torch itself multiplies in a step, forward and backward: nothing is skipped there, the columns agree."""
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     macs = {"dense_linear": linear, "attention": shape.attention, "vocabulary": shape.vocabulary}
-    return {name: Count(*(3 * [6 * tokens * n]), 0.0) for name, n in macs.items() if n}
+    flops = {name: 6 * tokens * n for name, n in macs.items() if n}
+    return {name: Count(n, n, n) for name, n in flops.items()}
 
 
 def _profiled(step: Callable[[], Any], vocab_size: int) -> tuple[Any, dict[str, float]]:
@@ -635,7 +642,8 @@ def _fit_model(
     if state["model"] != asdict(shape):
         wrong = next(key for key, value in asdict(shape).items() if state["model"].get(key) != value)
         raise UserError(
-            f"the checkpoint belongs to another model: its {wrong} is {state['model'].get(wrong)}, here it is {asdict(shape)[wrong]}."
+            f"the checkpoint belongs to another model: its {wrong} is {state['model'].get(wrong)}, "
+            f"here it is {asdict(shape)[wrong]}."
         )
     patterns = checkpoint.stored_patterns(tensors, model)
     if patterns:
@@ -667,7 +675,9 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> dict
         old, new = a.get(key), b.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             found.update(_differences(old, new, f"{prefix}{key}."))
-        elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        elif isinstance(old, list) and isinstance(new, list):
+            if len(old) != len(new):
+                return {prefix + key: (f"a list of {len(old)}", f"one of {len(new)}")}
             for i, (x, y) in enumerate(zip(old, new, strict=True)):
                 found.update(_differences(x, y, f"{prefix}{key}.{i}."))
         elif old != new:
@@ -675,11 +685,11 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> dict
     return found
 
 
-def _write_whole(path: Path, text: str) -> None:
+def _write_whole(path: Path, content: str | bytes) -> None:
     """Replaces a file at once, or leaves it as it was."""
     draft = path.with_name(f".{path.name}.draft")
     try:
-        draft.write_text(text)
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
         draft.replace(path)
     except OSError as error:
         draft.unlink(missing_ok=True)
