@@ -41,8 +41,8 @@ def main() -> None:
     except (UserError, BackendUnavailable) as error:
         err.print(f"vspdf: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
-    except (Interrupted, KeyboardInterrupt) as error:
-        err.print(f"vspdf: {error or 'stopped at once; what was saved is intact'}", markup=False, soft_wrap=True)
+    except Interrupted as error:
+        err.print(f"vspdf: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(130)
 
 
