@@ -252,6 +252,17 @@ def test_densify_draws_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_explain_has_a_line_per_product_of_every_layer():
+    model = mlp()
+    assert vspdf.explain(model, 8).startswith("no sparse layer")
+    vspdf.sparsify(model, 0.9)
+    lines = vspdf.explain(model, 8).splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == ["0", "2"]
+    for i, product in enumerate(("forward", "grad_input", "grad_values")):
+        assert lines[1 + i].startswith(f"  {product}: auto chose ")
+    assert vspdf.explain(model[0], 8).startswith("forward: ")
+
+
 # -- more weights, step by step ---------------------------------------------------------------------------------------
 
 

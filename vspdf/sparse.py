@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vspdf.errors import UserError, did_you_mean
-from vspdf.kernels import ops
+from vspdf.kernels import ops, reference
 from vspdf.kernels.ops import sparse_linear
 from vspdf.pattern import Pattern
 
@@ -167,9 +167,8 @@ def scatter(values: Tensor, pattern: Pattern, inside: Pattern | None = None) -> 
 
     Returns a tensor of shape `pattern.shape`, or (inside.nnz,).
     """
-    dense = values.new_zeros(pattern.numel)
-    dense[pattern.positions().to(values.device)] = values
-    return dense.view(pattern.shape) if inside is None else dense[inside.positions().to(values.device)]
+    dense = reference.materialise(values, pattern)
+    return dense if inside is None else reference.sample(dense, inside)
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
