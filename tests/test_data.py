@@ -1,9 +1,9 @@
 import json
 import logging
-import multiprocessing
 import os
 import platform
 import random
+import subprocess
 import sys
 from itertools import pairwise
 
@@ -521,22 +521,26 @@ def test_the_cache_of_another_corpus_is_not_taken(text_file, tmp_path, settings_
     assert "belongs to another corpus" in caplog.text
 
 
-def prepare_at_once(corpus, cache, barrier, results):
-    barrier.wait()
-    dataset = prepare(DataConfig(corpus=corpus, tokenizer="bpe:300", cache_dir=cache), 16, 0)
-    results.put((dataset.manifest, dataset.batch(0, 20)[0].tolist()))
+PREPARE = """
+import json, sys
+from vspdf.config import DataConfig
+from vspdf.data import prepare
+
+sys.stdin.readline()  # both start at the parent's word
+dataset = prepare(DataConfig(corpus=sys.argv[1], tokenizer="bpe:300", cache_dir=sys.argv[2]), 16, 0)
+print(json.dumps([dataset.manifest, dataset.batch(0, 20)[0].tolist()]))
+"""
 
 
 def test_two_processes_prepare_at_once(text_file, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(2), context.Queue()
-    arguments = (str(text_file), str(tmp_path / "cache"), barrier, results)
-    workers = [context.Process(target=prepare_at_once, args=arguments) for _ in range(2)]
+    command = [sys.executable, "-c", PREPARE, str(text_file), str(tmp_path / "cache")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen(command, **pipes) for _ in range(2)]
     for worker in workers:
-        worker.start()
-    assert results.get(timeout=60) == results.get(timeout=60)
-    for worker in workers:
-        worker.join()
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    first, second = (json.loads(worker.communicate(timeout=60)[0]) for worker in workers)
+    assert first == second
     assert len(cache_files(tmp_path)) == 1
 
 
