@@ -25,7 +25,7 @@ from vspdf.train import load_model, train
 
 LAYERS = [f"h.{i}.{name}" for i in range(2) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
 # Wall clock; everything else in a line of metrics must be equal from run to run.
-CLOCK = {"seconds", "step_seconds", "tokens_per_second"}
+CLOCK = {"seconds", "training_seconds", "step_seconds", "tokens_per_second"}
 
 
 def run(path, *overrides, resume=False):

@@ -77,7 +77,13 @@ class PhaseRecord:
         return record
 
 
-def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = log.info) -> dict[str, Any]:
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    say: Callable[[str], None] = log.info,
+    on_evaluation: Callable[[Path], None] | None = None,
+) -> dict[str, Any]:
     """Runs all phases of a configuration.
 
     Parameters
@@ -88,6 +94,8 @@ def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = 
         Go on from the last checkpoint of the run directory.
     say : callable
         Receives progress, a line at a time.
+    on_evaluation : callable, optional
+        Called with the run directory after each evaluation and at the end, e.g. `vspdf.report.refresh`.
 
     Returns
     -------
@@ -104,7 +112,7 @@ def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = 
     """
     threads = torch.get_num_threads()
     try:
-        return _Run(config, resume, say).go()
+        return _Run(config, resume, say).go(on_evaluation or (lambda folder: None))
     finally:
         torch.set_num_threads(threads)
 
@@ -302,7 +310,7 @@ class _Run:
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
-    def go(self) -> dict[str, Any]:
+    def go(self, on_evaluation: Callable[[Path], None]) -> dict[str, Any]:
         started = time.perf_counter() - self.seconds
         with self._signals():
             while self.step < self.total_steps:
@@ -326,9 +334,13 @@ class _Run:
                 every, stop = self.config.train.checkpoint_every, self.stop_signal
                 if self.step == self.total_steps or stop or (every and self.step % every == 0):
                     self._save()
+                if "val_loss" in line and self.step < self.total_steps:
+                    on_evaluation(self.folder)
                 if stop and self.step < self.total_steps:
                     raise Interrupted(f"stopped after step {self.step}; a checkpoint was written: --resume goes on.")
-        return self._summarise()
+        summary = self._summarise()
+        on_evaluation(self.folder)
+        return summary
 
     def _train_step(self, phase: PhaseConfig, record: PhaseRecord, phase_step: int, samples: int) -> dict[str, Any]:
         assert self.optimizer is not None and phase.batch_size is not None
@@ -443,6 +455,7 @@ class _Run:
         total = self._total()
         line["flops"] = total.flops()
         line["seconds"] = self.seconds
+        line["training_seconds"] = sum(record.seconds for record in self.records)
         try:
             with (self.folder / "metrics.jsonl").open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
@@ -458,10 +471,10 @@ class _Run:
             f"step {self.step:>{len(str(self.total_steps))}}/{self.total_steps}  {phase.name}"
             f"  loss {line['loss']:.4f}{val}"
             f"  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tokens/s  {skipped:.0%} of FLOPs skipped"
-            f"  ETA {_clock(self._eta())}"
+            f"  ETA {_clock(eta) if (eta := self._eta()) is not None else 'not known yet'}"
         )
 
-    def _eta(self) -> float:
+    def _eta(self) -> float | None:
         """Seconds left: steps of each phase at its own speed, or at the dense twin's where it has not begun."""
         index, done, _ = schedule.position(self.config.phases, self.step)
         left, fallback = 0.0, 0.0
@@ -469,6 +482,8 @@ class _Run:
             record = self.records[i]
             dense = [b for _, b in record.paired_seconds]
             mine = statistics.median(record.step_seconds) if record.step_seconds else fallback
+            if i == index and not mine:
+                return None
             left += max(0, (phase.steps or 0) - (done if i == index else 0)) * mine if i >= index else 0.0
             fallback = statistics.median(dense) if dense else mine
         return left
