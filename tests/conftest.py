@@ -18,7 +18,7 @@ TINY_RUN = """
     optimizer: {lr: 3.0e-3}
     train:
       batch_size: 8
-      threads: 2
+      threads: 1
       log_every: 1
       eval_every: 0
       eval_tokens: 512

@@ -293,6 +293,7 @@ def test_running_out_of_data_is_refused_before_anything_is_written(tiny, tmp_pat
 # -- how a run goes on ------------------------------------------------------------------------------------------------
 
 RESUMABLE = (
+    "train.threads=2",
     "train.checkpoint_every=5",
     "train.eval_every=4",
     "phases.1.revived_warmup=6",
