@@ -72,7 +72,7 @@ int64_t Plan::grad_input(void* dx, const void* dy, int64_t dy_stride, const void
 
 int64_t Plan::grad_values(void* dvalues, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
                           int64_t tokens, Dtype dtype, int threads) const {
-    return sddmm(gradient_.get(*this), csr_, dvalues, dy, dy_stride, x, x_stride, tokens, dtype, threads);
+    return sddmm(*this, gradient_, dvalues, dy, dy_stride, x, x_stride, tokens, dtype, threads);
 }
 
 size_t Plan::nbytes() const { return csr_.nbytes() + forward_.nbytes() + transposed_.nbytes() + gradient_.nbytes(); }

@@ -1,38 +1,282 @@
 #include "sddmm.hpp"
 
-#include "bf16.hpp"
+#include <algorithm>
+#include <atomic>
+
 #include "parallel.hpp"
+#include "scratch.hpp"
+#include "sddmm_kernels.hpp"
+#include "spmm_kernels.hpp"
 
 namespace vspdf {
 namespace {
 
+constexpr int kRowMajorTokens = 2;  // up to here packing costs more than it saves
+constexpr int kNear = 8192;         // floats of packed x that stay in the first-level cache
+constexpr int kLeastTokens = 128;   // tokens that pay for adding up the lanes
+constexpr int kTileRows = 512;      // packed dy of a tile stays in the second-level cache
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Straight from the row-major pattern.
 template <class T>
-int64_t run(const Csr& csr, T* dvalues, const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, int64_t tokens,
-            int threads) {
-    parallel_for(csr.rows, threads, [&](int64_t row) {
-        for (uint32_t i = csr.start[row]; i < csr.start[row + 1]; ++i) {
-            float sum = 0;
-            for (int64_t t = 0; t < tokens; ++t) {
-                sum += to_float(dy[t * dy_stride + row]) * to_float(x[t * x_stride + csr.col[i]]);
+int64_t row_major(const Csr& csr, T* dvalues, const T* dy, int64_t dy_stride, const T* x, int64_t x_stride,
+                  int64_t tokens, int threads) {
+    std::atomic<int64_t> macs{0};
+    const int64_t share = ceil_div(csr.rows, threads);
+    parallel_for(ceil_div(csr.rows, share), threads, [&](int64_t task) {
+        int64_t done = 0;
+        const int64_t end = std::min<int64_t>(csr.rows, (task + 1) * share);
+        for (int64_t row = task * share; row < end; ++row) {
+            for (uint32_t i = csr.start[row]; i < csr.start[row + 1]; ++i) {
+                float sum = 0;
+                for (int64_t t = 0; t < tokens; ++t) {
+                    sum += to_float(dy[t * dy_stride + row]) * to_float(x[t * x_stride + csr.col[i]]);
+                }
+                from_float(sum, dvalues[i]);
             }
-            from_float(sum, dvalues[i]);
+            done += tokens * (csr.start[row + 1] - csr.start[row]);
         }
+        macs += done;
     });
-    return tokens * csr.nnz();
+    return macs;
 }
+
+// Some features of a matrix of tokens, packed for the kernels.
+class Operand {
+  public:
+    Operand(const void* data, int64_t stride, Dtype dtype, const SpmmKernels& kernels, int chunk, int most_features,
+            int most_tokens)
+        : data_(data),
+          stride_(stride),
+          dtype_(dtype),
+          kernels_(kernels),
+          chunk_(chunk),
+          packed_(size_t(most_features) * most_tokens * sizeof(float)) {}
+
+    void pack(int64_t token, int tokens, int feature, int features) {
+        feature_ = feature;
+        features_ = features;
+        for (int t = 0; t < tokens; t += chunk_) {
+            const int here = std::min(chunk_, tokens - t);
+            const int lanes = int(ceil_div(here, kernels_.width)) * kernels_.width;
+            const int64_t at = (token + t) * stride_ + feature;
+            float* out = packed_.floats() + int64_t(t) * features;
+            if (dtype_ == Dtype::f32) {
+                kernels_.pack(out, lanes, static_cast<const float*>(data_) + at, stride_, here, features);
+            } else {
+                kernels_.pack_bf16(out, lanes, static_cast<const bf16*>(data_) + at, stride_, here, features);
+            }
+        }
+    }
+
+    SddmmOperand from(int feature) const { return {packed_.floats(), int64_t(features_) * chunk_, feature - feature_}; }
+
+  private:
+    const void* data_;
+    int64_t stride_;
+    Dtype dtype_;
+    const SpmmKernels& kernels_;
+    int chunk_;
+    Scratch packed_;
+    int feature_ = 0, features_ = 0;
+};
+
+// One call: threads share the grid of tiles.
+class Product {
+  public:
+    Product(const Plan& plan, const SddmmPart& part, void* dvalues, const void* dy, int64_t dy_stride, const void* x,
+            int64_t x_stride, int64_t tokens, Dtype dtype)
+        : csr_(plan.csr()),
+          part_(part),
+          kernels_(sddmm_kernels(plan.isa())),
+          packing_(spmm_kernels(plan.isa())),
+          dvalues_(dvalues),
+          dy_(dy),
+          x_(x),
+          dy_stride_(dy_stride),
+          x_stride_(x_stride),
+          tokens_(tokens),
+          dtype_(dtype),
+          chunk_(kernels_.width * kernels_.lines),
+          step_(std::max(kNear / part.tile_cols, kLeastTokens) / chunk_ * chunk_),
+          sums_(part.cols.size() * sizeof(float)) {}
+
+    int64_t run(int threads) const {
+        // The cut of the grid that packs least in all.
+        const auto packed = [&](int parts) { return double(csr_.rows) / parts + double(csr_.cols) * parts / threads; };
+        int row_parts = 1;
+        for (int parts = 2; parts <= threads; ++parts) {
+            if (threads % parts == 0 && packed(parts) < packed(row_parts)) row_parts = parts;
+        }
+        row_parts = std::min(row_parts, part_.row_tiles);
+        const int col_parts = std::min(threads / row_parts, part_.col_tiles);
+        std::atomic<int64_t> macs{0};
+        parallel_for(int64_t(row_parts) * col_parts, threads, [&](int64_t task) {
+            const int r = int(task) / col_parts, c = int(task) % col_parts;
+            macs += run_part(part_.row_tiles * r / row_parts, part_.row_tiles * (r + 1) / row_parts,
+                             part_.col_tiles * c / col_parts, part_.col_tiles * (c + 1) / col_parts);
+        });
+        return macs;
+    }
+
+  private:
+    int row(int r) const { return std::min(csr_.rows, r * part_.tile_rows); }
+    int col(int c) const { return std::min(csr_.cols, c * part_.tile_cols); }
+
+    // Tiles [r0, r1) x [c0, c1). The side with fewer features is packed whole and stays in the second-level cache while
+    // the other one passes, a tile at a time.
+    int64_t run_part(int r0, int r1, int c0, int c1) const {
+        const int rows = row(r1) - row(r0), cols = col(c1) - col(c0);
+        const bool x_stays = cols <= rows;
+        Operand x(x_, x_stride_, dtype_, packing_, chunk_, x_stays ? cols : part_.tile_cols, step_);
+        Operand dy(dy_, dy_stride_, dtype_, packing_, chunk_, x_stays ? part_.tile_rows : rows, step_);
+        int64_t macs = 0;
+        for (int64_t t = 0; t < tokens_; t += step_) {
+            const int here = int(std::min<int64_t>(step_, tokens_ - t));
+            const auto tile = [&](int r, int c) {
+                const SddmmTile& tile = part_.tiles[size_t(r) * part_.col_tiles + c];
+                macs += kernels_.tile(sums_.floats() + size_t(tile.group) * kernels_.width, part_, tile, x.from(col(c)),
+                                      dy.from(row(r)), here, t == 0);
+            };
+            if (x_stays) {
+                x.pack(t, here, col(c0), cols);
+                for (int r = r0; r < r1; ++r) {
+                    dy.pack(t, here, row(r), row(r + 1) - row(r));
+                    for (int c = c0; c < c1; ++c) tile(r, c);
+                    if (t + step_ >= tokens_) unpack(r, c0, c1);
+                }
+            } else {
+                dy.pack(t, here, row(r0), rows);
+                for (int c = c0; c < c1; ++c) {
+                    x.pack(t, here, col(c), col(c + 1) - col(c));
+                    for (int r = r0; r < r1; ++r) tile(r, c);
+                }
+            }
+        }
+        for (int r = r0; !x_stays && r < r1; ++r) unpack(r, c0, c1);
+        return macs;
+    }
+
+    void unpack(int r, int c0, int c1) const {
+        const SddmmTile* tiles = part_.tiles.data() + size_t(r) * part_.col_tiles + c0;
+        for (int k = row(r); k < row(r + 1); ++k) {
+            const SddmmRun* runs = part_.runs.data() + size_t(k) * part_.col_tiles;
+            size_t at = csr_.start[k];
+            for (int c = 0; c < c0; ++c) at += runs[c].length;
+            if (dtype_ == Dtype::f32) {
+                kernels_.unpack(static_cast<float*>(dvalues_) + at, tiles, runs + c0, c1 - c0, sums_.floats());
+            } else {
+                kernels_.unpack_bf16(static_cast<bf16*>(dvalues_) + at, tiles, runs + c0, c1 - c0, sums_.floats());
+            }
+        }
+    }
+
+    const Csr& csr_;
+    const SddmmPart& part_;
+    const SddmmKernels& kernels_;
+    const SpmmKernels& packing_;
+    void* dvalues_;
+    const void *dy_, *x_;
+    int64_t dy_stride_, x_stride_, tokens_;
+    Dtype dtype_;
+    int chunk_, step_;  // tokens
+    Scratch sums_;
+};
 
 }  // namespace
 
-int64_t sddmm(const SddmmPart&, const Csr& csr, void* dvalues, const void* dy, int64_t dy_stride, const void* x,
-              int64_t x_stride, int64_t tokens, Dtype dtype, int threads) {
-    if (dtype == Dtype::f32) {
-        return run(csr, static_cast<float*>(dvalues), static_cast<const float*>(dy), dy_stride,
-                   static_cast<const float*>(x), x_stride, tokens, threads);
-    }
-    return run(csr, static_cast<bf16*>(dvalues), static_cast<const bf16*>(dy), dy_stride, static_cast<const bf16*>(x),
-               x_stride, tokens, threads);
+const SddmmKernels& sddmm_kernels(Isa isa) {
+#if defined(__x86_64__)
+    if (isa == Isa::avx512) return sddmm_kernels_avx512;
+    if (isa == Isa::avx2) return sddmm_kernels_avx2;
+#endif
+    (void)isa;
+    return sddmm_kernels_plain;
 }
 
-std::string sddmm_describe(const Plan&, int64_t, int) { return "plain loops over the row-major pattern"; }
+SddmmPart::SddmmPart(const Plan& plan) {
+    const Csr& csr = plan.csr();
+    const SddmmKernels& kernels = sddmm_kernels(plan.isa());
+    const int width = kernels.width, half_chunk = width * kernels.lines / 2;
+    // The sparser the pattern, the more columns it takes for a row of dy to be worth loading.
+    const double density = double(csr.nnz()) / csr.rows / csr.cols;
+    tile_cols = density > 0.3 ? 32 : density > 0.02 ? 64 : density > 0.002 ? 256 : 960;
+    // An even number of tiles, for two threads.
+    const int64_t most_tiles = 2 * ceil_div(csr.rows, 2 * kTileRows);
+    tile_rows = int(ceil_div(csr.rows, most_tiles));
+    row_tiles = int(ceil_div(csr.rows, tile_rows));
+    col_tiles = int(ceil_div(csr.cols, tile_cols));
+    tiles.reserve(size_t(row_tiles) * col_tiles);
+    runs.resize(size_t(csr.rows) * col_tiles);
+
+    std::vector<uint32_t> next(csr.start.begin(), csr.start.end() - 1);  // by row: first kept weight not in a tile yet
+    std::vector<int> sorted(tile_rows), place(tile_cols + 2);
+    for (int first_row = 0; first_row < csr.rows; first_row += tile_rows) {
+        const int here = std::min(csr.rows - first_row, tile_rows);
+        for (int c = 0; c < col_tiles; ++c) {
+            const int first_col = c * tile_cols;
+            SddmmRun* run = &runs[size_t(first_row) * col_tiles + c];  // of row r at r * col_tiles
+            // Rows sorted by length: groups then begin rows at the same lanes as the group before, so that the
+            // processor foresees the branches there.
+            std::fill(place.begin(), place.end(), 0);
+            for (int r = 0; r < here; ++r) {
+                const uint32_t end = csr.start[first_row + r + 1];
+                uint32_t i = next[first_row + r];
+                while (i < end && csr.col[i] < first_col + tile_cols) ++i;
+                const int length = int(i - next[first_row + r]);
+                run[size_t(r) * col_tiles].length = uint16_t(length);
+                ++place[tile_cols - length + 1];
+            }
+            for (int i = 0; i <= tile_cols; ++i) place[i + 1] += place[i];
+            for (int r = 0; r < here; ++r) sorted[place[tile_cols - run[size_t(r) * col_tiles].length]++] = r;
+
+            SddmmTile tile{uint32_t(starts.size()), 0, uint32_t(rows.size())};
+            uint32_t n = 0;
+            for (int k = 0; k < here; ++k) {
+                const int r = sorted[k];
+                run[size_t(r) * col_tiles].first = n;
+                for (int i = 0; i < run[size_t(r) * col_tiles].length; ++i, ++n) {
+                    if (n % width == 0) starts.push_back(0);
+                    if (n % width == 0 || i == 0) {
+                        starts.back() |= uint16_t(1u << n % width);
+                        rows.push_back(uint16_t(r));
+                    }
+                    cols.push_back(uint16_t((csr.col[next[first_row + r]++] - first_col) * half_chunk));
+                }
+            }
+            tile.groups = uint32_t(starts.size()) - tile.group;
+            cols.resize(starts.size() * width, 0);  // fills the last group: sums that nobody reads
+            tiles.push_back(tile);
+        }
+    }
+    cols.shrink_to_fit();
+    starts.shrink_to_fit();
+    rows.shrink_to_fit();
+}
+
+size_t SddmmPart::nbytes() const {
+    return tiles.size() * sizeof(SddmmTile) + (cols.size() + starts.size() + rows.size()) * sizeof(uint16_t) +
+           runs.size() * sizeof(SddmmRun);
+}
+
+int64_t sddmm(const Plan& plan, const Lazy<SddmmPart>& part, void* dvalues, const void* dy, int64_t dy_stride,
+              const void* x, int64_t x_stride, int64_t tokens, Dtype dtype, int threads) {
+    threads = std::max(threads, 1);
+    if (tokens > kRowMajorTokens) {
+        return Product(plan, part.get(plan), dvalues, dy, dy_stride, x, x_stride, tokens, dtype).run(threads);
+    }
+    if (dtype == Dtype::f32) {
+        return row_major(plan.csr(), static_cast<float*>(dvalues), static_cast<const float*>(dy), dy_stride,
+                         static_cast<const float*>(x), x_stride, tokens, threads);
+    }
+    return row_major(plan.csr(), static_cast<bf16*>(dvalues), static_cast<const bf16*>(dy), dy_stride,
+                     static_cast<const bf16*>(x), x_stride, tokens, threads);
+}
+
+std::string sddmm_describe(const Plan& plan, int64_t tokens, int) {
+    if (tokens <= kRowMajorTokens) return "row-major loops: too few tokens to pay for packing";
+    return std::string("tiles of kept weights in vectors of tokens, ") + isa_name(plan.isa());
+}
 
 }  // namespace vspdf

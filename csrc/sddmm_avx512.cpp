@@ -1,0 +1,7 @@
+#if defined(__x86_64__)
+#define VSPDF_WIDTH 16
+#define VSPDF_TABLE sddmm_kernels_avx512
+// gcc 12 warns inside its own AVX-512 headers.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include "sddmm_kernels.inl"
+#endif
