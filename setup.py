@@ -30,8 +30,8 @@ def find_compiler() -> list[str]:
     if shutil.which(command[0]) is None:
         sys.exit(
             f"vspdf: no C++ compiler: '{command[0]}' is not on PATH, and the sparse kernels need one (C++17).\n"
-            "vspdf: install it (Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install) "
-            "or name one with CXX=..., then install again."
+            "vspdf: install it (Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
+            "macOS: xcode-select --install) or name one with CXX=..., then install again."
         )
     return command
 

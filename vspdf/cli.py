@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.table import Table
 
 from vspdf.allocator import keep_freed_memory
 from vspdf.errors import BackendUnavailable, Interrupted, UserError
+
+if TYPE_CHECKING:
+    from vspdf.plan import Plan
 
 app = typer.Typer(
     name="vspdf",
@@ -66,19 +69,21 @@ def train(
     `vspdf train my.yaml run_dir=runs/mine --resume`
     """
     from vspdf import config as configuration
+    from vspdf.report import refresh
     from vspdf.train import train as run
 
     keep_freed_memory()
     settings = configuration.load(config, overrides or [])
     err.print(configuration.to_yaml(settings).rstrip(), style="dim", markup=False, highlight=False)
     summary = run(
-        settings, resume=resume, say=lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True)
-    )
+        settings, resume=resume, say=lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True),
+        on_evaluation=refresh,
+    )  # fmt: skip
     if as_json:
         _emit(summary)
     else:
         _print_summary(summary)
-        out.print(f"\nEverything is in {settings.run_dir}/", highlight=False)
+        out.print(f"\nEverything is in {settings.run_dir}/, drawn in report.html", highlight=False)
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
@@ -160,6 +165,25 @@ def evaluate(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several are compared.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Default: report.html, of one run in its directory, of several here.")
+    ] = None,
+) -> None:
+    """One self-contained HTML file of a run, finished or not, or of several side by side.
+
+    `vspdf report runs/quickstart`
+
+    `vspdf report runs/sparse-0 runs/sparse-1 runs/dense-0 runs/dense-1 --output comparison.html`
+    """
+    from vspdf.report import write
+
+    path = write(runs, output)
+    out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def generate(
     path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run directory or one of its checkpoints.")],
     prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "def ",
@@ -186,6 +210,128 @@ def generate(
     model.eval()
     result = model.generate(torch.tensor([ids]), tokens, temperature, seed)
     out.print(tokenizer.decode(result[0].tolist()), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="A named model, a configuration, or a Hugging Face folder.")],
+    sparsity: Annotated[float | None, typer.Option(help="Of the first stage; alone, of the whole run.")] = None,
+    effective: Annotated[float | None, typer.Option(help="Weight-FLOPs to save against the dense run.")] = None,
+    split: Annotated[str, typer.Option(help="add-on (as published) or fixed-budget.")] = "add-on",
+    phases: Annotated[str, typer.Option(metavar="S:STEPS,...", help="Explicit stages, any number.")] = "",
+    steps: Annotated[int | None, typer.Option(help="Of the dense run to compare with.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a step, for models without a config.")] = None,
+    convention: Annotated[str, typer.Option(help="linear, spdf, vspdf, chinchilla or cerebras-card.")] = "vspdf",
+    causal: Annotated[bool, typer.Option("--causal", help="Count half of the attention products.")] = False,
+    save: Annotated[float | None, typer.Option(help="Wish: save this fraction of all FLOPs.")] = None,
+    memory: Annotated[float | None, typer.Option(help="Wish: a training state of so many GB in every stage.")] = None,
+    hours: Annotated[float | None, typer.Option(help="Wish: done in so many hours on this machine.")] = None,
+    time: Annotated[bool, typer.Option("--time", help="Measure this machine's speed for it.")] = False,
+    write: Annotated[Path | None, typer.Option(metavar="CONFIG", help="Write the YAML that `train` runs.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Stages, tokens, FLOPs, memory and time of a run before it is run, or the run for a wish.
+
+    `vspdf plan --model cerebras-gpt-6.7b --sparsity 0.9 --effective 0.75`
+
+    `vspdf plan --model gpt2-small --save 0.5 --write mine.yaml`
+
+    `vspdf plan --model quickstart --time`
+    """
+    from vspdf import plan as planner
+
+    if time or hours is not None:
+        keep_freed_memory()
+    found = planner.plan(
+        model, sparsity=sparsity, effective=effective, split=split, phases=_stages(phases) if phases else None,
+        steps=steps, batch_size=batch_size, convention=convention, causal=causal, save=save, memory=memory, hours=hours,
+        time=time, progress=lambda line: err.print(line, style="dim", highlight=False),
+    )  # fmt: skip
+    if write:
+        planner.write(found, write)
+        err.print(f"wrote {write}: vspdf train {write}", markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        _emit(found.to_json())
+    else:
+        _print_plan(found)
+
+
+def _stages(text: str) -> list[tuple[float, int]]:
+    try:
+        pairs = [part.split(":") for part in text.split(",") if part]
+        return [(float(sparsity), int(steps)) for sparsity, steps in pairs]
+    except ValueError:
+        raise UserError(f"--phases '{text}': expected SPARSITY:STEPS,..., e.g. 0.9:62523,0:9379.") from None
+
+
+def _print_plan(found: Plan) -> None:
+    timed = found.calibration is not None
+    table = Table(title=f"{found.model}: {found.shape.parameters / 1e6:,.0f}M parameters", title_justify="left")
+    table.add_column("")
+    for column in ("sparsity", "steps", "tokens", "FLOPs", "state", *(["time"] if timed else [])):
+        table.add_column(column, justify="right")
+    for stage in [*found.phases, found.dense]:
+        if stage is found.dense:
+            table.add_section()
+            steps = sum(phase.steps for phase in found.phases)
+            cells = [f"{steps:,}", _count(found.tokens), f"{found.flops:.2e}", _bytes(found.state_bytes)]
+            clock = [_duration(found.seconds)] if found.seconds is not None else []
+            table.add_row("whole run", f"{found.time_average_sparsity:.4f}", *cells, *clock, style="bold")
+        clock = [_duration(stage.seconds)] if stage.seconds is not None else []
+        table.add_row(
+            stage.name, f"{stage.sparsity:.4g}", f"{stage.steps:,}", _count(stage.tokens), f"{stage.flops:.2e}",
+            _bytes(stage.state_bytes), *clock,
+        )  # fmt: skip
+    out.print(table)
+    table = Table(title="training FLOPs" + (", causal attention" if found.causal else ""), title_justify="left")
+    for column in ("convention", "dense run", "planned", "saved", "times fewer"):
+        table.add_column(column, justify="left" if column == "convention" else "right")
+    for name, row in found.by_convention().items():
+        table.add_row(
+            name, f"{row['dense']:.4g}", f"{row['planned']:.4g}", f"{row['saved_fraction']:.2%}",
+            f"{row['dense'] / row['planned']:.3f}x", style="bold" if name == found.convention else None,
+        )  # fmt: skip
+    out.print(table)
+    lines = [
+        f"Dense run: {found.baseline}.",
+        f"Effective sparsity {found.effective_sparsity:.4f} (weight-FLOPs against the dense run), over time "
+        f"{found.time_average_sparsity:.4f}; {found.token_ratio:.4f} times the dense run's tokens, "
+        f"{found.sparse_fraction:.4f} of them at the first sparsity.",
+        f"State: weights, gradients and AdamW moments in float32, patterns and kernel plans; activations come on top. "
+        f"Peak {found.state_bytes / found.dense.state_bytes:.0%} of the dense run's.",
+        *found.notes,
+    ]
+    if (measured := found.calibration) is not None:
+        block = measured.block_seconds
+        speeds = ", ".join(f"{s:.4g}: {block[0.0] / seconds:.2f}x" for s, seconds in block.items() if s)
+        lines.append(
+            f"Time: from one block timed here on {measured.tokens:,} tokens ({measured.threads} threads, medians of "
+            f"{measured.rounds} rounds; forward and backward, attention and norms included; speed-up by sparsity "
+            f"{speeds or '-'}), times the layers; vocabulary and AdamW timed apart. No data, evaluation, checkpoints."
+        )
+    else:
+        lines.append("Time on this machine: not measured (--time).")
+    lines.append("Time on a CS-2: not available in this version.")
+    for line in lines:
+        out.print(line, markup=False, highlight=False)
+
+
+def _count(number: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.4g}{unit}"
+    return f"{number:g}"
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 1e9:,.4g} GB" if number >= 1e9 else f"{number / 1e6:,.4g} MB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("years", 365.25 * 86400), ("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:,.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 @app.command()
@@ -274,7 +420,8 @@ def _print_linear(result: dict[str, Any]) -> None:
     rows = result["rows"]
     problems = list(dict.fromkeys((r["tokens"], r["in_features"], r["out_features"], r["threads"]) for r in rows))
     for tokens, n_in, n_out, threads in problems:
-        mine = [r for r in rows if (r["tokens"], r["in_features"], r["out_features"], r["threads"]) == (tokens, n_in, n_out, threads)]  # fmt: skip
+        here = (tokens, n_in, n_out, threads)
+        mine = [r for r in rows if (r["tokens"], r["in_features"], r["out_features"], r["threads"]) == here]
         cells = {(r["product"], r["candidate"], r["sparsity"]): r for r in mine}
         sparsities = list(dict.fromkeys(r["sparsity"] for r in mine))
         table = Table(
@@ -299,9 +446,10 @@ def _print_linear(result: dict[str, Any]) -> None:
     for threads, peak in result["peak_gflops"].items():
         out.print(f"FMA peak measured with {threads} threads: {peak:.0f} GFLOP/s", highlight=False)
     out.print(
-        "Medians of interleaved rounds; packing, transposes and value refresh counted. A round is disturbed where dense ran "
-        "below 60 % of the FMA peak.", highlight=False,
-    )  # fmt: skip
+        "Medians of interleaved rounds; packing, transposes and value refresh counted. "
+        "A round is disturbed where dense ran below 60 % of the FMA peak.",
+        highlight=False,
+    )
     for name, reason in result["missing"].items():
         out.print(f"{name} was not timed: {reason}", highlight=False)
 
