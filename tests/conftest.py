@@ -1,6 +1,7 @@
 import inspect
 import logging
 import os
+import sys
 import tempfile
 import textwrap
 
@@ -56,3 +57,21 @@ def tiny_config(corpus):
 def tiny(tmp_path, tiny_config):
     """Path of such a configuration in `tmp_path`."""
     return tiny_config(tmp_path)
+
+
+@pytest.fixture
+def vspdf(monkeypatch, capsys):
+    """`vspdf ARGUMENTS` in this process: status, stdout, stderr."""
+    from vspdf import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["vspdf", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code
+        captured = capsys.readouterr()
+        return status or 0, captured.out, captured.err
+
+    return call

@@ -7,24 +7,7 @@ import sys
 
 import pytest
 
-from vspdf import checkpoint, cli
-
-
-@pytest.fixture
-def vspdf(monkeypatch, capsys):
-    """`vspdf ARGUMENTS` in this process: status, stdout, stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["vspdf", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code
-        captured = capsys.readouterr()
-        return status or 0, captured.out, captured.err
-
-    return call
+from vspdf import checkpoint
 
 
 def content(folder):

@@ -1,0 +1,801 @@
+"""What a run did, or several side by side, as one HTML file that needs no network.
+
+Everything comes from the files of the run directories, so a report can be drawn at any time: of a run that is going on,
+one that was stopped, or one that is done.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from vspdf import checkpoint
+from vspdf import config as configuration
+from vspdf.config import Config
+from vspdf.errors import UserError, near_path
+from vspdf.pattern import Pattern
+from vspdf.svg import Band, Bar, Series, bar_chart, legend, line_chart, mask_png, scaled
+from vspdf.train import FREE_TO_CHANGE
+
+log = logging.getLogger("vspdf")
+
+POINTS = 120  # of a training curve: more lines than that are averaged
+SAMPLED = 100_000  # weights of a layer that are looked at, in slices spread over its rows
+CROP = 96  # rows and columns of a mask that are drawn
+_LINE = ("step", "phase", "sparsity", "tokens", "loss", "flops", "training_seconds", "step_seconds")
+_PARTS = ("sparse products", "dense products", "attention", "vocabulary", "optimizer", "rest")
+
+Axis = tuple[str, str, Callable[[dict[str, Any]], float]]  # name, unit, value of a line of metrics
+AXES: tuple[Axis, ...] = (
+    ("tokens", "tokens", lambda line: line["tokens"]),
+    ("executed FLOPs", "FLOP", lambda line: line["flops"]["executed"]),
+    ("training time", "s", lambda line: line["training_seconds"]),
+)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A run directory, read.
+
+    Attributes
+    ----------
+    label : str
+        Unique within the report.
+    lines : list of dict
+        Of `metrics.jsonl`.
+    state : dict
+        Of the last checkpoint's `state.json`; empty where there is none.
+    summary : dict
+        Of `summary.json`; empty while the run is not finished.
+    """
+
+    folder: Path
+    label: str
+    config: Config
+    manifest: dict[str, Any]
+    lines: list[dict[str, Any]]
+    patterns: dict[str, Pattern]
+    checkpoint: Path | None
+    state: dict[str, Any]
+    summary: dict[str, Any]
+
+    @property
+    def total_steps(self) -> int:
+        return sum(phase.steps or 0 for phase in self.config.phases)
+
+    @property
+    def step(self) -> int:
+        return self.lines[-1]["step"] if self.lines else 0
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines if "val_loss" in line]
+
+    @cached_property
+    def phases(self) -> list[dict[str, Any]]:
+        """As in the summary; of a run that is not finished, what metrics and the last checkpoint say so far."""
+        return self.summary.get("phases") or list(self._phases_so_far())
+
+    def _phases_so_far(self) -> Iterator[dict[str, Any]]:
+        before: dict[str, Any] = {"step": 0, "tokens": 0, "training_seconds": 0.0, "flops": dict.fromkeys(_COLUMNS, 0)}
+        ends = np.cumsum([phase.steps or 0 for phase in self.config.phases])
+        records = self.state.get("records") or [{}] * len(ends)
+        for phase, end, record in zip(self.config.phases, ends, records, strict=True):
+            mine = [line for line in self.lines if before["step"] < line["step"] <= end]
+            if not mine:
+                return
+            last, pairs = mine[-1], record.get("paired_seconds") or []
+            body = {
+                "name": phase.name,
+                "sparsity": phase.sparsity,
+                "steps": last["step"] - before["step"],
+                "tokens": last["tokens"] - before["tokens"],
+                "seconds": last["training_seconds"] - before["training_seconds"],
+                "step_seconds_median": statistics.median(line["step_seconds"] for line in mine),
+                "loss": last["loss"],
+                "val_loss": None,
+                "val_bits_per_byte": None,
+                "flops": {column: last["flops"][column] - before["flops"][column] for column in _COLUMNS},
+                "time_fractions": record.get("parts") or {},
+            }
+            for line in mine:
+                body.update({key: line[key] for key in ("val_loss", "val_bits_per_byte") if key in line})
+            if pairs:
+                mine_median, dense = (statistics.median(column) for column in zip(*pairs, strict=True))
+                ratios = [b / a for a, b in pairs]
+                body["dense_step_seconds_median"] = dense
+                body["speedup"] = {"median": dense / mine_median, "low": min(ratios), "high": max(ratios)}
+            yield body
+            before = last
+
+
+_COLUMNS = ("dense", "useful", "executed")
+
+
+def read(folders: Sequence[Path]) -> list[Run]:
+    """Reads run directories.
+
+    Raises
+    ------
+    UserError
+        If a directory holds no run, is given twice, or a file of it is broken; the message names it, and the line.
+    """
+    if not folders:
+        raise UserError("a report needs at least one run directory.")
+    names = [folder.resolve().name for folder in folders]
+    runs: list[Run] = []
+    for folder, name in zip(folders, names, strict=True):
+        if any(folder.resolve() == other.folder.resolve() for other in runs):
+            raise UserError(f"'{folder}' is given twice.")
+        runs.append(_read(folder, name if names.count(name) == 1 else str(folder)))
+    return runs
+
+
+def _read(folder: Path, label: str) -> Run:
+    if not folder.exists():
+        raise UserError(f"no run directory '{folder}'.{near_path(folder)}")
+    if not (folder / "config.yaml").is_file():
+        inside = sorted(path.parent for path in folder.glob("*/config.yaml")) if folder.is_dir() else []
+        hint = f" Did you mean '{inside[0]}'?" if inside else ""
+        raise UserError(f"'{folder}' holds no run: expected a directory that `vspdf train` filled.{hint}")
+    config = configuration.load(folder / "config.yaml")
+    found = checkpoint.checkpoints(folder / "checkpoints")
+    return Run(
+        folder, label, config,
+        manifest=_json(folder / "manifest.json"),
+        lines=_metrics(folder / "metrics.jsonl"),
+        patterns=_patterns(folder / "patterns.npz"),
+        checkpoint=found[-1] if found else None,
+        state=_json(found[-1] / "state.json") if found else {},
+        summary=_json(folder / "summary.json") if (folder / "summary.json").exists() else {},
+    )  # fmt: skip
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: the run directory is not whole.") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of metrics; a last line without its end is one that a process is writing, or died in: left out."""
+    lines = []
+    try:
+        texts = path.read_text().split("\n")
+    except FileNotFoundError:
+        return []
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    for number, text in enumerate(texts[:-1], 1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            raise UserError(f"{path}, line {number} is broken: expected a JSON object, got {text[:40]!r}.") from None
+        if missing := [key for key in _LINE if not isinstance(line, dict) or key not in line]:
+            raise UserError(f"{path}, line {number} is broken: it has no '{missing[0]}'.")
+        lines.append(line)
+    return lines
+
+
+def _patterns(path: Path) -> dict[str, Pattern]:
+    """Which weights the first phase had, by layer; none where it was dense."""
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path) as arrays:
+            names = [name for name in arrays.files if not name.endswith(".shape")]
+            return {name: Pattern(tuple(arrays[f"{name}.shape"]), arrays[name]) for name in names}
+    except (ValueError, KeyError, OSError, EOFError, BadZipFile) as error:
+        raise UserError(f"{path} is damaged: {error}.") from None
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write(folders: Sequence[Path], output: Path | None = None) -> Path:
+    """Writes a report.
+
+    Parameters
+    ----------
+    folders : sequence of Path
+        Run directories; several are compared.
+    output : Path, optional
+        Default: `report.html`, of one run in its directory, of several in the current one.
+
+    Returns
+    -------
+    Path
+        Of the file.
+
+    Raises
+    ------
+    UserError
+        As `read`, or if the file cannot be written.
+    """
+    page = render(read(folders))
+    output = output or (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    draft = output.with_name(f".{output.name}.draft")
+    try:
+        draft.write_text(page, encoding="utf-8")
+        draft.replace(output)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise UserError(f"the report cannot be written to '{output}': {os.strerror(error.errno or 0)}.") from None
+    return output
+
+
+def refresh(folder: Path) -> None:
+    """Draws a run's report anew while it trains; what goes wrong is a warning, for the run must go on."""
+    try:
+        write([folder])
+    except Exception as error:
+        log.warning("report.html was not drawn: %s", " ".join(str(error).split()) or type(error).__name__)
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page."""
+    arms = _arms(runs)
+    title = runs[0].config.name if len(runs) == 1 else f"{len(runs)} runs"
+    body = [f"<header><h1>{escape(title)}</h1>{''.join(_status(run) for run in runs)}</header>"]
+    if len(runs) == 1:
+        body.append(_tiles(runs[0]))
+    body.append(_losses(arms))
+    if len(runs) > 1:
+        body.append(_comparison(arms))
+    body.append(_table(runs))
+    if len(runs) == 1:
+        body.extend(_parts_of(runs[0]))
+    else:
+        for run in runs:
+            inside = "".join(_parts_of(run))
+            body.append(f'<details class="run"><summary><h2>{escape(run.label)}</h2></summary>{inside}</details>')
+    page = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    return page.substitute(title=escape(title), body="\n".join(body))
+
+
+def _parts_of(run: Run) -> list[str]:
+    return [_flops(run), _time(run), _speed(run), _masks(run), _revived(run), _facts(run)]
+
+
+@dataclass
+class Arm:
+    """Runs whose configurations differ in nothing but the seed, and names."""
+
+    name: str
+    runs: list[Run]
+
+
+def _arms(runs: Sequence[Run]) -> list[Arm]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        body = configuration.to_dict(run.config)
+        for key in ("seed", *FREE_TO_CHANGE):
+            *path, last = key.split(".")
+            node = body
+            for part in path:
+                node = node[part]
+            node.pop(last)
+        groups.setdefault(json.dumps(body, sort_keys=True), []).append(run)
+    arms, names = [], [group[0].config.name for group in groups.values()]
+    for group in groups.values():
+        name = group[0].label
+        if len(group) > 1:
+            shared = group[0].config.name
+            name = f"{shared if names.count(shared) == 1 else name} ({len(group)} runs)"
+        arms.append(Arm(name, group))
+    return arms
+
+
+# -- sections ---------------------------------------------------------------------------------------------------------
+
+
+def _section(title: str, content: str, note: str = "") -> str:
+    note = f'<p class="note">{note}</p>' if note else ""
+    return f"<section><h2>{escape(title)}</h2>{content}{note}</section>"
+
+
+def _figure(svg: str, caption: str = "") -> str:
+    return f"<figure>{svg}{f'<figcaption>{caption}</figcaption>' if caption else ''}</figure>"
+
+
+def _status(run: Run) -> str:
+    if run.summary:
+        state, kind = f"finished, {run.step:,} steps", "done"
+    elif run.lines:
+        state, kind = f"not finished: step {run.step:,} of {run.total_steps:,}", "open"
+    else:
+        state, kind = "not finished: no step was logged yet", "open"
+    shape = configuration.model_shape(run.config.model)
+    what = f"{_count(shape.parameters)} parameters on {run.manifest['corpus']['name']}, seed {run.config.seed}"
+    return f'<p><b>{escape(run.label)}</b> <span class="badge {kind}">{state}</span> {escape(what)}</p>'
+
+
+def _tiles(run: Run) -> str:
+    if not run.lines:
+        return ""
+    last, tiles = run.lines[-1], []
+    if run.evaluations:
+        value = run.evaluations[-1]
+        tiles.append((f"{value['val_loss']:.4f}", "validation loss, nats a token"))
+        tiles.append((f"{value['val_bits_per_byte']:.4f}", "validation bits a byte"))
+    tiles.append((_count(last["tokens"]), "tokens"))
+    skipped = 1 - last["flops"]["executed"] / last["flops"]["dense"]
+    tiles.append((f"{skipped:.1%}", "of all FLOPs really skipped"))
+    tiles.append((_clock(last["training_seconds"]), "in training steps"))
+    tiles.extend((f"{p['speedup']['median']:.2f}x", f"step speed-up, {p['name']}") for p in _timed(run))
+    cells = "".join(f"<div><b>{escape(value)}</b>{escape(name)}</div>" for value, name in tiles)
+    return f'<section class="tiles">{cells}</section>'
+
+
+def _measure(runs: Iterable[Run]) -> tuple[str, str]:
+    """Key and name of the validation figure that these runs share: tokens differ between tokenizers, bytes do not."""
+    same = len({json.dumps(run.manifest["tokenizer"], sort_keys=True) for run in runs}) == 1
+    return ("val_loss", "loss (nats a token)") if same else ("val_bits_per_byte", "bits a byte")
+
+
+def _losses(arms: Sequence[Arm]) -> str:
+    runs = [run for arm in arms for run in arm.runs]
+    if not any(run.lines for run in runs):
+        return _section("Loss", "<p>No step was logged yet.</p>")
+    key, name = _measure(runs)
+    charts = "".join(_figure(_loss_chart(arms, axis, key, name)) for axis in AXES)
+    entries = [(arm.name, i) for i, arm in enumerate(arms)]
+    averaged = max(-(-len(run.lines) // POINTS) for run in runs)
+    pale = f"mean of {averaged} logged steps each" if averaged > 1 else "each logged step"
+    notes = ["Dots: validation." + (f" Pale: training, {pale}." if key == "val_loss" else "")]
+    if any(len(run.config.phases) > 1 for run in runs):
+        notes.append("Dashed: a switch to the next phase. Shaded: the sparser a phase, the darker.")
+    notes.append("Training time is that of the steps alone, without evaluations and dense steps measured beside them.")
+    head = legend(entries) if len(arms) > 1 else ""
+    return _section("Loss", f'{head}<div class="grid3">{charts}</div>', " ".join(notes))
+
+
+def _loss_chart(arms: Sequence[Arm], axis: Axis, key: str, name: str) -> str:
+    what, unit, value = axis
+    divisor, prefix = _scale(max(value(run.lines[-1]) for arm in arms for run in arm.runs if run.lines), unit)
+    series: list[Series] = []
+    bands: list[Band] = []
+    shown: list[float] = []
+    for i, arm in enumerate(arms):
+        for run in arm.runs:
+            x = [value(line) / divisor for line in run.lines]
+            if key == "val_loss":
+                xs, ys = _thinned(x), _thinned([line["loss"] for line in run.lines])
+                series.append(Series(run.label, xs, ys, i, faint=True))
+                shown.extend(ys[len(ys) // 20 :])  # the first fall would flatten the rest
+            points = [(value(line) / divisor, line[key]) for line in run.evaluations]
+            series.append(Series(run.label, [a for a, _ in points], [b for _, b in points], i, dots=True))
+            shown.extend(b for _, b in points)
+        if arm.runs[0].lines:
+            bands.extend(_bands(arm.runs[0], axis, divisor, i, row=None if len(arms) == 1 else len(arms) - 1 - i))
+    limits = (min(shown), max(shown)) if shown else (0.0, 1.0)
+    series.sort(key=lambda s: not s.faint)  # validation on top
+    return line_chart(
+        series, bands, title=f"{name} against {what}", x_label=f"{what} ({prefix})", y_label=name, y_limits=limits
+    )
+
+
+def _bands(run: Run, axis: Axis, divisor: float, index: int, row: int | None) -> list[Band]:
+    """Where the phases of a run were on an axis, as far as it got."""
+    bands, start, end_step = [], 0.0, 0
+    for phase in run.config.phases:
+        end_step += phase.steps or 0
+        until = [line for line in run.lines if line["step"] <= end_step]
+        end = axis[2](until[-1]) / divisor if until else start
+        if end > start:
+            bands.append(Band(start, end, phase.name or "", phase.sparsity, index, row))
+        start = end
+    return bands
+
+
+def _thinned(values: Sequence[float]) -> list[float]:
+    """At most `POINTS` values: means of equal stretches."""
+    return [float(np.mean(part)) for part in np.array_split(values, min(len(values), POINTS))] if values else []
+
+
+def _flops(run: Run) -> str:
+    if not run.phases:
+        return ""
+    totals = {column: sum(phase["flops"][column] for phase in run.phases) for column in _COLUMNS}
+    bars = [
+        Bar(
+            "as if dense" if column == "dense" else column,
+            [(f"{p['name']}: {_si(p['flops'][column])}", p["flops"][column], i) for i, p in enumerate(run.phases)],
+            f"{_si(totals[column])}, {totals[column] / totals['dense']:.1%}",
+        )
+        for column in _COLUMNS
+    ]  # fmt: skip
+    chart = legend([(p["name"], i) for i, p in enumerate(run.phases)]) + bar_chart(bars, title="FLOPs by phase")
+    saved = run.summary.get("flops_saved_fraction_by_convention") or {}
+    rows = "".join(f"<tr><td>{escape(name)}</td><td>{fraction:.1%}</td></tr>" for name, fraction in saved.items())
+    table = f"<table><tr><th>counted by convention</th><th>saved</th></tr>{rows}</table>" if rows else ""
+    return _section(
+        "FLOPs", f'<div class="grid2">{_figure(chart)}<div>{table}</div></div>',
+        "Dense: as if no weight were masked. Useful: kept weights only. Executed: what the kernels really multiplied, "
+        "padding included; a product that ran dense counts dense. Conventions are arithmetic over the planned phases.",
+    )  # fmt: skip
+
+
+def _time(run: Run) -> str:
+    phases = [phase for phase in run.phases if phase["time_fractions"]]
+    if not phases:
+        return (
+            _section("Where a step's time goes", "<p>Not known before the first checkpoint.</p>") if run.lines else ""
+        )
+    parts = [part for part in _PARTS if any(part in phase["time_fractions"] for phase in phases)]
+    parts += sorted({part for phase in phases for part in phase["time_fractions"]} - {*parts})
+    bars = [
+        Bar(
+            phase["name"],
+            [(f"{part}: {phase['time_fractions'].get(part, 0):.0%}", phase["time_fractions"].get(part, 0), i)
+             for i, part in enumerate(parts)],
+            f"{phase['step_seconds_median']:.3g} s a step",
+        )
+        for phase in phases
+    ]  # fmt: skip
+    head = "".join(f"<th>{escape(phase['name'])}</th>" for phase in phases)
+    rows = "".join(
+        f'<tr><td><i class="c{i}"></i> {escape(part)}</td>'
+        + "".join(f"<td>{phase['time_fractions'].get(part, 0):.0%}</td>" for phase in phases)
+        + "</tr>"
+        for i, part in enumerate(parts)
+    )
+    table = f"<table><tr><th>part</th>{head}</tr>{rows}</table>"
+    chart = _figure(bar_chart(bars, title="Where a step's time goes"))
+    return _section(
+        "Where a step's time goes", f'<div class="grid2">{chart}<div>{table}</div></div>',
+        "The second step of each phase, under the profiler: operators' own time on all threads.",
+    )  # fmt: skip
+
+
+def _timed(run: Run) -> list[dict[str, Any]]:
+    return [phase for phase in run.phases if "speedup" in phase]
+
+
+def _speed(run: Run) -> str:
+    phases = _timed(run)
+    if not phases:
+        return _section(
+            "Step speed-up", "<p>Not measured: there was no sparse phase with dense steps timed beside it "
+            "(train.measure_dense).</p>",
+        ) if run.lines else ""  # fmt: skip
+    charts = []
+    for phase in phases:
+        measured, flops = phase["speedup"], phase["flops"]
+        rows = [
+            ("measured", measured["median"], 0, (measured["low"], measured["high"])),
+            ("if time followed executed FLOPs", flops["dense"] / flops["executed"], 7, None),
+            ("if time followed useful FLOPs", flops["dense"] / flops["useful"], 7, None),
+            ("sparse layers alone, 1/(1 − sparsity)", 1 / (1 - phase["sparsity"]), 7, None),
+        ]
+        bars = [Bar(name, [(name, value, colour)], f"{value:.2f}x", span) for name, value, colour, span in rows]
+        seconds = f"{phase['dense_step_seconds_median']:.3g} s"
+        chart = bar_chart(bars, title=f"Step speed-up, {phase['name']}")
+        charts.append(_figure(chart, f"{escape(phase['name'])}; a dense step takes {seconds}"))
+    return _section(
+        "Step speed-up", f'<div class="grid2">{"".join(charts)}</div>',
+        "Measured beside a dense step on the same batch, at its best thread count; the whisker spans all pairs.",
+    )  # fmt: skip
+
+
+def _masks(run: Run) -> str:
+    if not run.patterns:
+        return _section("Masks", "<p>No layer was sparse: every weight was trained from the first step.</p>")
+    rows: dict[str, dict[str, Pattern]] = {}
+    for name, pattern in run.patterns.items():
+        block = re.fullmatch(r"(.*?\.\d+)\.(.+)", name)
+        row, column = block.groups() if block else (name, "")
+        rows.setdefault(row, {})[column] = pattern
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join(
+        f"<tr><td>{escape(row)}</td>" + "".join(_sparsity_cell(cells.get(column)) for column in columns) + "</tr>"
+        for row, cells in rows.items()
+    )
+    table = f'<div class="scroll tall"><table><tr><th>layer</th>{head}</tr>{body}</table></div>'
+    pictures = []
+    for name, pattern in list(next(iter(rows.values())).items())[:4]:
+        crop = pattern.mask().numpy()[:CROP, :CROP]
+        source = mask_png(crop, (0x2A, 0x7F, 0xC9))
+        full = f"{next(iter(rows))}.{name}".rstrip(".")
+        caption = f"{escape(full)}: first {crop.shape[0]} outputs, {crop.shape[1]} inputs; {crop.mean():.1%} kept"
+        alt = f"mask of {escape(full)}"
+        pictures.append(_figure(f'<img class="mask" src="{source}" alt="{alt}">', caption))
+    kept = sum(pattern.nnz for pattern in run.patterns.values())
+    numel = sum(pattern.numel for pattern in run.patterns.values())
+    return _section(
+        "Masks", f'<div class="masks">{"".join(pictures)}</div>{table}',
+        f"Sparsity by layer and masks as drawn at the first step: {kept:,} of {numel:,} weights are kept. In the "
+        "pictures a dot is a kept weight.",
+    )  # fmt: skip
+
+
+def _sparsity_cell(pattern: Pattern | None) -> str:
+    if pattern is None:
+        return "<td></td>"
+    hint = f"{pattern.nnz:,} of {pattern.numel:,} weights"
+    shade = f"background:rgba(42,127,201,{pattern.sparsity * 0.35:.2f})"
+    return f'<td style="{shade}" title="{hint}">{pattern.sparsity:.2%}</td>'
+
+
+def _revived(run: Run) -> str:
+    title = "Revived weights"
+    if not run.patterns:
+        return ""
+    if len(run.config.phases) == 1:
+        return _section(title, "<p>None: the run has one phase, so no masked weight was ever trained.</p>")
+    if run.checkpoint is None:
+        return _section(title, "<p>Not known before the first checkpoint.</p>")
+    if run.state["phase"] == 0:
+        return _section(
+            title, f"<p>None at the last checkpoint (step {run.state['step']:,}): the first phase was not over.</p>"
+        )
+    kept, revived = _magnitudes(run.checkpoint / "model.safetensors", run.patterns)
+    moved = revived[revived > 0]
+    if not (moved.size and kept.any()):
+        return _section(
+            title, f"<p>There is nothing to compare at the last checkpoint (step {run.state['step']:,}).</p>"
+        )
+    logs = [np.log10(values[values > 0]) for values in (kept, moved)]
+    low, high = min(np.quantile(v, 0.001) for v in logs), max(float(v.max()) for v in logs)
+    edges = np.linspace(low, high, 61)
+    series = []
+    for i, (name, values) in enumerate(zip(("kept from the start", "revived"), logs, strict=True)):
+        share = np.histogram(values, edges)[0] / len(values) * 100
+        series.append(Series(name, list(edges), [*share, share[-1]], i, steps=True))
+    chart = line_chart(
+        series, title="Magnitudes of weights", x_label="magnitude of a weight", y_label="% of weights",
+        x_format=_power, y_limits=(0.0, max(max(s.y) for s in series)),
+    )  # fmt: skip
+    rows = [
+        ("median", np.median(kept), np.median(revived)),
+        ("root mean square", np.sqrt(np.mean(kept**2)), np.sqrt(np.mean(revived**2))),
+        ("largest", kept.max(), revived.max()),
+    ]
+    body = "".join(
+        f"<tr><td>{name}</td><td>{a:.2e}</td><td>{b:.2e}</td><td>{b / a:.0%}</td></tr>" for name, a, b in rows
+    )
+    table = f"<table><tr><th></th><th>kept</th><th>revived</th><th>ratio</th></tr>{body}</table>"
+    zero = f"{1 - moved.size / revived.size:.1%} of the revived are zero still. " if moved.size < revived.size else ""
+    head = legend([(s.name, s.colour) for s in series])
+    return _section(
+        title, f'{head}<div class="grid2">{_figure(chart)}<div>{table}</div></div>',
+        f"Magnitudes at step {run.state['step']:,}. A revived weight starts at zero when its phase begins, so its "
+        f"magnitude is how far it moved. {zero}{revived.size:,} revived and {kept.size:,} kept weights were looked at.",
+    )  # fmt: skip
+
+
+def _magnitudes(path: Path, first: dict[str, Pattern]) -> tuple[np.ndarray, np.ndarray]:
+    """Magnitudes of weights that were kept from the start, and of those added since; large layers are sampled."""
+    kept, revived = [], []
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            stored = set(tensors.keys())
+            for name, pattern in first.items():
+                mask = pattern.mask().numpy()
+                if f"{name}.weight" in stored:
+                    weight = tensors.get_slice(f"{name}.weight")
+                    for rows in _slices(*pattern.shape):
+                        part = np.abs(weight[rows].float().numpy())
+                        kept.append(part[mask[rows]])
+                        revived.append(part[~mask[rows]])
+                elif f"{name}.values" in stored:  # sparser than the first phase, but sparse still
+                    now = Pattern(pattern.shape, tensors.get_tensor(f"{name}.pattern").numpy())
+                    was = mask[now.mask().numpy()]
+                    values = np.abs(tensors.get_tensor(f"{name}.values").float().numpy())
+                    kept.append(values[was])
+                    revived.append(values[~was])
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    return np.concatenate(kept), np.concatenate(revived)
+
+
+def _slices(rows: int, columns: int) -> Iterator[slice]:
+    """Up to eight stretches of rows, spread evenly, with about `SAMPLED` weights together."""
+    wanted = max(8, SAMPLED // columns)
+    if wanted >= rows:
+        yield slice(0, rows)
+        return
+    for start in np.linspace(0, rows - wanted // 8, 8).astype(int):
+        yield slice(int(start), int(start) + wanted // 8)
+
+
+def _facts(run: Run) -> str:
+    corpus, tokenizer = run.manifest["corpus"], run.manifest["tokenizer"]
+    facts = {
+        "corpus": f"{corpus['name']}, {corpus['documents']:,} documents, {_count(corpus['bytes'])} bytes",
+        "corpus sha256": corpus["sha256"],
+        "tokenizer": f"{tokenizer['name']}, {tokenizer['vocab_size']:,} tokens",
+        "data order": run.manifest["order"],
+        **run.summary.get("hardware", {}),
+        **run.summary.get("versions", {}),
+    }
+    rows = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(_words(v))}</td></tr>" for k, v in facts.items())
+    blocks = [("Corpus, hardware, versions", f'<div class="scroll"><table class="facts">{rows}</table></div>')]
+    blocks.append(("Configuration", f"<pre>{escape(configuration.to_yaml(run.config))}</pre>"))
+    for sample in run.summary.get("samples", []):
+        blocks.append((f"Text it wrote after '{sample['phase']}'", f"<pre>{escape(sample['text'])}</pre>"))
+    inside = "".join(f"<details><summary>{escape(t)}</summary>{content}</details>" for t, content in blocks)
+    return _section("Details", inside, "" if run.summary else "Hardware and versions are noted when the run finishes.")
+
+
+def _table(runs: Sequence[Run]) -> str:
+    head = (
+        "run", "phase", "sparsity", "steps", "tokens", "training loss", "validation loss", "bits/byte", "FLOPs dense",
+        "FLOPs useful", "FLOPs executed", "seconds", "s/step", "dense s/step", "speed-up",
+    )  # fmt: skip
+    rows = []
+    for run in runs:
+        for p in run.phases:
+            rows.append((
+                run.label, p["name"], f"{p['sparsity']:.4g}", str(p["steps"]), str(p["tokens"]), _number(p["loss"]),
+                _number(p["val_loss"]), _number(p["val_bits_per_byte"]), *(f"{p['flops'][c]:.4g}" for c in _COLUMNS),
+                f"{p['seconds']:.1f}", f"{p['step_seconds_median']:.4g}",
+                f"{p['dense_step_seconds_median']:.4g}" if "speedup" in p else "",
+                f"{p['speedup']['median']:.2f}" if "speedup" in p else "",
+            ))  # fmt: skip
+    if not rows:
+        return ""
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    heads = "".join(f"<th>{cell}</th>" for cell in head)
+    table = f'<div class="scroll"><table id="figures"><tr>{heads}</tr>{body}</table></div>'
+    return _section("Figures by phase", f'{table}<button id="copy" type="button">Copy table</button>')
+
+
+# -- comparison -------------------------------------------------------------------------------------------------------
+
+
+def at(run: Run, axis: Axis, budget: float, key: str) -> float | None:
+    """Validation figure of a run where it had spent `budget` on an axis, between its evaluations; None outside them."""
+    x = [axis[2](line) for line in run.evaluations]
+    if not x or not x[0] <= budget <= x[-1] * (1 + 1e-9):
+        return None
+    return float(np.interp(budget, x, [line[key] for line in run.evaluations]))
+
+
+def _comparison(arms: Sequence[Arm]) -> str:
+    runs = [run for arm in arms for run in arm.runs]
+    title = "Comparison"
+    order = _same_order(runs)
+    if len({run.manifest["corpus"]["sha256"] for run in runs}) > 1:
+        return _section(title, order, "The corpora differ, so losses are not compared.")
+    if not all(run.evaluations for run in runs):
+        return _section(title, order, "Losses are compared once every run has been evaluated.")
+    key, name = _measure(runs)
+    head = ["<th>run</th>"]
+    cells: dict[str, list[str]] = {arm.name: [] for arm in arms}
+    pairs: dict[str, list[str]] = {arm.name: [] for arm in arms[1:]}
+    for axis in AXES:
+        budget = min(axis[2](run.evaluations[-1]) for run in runs)
+        divisor, unit = _scale(budget, axis[1])
+        head.append(f"<th>at equal {axis[0]}<br><small>{budget / divisor:.3g} {unit}</small></th>")
+        for arm in arms:
+            cells[arm.name].append(_spread([at(run, axis, budget, key) for run in arm.runs]))
+        for arm in arms[1:]:
+            pairs[arm.name].append(_paired(arms[0], arm, axis, budget, key))
+    head.append("<th>at its own end</th>")
+    for arm in arms:
+        cells[arm.name].append(_spread([run.evaluations[-1][key] for run in arm.runs]))
+    rows = "".join(
+        f'<tr><td><i class="c{i % 8}"></i> {escape(arm.name)}</td>'
+        + "".join(f"<td>{cell}</td>" for cell in cells[arm.name])
+        + "</tr>"
+        for i, arm in enumerate(arms)
+    )
+    table = f'<div class="scroll"><table><tr>{"".join(head)}</tr>{rows}</table></div>'
+    if any(cell for row in pairs.values() for cell in row):
+        rows = "".join(
+            f"<tr><td>{escape(name)}</td>" + "".join(f"<td>{cell or '–'}</td>" for cell in row) + "</tr>"
+            for name, row in pairs.items()
+        )
+        table += (
+            f"<h3>Difference from {escape(arms[0].name)}, same data order</h3>"
+            f'<div class="scroll"><table><tr>{"".join(head[:-1])}</tr>{rows}</table></div>'
+        )
+    notes = [
+        f"Validation {name}, interpolated between evaluations; below a mean: lowest to highest of the seeds.",
+        "The budget is the smallest that any run spent in all: a run that went on is read in the middle of its "
+        "learning rate schedule there, which makes it look worse than one that was planned to end there.",
+    ]
+    if len({run.config.train.eval_tokens for run in runs}) > 1:
+        notes.append("<b>The runs were evaluated on different amounts of text (train.eval_tokens).</b>")
+    machines = {json.dumps(run.summary.get("hardware"), sort_keys=True) for run in runs}
+    if len(machines) > 1:
+        notes.append("<b>Hardware or threads differ, or are not known yet: equal time means little.</b>")
+    return _section(title, order + table, " ".join(notes))
+
+
+def _same_order(runs: Sequence[Run]) -> str:
+    orders: dict[str, list[str]] = {}
+    for run in runs:
+        orders.setdefault(run.manifest["order"], []).append(run.label)
+    if len(orders) == 1:
+        return f"<p>All runs read the same tokens in the same order: hash <code>{next(iter(orders))[:16]}</code>.</p>"
+    rows = "".join(
+        f"<tr><td><code>{order[:16]}</code></td><td>{escape(', '.join(labels))}</td></tr>"
+        for order, labels in orders.items()
+    )
+    return (
+        "<p>Runs beside the same hash read the same tokens in the same order.</p>"
+        f'<div class="scroll"><table class="facts"><tr><th>data order</th><th>runs</th></tr>{rows}</table></div>'
+    )
+
+
+def _paired(base: Arm, arm: Arm, axis: Axis, budget: float, key: str) -> str:
+    partner = {run.manifest["order"]: run for run in base.runs}
+    differences = []
+    for run in arm.runs:
+        other = partner.get(run.manifest["order"])
+        mine, theirs = at(run, axis, budget, key), at(other, axis, budget, key) if other else None
+        if mine is not None and theirs is not None:
+            differences.append(mine - theirs)
+    return _spread(differences, "+.4f") if differences else ""
+
+
+def _spread(values: Sequence[float | None], form: str = ".4f") -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or not known:
+        return "–"
+    mean = f"{statistics.mean(known):{form}}"
+    return mean if len(known) == 1 else f"{mean}<br><small>{min(known):{form}} to {max(known):{form}}</small>"
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+def _scale(value: float, unit: str) -> tuple[float, str]:
+    if unit == "s":
+        return (3600.0, "h") if value >= 7200 else (60.0, "min") if value >= 120 else (1.0, "s")
+    divisor, prefix = scaled(value)
+    if unit == "FLOP":
+        return divisor, f"{prefix}FLOP"
+    divisor = min(divisor, 1e9)
+    return divisor, {1e9: "billions", 1e6: "millions", 1e3: "thousands", 1.0: "count"}[divisor]
+
+
+def _si(flops: float) -> str:
+    divisor, prefix = scaled(flops)
+    return f"{flops / divisor:.3g} {prefix}FLOP"
+
+
+def _count(value: float) -> str:
+    divisor, prefix = scaled(value)
+    return f"{value / divisor:.3g}{'B' if prefix == 'G' else prefix}"
+
+
+def _clock(seconds: float) -> str:
+    divisor, unit = _scale(seconds, "s")
+    return f"{seconds / divisor:.3g} {unit}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _power(exponent: float) -> str:
+    """A power of ten, for axes in logarithms."""
+    return "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")) if exponent % 1 == 0 else ""
+
+
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
