@@ -59,8 +59,10 @@ def test_saved_fractions_at_a_uniform_75_percent_under_spdf(model, fraction):
 
 def test_a_dense_weight_gradient_would_save_448_instead_of_6725():
     shape = MODELS["cerebras-gpt-6.7b"]
-    other = shape.attention + shape.vocabulary
-    assert 1 - (shape.linear * (2 * 0.25 + 1) / 3 + other) / (shape.linear + other) == pytest.approx(0.448, abs=5e-4)
+    dense = flops_per_token(shape, 0.0, "spdf")
+    for dense_gradient, fraction in ((True, 0.4483), (False, 0.6725)):
+        sparse = flops_per_token(shape, 0.75, "spdf", dense_weight_gradient=dense_gradient)
+        assert 1 - sparse / dense == pytest.approx(fraction, abs=5e-5)
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,7 @@ def resolve(config: Config) -> None:
     UserError
         Naming the setting, its value and what was expected.
     """
-    _resolve_model(config.model)
+    resolve_model(config.model)
     train, optimizer = config.train, config.optimizer
     _one_of("train.precision", train.precision, ("fp32", "bf16"))
     _one_of("train.backend", train.backend, ("auto", "cpu", "reference"))
@@ -310,7 +310,8 @@ def resolve(config: Config) -> None:
         _resolve_phase(config, i, phase)
 
 
-def _resolve_model(model: ModelConfig) -> None:
+def resolve_model(model: ModelConfig) -> None:
+    """Fills in, in place, what a preset or other keys tell of a model, and checks its sizes."""
     if model.name is not None:
         preset = ledger.model_shape(model.name)
         for key, value in dataclasses.asdict(preset).items():

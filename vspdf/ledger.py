@@ -111,7 +111,13 @@ CONVENTIONS: dict[str, Convention] = {
 }
 
 
-def flops_per_token(shape: Shape, sparsity: float = 0.0, convention: str = "vspdf", causal: bool = False) -> float:
+def flops_per_token(
+    shape: Shape,
+    sparsity: float = 0.0,
+    convention: str = "vspdf",
+    causal: bool = False,
+    dense_weight_gradient: bool = False,
+) -> float:
     """Training FLOPs (forward and backward) per token under a named convention.
 
     Parameters
@@ -123,6 +129,9 @@ def flops_per_token(shape: Shape, sparsity: float = 0.0, convention: str = "vspd
         A key of `CONVENTIONS`.
     causal : bool
         Count half of the attention products.
+    dense_weight_gradient : bool
+        Of the three products of a layer, only the forward one and the gradient of its input skip masked weights, as
+        where a framework masks the weight's gradient after the fact: at 75 % 6.7B saves 44.8 % (``spdf``), not 67.25 %.
 
     Raises
     ------
@@ -137,7 +146,8 @@ def flops_per_token(shape: Shape, sparsity: float = 0.0, convention: str = "vspd
     attention = shape.attention * (0.5 if causal else 1.0)
     softmax = rule.softmax * shape.n_layer * shape.n_head * shape.sequence_length / 2  # FLOPs -> multiply-adds
     dense_part = rule.attention * attention + softmax + rule.vocabulary * shape.vocabulary
-    return 6 * (shape.linear * (1 - sparsity) + dense_part)
+    kept = 1 - sparsity * (2 / 3 if dense_weight_gradient else 1)
+    return 6 * (shape.linear * kept + dense_part)
 
 
 def training_flops(
