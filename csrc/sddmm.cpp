@@ -14,7 +14,8 @@ namespace {
 constexpr int kRowMajorTokens = 2;  // up to here packing costs more than it saves
 constexpr int kNear = 8192;         // floats of packed x that stay in the first-level cache
 constexpr int kLeastTokens = 128;   // tokens that pay for adding up the lanes
-constexpr int kTileRows = 512;      // packed dy of a tile stays in the second-level cache
+constexpr int kPiece =
+    512;  // features packed at a time: their lines come as a stream, and stay in the second-level cache
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -129,7 +130,9 @@ class Product {
     int64_t run_part(int r0, int r1, int c0, int c1) const {
         const int rows = row(r1) - row(r0), cols = col(c1) - col(c0);
         const bool x_stays = cols <= rows;
-        Operand x(x_, x_stride_, dtype_, packing_, chunk_, x_stays ? cols : part_.tile_cols, step_);
+        const int col_tiles = std::max(1, kPiece / part_.tile_cols);
+        Operand x(x_, x_stride_, dtype_, packing_, chunk_, x_stays ? cols : std::min(cols, col_tiles * part_.tile_cols),
+                  step_);
         Operand dy(dy_, dy_stride_, dtype_, packing_, chunk_, x_stays ? part_.tile_rows : rows, step_);
         int64_t macs = 0;
         for (int64_t t = 0; t < tokens_; t += step_) {
@@ -148,9 +151,12 @@ class Product {
                 }
             } else {
                 dy.pack(t, here, row(r0), rows);
-                for (int c = c0; c < c1; ++c) {
-                    x.pack(t, here, col(c), col(c + 1) - col(c));
-                    for (int r = r0; r < r1; ++r) tile(r, c);
+                for (int c = c0; c < c1; c += col_tiles) {
+                    const int end = std::min(c1, c + col_tiles);
+                    x.pack(t, here, col(c), col(end) - col(c));
+                    for (int k = c; k < end; ++k) {
+                        for (int r = r0; r < r1; ++r) tile(r, k);
+                    }
                 }
             }
         }
@@ -203,7 +209,7 @@ SddmmPart::SddmmPart(const Plan& plan) {
     const double density = double(csr.nnz()) / csr.rows / csr.cols;
     tile_cols = density > 0.3 ? 32 : density > 0.02 ? 64 : density > 0.002 ? 256 : 960;
     // An even number of tiles, for two threads.
-    const int64_t most_tiles = 2 * ceil_div(csr.rows, 2 * kTileRows);
+    const int64_t most_tiles = 2 * ceil_div(csr.rows, 2 * kPiece);
     tile_rows = int(ceil_div(csr.rows, most_tiles));
     row_tiles = int(ceil_div(csr.rows, tile_rows));
     col_tiles = int(ceil_div(csr.cols, tile_cols));
