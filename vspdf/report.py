@@ -569,7 +569,7 @@ def _revived(run: Run) -> str:
     )  # fmt: skip
     rows = [
         ("median", np.median(kept), np.median(revived)),
-        ("root mean square", np.sqrt(np.mean(kept**2)), np.sqrt(np.mean(revived**2))),
+        ("RMS", np.sqrt(np.mean(kept**2)), np.sqrt(np.mean(revived**2))),
         ("largest", kept.max(), revived.max()),
     ]
     body = "".join(
