@@ -66,6 +66,7 @@ void bind_fabric(py::module_& module) {
         .value("store_f", Op::kStoreF)
         .value("unpack", Op::kUnpack)
         .value("set_base", Op::kSetBase)
+        .value("set_length", Op::kSetLength)
         .value("vector", Op::kVector)
         .value("less", Op::kLess)
         .value("equal", Op::kEqual)
@@ -74,6 +75,7 @@ void bind_fabric(py::module_& module) {
         .value("block", Op::kBlock)
         .value("unblock", Op::kUnblock)
         .value("send", Op::kSend)
+        .value("switch", Op::kSwitch)
         .value("stamp", Op::kStamp)
         .value("end", Op::kEnd);
     py::enum_<Arith>(m, "Arith")
@@ -96,10 +98,11 @@ void bind_fabric(py::module_& module) {
         py::arg("kind"), py::arg("half"), py::arg("base"), py::arg("length"), py::arg("stride"), py::arg("queue"),
         py::arg("colour"));
     py::class_<Vector>(m, "Vector")
-        .def(py::init(
-                 [](Arith arith, int dst, int src0, int src1, int scalar, bool async, bool pair, int activate,
-                    int unblock) { return Vector{arith, dst, src0, src1, scalar, async, pair, activate, unblock}; }),
-             py::arg("arith"), py::arg("dst"), py::arg("src0"), py::arg("src1"), py::arg("scalar"),
+        .def(py::init([](Arith arith, int dst, int src0, int src1, int scalar, int startup, bool async, bool pair,
+                         int activate, int unblock) {
+                 return Vector{arith, dst, src0, src1, scalar, startup, async, pair, activate, unblock};
+             }),
+             py::arg("arith"), py::arg("dst"), py::arg("src0"), py::arg("src1"), py::arg("scalar"), py::arg("startup"),
              py::arg("asynchronous"), py::arg("pair"), py::arg("then_activate"), py::arg("then_unblock"));
 
     py::class_<Fabric>(m, "Fabric")
@@ -115,8 +118,8 @@ void bind_fabric(py::module_& module) {
         .def("bind", &Fabric::bind)
         .def("add_code",
              [](Fabric& f, std::vector<Instr> instrs, std::vector<Vector> vectors, std::vector<Dsr> dsrs,
-                std::vector<int> entry) {
-                 return f.add_code({std::move(instrs), std::move(vectors), std::move(dsrs), std::move(entry)});
+                std::vector<int> entry, std::vector<int> entry_cycles) {
+                 return f.add_code({std::move(instrs), std::move(vectors), std::move(dsrs), std::move(entry), std::move(entry_cycles)});
              })
         .def("load", &Fabric::load)
         .def("set_register", &Fabric::set_register)

@@ -474,37 +474,47 @@ void Fabric::step_router(int p) {
         fed |= uint8_t(1 << source.port);
         again = true;
     }
-    // Out by every port at most one wavelet, colours in turn.
+    // Out by every port at most one wavelet. A colour keeps a port for as long as its stream goes on without a gap;
+    // otherwise colours take turns.
     const int n = int(r.channels.size());
     uint8_t used = 0;
+    auto leave = [&](int i, uint8_t ports) {
+        Channel& c = r.channels[i];
+        const Wavelet& w = c.fifo.slots[c.fifo.head];
+        for (int port = 0; port < kPorts; ++port) {
+            const uint8_t bit = uint8_t(1 << port);
+            if (!(c.pending & ports & bit)) continue;
+            if (used & bit) {
+                again = true;
+            } else if (send(p, c, port, w)) {
+                used |= bit;
+                c.pending &= uint8_t(~bit);
+                r.holder[port] = int8_t(i);
+                if (port != kRamp) ++e.stats.forwarded;
+            }
+        }
+    };
     for (int i = 0; i < n; ++i) {
-        Channel& c = r.channels[(r.turn + i) % n];
+        Channel& c = r.channels[i];
         if (!c.fifo.is_ready(now_)) {
             again |= c.fifo.count > 0;
             continue;
         }
-        const SwitchPosition& s = c.positions[c.position];
         if (!c.head_open) {
             c.head_open = true;
-            c.pending = s.tx;
+            c.pending = c.positions[c.position].tx;
         }
-        const Wavelet& w = c.fifo.slots[c.fifo.head];
-        for (int port = 0; port < kPorts; ++port) {
-            const uint8_t bit = uint8_t(1 << port);
-            if (!(c.pending & bit)) continue;
-            if (used & bit) {
-                again = true;
-                continue;
-            }
-            if (send(p, c, port, w)) {
-                used |= bit;
-                c.pending &= uint8_t(~bit);
-                if (port != kRamp) ++e.stats.forwarded;
-            }
-        }
+        uint8_t held = 0;
+        for (int port = 0; port < kPorts; ++port) held |= uint8_t((r.holder[port] == i) << port);
+        if (held & c.pending) leave(i, held);
+    }
+    for (int k = 0; k < n; ++k) {
+        const int i = (r.turn + k) % n;
+        Channel& c = r.channels[i];
+        if (!c.head_open) continue;
+        if (c.pending) leave(i, 0xff);
         if (!c.pending) {
-            const bool control = w.control;
-            c.fifo.pop(now_);
+            const bool control = c.fifo.pop(now_).control;
             c.head_open = false;
             if (control && c.positions.size() > 1) c.position = (c.position + 1) % int(c.positions.size());
             wake_feeders(p, c);
@@ -771,14 +781,15 @@ void Fabric::start_vector(int p, Pe& e, const Vector& v, int issue) {
         t.vector = v;
         t.dst = dst, t.src0 = src0, t.src1 = src1;
         t.length = length;
-        t.start = now_ + issue + m_.vector_startup;
+        const int startup = v.startup >= 0 ? v.startup : m_.vector_startup;
+        t.start = now_ + issue + startup;
         t.scalar = v.arith == Arith::kDot ? 0 : e.f[v.scalar];
         t.sync = !v.async;
         if (unary) t.src1.kind = Dsr::kMemory;
         if (v.arith == Arith::kFill) t.src0.kind = Dsr::kMemory;
-        e.busy_until = now_ + issue + (v.async ? 0 : m_.vector_startup);
+        e.busy_until = now_ + issue + (v.async ? 0 : startup);
         e.stats.scalar += issue;
-        e.stats.vector += v.async ? 0 : m_.vector_startup;
+        e.stats.vector += v.async ? 0 : startup;
         if (length > 0) {
             e.waiting = t.sync;
             e.threads.push_back(t);
@@ -794,7 +805,7 @@ void Fabric::start_vector(int p, Pe& e, const Vector& v, int issue) {
     double per_element = v.pair ? 0.5 : half ? 0.25 : 1.0;
     if (v.arith == Arith::kFmac || v.arith == Arith::kDot)
         per_element = half ? m_.fmac_fp16_cycles : m_.fmac_fp32_cycles;
-    const int startup = v.pair ? m_.pair_startup : m_.vector_startup;
+    const int startup = v.startup >= 0 ? v.startup : v.pair ? m_.pair_startup : m_.vector_startup;
     const int64_t datapath = int64_t(std::ceil(per_element * length - 1e-9));
     const int64_t banks = bank_cycles(v, dst, src0, src1, length);
     const int64_t cycles = std::max(datapath, banks);
@@ -847,6 +858,9 @@ void Fabric::execute(int p, Pe& e) {
             case Op::kSetBase:
                 e.dsrs[i.a].base = i.imm + e.r[i.b];
                 break;
+            case Op::kSetLength:
+                e.dsrs[i.a].length = e.r[i.b];
+                break;
             case Op::kLess:
                 if (e.r[i.a] < e.r[i.b]) e.pc = i.imm;
                 break;
@@ -863,6 +877,7 @@ void Fabric::execute(int p, Pe& e) {
             case Op::kUnblock:
             case Op::kActivate:
             case Op::kSend:
+            case Op::kSwitch:
             case Op::kStamp:
             case Op::kVector:
             case Op::kEnd: {
@@ -888,6 +903,15 @@ void Fabric::execute(int p, Pe& e) {
                     if (e.out_colour[i.b] < 0) e.out_colour[i.b] = i.c;
                     fifo.push({bits, i.imm != 0, now_ + 1});
                     schedule_router(p, now_ + 1);
+                } else if (i.op == Op::kSwitch) {
+                    Channel& c = routers_[p].channels.at(routers_[p].index.at(i.a));
+                    if (c.fifo.occupied(now_)) {
+                        --e.pc;
+                        schedule_pe(p, now_ + 1);
+                        return;
+                    }
+                    c.position = i.b;
+                    wake_feeders(p, c);
                 } else if (i.op == Op::kUnblock) {
                     e.blocked[i.a] = 0;
                 } else if (i.op == Op::kActivate) {
@@ -957,8 +981,10 @@ void Fabric::step_pe(int p) {
             if (task < 0) break;
             e.task = task;
             e.pc = codes_[e.code].entry[task];
-            e.busy_until = now_ + m_.task_switch;
-            e.stats.task_switch += m_.task_switch;
+            const int own = codes_[e.code].entry_cycles[task];
+            const int cycles = own >= 0 ? own : m_.task_switch;
+            e.busy_until = now_ + cycles;
+            e.stats.task_switch += cycles;
             if (tracing_) trace_.push_back({p, now_, e.busy_until, 0, task});
         }
     }

@@ -61,6 +61,7 @@ enum class Op : uint8_t {
     kStoreF,    // float at imm + 4 r[b] = f[a]
     kUnpack,    // arrived wavelet: f[a] = high half as fp16, r[b] = low half
     kSetBase,   // dsr[a].base = imm + r[b]
+    kSetLength,    // dsr[a].length = r[b]
     kVector,    // vectors[a]
     kLess,      // if r[a] < r[b] go to imm
     kEqual,     // if r[a] == r[b] go to imm
@@ -69,6 +70,7 @@ enum class Op : uint8_t {
     kBlock,     // task a may not start
     kUnblock,
     kSend,   // f[a] as one wavelet through out-queue b on colour c; imm: 1 as control
+    kSwitch,  // colour a's switch to position b, once its router holds no wavelet of it
     kStamp,  // stamps[a] = now
     kEnd,
 };
@@ -85,6 +87,7 @@ struct Vector {
     Arith arith = Arith::kMove;
     int dst = 0, src0 = 0, src1 = 0;  // DSR numbers
     int scalar = 0;                   // f register: factor of kFmac, value of kFill, result of kDot
+    int startup = -1;        // cycles; -1: the machine's
     bool async = false;               // as a micro-thread beside the task
     bool pair = false;                // two fp32 per cycle
     int then_activate = -1, then_unblock = -1;
@@ -96,6 +99,7 @@ struct Code {
     std::vector<Vector> vectors;
     std::vector<Dsr> dsrs;
     std::vector<int> entry;
+    std::vector<int> entry_cycles;  // from being chosen to the first instruction; -1: the machine's task switch
 };
 
 struct Wavelet {
@@ -224,6 +228,7 @@ class Fabric {
         std::array<int8_t, 64> index;     // colour -> channel
         std::array<int8_t, 64> queue_of;  // colour -> in-queue
         int turn = 0;
+        std::array<int8_t, kPorts> holder{-1, -1, -1, -1, -1};  // channel that used the port last
         int64_t wake = -1, visited = -1;
     };
     struct Source {
