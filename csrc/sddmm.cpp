@@ -14,8 +14,7 @@ namespace {
 constexpr int kRowMajorTokens = 2;  // up to here packing costs more than it saves
 constexpr int kNear = 8192;         // floats of packed x that stay in the first-level cache
 constexpr int kLeastTokens = 128;   // tokens that pay for adding up the lanes
-constexpr int kPiece =
-    512;  // features packed at a time: their lines come as a stream, and stay in the second-level cache
+constexpr int kPiece = 512;         // features packed at a time: enough to be read as a stream
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
