@@ -17,7 +17,7 @@ from vspdf.pattern import Pattern
 try:
     from vspdf import _C  # imported after torch, so that both share torch's OpenMP runtime
 except ImportError as error:
-    _C = None  # type: ignore[assignment]
+    _C = None
     _missing = str(error)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}

@@ -166,7 +166,7 @@ def _scipy_csr(p: Problem) -> Candidate:
 
 def _sparselab(p: Problem) -> Candidate:
     """SparseLab's padded-CSR layer (PyPI `sparselab`), forward and backward; its backward is not split by product."""
-    from sparselab import SparseLinear  # type: ignore[import-not-found]
+    from sparselab import SparseLinear
 
     layer = SparseLinear(p.pattern.in_features, p.pattern.out_features, sparsity=p.pattern.sparsity, bias=False)
     x = p.x.clone().requires_grad_()
@@ -389,7 +389,8 @@ def bench_step(
         median = statistics.median(seconds)
         rows.append(
             {
-                "sparsity": sparsity, "threads": used, "seconds_median": median, "seconds_low": low, "seconds_high": high,
+                "sparsity": sparsity, "threads": used, "seconds_median": median,
+                "seconds_low": low, "seconds_high": high,
                 "ratio_to_dense": dense / median, "memory": memory[sparsity],
             }
         )  # fmt: skip
