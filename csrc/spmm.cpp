@@ -3,17 +3,13 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstdlib>
-#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "parallel.hpp"
 #include "scratch.hpp"
 #include "spmm_kernels.hpp"
-static double tune(const char* n, double d) {
-    const char* e = getenv(n);
-    return e ? atof(e) : d;
-}
-#define TUNE(n, d) tune(n, d)
 
 namespace vspdf {
 namespace {
@@ -22,9 +18,18 @@ constexpr int kSlice = 16;            // tokens of one call of generated code
 constexpr int kSlices = 16;           // slices that share one pass over the code, which comes from far
 constexpr int kPacked = 1 << 20;      // bytes of packed x at a time: half of a second-level cache
 constexpr int64_t kStream = 1 << 20;  // bytes of output from which on it bypasses the caches
+constexpr int kSpan = 64;             // rows that leave for the output together: whole runs suit memory better
+constexpr int kLine = 64;             // bytes of a cache line
 constexpr int kFewTokens = 64;        // up to here values are read in row-major order, without a plan
 constexpr int kRowsAtOnce = 256;      // rows whose sums stay near while the blocks of features pass
 constexpr int kLines = 32 << 10;      // bytes of packed x that stay in the first-level cache
+
+// Orders stores that bypassed the caches before what other threads see next.
+void fence() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -111,88 +116,108 @@ Cut cut(int64_t units, int64_t most, int64_t few, int threads, int64_t row_units
 
 // ---- Generated code ---------------------------------------------------------------------------------------------
 
+// To the second-level cache. Not the compiler's builtin: gcc 12 drops loops that do nothing else.
+void prefetch(const char* line) {
+#if defined(__x86_64__)
+    asm volatile("prefetcht1 %0" : : "m"(*line));
+#else
+    (void)line;
+#endif
+}
+
+// Brings a piece's code and values to the second-level cache, one of `steps` shares at a time.
+class Prefetch {
+  public:
+    Prefetch(const SpmmProgram& program, const float* values, size_t piece, int steps)
+        : code_(reinterpret_cast<const char*>(program.code.entry()) + program.at[piece]),
+          values_(reinterpret_cast<const char*>(values + program.value[piece])),
+          code_bytes_(program.at[piece + 1] - program.at[piece]),
+          value_bytes_((program.value[piece + 1] - program.value[piece]) * sizeof(float)),
+          steps_(steps) {}
+
+    void step(int i) const {
+        share(code_, code_bytes_, i);
+        share(values_, value_bytes_, i);
+    }
+
+  private:
+    void share(const char* data, int64_t bytes, int i) const {
+        const int64_t lines = ceil_div(bytes, kLine), end = lines * (i + 1) / steps_;
+        for (int64_t j = lines * i / steps_; j < end; ++j) prefetch(data + j * kLine);
+    }
+
+    const char *code_, *values_;
+    int64_t code_bytes_, value_bytes_;
+    int steps_;
+};
+
 int64_t run_program(const SpmmKernels& kernels, const SpmmPart& part, const Target& y, const Source& x,
                     const float* values, int64_t tokens, int threads) {
     const SpmmProgram& program = part.program;
+    const int blocks = program.blocks;
     const int64_t slices = ceil_div(tokens, kSlice);
-    const Cut work = cut(slices, TUNE("NS", kSlices), TUNE("FEW", 6), threads, program.chains());
-    const int nblocks = program.blocks;
+    const Cut work = cut(slices, kSlices, 6, threads, program.chains());
     std::atomic<int64_t> macs{0};
 
     parallel_for(work.blocks * work.parts, threads, [&](int64_t task) {
-        const int64_t first = task / work.parts * work.units;
-        const int count = int(std::min(work.units, slices - first));
-        const int part_index = int(task % work.parts);
+        const int64_t part_index = task % work.parts;
         const int chain0 = int(program.chains() * part_index / work.parts);
         const int chain1 = int(program.chains() * (part_index + 1) / work.parts);
-        const int64_t token0 = first * kSlice;
-        const auto slice_tokens = [&](int s) {
-            return int(std::min<int64_t>(kSlice, tokens - token0 - int64_t(s) * kSlice));
-        };
-
-        // Blocks of features whose packed lines fit in the second-level cache together.
-        const int64_t line = int64_t(count) * kSlice * sizeof(float);
-        int group = std::clamp<int>(int(TUNE("PACKED", kPacked) / (line * program.block)), 1, nblocks);
-        group = int(ceil_div(nblocks, ceil_div(nblocks, group)));
-        const bool once = group == nblocks;
-        const int group_features = std::min(part.cols, group * program.block);
-
-        // Sums are [slice][window rows][16]. If all features pass at once the window slides with the chains: it then
-        // needs room for one chain and the rows of the one before that did not fill a line of the output.
         const int row0 = program.row[chain0], row1 = program.row[chain1];
-        const int window = once ? std::min(row1 - row0, program.widest + kSlice) : row1 - row0;
-        Scratch packed(size_t(line) * group_features);
-        Scratch sums(size_t(line) * window);
+        const int64_t slice0 = task / work.parts * work.units, token0 = slice0 * kSlice;
+        const int count = int(std::min(work.units, slices - slice0));
+        const auto slice_tokens = [&](int s) { return int(std::min<int64_t>(kSlice, tokens - token0 - s * kSlice)); };
+
+        // Blocks of features pass in groups whose packed lines fit in the second-level cache.
+        const int64_t line = int64_t(count) * kSlice * sizeof(float);
+        int group = int(std::clamp<int64_t>(kPacked / (line * program.block), 1, blocks));
+        group = int(ceil_div(blocks, ceil_div(blocks, group)));
+
+        // Sums are [slice][window][16]. If all features pass at once the window slides with the chains: it then needs
+        // room for one chain and the rows before it that have not left for the output.
+        const bool slides = group == blocks;
+        const int window = slides ? std::min(row1 - row0, program.widest + kSpan + kSlice) : row1 - row0;
+        const Scratch packed(size_t(line) * std::min(part.cols, group * program.block));
+        const Scratch sums(size_t(line) * window);
         int64_t done = 0;
 
-        for (int g = 0; g < nblocks; g += group) {
-            const int b1 = std::min(nblocks, g + group);
-            const int feature0 = g * program.block;
+        for (int b0 = 0; b0 < blocks; b0 += group) {
+            const int b1 = std::min(blocks, b0 + group);
+            const int feature0 = b0 * program.block;
             const int features = std::min(part.cols, b1 * program.block) - feature0;
             for (int s = 0; s < count; ++s) {
                 x.pack(kernels, packed.floats() + int64_t(s) * features * kSlice, kSlice, token0 + s * kSlice,
                        slice_tokens(s), feature0, features);
             }
-            const bool last_group = b1 == nblocks;
-            int base = row0;  // the window's first row
+            int left = row0;  // the first row that has not left
             for (int c = chain0; c < chain1; ++c) {
-                for (int b = g; b < b1; ++b) {
-                    const size_t i = size_t(c) * nblocks + b;
+                const int base = slides ? left : row0;  // the window's first row
+                // Whole lines of the output leave, the rest of the rows waits for the next chain.
+                const int end = program.row[c + 1];
+                const int full = c + 1 == chain1 ? end : end / kSlice * kSlice;
+                const bool leave = b1 == blocks && (c + 1 == chain1 || full - left >= kSpan);
+                for (int b = b0; b < b1; ++b) {
+                    const size_t i = size_t(c) * blocks + b;
+                    const size_t next = b + 1 < b1 ? i + 1 : c + 1 < chain1 ? size_t(c + 1) * blocks + b0 : i;
+                    const Prefetch prefetch(program, values, next, count);
                     const SpmmProgram::Piece piece = program.piece(i);
-                    // While this piece runs, the next one's code and values are brought near.
-                    size_t next = b + 1 < b1 ? i + 1 : c + 1 < chain1 ? size_t(c + 1) * nblocks + g : i;
-                    const char* code = reinterpret_cast<const char*>(program.code.entry()) + program.at[next];
-                    const char* value = reinterpret_cast<const char*>(values + program.value[next]);
-                    const int64_t code_bytes = next == i ? 0 : program.at[next + 1] - program.at[next];
-                    const int64_t value_bytes = next == i ? 0 : (program.value[next + 1] - program.value[next]) * 4;
-                    const int64_t code_step = (ceil_div(code_bytes, count) + 63) & -64;
-                    const int64_t value_step = (ceil_div(value_bytes, count) + 63) & -64;
                     const float* lines = packed.floats() + int64_t(b * program.block - feature0) * kSlice;
-                    float* to = sums.floats() + int64_t(program.row[c] - base) * kSlice;
                     for (int s = 0; s < count; ++s) {
-                        for (int64_t j = s * code_step, e = std::min(code_bytes, j + code_step); j < e; j += 64) {
-                            __builtin_prefetch(code + j, 0, 2);
-                        }
-                        for (int64_t j = s * value_step, e = std::min(value_bytes, j + value_step); j < e; j += 64) {
-                            __builtin_prefetch(value + j, 0, 2);
-                        }
+                        prefetch.step(s);
+                        float* sum = sums.floats() + int64_t(s) * window * kSlice;
                         piece(lines + int64_t(s) * features * kSlice, values + program.value[i],
-                              to + int64_t(s) * window * kSlice);
+                              sum + (program.row[c] - base) * kSlice);
                         done += int64_t(kSlice) * (program.value[i + 1] - program.value[i]);
+                        if (!leave || b + 1 < b1) continue;
+                        sum += (left - base) * kSlice;
+                        y.unpack(kernels, sum, kSlice, token0 + s * kSlice, slice_tokens(s), left, full - left);
+                        if (slides) std::copy_n(sum + (full - left) * kSlice, (end - full) * kSlice, sum);
                     }
                 }
-                if (!last_group || (!once && c + 1 < chain1)) continue;
-                // Whole lines of the output leave; the rest of the rows moves to the window's front.
-                const int end = program.row[c + 1], full = c + 1 == chain1 ? end : end / kSlice * kSlice;
-                if (full <= base) continue;
-                for (int s = 0; s < count; ++s) {
-                    float* from = sums.floats() + int64_t(s) * window * kSlice;
-                    y.unpack(kernels, from, kSlice, token0 + s * kSlice, slice_tokens(s), base, full - base);
-                    std::memmove(from, from + (full - base) * kSlice, size_t(end - full) * kSlice * sizeof(float));
-                }
-                base = full;
+                if (leave) left = full;
             }
         }
+        fence();
         macs += done;
     });
     return macs;
@@ -210,9 +235,8 @@ int line_vectors(const SpmmKernels& kernels, int64_t tokens) {
 }
 
 // `edge` as in SpmmPart.
-int64_t run_rows(const SpmmKernels& kernels, int rows, int cols, const uint32_t* edge, int block, int blocks,
-                 const uint16_t* col, const Target& y, const Source& x, const float* values, int64_t tokens,
-                 int threads) {
+int64_t run_rows(const SpmmKernels& kernels, int rows, int cols, const uint32_t* edge, int blocks, const uint16_t* col,
+                 const Target& y, const Source& x, const float* values, int64_t tokens, int threads) {
     const int vectors = line_vectors(kernels, tokens), lanes = vectors * kernels.width;
     const SpmmKernels::Rows kernel = kernels.rows[log2_of(vectors)];
     const int64_t tiles = ceil_div(tokens, lanes);
@@ -239,9 +263,9 @@ int64_t run_rows(const SpmmKernels& kernels, int rows, int cols, const uint32_t*
             }
             y.unpack(kernels, sums.floats(), lanes, token, count, r, n);
         }
+        fence();
         macs += done;
     });
-    (void)block;
     return macs;
 }
 
@@ -271,6 +295,7 @@ int64_t run_scatter(const SpmmKernels& kernels, const Csr& csr, const Target& dx
         for (int64_t i = 0; i < size; ++i) sums.floats()[i] += sums.floats()[part * size + i];
     }
     dx.unpack(kernels, sums.floats(), lanes, 0, int(tokens), 0, csr.cols);
+    fence();
     return macs;
 }
 
@@ -285,8 +310,8 @@ int64_t run_part(const SpmmKernels& kernels, const SpmmPart& part, const Target&
         packed = scratch.floats();
     }
     if (part.program.code.entry()) return run_program(kernels, part, y, x, packed, tokens, threads);
-    return run_rows(kernels, part.rows, part.cols, part.edge.data(), part.block, part.blocks, part.col, y, x, packed,
-                    tokens, threads);
+    return run_rows(kernels, part.rows, part.cols, part.edge.data(), part.blocks, part.col, y, x, packed, tokens,
+                    threads);
 }
 
 bool streams(int64_t tokens, int features) { return tokens * features * int64_t(sizeof(float)) >= kStream; }
@@ -338,9 +363,9 @@ int64_t spmm_forward(const Plan& plan, const Lazy<SpmmPart>& part, void* y, cons
     const float* shift = bias ? as_floats(kernels, bias_scratch, bias, csr.rows, dtype, 1) : nullptr;
     const Source in{x, x_stride, dtype};
     const Target out{y, csr.rows, dtype, shift, streams(tokens, csr.rows)};
-    if (tokens <= TUNE("FEWT", kFewTokens)) {
+    if (tokens <= kFewTokens) {
         Scratch scratch(dtype != Dtype::f32 ? sizeof(float) * csr.nnz() : 0);
-        return run_rows(kernels, csr.rows, csr.cols, csr.start.data(), csr.cols, 1, csr.col.data(), out, in,
+        return run_rows(kernels, csr.rows, csr.cols, csr.start.data(), 1, csr.col.data(), out, in,
                         as_floats(kernels, scratch, values, csr.nnz(), dtype, threads), tokens, threads);
     }
     return run_part(kernels, part.get(plan, false), out, in, values, csr.nnz(), tokens, threads);
@@ -353,7 +378,7 @@ int64_t spmm_grad_input(const Plan& plan, const Lazy<SpmmPart>& part, void* dx, 
     const Csr& csr = plan.csr();
     const Source in{dy, dy_stride, dtype};
     const Target out{dx, csr.cols, dtype, nullptr, streams(tokens, csr.cols)};
-    if (tokens <= std::min<int64_t>(TUNE("FEWT", kFewTokens), 8 * kernels.width)) {
+    if (tokens <= std::min<int64_t>(kFewTokens, 8 * kernels.width)) {
         Scratch scratch(dtype != Dtype::f32 ? sizeof(float) * csr.nnz() : 0);
         return run_scatter(kernels, csr, out, in, as_floats(kernels, scratch, values, csr.nnz(), dtype, threads),
                            tokens, threads);

@@ -2,17 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-static double tune(const char* n, double d) {
-    const char* e = getenv(n);
-    return e ? atof(e) : d;
-}
-#define TUNE(n, d) tune(n, d)
+
 namespace vspdf {
 namespace {
 
 constexpr int kPanel = 31;       // rows a panel, one register each; the 32nd holds the line of x
-constexpr int kCode = 28 << 10;  // bytes of code in a piece: most of the smallest first-level instruction cache (32 K)
+constexpr int kCode = 15 << 10;  // bytes of code in a piece: with its values and lines, near the cores of every make
+constexpr double kThin = 0.03;   // density below which a longer block pays: the sums then cost more than the lines
 constexpr int kNear = 128;       // a one-byte displacement reaches 128 operands down and 127 up
 constexpr Reg kBases[] = {rdi, r8, r9, r10};
 
@@ -88,7 +84,7 @@ class PieceWriter {
 SpmmProgram SpmmProgram::build(const Csr& csr, std::vector<uint32_t>& source, std::string& why) {
     SpmmProgram program;
     const double density = double(csr.nnz()) / csr.rows / csr.cols;
-    const int longest = std::min<int>(density < TUNE("KBD", 0.03) ? TUNE("KBL", 512) : TUNE("KB", 256), 2 * kNear * 4);
+    const int longest = density < kThin ? 512 : 256;
     program.blocks = (csr.cols + longest - 1) / longest;
     program.block = (csr.cols + program.blocks - 1) / program.blocks;
 
@@ -96,7 +92,7 @@ SpmmProgram SpmmProgram::build(const Csr& csr, std::vector<uint32_t>& source, st
     const double rows = double(csr.rows) / panels;
     const double loads = program.block * (1 - std::pow(1 - density, rows));
     const double bytes = 7 * (program.block * density * rows + loads + 2 * rows);
-    const int chained = std::clamp(int(std::lround(TUNE("CODE", kCode) / bytes)), 1, panels);
+    const int chained = std::clamp(int(std::lround(kCode / bytes)), 1, panels);
     const int chains = (panels + chained - 1) / chained;
     const auto panel_row = [&](int panel) { return int(int64_t(panel) * csr.rows / panels); };
     const auto chain_panel = [&](int chain) { return int(int64_t(chain) * panels / chains); };

@@ -22,30 +22,31 @@ inline V splat(float x) { return x - V{}; }
 // transposes inside the lanes need the shuffle port.
 
 #if VSPDF_WIDTH == 16
+// Rows 4 c to 4 c + 3 of the transpose of the block.
+inline void transpose4(__m512* out, const float* block, int64_t stride, int c) {
+    __m512 z[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const float* p = block + i * stride + 4 * c;
+        z[i] = _mm512_castps128_ps512(_mm_loadu_ps(p));
+        z[i] = _mm512_mask_broadcast_f32x4(z[i], 0x00F0, _mm_loadu_ps(p + 4 * stride));
+        z[i] = _mm512_mask_broadcast_f32x4(z[i], 0x0F00, _mm_loadu_ps(p + 8 * stride));
+        z[i] = _mm512_mask_broadcast_f32x4(z[i], 0xF000, _mm_loadu_ps(p + 12 * stride));
+    }
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(z[0], z[1]));
+    const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(z[0], z[1]));
+    const __m512d p = _mm512_castps_pd(_mm512_unpacklo_ps(z[2], z[3]));
+    const __m512d q = _mm512_castps_pd(_mm512_unpackhi_ps(z[2], z[3]));
+    out[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, p));
+    out[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, p));
+    out[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, q));
+    out[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, q));
+}
 inline void transpose(__m512* out, const float* block, int64_t stride) {
 #pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-        __m512 z[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            const float* p = block + i * stride + 4 * c;
-            z[i] = _mm512_castps128_ps512(_mm_loadu_ps(p));
-            z[i] = _mm512_mask_broadcast_f32x4(z[i], 0x00F0, _mm_loadu_ps(p + 4 * stride));
-            z[i] = _mm512_mask_broadcast_f32x4(z[i], 0x0F00, _mm_loadu_ps(p + 8 * stride));
-            z[i] = _mm512_mask_broadcast_f32x4(z[i], 0xF000, _mm_loadu_ps(p + 12 * stride));
-        }
-        const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(z[0], z[1]));
-        const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(z[0], z[1]));
-        const __m512d p = _mm512_castps_pd(_mm512_unpacklo_ps(z[2], z[3]));
-        const __m512d q = _mm512_castps_pd(_mm512_unpackhi_ps(z[2], z[3]));
-        out[4 * c + 0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, p));
-        out[4 * c + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, p));
-        out[4 * c + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, q));
-        out[4 * c + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, q));
-    }
+    for (int c = 0; c < 4; ++c) transpose4(out + 4 * c, block, stride, c);
 }
 inline void stream(float* p, V v) { _mm512_stream_ps(p, v); }
-inline void fence() { _mm_sfence(); }
 #elif VSPDF_WIDTH == 8
 inline void transpose(__m256* out, const float* block, int64_t stride) {
 #pragma GCC unroll 2
@@ -67,7 +68,6 @@ inline void transpose(__m256* out, const float* block, int64_t stride) {
     }
 }
 inline void stream(float* p, V v) { _mm256_stream_ps(p, v); }
-inline void fence() { _mm_sfence(); }
 #else
 inline void transpose(V* out, const float* block, int64_t stride) {
     for (int j = 0; j < W; ++j) {
@@ -77,7 +77,6 @@ inline void transpose(V* out, const float* block, int64_t stride) {
     }
 }
 inline void stream(float* p, V v) { store(p, v); }
-inline void fence() {}
 #endif
 
 template <class T>
@@ -117,7 +116,29 @@ void unpack(T* out, int64_t stride, const float* y, int lanes, int tokens, int f
     streaming = streaming && sizeof(T) == 4 && stride % W == 0 && reinterpret_cast<uintptr_t>(out) % (4 * W) == 0;
     for (int t = 0; t < tokens; t += W) {
         const int here = tokens - t < W ? tokens - t : W;
-        for (int f = 0; f < features; f += W) {
+        int f = 0;
+#if VSPDF_WIDTH == 16
+        if constexpr (sizeof(T) == 4) {
+            // The slices of generated code. Four lines side by side: memory takes runs of a row better than single
+            // lines.
+            for (; here == W && lanes == W && streaming && f + 4 * W <= features; f += 4 * W) {
+                V shift[4];
+                for (int b = 0; b < 4; ++b) shift[b] = bias ? load(bias + f + b * W) : V{};
+                for (int c = 0; c < 4; ++c) {
+                    V row[4][4];
+#pragma GCC unroll 4
+                    for (int b = 0; b < 4; ++b) transpose4(row[b], y + int64_t(f + b * W) * W, W, c);
+#pragma GCC unroll 4
+                    for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 4
+                        for (int b = 0; b < 4; ++b)
+                            stream(out + (t + 4 * c + i) * stride + f + b * W, row[b][i] + shift[b]);
+                    }
+                }
+            }
+        }
+#endif
+        for (; f < features; f += W) {
             const float* block = y + int64_t(f) * lanes + t;
             T* to = out + t * stride + f;
             if (here < W || features - f < W) {
@@ -150,7 +171,6 @@ void unpack(T* out, int64_t stride, const float* y, int lanes, int tokens, int f
             }
         }
     }
-    if (streaming) fence();
 }
 
 template <class T>
