@@ -11,7 +11,7 @@ from vspdf import cli, config, ledger
 from vspdf.errors import UserError
 from vspdf.ledger import MODELS, Shape
 from vspdf.model import GPT
-from vspdf.plan import PUBLISHED, calibrate, plan, state_bytes, write
+from vspdf.plan import PUBLISHED, Calibration, calibrate, plan, state_bytes, write
 from vspdf.sparse import sparsify, training_state_bytes
 
 LARGE = "cerebras-gpt-6.7b"
@@ -124,12 +124,20 @@ def test_training_state_is_that_of_a_model(sparsity):
 
 
 def test_a_calibration_prices_a_step():
+    shape = Shape(n_layer=3, d_model=2, n_head=1, d_ff=8, vocab_size=9, sequence_length=15)
+    measured = Calibration(10, 5, 1, 1, {0.5: 2.0}, (1.0, 6.0), vocabulary_seconds=3.0, optimizer_seconds=0.5)
+    attention = 6.0 / 15 - 1.0 / 5  # a token's, at the whole length instead of the measured one
+    token = 3 * (2.0 / 10 + attention) + 3.0 / 10
+    update = 0.5 * (shape.parameters - 0.5 * shape.linear)
+    assert measured.step_seconds(shape, 0.5, 20) == pytest.approx(20 * token + update)
+
+
+def test_a_calibration_measures_all_that_a_step_is_made_of():
     shape = Shape(n_layer=3, d_model=64, n_head=4, d_ff=128, vocab_size=9000, sequence_length=600)
-    found = calibrate(shape, [0.9], 4 * 512, rounds=1)
-    assert found.block_seconds.keys() == {0.0, 0.9} and min(found.block_seconds.values()) > 0
-    one, two = (found.step_seconds(shape, 0.9, tokens) for tokens in (1024, 2048))
-    update = found.optimizer_seconds * (shape.parameters - 0.9 * shape.linear)
-    assert two - update == pytest.approx(2 * (one - update))
+    found = calibrate(shape, [0.9], 512, rounds=1)
+    assert (found.tokens, found.sequence) == (512, 512) and found.block_seconds.keys() == {0.0, 0.9}
+    times = (*found.block_seconds.values(), *found.attention_seconds, found.vocabulary_seconds, found.optimizer_seconds)
+    assert min(times) > 0 and found.attention_seconds[0] < found.block_seconds[0.0]
 
 
 def test_time_adds_up(tmp_path):

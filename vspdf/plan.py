@@ -347,9 +347,10 @@ class _Wish:
         if stages:
             return stages
         most = self._candidates()[-1]
+        limit = "considered" if self.sparsity is None else "at that sparsity"
         raise UserError(
             f"saving {fraction:.4g} of the FLOPs (convention {self.convention}) is not possible: a run that stays at "
-            f"sparsity {most:.4g} saves {1 - cost(most) / cost(0.0):.4f}, the most{self._limit()}."
+            f"sparsity {most:.4g} saves {1 - cost(most) / cost(0.0):.4f}, the most {limit}."
         )
 
     def hours(self, hours: float) -> list[tuple[float, int]]:
@@ -366,7 +367,7 @@ class _Wish:
         seconds = self._step_seconds(fastest)
         raise UserError(
             f"finishing in {hours:.4g} hours is not possible here: the fastest found, sparsity {fastest:.4g} "
-            f"throughout, takes {self.dense_steps * seconds / 3600:.4g}{self._limit()}; {hours:.4g} hours are enough "
+            f"throughout, takes {self.dense_steps * seconds / 3600:.4g}; {hours:.4g} hours are enough "
             f"for {math.floor(budget / seconds):,} of {self.dense_steps:,} steps (--steps)."
         )
 
@@ -415,9 +416,6 @@ class _Wish:
 
     def _candidates(self) -> tuple[float, ...]:
         return WISHED if self.sparsity is None else (self.sparsity,)
-
-    def _limit(self) -> str:
-        return " considered" if self.sparsity is None else " at that sparsity"
 
     def _within(
         self, cost: Callable[[float], float], budget: float, candidates: Sequence[float]
@@ -679,7 +677,7 @@ def calibrate(
 
 
 def write(found: Plan, path: str | Path) -> None:
-    """Writes the YAML that `vspdf train` runs: only what differs from the defaults.
+    """Writes the YAML that `vspdf train` runs: what differs from the defaults and does not follow from other settings.
 
     Raises
     ------
@@ -690,8 +688,7 @@ def write(found: Plan, path: str | Path) -> None:
     config = copy.deepcopy(found.config)
     if re.fullmatch(r"\w[\w.-]*", path.stem):
         config.name, config.run_dir = path.stem, None
-    for phase in config.phases:
-        phase.tokens = None  # follows from steps
+    _drop_what_follows(config)
     body = OmegaConf.to_yaml(OmegaConf.create(_differing(config, Config())))
     text = (
         f"# Planned by `vspdf plan` for {found.model}: {found.flops_saved_fraction:.2%} fewer training FLOPs "
@@ -705,6 +702,28 @@ def write(found: Plan, path: str | Path) -> None:
         raise UserError(f"'{path}' exists and is not overwritten: give another name.") from None
     except OSError as error:
         raise UserError(f"'{path}' cannot be written: {error.strerror}.") from None
+
+
+def _drop_what_follows(config: Config) -> None:
+    """Empties, in place, every setting that resolving would fill in again."""
+    configuration.resolve(config)
+    whole = copy.deepcopy(config)
+    for phase in config.phases:
+        phase.tokens = None  # rather than steps
+    parts: list[Any] = [config, config.model, config.train, *config.phases]
+    for part in parts:
+        for f in dataclasses.fields(part):
+            value = getattr(part, f.name)
+            if f.default is not None or value is None:
+                continue
+            setattr(part, f.name, None)
+            again = copy.deepcopy(config)
+            try:
+                configuration.resolve(again)
+            except UserError:
+                again.phases = []
+            if again != whole:
+                setattr(part, f.name, value)
 
 
 def _differing(value: Any, default: Any) -> Any:
