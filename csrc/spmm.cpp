@@ -234,9 +234,10 @@ int line_vectors(const SpmmKernels& kernels, int64_t tokens) {
     return vectors;
 }
 
-// `edge` as in SpmmPart.
-int64_t run_rows(const SpmmKernels& kernels, int rows, int cols, const uint32_t* edge, int blocks, const uint16_t* col,
-                 const Target& y, const Source& x, const float* values, int64_t tokens, int threads) {
+// Row r of block b is [edge[b * rows + r], edge[b * rows + r + next]) of `col`.
+int64_t run_rows(const SpmmKernels& kernels, int rows, int cols, const uint32_t* edge, int next, int blocks,
+                 const uint16_t* col, const Target& y, const Source& x, const float* values, int64_t tokens,
+                 int threads) {
     const int vectors = line_vectors(kernels, tokens), lanes = vectors * kernels.width;
     const SpmmKernels::Rows kernel = kernels.rows[log2_of(vectors)];
     const int64_t tiles = ceil_div(tokens, lanes);
@@ -258,7 +259,7 @@ int64_t run_rows(const SpmmKernels& kernels, int rows, int cols, const uint32_t*
             const int n = std::min(kRowsAtOnce, row1 - r);
             for (int b = 0; b < blocks; ++b) {
                 const uint32_t* lo = edge + int64_t(b) * rows + r;
-                const uint32_t* hi = blocks == 1 ? lo + 1 : lo + rows;
+                const uint32_t* hi = lo + next;
                 done += kernel(sums.floats(), packed.floats(), values, col, lo, hi, n, b == 0);
             }
             y.unpack(kernels, sums.floats(), lanes, token, count, r, n);
@@ -310,8 +311,8 @@ int64_t run_part(const SpmmKernels& kernels, const SpmmPart& part, const Target&
         packed = scratch.floats();
     }
     if (part.program.code.entry()) return run_program(kernels, part, y, x, packed, tokens, threads);
-    return run_rows(kernels, part.rows, part.cols, part.edge.data(), part.blocks, part.col, y, x, packed, tokens,
-                    threads);
+    return run_rows(kernels, part.rows, part.cols, part.edge.data(), part.rows, part.blocks, part.col, y, x, packed,
+                    tokens, threads);
 }
 
 bool streams(int64_t tokens, int features) { return tokens * features * int64_t(sizeof(float)) >= kStream; }
@@ -365,7 +366,7 @@ int64_t spmm_forward(const Plan& plan, const Lazy<SpmmPart>& part, void* y, cons
     const Target out{y, csr.rows, dtype, shift, streams(tokens, csr.rows)};
     if (tokens <= kFewTokens) {
         Scratch scratch(dtype != Dtype::f32 ? sizeof(float) * csr.nnz() : 0);
-        return run_rows(kernels, csr.rows, csr.cols, csr.start.data(), 1, csr.col.data(), out, in,
+        return run_rows(kernels, csr.rows, csr.cols, csr.start.data(), 1, 1, csr.col.data(), out, in,
                         as_floats(kernels, scratch, values, csr.nnz(), dtype, threads), tokens, threads);
     }
     return run_part(kernels, part.get(plan, false), out, in, values, csr.nnz(), tokens, threads);
