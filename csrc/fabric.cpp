@@ -516,6 +516,7 @@ void Fabric::step_router(int p) {
         if (!c.pending) {
             const bool control = c.fifo.pop(now_).control;
             c.head_open = false;
+            if (!c.fifo.count && c.positions.size() > 1) schedule_pe(p, now_ + 1);  // a task may wait to switch
             if (control && c.positions.size() > 1) c.position = (c.position + 1) % int(c.positions.size());
             wake_feeders(p, c);
         }
@@ -846,7 +847,12 @@ void Fabric::execute(int p, Pe& e) {
                 e.r[i.a] = load_word<int32_t>(word(i.imm + 4 * e.r[i.b]));
                 break;
             case Op::kLoadF:
-                e.f[i.a] = load_word<float>(word(i.imm + 4 * e.r[i.b]));
+                if (i.c) {
+                    const int address = i.imm + 2 * e.r[i.b];
+                    e.f[i.a] = half_to_float(load_word<uint16_t>(word(address & ~3) + (address & 3)));
+                } else {
+                    e.f[i.a] = load_word<float>(word(i.imm + 4 * e.r[i.b]));
+                }
                 break;
             case Op::kStoreF:
                 std::memcpy(word(i.imm + 4 * e.r[i.b]), &e.f[i.a], 4);
@@ -905,9 +911,10 @@ void Fabric::execute(int p, Pe& e) {
                     schedule_router(p, now_ + 1);
                 } else if (i.op == Op::kSwitch) {
                     Channel& c = routers_[p].channels.at(routers_[p].index.at(i.a));
-                    if (c.fifo.occupied(now_)) {
+                    bool inside = c.position != i.b && c.fifo.count > 0;
+                    for (size_t q = 0; q < e.out.size() && c.position != i.b; ++q) inside |= e.out_colour[q] == i.a && e.out[q].count > 0;
+                    if (inside) {  // the router wakes it when the last has left
                         --e.pc;
-                        schedule_pe(p, now_ + 1);
                         return;
                     }
                     c.position = i.b;
@@ -1021,7 +1028,7 @@ std::string Fabric::explain_deadlock() const {
     std::string text = "deadlock at cycle " + std::to_string(now_) + ": nothing can move, yet";
     int told = 0, more = 0;
     auto tell = [&](const std::string& line) {
-        if (told < 12) {
+        if (told < 16) {
             text += "\n  " + line;
             ++told;
         } else {

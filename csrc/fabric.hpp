@@ -57,7 +57,7 @@ enum class Op : uint8_t {
     kAdd,       // r[a] = r[b] + r[c] + imm
     kMul,       // r[a] = r[b] * imm
     kLoad,      // r[a] = word at imm + 4 r[b]
-    kLoadF,     // f[a] = float at imm + 4 r[b]
+    kLoadF,     // f[a] = float at imm + 4 r[b]; c: fp16 at imm + 2 r[b]
     kStoreF,    // float at imm + 4 r[b] = f[a]
     kUnpack,    // arrived wavelet: f[a] = high half as fp16, r[b] = low half
     kSetBase,   // dsr[a].base = imm + r[b]
@@ -70,7 +70,7 @@ enum class Op : uint8_t {
     kBlock,     // task a may not start
     kUnblock,
     kSend,   // f[a] as one wavelet through out-queue b on colour c; imm: 1 as control
-    kSwitch,  // colour a's switch to position b, once its router holds no wavelet of it
+    kSwitch,  // colour a's switch to position b, once its out-queues and router hold no wavelet of it
     kStamp,  // stamps[a] = now
     kEnd,
 };

@@ -112,11 +112,11 @@ class Code:
         """r = word at address + 4·r[index]."""
         self._emit(_OP.load, r, index, imm=address, cycles=self.machine.load_cycles)
 
-    def load_f(self, f: int, address: int, index: int) -> None:
-        self._emit(_OP.load_f, f, index, imm=address, cycles=self.machine.load_cycles)
+    def load_f(self, f: int, address: int, index: int, half: bool = False) -> None:
+        self._emit(_OP.load_f, f, index, int(half), address, self.machine.load_cycles)
 
-    def store_f(self, f: int, address: int, index: int) -> None:
-        self._emit(_OP.store_f, f, index, imm=address, cycles=self.machine.load_cycles)
+    def store_f(self, f: int, address: int, index: int, cycles: int | None = None) -> None:
+        self._emit(_OP.store_f, f, index, imm=address, cycles=self.machine.load_cycles if cycles is None else cycles)
 
     def unpack(self, f: int, r: int) -> None:
         """The wavelet that triggered the task: 16-bit value to f, 16-bit index to r; part of the trigger's cost."""
