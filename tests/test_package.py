@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Highest first. A module imports only from levels below its own; what shares a level shares nothing.
 LEVELS = [
     {"cli"},
+    {"plan"},
     {"bench"},
     {"train"},
     {"evaluate", "checkpoint", "info", "schedule"},

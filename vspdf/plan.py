@@ -33,9 +33,9 @@ TOKENS_PER_PARAMETER = 20  # compute-optimal (arXiv:2203.15556), as Cerebras-GPT
 
 STATE_BYTES = 16  # a weight, its gradient and two AdamW moments, float32
 PATTERN_BYTES = 1 / 8  # one bit for every position, kept or not
-# What kernel plans take for every kept weight once all three products have run (AVX-512): 25 at 50 %, 30 at 90 %, 42 at
+# What kernel plans take for every kept weight once all three products have run (AVX-512): 28 at 50 %, 33 at 90 %, 48 at
 # 99 %, measured with `Plan.nbytes` on layers of 512² to 4096².
-PLAN_BYTES = 30
+PLAN_BYTES = 33
 
 
 class Published(NamedTuple):
