@@ -416,7 +416,7 @@ def _training_step(model: torch.nn.Module, tokens: Tensor) -> Callable[[], None]
 
 def write_csv(result: dict[str, Any], path: Path) -> None:
     """The rows of a result, with the hardware and versions in every line."""
-    facts = {**{k: str(v) for k, v in result["hardware"].items()}, **result["versions"]}
+    facts = {k: str(v) for k, v in {**result["hardware"], **result["versions"]}.items() if k not in result["rows"][0]}
     with path.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, [*result["rows"][0], *facts])
         writer.writeheader()
