@@ -1075,7 +1075,7 @@ def stream_layer(machine: Machine, w: np.ndarray, mask: np.ndarray, x: np.ndarra
     y = np.zeros((columns * per_owner, s.tokens), np.float16)
     for member, px in enumerate(order):
         for py in range(rows):
-            y[member::columns, py * n : (py + 1) * n] = region.read(px, py, at_y, per_owner * n, np.float16).reshape(per_owner, n)
+            y[-member % columns :: columns, py * n : (py + 1) * n] = region.read(px, py, at_y, per_owner * n, np.float16).reshape(per_owner, n)
     return Run(cycles, region.stats["busy"], y[:outputs], region)
 
 
@@ -1128,11 +1128,13 @@ def _stream_code(machine: Machine, s: Stream, at_acc: int, at_y: int, colour: in
         code.add(R_OTHER, R_T, 0)
         code.set_base(acc, at_acc, R_HERE)
         code.vector("fill", acc, scalar=1)
-        code.add(R_FIRST, R_OWNER, 0)
-        code.add(R_OWNER, R_OWNER, imm=1)
-        wrapped = code.less(R_OWNER, R_COLUMNS)
-    code.li(R_OWNER, 0)
-    code.patch(wrapped)
+        # The ring's sums travel towards lower members, and so does ownership: the next row starts one place further on.
+        code.add(R_OWNER, R_FIRST, 0)
+        wraps = code.equal(R_FIRST, 0)
+        code.add(R_FIRST, R_FIRST, imm=-1)
+    code.end()
+    code.patch(wraps)
+    code.add(R_FIRST, R_COLUMNS, imm=-1)
     code.end()
     return code
 
@@ -1181,9 +1183,9 @@ def stream_gradient(
             region.block(px, py, 2)
             region.write(px, py, 0, x16[px * s.block : (px + 1) * s.block, py * n : (py + 1) * n])
             region.write(px, py, at_buffer, np.zeros(n, np.float16))
-            region.write(px, py, at_dy, dy16[member::columns, py * n : (py + 1) * n])
+            region.write(px, py, at_dy, dy16[-member % columns :: columns, py * n : (py + 1) * n])
             region.write(px, py, at_sums, np.zeros(s.block, np.float32))
-            region.write(px, py, at_order, order)
+            region.write(px, py, at_order, np.roll(order[::-1], 1))  # owners of rows 0, 1, ...
             region.activate(px, py, 0)
         values, control = _weights(np.zeros_like(mask, np.float16), mask, slice(px * s.block, (px + 1) * s.block))
         region.source(px, 0, "N", 0, values, control)
@@ -1212,8 +1214,6 @@ def _gradient_code(
     south = code.fabric_out(3, 2 + odd, 0)
     code.task()  # a row: its dy arrives, or sets out from here
     with code.section("row"):
-        code.block(1)
-        code.block(2)
         code.load(R_AT, at_order, R_OWNER)
         mine = code.equal(R_AT, R_ME)
         before = code.less(R_AT, R_ME)
@@ -1245,7 +1245,8 @@ def _gradient_code(
         for dsr in (sums, from_north, south):
             code.set_length(dsr, R_SUMS)
         code.li(R_SUMS, 0)
-        code.block(0)
+        for task in (0, 1, 2):
+            code.block(task)
         code.vector("add" if above else "move", south, *((from_north, sums) if above else (sums,)), asynchronous=True, unblock=0)
         code.add(R_OWNER, R_OWNER, imm=1)
         wrapped = code.less(R_OWNER, R_COLUMNS)
