@@ -14,15 +14,19 @@
 namespace vspdf {
 namespace {
 
-constexpr int kSlice = 16;            // tokens of one call of generated code
-constexpr int kSlices = 16;           // slices that share one pass over the code, which comes from far
-constexpr int kPacked = 1 << 20;      // bytes of packed x at a time: half of a second-level cache
-constexpr int64_t kStream = 1 << 20;  // bytes of output from which on it bypasses the caches
-constexpr int kSpan = 64;             // rows that leave for the output together: whole runs suit memory better
-constexpr int kLine = 64;             // bytes of a cache line
-constexpr int kFewTokens = 64;        // up to here values are read in row-major order, without a plan
-constexpr int kRowsAtOnce = 256;      // rows whose sums stay near while the blocks of features pass
-constexpr int kLines = 32 << 10;      // bytes of packed x that stay in the first-level cache
+constexpr int kSlice = 16;             // tokens of one call of generated code
+constexpr int kFewSlices = 6;          // a block of fewer does not pay for its pass over the code
+constexpr int kPackedAll = 1 << 20;    // bytes of packed x: half of a second-level cache
+constexpr int kPackedGroup = 1 << 19;  // the same where the sums of all rows need room too
+constexpr int kCodeNear = 3 << 18;     // bytes of code and values that stay in the second-level cache
+constexpr int kSumsNear = 2 << 20;     // bytes of packed x and sums that do
+constexpr double kNearCost = 0.2;      // of a byte from that cache against one from further away
+constexpr int64_t kStream = 1 << 20;   // bytes of output from which on it bypasses the caches
+constexpr int kSpan = 64;              // rows that leave for the output together: whole runs suit memory better
+constexpr int kLine = 64;              // bytes of a cache line
+constexpr int kFewTokens = 64;         // up to here values are read in row-major order, without a plan
+constexpr int kRowsAtOnce = 256;       // rows whose sums stay near while the blocks of features pass
+constexpr int kLines = 32 << 10;       // bytes of packed x that stay in the first-level cache
 
 // Orders stores that bypassed the caches before what other threads see next.
 void fence() {
@@ -151,12 +155,43 @@ class Prefetch {
     int steps_;
 };
 
+// How many slices share one pass over the code, and how many blocks of features pass together.
+struct Pass {
+    int slices;
+    int group;
+};
+
+// The pass that moves the fewest bytes a slice between the caches. Short passes bring the code near more often; long
+// ones hold more packed lines, so that few features pass together and the sums of all rows come and go between groups.
+Pass choose_pass(const SpmmProgram& program, int rows, int cols) {
+    const double code = double(program.at.back()) + double(program.value.back()) * sizeof(float);
+    Pass best{0, 0};
+    double least = 0;
+    for (int slices : {16, 12, 8, 6, 5, 4, 3, 2, 1}) {
+        const double line = slices * kSlice * double(sizeof(float));
+        const bool together = cols * line <= kPackedAll;
+        const int most = together ? program.blocks : std::max(int(kPackedGroup / (line * program.block)), 1);
+        const int groups = int(ceil_div(program.blocks, most));
+        const double sums = groups == 1 ? 0 : groups * rows * 2.0 * kLine;
+        const bool code_far = code > kCodeNear, sums_far = rows * line + kPackedGroup > kSumsNear;
+        const double moved = code / slices * (code_far ? 1 : kNearCost) + sums * (sums_far ? 1 : kNearCost);
+        if (best.slices == 0 || moved < least) {
+            best = {slices, int(ceil_div(program.blocks, groups))};
+            least = moved;
+        }
+        if (together) break;
+    }
+    return best;
+}
+
 int64_t run_program(const SpmmKernels& kernels, const SpmmPart& part, const Target& y, const Source& x,
                     const float* values, int64_t tokens, int threads) {
     const SpmmProgram& program = part.program;
     const int blocks = program.blocks;
     const int64_t slices = ceil_div(tokens, kSlice);
-    const Cut work = cut(slices, kSlices, 6, threads, program.chains());
+    const Pass pass = choose_pass(program, part.rows, part.cols);
+    const int group = pass.group;
+    const Cut work = cut(slices, pass.slices, kFewSlices, threads, program.chains());
     std::atomic<int64_t> macs{0};
 
     parallel_for(work.blocks * work.parts, threads, [&](int64_t task) {
@@ -168,11 +203,7 @@ int64_t run_program(const SpmmKernels& kernels, const SpmmPart& part, const Targ
         const int count = int(std::min(work.units, slices - slice0));
         const auto slice_tokens = [&](int s) { return int(std::min<int64_t>(kSlice, tokens - token0 - s * kSlice)); };
 
-        // Blocks of features pass in groups whose packed lines fit in the second-level cache.
         const int64_t line = int64_t(count) * kSlice * sizeof(float);
-        int group = int(std::clamp<int64_t>(kPacked / (line * program.block), 1, blocks));
-        group = int(ceil_div(blocks, ceil_div(blocks, group)));
-
         // Sums are [slice][window][16]. If all features pass at once the window slides with the chains: it then needs
         // room for one chain and the rows before it that have not left for the output.
         const bool slides = group == blocks;
