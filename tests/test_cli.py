@@ -1,13 +1,15 @@
 """The command line: what it prints where, and one clear line with status 2 for whatever the user can mend."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 
 import pytest
+import typer
 
-from vspdf import checkpoint
+from vspdf import checkpoint, cli
 
 
 def content(folder):
@@ -223,10 +225,73 @@ def test_no_room_for_a_checkpoint(vspdf, tiny, tmp_path):
     assert state["step"] == 2
 
 
-@pytest.mark.parametrize("arguments", [("trian",), ("train",), ("eval",), ("train", "x", "--no-such")], ids=" ".join)
-def test_wrong_usage_has_status_2(vspdf, arguments):
+# -- usage ------------------------------------------------------------------------------------------------------------
+
+
+def verbs(group=None, path=()):
+    """Every verb, by its words: of whatever the command line has."""
+    for name, command in (group or typer.main.get_command(cli.app)).commands.items():
+        if hasattr(command, "commands"):
+            yield from verbs(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+VERBS_ALL = dict(verbs())
+
+
+@pytest.mark.parametrize("verb", VERBS_ALL, ids=" ".join)
+def test_every_verb_explains_itself_with_an_example(vspdf, verb, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    status, out, err = vspdf(*verb, "--help")
+    assert status == 0 and err == ""
+    examples = [line for line in out.splitlines() if line.startswith(f" vspdf {' '.join(verb)}")]
+    assert examples, "no example in the docstring"
+
+
+@pytest.mark.parametrize("verb", VERBS_ALL, ids=" ".join)
+def test_an_unknown_option_is_one_line(vspdf, tmp_path, verb):
+    assert refused(vspdf, tmp_path, *verb, "--hepl") == "no such option '--hepl'. Did you mean '--help'?"
+
+
+NEEDY = {verb for verb, command in VERBS_ALL.items() if any(parameter.required for parameter in command.params)}
+
+
+@pytest.mark.parametrize("verb", sorted(NEEDY), ids=" ".join)
+def test_a_missing_argument_is_one_line(vspdf, tmp_path, verb):
+    message = refused(vspdf, tmp_path, *verb)
+    assert message.startswith("missing ") and f"Usage: vspdf {' '.join(verb)}" in message
+
+
+USAGE = {
+    "verb misspelt": (["trian"], "no such command 'trian'. Did you mean 'train'?"),
+    "verb unknown": (["xyzzy"], "no such command 'xyzzy'. Known: train, eval,"),
+    "verb of a group": (["bench", "linaer"], "Did you mean 'linear'?"),
+    "option without its value": (["plan", "--model"], "option '--model' requires an argument."),
+    "no number": (["plan", "--model", "gpt2-small", "--save", "much"], "invalid value for '--save'"),
+    "too small": (["generate", "run", "--tokens", 0], "invalid value for '--tokens'"),
+    "one argument too many": (["info", "more"], "unexpected extra argument(s) (more). Usage: vspdf info [OPTIONS]"),
+    "nothing near": (["train", "x", "--no-such"], "no such option '--no-such'. Known: --resume, --json"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", USAGE.values(), ids=USAGE)
+def test_wrong_usage_is_one_line(vspdf, tmp_path, arguments, message):
+    assert message in refused(vspdf, tmp_path, *arguments)
+
+
+@pytest.mark.parametrize("arguments", [[], ["bench"]], ids=["vspdf", "vspdf bench"])
+def test_a_verb_left_out_prints_the_help(vspdf, arguments):
     status, out, err = vspdf(*arguments)
-    assert status == 2 and out == "" and "Error" in err and "Traceback" not in err
+    assert status == 2 and "Usage: vspdf" in out and "error" not in err
+
+
+def test_shells_can_complete():
+    """What `--install-completion` sources, and what a shell asks with: verbs, options."""
+    script = "import sys; sys.argv = ['vspdf']; from vspdf.cli import main; main()"
+    shell = {**os.environ, "_VSPDF_COMPLETE": "complete_bash", "COMP_WORDS": "vspdf pl", "COMP_CWORD": "1"}
+    asked = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=shell)
+    assert asked.stdout.split() == ["plan"], asked.stderr
 
 
 def test_the_installed_command(tiny, tmp_path):

@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from vspdf.allocator import keep_freed_memory
-from vspdf.errors import BackendUnavailable, Interrupted, UserError
+from vspdf.errors import BackendUnavailable, Interrupted, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from vspdf.plan import Plan
@@ -40,13 +40,35 @@ def main() -> None:
     )
     logging.getLogger("vspdf").setLevel(logging.INFO)
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except (UserError, BackendUnavailable) as error:
-        err.print(f"vspdf: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        message = str(error)
     except Interrupted as error:
         err.print(f"vspdf: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's usage errors, whatever class they are in its version
+            raise
+        message = _usage_error(error)
+    if message:
+        err.print(f"vspdf: error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
+def _usage_error(error: Any) -> str:
+    """What was wrong with the arguments, in one line; empty where help was asked for, and is printed already."""
+    context, message = getattr(error, "ctx", None), error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return ""
+    if hasattr(error, "possibilities") and context is not None:
+        known = [option for parameter in context.command.params for option in parameter.opts if option[0] == "-"]
+        known.extend(context.help_option_names)
+        message = f"no such option '{error.option_name}'.{did_you_mean(error.option_name, known)}"
+    elif context is not None and "Did you mean" not in message:
+        verbs = getattr(context.command, "commands", None)
+        expected = f"Known: {', '.join(verbs)}." if verbs else context.get_usage()
+        message = f"{message.rstrip('.')}. {expected}"
+    return " ".join((message[:1].lower() + message[1:]).split())
 
 
 def _emit(body: dict[str, Any]) -> None:
@@ -336,7 +358,10 @@ def _duration(seconds: float) -> str:
 
 @app.command()
 def info(as_json: Json = False) -> None:
-    """Versions, instruction sets, threads, and which backends can run here."""
+    """Versions, instruction sets, threads, and which backends can run here.
+
+    `vspdf info --json`
+    """
     from vspdf import info as facts
 
     body: dict[str, Any] = {
