@@ -7,14 +7,17 @@ import threading
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import vspdf
 from vspdf import ledger
+from vspdf.config import load
 from vspdf.errors import UserError
 from vspdf.ledger import CONVENTIONS, MODELS, Count, Shape, Tally, flops_per_token, training_flops
 from vspdf.model import GPT
-from vspdf.train import _dense_counts
+from vspdf.plan import plan, write
+from vspdf.train import train
 
 BATCH = 1040 * 2048  # tokens a step of the 6.7B run
 RECIPE = [(0.9, 62_523 * BATCH), (0.0, 9_379 * BATCH)]  # the published stages
@@ -116,36 +119,64 @@ def test_presets_have_their_published_size(name, millions):
     assert MODELS[name].parameters / 1e6 == pytest.approx(millions, abs=1)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.9])
-def test_ledger_formulas_and_pytorch_agree_on_linear_and_vocabulary_products(sparsity):
-    shape = Shape(n_layer=2, d_model=40, n_head=4, d_ff=160, vocab_size=101, sequence_length=24)
-    model = GPT(shape)
-    nnz = shape.linear
-    if sparsity:
-        nnz = sum(pattern.nnz for pattern in vspdf.sparsify(model, sparsity).values())
-    inputs = torch.randint(101, (3, 24))
-    with ledger.counting() as tally, FlopCounterMode(display=False) as counter:
+def pytorchs_count(model, inputs):
+    """FLOPs of forward and backward by operator, as `FlopCounterMode` and the registered formulas count them."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(inputs, inputs).backward()
-    tokens = inputs.numel()
-    ours = {**tally.products, **_dense_counts(model, shape, tokens)}
-    torchs = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
+    return {str(name).removeprefix("aten."): flops for name, flops in counter.get_flop_counts()["Global"].items()}
 
-    linear = [count for name, count in ours.items() if name not in ("attention", "vocabulary")]
-    assert sum(count.dense for count in linear) == 6 * tokens * shape.linear
-    assert sum(count.useful for count in linear) == 6 * tokens * nnz
-    assert ours["vocabulary"].useful == ours["vocabulary"].executed == 6 * tokens * shape.vocabulary
-    assert ours["attention"].dense == 6 * tokens * shape.attention
 
-    dense_products = sum(
-        flops for name, flops in torchs.items() if name.removeprefix("aten.") in ("mm", "addmm", "bmm")
-    )
-    sparse_products = sum(flops for name, flops in torchs.items() if name.startswith("vspdf"))
-    useful = sum(count.useful for count in linear) + ours["vocabulary"].useful
-    assert dense_products + sparse_products == useful
-    assert sparse_products == (6 * tokens * nnz if sparsity else 0)
+@pytest.mark.parametrize("split", ["0.9:3,0:2", "0.8:2,0.5:2,0:1", "0:2"], ids=["two stages", "three", "dense"])
+def test_planner_trainer_formulas_and_pytorch_agree(tiny, tmp_path, split):
+    """Four counts of one run's linear and vocabulary products: before it, during it, and of a step by PyTorch."""
+    stages = [(float(s), int(n)) for s, n in (part.split(":") for part in split.split(","))]
+    planned = plan(tiny, phases=stages)  # 1: arithmetic
+    write(planned, tmp_path / "planned.yaml")
+    summary = train(load(tmp_path / "planned.yaml", [f"run_dir={tmp_path}/planned"]))  # 2: counted while training
+    shape, tokens = planned.shape, 8 * 16
+    assert len(summary["phases"]) == len(planned.phases) == len(stages)
 
-    formula = tokens * (flops_per_token(shape, sparsity, "spdf") - 6 * shape.attention)
-    assert useful == pytest.approx(formula, rel=2e-4)  # the number kept is rounded in each layer
+    kept = shape.linear
+    model = GPT(shape)
+    for stage, phase, (sparsity, steps) in zip(planned.phases, summary["phases"], stages, strict=True):
+        if sparsity:
+            vspdf.sparsify(model, sparsity) if kept == shape.linear else vspdf.set_sparsity(model, sparsity)
+            kept = sum(m.pattern.nnz for m in model.modules() if isinstance(m, vspdf.SparseLinear))
+        else:
+            vspdf.densify(model)
+            kept = shape.linear
+        products = 6 * tokens * steps * (kept + shape.vocabulary)
+        attention = 6 * tokens * steps * shape.attention
+
+        torchs = pytorchs_count(
+            model, torch.randint(257, (8, 16))
+        )  # 3: formulas registered for our operators, 4: torch's
+        ours = sum(flops for name, flops in torchs.items() if name.startswith("vspdf"))
+        matmuls = sum(torchs.get(name, 0) for name in ("mm", "addmm"))
+        assert ours == (6 * tokens * kept if sparsity else 0)
+        assert steps * (ours + matmuls) == products
+        assert steps * torchs["bmm"] == attention  # of the plain attention; see the next test for the fused one
+
+        assert phase["flops"]["useful"] == products + attention
+        assert phase["flops"]["dense"] == 6 * tokens * steps * (shape.linear + shape.vocabulary) + attention
+        assert phase["flops"]["executed"] >= phase["flops"]["useful"]
+        formula = flops_per_token(shape, stage.sparsity, "spdf") * stage.tokens
+        assert formula == pytest.approx(products + attention, rel=2e-3)  # the number kept is rounded in each layer
+        exact = ledger.training_flops(shape, [(1 - kept / shape.linear, stage.tokens)], convention="spdf")
+        assert exact == pytest.approx(products + attention, rel=1e-12)
+    spdf = planned.by_convention()["spdf"]
+    assert spdf["planned"] == pytest.approx(summary["flops"]["useful"], rel=2e-3)
+    saved = summary["flops_saved_fraction_by_convention"]
+    assert {name: row["saved_fraction"] for name, row in planned.by_convention().items()} == pytest.approx(saved)
+
+
+def test_attention_is_two_products_forward_and_four_backward():
+    """By our formula. PyTorch counts five backward where attention is fused: scores are computed anew."""
+    shape = Shape(n_layer=1, d_model=40, n_head=4, d_ff=160, vocab_size=101, sequence_length=24)
+    q = (3, shape.n_head, shape.sequence_length, shape.d_model // shape.n_head)
+    forward, backward = sdpa_flop_count(q, q, q), sdpa_backward_flop_count(q, q, q, q)
+    assert 3 * forward == 6 * 3 * shape.sequence_length * shape.attention
+    assert backward == 2.5 * forward
 
 
 def test_tallies_collect_from_every_thread():
