@@ -11,7 +11,7 @@ from vspdf import cli, config, ledger
 from vspdf.errors import UserError
 from vspdf.ledger import MODELS, Shape
 from vspdf.model import GPT
-from vspdf.plan import PUBLISHED, Calibration, calibrate, plan, state_bytes, write
+from vspdf.plan import PUBLISHED, Calibration, _Wish, calibrate, plan, state_bytes, write
 from vspdf.sparse import sparsify, training_state_bytes
 
 LARGE = "cerebras-gpt-6.7b"
@@ -152,6 +152,29 @@ def test_time_adds_up(tmp_path):
         plan(tmp_path, steps=1000, batch_size=4, hours=1e-6)
 
 
+SPEEDS = Calibration(10, 10, 1, 1, {0.0: 10.0, 0.9: 3.0, 0.95: 2.0, 0.98: 1.5, 0.99: 1.4}, (0.0, 0.0), 0.0, 0.0)
+
+
+@pytest.mark.parametrize("split", ["add-on", "fixed-budget"])
+@pytest.mark.parametrize(
+    "hours, first", [(8, 0.9), (3.1, 0.9), (2.5, 0.95), (1.6, 0.98)], ids=lambda value: f"{value:g}"
+)
+def test_hours_are_filled_and_not_exceeded(split, hours, first):
+    """A dense step of 30 s: 1,200 of them take ten hours."""
+    shape = Shape(n_layer=3, d_model=2, n_head=1, d_ff=8, vocab_size=9, sequence_length=10)
+    wish = _Wish(shape, 1200, 10, split, None, None, "vspdf", False, print, calibration=SPEEDS)
+    (sparsity, sparse), (_, dense) = wish.hours(hours)
+    seconds = {s: SPEEDS.step_seconds(shape, s, 10) for s in (0.0, sparsity)}
+    assert seconds[0.0] == pytest.approx(30) and sparsity == first
+    taken = sparse * seconds[sparsity] + dense * seconds[0.0]
+    one_more = seconds[0.0] - (seconds[sparsity] if split == "fixed-budget" else 0)
+    assert taken <= hours * 3600 < taken + one_more
+    assert (sparse if split == "add-on" else sparse + dense) == 1200
+    with pytest.raises(UserError, match=r"sparsity 0.99 throughout, takes 1.4; 1 hours are enough for 857 of 1,200"):
+        wish.hours(1)
+    assert wish.hours(10) == [(0.0, 1200)]
+
+
 # -- wishes -----------------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +300,7 @@ def test_json_has_the_keys_that_scripts_rely_on(command):
 
 BAD = {
     "unknown model": (["--model", "gpt2-smal"], "unknown model 'gpt2-smal'", "Did you mean 'gpt2-small'?"),
+    "no model": (["--model", ""], "unknown model ''", "Known: cerebras-gpt-111m"),
     "unknown convention": (["--convention", "spfd"], "unknown FLOP convention 'spfd'", "Did you mean 'spdf'?"),
     "unknown split": (["--split", "addon"], "unknown split 'addon'", "Did you mean 'add-on'?"),
     "sparsity of 1": (["--sparsity", 1], "sparsity must lie in [0, 1), not 1.0"),

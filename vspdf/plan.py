@@ -458,13 +458,13 @@ def _source(model: str | Path) -> tuple[str, Config]:
     path, name = Path(model), str(model)
     if name in ledger.MODELS:
         return name, _template(ModelConfig(name=name), name)
-    if path.is_dir():
+    if path.is_dir() and name:  # "" would be the current directory
         if not (path / "config.json").is_file():
             raise UserError(f"'{model}' holds no config.json: expected a Hugging Face folder.")
         return path.resolve().name, _from_hugging_face(path)
     if not path.is_file() and name not in {file.stem for file in configuration.shipped()}:
         known = [*ledger.MODELS, *(file.stem for file in configuration.shipped())]
-        hint = near_path(path) or did_you_mean(name, known)
+        hint = (name and near_path(path)) or did_you_mean(name, known)
         raise UserError(f"unknown model '{model}': neither a name, a configuration nor a Hugging Face folder.{hint}")
     config = configuration.load(path if path.is_file() else name)
     return config.name, config
