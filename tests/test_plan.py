@@ -137,7 +137,7 @@ def test_a_calibration_measures_all_that_a_step_is_made_of():
     found = calibrate(shape, [0.9], 512, rounds=1)
     assert (found.tokens, found.sequence) == (512, 512) and found.block_seconds.keys() == {0.0, 0.9}
     times = (*found.block_seconds.values(), *found.attention_seconds, found.vocabulary_seconds, found.optimizer_seconds)
-    assert min(times) > 0 and found.attention_seconds[0] < found.block_seconds[0.0]
+    assert min(times) > 0
 
 
 def test_time_adds_up(tmp_path):
