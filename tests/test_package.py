@@ -14,15 +14,16 @@ ROOT = Path(__file__).resolve().parents[1]
 # Highest first. A module imports only from levels below its own; what shares a level shares nothing.
 LEVELS = [
     {"cli"},
+    {"cli_tasks"},
     {"plan", "report"},
-    {"bench"},
+    {"bench", "bleu"},
     {"train"},
-    {"evaluate", "checkpoint", "info", "schedule"},
+    {"evaluate", "checkpoint", "info", "schedule", "tasks"},
     {"data", "sparse"},
     {"model", "kernels.ops", "tokenizer"},
     {"kernels.dispatch", "kernels.dense"},
     {"kernels.cpu", "kernels.reference"},
-    {"pattern", "config", "cache", "allocator", "svg", "_C"},
+    {"pattern", "config", "cache", "allocator", "svg", "console", "_C"},
     {"ledger"},
     {"errors"},
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -10,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from vspdf import cli_tasks
 from vspdf.allocator import keep_freed_memory
+from vspdf.console import Json, err, out
+from vspdf.console import emit as _emit
 from vspdf.errors import BackendUnavailable, Interrupted, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -27,10 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-out = Console()
-err = Console(stderr=True)
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+app.command()(cli_tasks.bleu)
 
 
 def main() -> None:
@@ -69,10 +67,6 @@ def _usage_error(error: Any) -> str:
         expected = f"Known: {', '.join(verbs)}." if verbs else context.get_usage()
         message = f"{message.rstrip('.')}. {expected}"
     return " ".join((message[:1].lower() + message[1:]).split())
-
-
-def _emit(body: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(body) + "\n")
 
 
 @app.command()

@@ -1,0 +1,240 @@
+"""Data-to-text files: DART, WebNLG, E2E and plain pairs become contexts with their references.
+
+A context is what the model is given, ``subject : relation : object | ...`` for triples; a reference is a text it may
+answer with. The order of a file is kept, so that line N of a model's answers belongs to example N.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+from vspdf.errors import UserError, did_you_mean, near_path
+
+log = logging.getLogger("vspdf")
+
+FORMATS = ("auto", "dart", "webnlg", "e2e", "jsonl", "lines")
+
+
+class Example(NamedTuple):
+    """One input of a task and the texts that would answer it; either may be empty."""
+
+    context: str
+    references: tuple[str, ...]
+
+
+def read(path: str | Path, format: str = "auto", *, lower_relations: bool = False) -> list[Example]:
+    """Examples of a task file, in its order.
+
+    Parameters
+    ----------
+    path : path
+    format : str
+        "dart" and "webnlg" are XML or JSON with sets of triples, "e2e" is CSV with the columns mr and ref or lines of
+        ``context||reference``, "jsonl" has an object a line with `context` and `completion` (a text, or a list of
+        them), "lines" one context a line. "auto" goes by the name's ending and, for text, by ``||`` in its first line.
+        Where the pairs of one context follow each other, they are one example.
+    lower_relations : bool
+        Lower-case the relations of triples, as the preparation script of the LoRA paper does for DART.
+
+    Raises
+    ------
+    UserError
+        If the file is missing, is no such file, or holds something that is no triple; the message says where.
+    """
+    path = Path(path).expanduser()
+    if format not in FORMATS:
+        raise UserError(f"format '{format}' is not known.{did_you_mean(format, FORMATS)}")
+    if path.is_dir():
+        raise UserError(f"'{path}' is a folder: expected a task file (XML, JSON, JSONL, CSV or text).")
+    if not path.is_file():
+        raise UserError(f"task file '{path}' not found.{near_path(path)}")
+    text = _text(path)
+    ending = path.suffix.lower()
+    if format == "auto":
+        format = _guess(path, text)
+    if format in ("dart", "webnlg"):
+        entries = _xml(path, text) if text.lstrip().startswith("<") else _json(path, text)
+        examples = [
+            Example(_linearised(triples, lower_relations, where), tuple(references))
+            for where, triples, references in entries
+        ]
+    elif format == "e2e":
+        examples = _grouped(_e2e_csv(path, text) if ending == ".csv" else _pairs_of_lines(path, text))
+    elif format == "jsonl":
+        examples = _grouped(_json_lines(path, text))
+    else:
+        examples = [Example(line, ()) for line in lines_of(text)]
+    if not examples:
+        raise UserError(f"'{path}' holds no example (read as {format}).")
+    return examples
+
+
+def lines_of(text: str) -> list[str]:
+    r"""Lines that end with \n alone or \r\n, as line-based tools count them: no other character ends a line."""
+    lines = text.split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """Lines of a text file; see `lines_of`."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"'{path}' {'is a folder, expected a file' if path.is_dir() else 'not found'}.{near_path(path)}"
+        )
+    return lines_of(_text(path))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"'{path}' is not UTF-8 (line {line}): expected text.") from None
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror}.") from None
+
+
+def _guess(path: Path, text: str) -> str:
+    by_ending = {".xml": "dart", ".json": "dart", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "e2e"}
+    if found := by_ending.get(path.suffix.lower()):
+        return found
+    return "e2e" if "||" in text.partition("\n")[0] else "lines"
+
+
+def _linearised(triples: Iterable[Sequence[str]], lower_relations: bool, where: str) -> str:
+    parts = []
+    for triple in triples:
+        if len(triple) != 3 or not all(isinstance(part, str) for part in triple):
+            raise UserError(f"{where}: {triple!r} is no triple, expected subject, relation, object.")
+        subject, relation, object_ = (part.strip() for part in triple)
+        parts.append(f"{subject} : {relation.lower() if lower_relations else relation} : {object_}")
+    return " | ".join(parts)
+
+
+def _grouped(pairs: Iterable[tuple[str, tuple[str, ...]]]) -> list[Example]:
+    return [
+        Example(context, tuple(reference for _, references in group for reference in references))
+        for context, group in groupby(pairs, key=lambda pair: pair[0])
+    ]
+
+
+Entry = tuple[str, list[Sequence[str]], list[str]]  # where it stands, triples, references
+
+
+def _xml(path: Path, text: str) -> Iterator[Entry]:
+    """WebNLG's benchmark form, which DART's test set shares."""
+    try:
+        root = ElementTree.fromstring(text.lstrip())
+    except ElementTree.ParseError as error:
+        raise UserError(f"'{path}' is not valid XML: {error}.") from None
+    lexes = [
+        (entry, [(lex.get("comment") or "", (lex.findtext("text") or lex.text or "").strip())
+                 for lex in entry.findall("lex")])
+        for entry in root.iter("entry")
+    ]  # fmt: skip
+    for number, (entry, texts) in enumerate(_accepted(path, lexes), 1):
+        where = f"'{path}' entry {entry.get('eid') or number}"
+        sets = entry.findall("modifiedtripleset") or entry.findall("originaltripleset")[:1]
+        triples = [item for group in sets for item in group if item.tag in ("mtriple", "otriple")]
+        yield where, [(item.text or "").split(" | ") for item in triples], texts
+
+
+def _json(path: Path, text: str) -> Iterator[Entry]:
+    """DART's list of triple sets with annotations, or the JSON form of WebNLG."""
+    try:
+        body = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"'{path}' is not valid JSON: {error}.") from None
+    if isinstance(body, list) and all(isinstance(row, dict) and "tripleset" in row for row in body):
+        for number, row in enumerate(body, 1):
+            where = f"'{path}' item {number}"
+            annotations = row.get("annotations") or []
+            if not isinstance(row["tripleset"], list) or not isinstance(annotations, list):
+                raise UserError(f"{where}: expected lists as tripleset and annotations.")
+            yield where, row["tripleset"], [_field(note, "text", where) for note in annotations]
+        return
+    if isinstance(body, dict) and isinstance(body.get("entries"), list):
+        rows = [entry for item in body["entries"] for entry in item.values()]
+        lexes = [
+            (row, [(lex.get("comment", ""), _field(lex, "lex", f"'{path}' entry {number}").strip())
+                   for lex in row.get("lexicalisations", [])])
+            for number, row in enumerate(rows, 1)
+        ]  # fmt: skip
+        keys = ("subject", "property", "object")
+        for number, (row, texts) in enumerate(_accepted(path, lexes), 1):
+            where = f"'{path}' entry {number}"
+            triples = row.get("modifiedtripleset", [])
+            yield where, [[_field(triple, key, where) for key in keys] for triple in triples], texts
+        return
+    raise UserError(
+        f"'{path}' is neither DART (a list of objects with tripleset and annotations) nor WebNLG (entries): "
+        "other pairs go into JSONL with context and completion."
+    )
+
+
+def _accepted(path: Path, lexes: list[tuple[Any, list[tuple[str, str]]]]) -> Iterator[tuple[Any, list[str]]]:
+    """Texts by entry. Where annotators marked texts "good" (WebNLG), the others are left out."""
+    marked = any(comment == "good" for _, texts in lexes for comment, _ in texts)
+    left_out = sum(marked and comment != "good" for _, texts in lexes for comment, _ in texts)
+    if left_out:
+        log.warning("%s: %d references that are not marked good are left out.", path, left_out)
+    for entry, texts in lexes:
+        yield entry, [text for comment, text in texts if not marked or comment == "good"]
+
+
+def _field(row: Any, key: str, where: str) -> str:
+    if not isinstance(row, dict) or key not in row:
+        near = did_you_mean(key, row) if isinstance(row, dict) else ""
+        raise UserError(f"{where}: expected an object with '{key}'.{near}")
+    if not isinstance(row[key], str):
+        raise UserError(f"{where}: '{key}' is {type(row[key]).__name__}, expected text.")
+    return row[key]
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for number, line in enumerate(lines_of(text), 1):
+        if not line.strip():
+            continue
+        where = f"'{path}' line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where} is no JSON ({error.msg}): expected one object a line.") from None
+        context = _field(row, "context", where)
+        completions = row.get("completion", [])
+        completions = [completions] if isinstance(completions, str) else completions
+        if not isinstance(completions, list) or not all(isinstance(item, str) for item in completions):
+            raise UserError(f"{where}: 'completion' must be a text or a list of texts.")
+        yield context, tuple(completions)
+
+
+def _pairs_of_lines(path: Path, text: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for number, line in enumerate(lines_of(text), 1):
+        if line.strip():
+            context, bars, reference = line.partition("||")
+            if not bars:
+                raise UserError(f"'{path}' line {number}: expected context||reference.")
+            yield context.strip(), (reference.strip(),) if reference.strip() else ()
+
+
+def _e2e_csv(path: Path, text: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """``name[Blue Spice], area[riverside]`` becomes ``name : Blue Spice | area : riverside``."""
+    reader = csv.DictReader(text.splitlines(keepends=True))
+    columns = reader.fieldnames or []
+    if "mr" not in columns:
+        raise UserError(f"'{path}': expected a CSV with the columns mr and ref, found {', '.join(columns) or 'none'}.")
+    for row in reader:
+        slots = re.findall(r"([^\[\],]+)\[([^\]]*)\]", row["mr"] or "")
+        reference = (row.get("ref") or "").strip()
+        yield " | ".join(f"{key.strip()} : {value.strip()}" for key, value in slots), (reference,) if reference else ()
