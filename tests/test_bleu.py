@@ -48,6 +48,8 @@ def test_brevity_penalty_takes_the_closest_reference_and_the_shorter_of_two():
     references = ["a b c d e f g h", "a b c", "a b c d e f g"]
     score = corpus_bleu(["a b c d e"], [references])
     assert score.reference_length == 3 and score.brevity_penalty == 1
+    assert corpus_bleu(["a b c d e"], [["a b c d e f g", "a b c", ""]]).reference_length == 3
+    assert corpus_bleu(["a"], [["a b c", ""]]).reference_length == 0
     score = corpus_bleu(["a b c d e"], [["a b c d e f g h", "a b c d e f g"]])
     assert score.brevity_penalty == pytest.approx(math.exp(1 - 7 / 5))
     assert score.bleu == pytest.approx(100 * math.exp(1 - 7 / 5))

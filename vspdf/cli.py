@@ -28,7 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-app.command()(cli_tasks.bleu)
 
 
 def main() -> None:
@@ -226,6 +225,9 @@ def generate(
     model.eval()
     result = model.generate(torch.tensor([ids]), tokens, temperature, seed)
     out.print(tokenizer.decode(result[0].tolist()), markup=False, highlight=False, soft_wrap=True)
+
+
+app.command()(cli_tasks.bleu)
 
 
 @app.command()
