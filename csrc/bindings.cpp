@@ -40,9 +40,12 @@ T* pointer(uintptr_t address) {
 
 }  // namespace
 
+void bind_fabric(py::module_& module);  // bindings_fabric.cpp
+
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Sparse linear layers on CPUs: three products of a weight that exists only at kept positions.";
     m.attr("openmp") = kOpenMP;
+    bind_fabric(m);
     m.def(
         "isas",
         [] {

@@ -1,0 +1,157 @@
+"""What a machine is: numbers with unit, source and grade, read from YAML; the one home of hardware facts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from vspdf.errors import UserError, did_you_mean
+
+FOLDER = Path(__file__).parent / "machines"
+FIELDS = {"value", "unit", "source", "grade"}
+GRADES = {"A", "B", "D", "M"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One number of a machine. Grade: A primary, B quoted, D derived, M unverified, "set" by the user."""
+
+    value: Any
+    unit: str
+    source: str
+    grade: str
+
+
+class Machine:
+    """Parameters by attribute (``machine.vector_startup``) with their provenance in ``machine.parameters``.
+
+    Parameters
+    ----------
+    parameters : mapping of str to Parameter
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter]):
+        self.parameters = dict(parameters)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["parameters"][name].value
+        except KeyError:
+            raise AttributeError(f"no machine parameter '{name}'.") from None
+
+    def override(self, values: Mapping[str, Any]) -> Machine:
+        """A copy with some values replaced.
+
+        Raises
+        ------
+        UserError
+            For an unknown key or a value of another kind than the one it replaces.
+        """
+        parameters = dict(self.parameters)
+        for key, value in values.items():
+            if key not in parameters:
+                raise UserError(f"unknown machine parameter '{key}'.{did_you_mean(key, parameters)}")
+            old = parameters[key]
+            parameters[key] = Parameter(_like(key, value, old.value), old.unit, "set by the user", "set")
+        return Machine(parameters)
+
+    # What follows are quantities that several programs derive in the same way.
+
+    @property
+    def fmac_fp32_cycles(self) -> float:
+        return 1 + self.fmac_fp32_stall
+
+    @property
+    def clocks(self) -> dict[str, float]:
+        """Hz by label; results are given at both."""
+        return {f"{ghz:g}GHz": ghz * 1e9 for ghz in (self.clock_sdk, self.clock_hot_chips)}
+
+    def fabric(self) -> dict[str, Any]:
+        """The part that the event simulator's core takes."""
+        names = (
+            "colours switch_positions hop_cycles ramp_cycles router_buffer in_queue_depth out_queue_depth micro_threads "
+            "sram_bytes banks read_groups bank_bytes write_delay vector_startup pair_startup fmac_fp32_cycles task_switch"
+        )
+        return {name: getattr(self, name) for name in names.split()} | {"fmac_fp16_cycles": 1 / self.fmac_fp16_rate}
+
+
+def _like(key: str, value: Any, old: Any) -> Any:
+    if isinstance(old, str):
+        return str(value)
+    if isinstance(old, list):
+        if not isinstance(value, (list, tuple)) or not value or not all(type(v) is int and v > 0 for v in value):
+            raise UserError(
+                f"machine parameter '{key}' takes a list of positive integers such as {old}, not {value!r}."
+            )
+        return list(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise UserError(f"machine parameter '{key}' takes a number of at least 0, not {value!r}.")
+    if isinstance(old, int) and float(value) != int(value):
+        raise UserError(f"machine parameter '{key}' takes a whole number, not {value!r}.")
+    return type(old)(value)
+
+
+def load(machine: str | Path | Machine = "cs2", settings: Iterable[str] | Mapping[str, Any] = ()) -> Machine:
+    """A machine by name or YAML file, with ``key=value`` settings on top.
+
+    A file of the user's own gives the parameters that differ from the CS-2's, each with value, unit, source and grade.
+
+    Raises
+    ------
+    UserError
+        For an unknown machine, key or field; the message names the nearest known one.
+    """
+    if not isinstance(machine, Machine):
+        machine = _read(machine)
+    if not isinstance(settings, Mapping):
+        values = {}
+        for setting in settings:
+            key, equals, text = setting.partition("=")
+            if not equals:
+                raise UserError(f"--set '{setting}': expected key=value, e.g. trigger_cycles=10.")
+            values[key.strip()] = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[index, call-overload]
+        settings = values
+    return machine.override(settings) if settings else machine
+
+
+def _read(machine: str | Path) -> Machine:
+    base = _parse(FOLDER / "cs2.yaml")
+    if str(machine) == "cs2":
+        return Machine(base)
+    path = Path(machine)
+    if not path.is_file():
+        path = FOLDER / f"{machine}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in FOLDER.glob("*.yaml"))
+        raise UserError(f"no machine '{machine}': neither a YAML file nor a name.{did_you_mean(str(machine), known)}")
+    parameters = _parse(path)
+    for key in parameters:
+        if key not in base:
+            raise UserError(f"{path}: unknown machine parameter '{key}'.{did_you_mean(key, base)}")
+        _like(key, parameters[key].value, base[key].value)
+    return Machine(base | parameters)
+
+
+def _parse(path: Path) -> dict[str, Parameter]:
+    tree = OmegaConf.to_container(OmegaConf.load(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected parameters, each with value, unit, source and grade.")
+    parameters = {}
+    for key, entry in tree.items():
+        if not isinstance(entry, dict):
+            raise UserError(f"{path}: '{key}' needs value, unit, source and grade, not a bare {entry!r}.")
+        for field in entry:
+            if field not in FIELDS:
+                raise UserError(f"{path}: '{key}' has an unknown field '{field}'.{did_you_mean(field, FIELDS)}")
+        if missing := FIELDS - set(entry):
+            raise UserError(f"{path}: '{key}' lacks {', '.join(sorted(missing))}.")
+        if entry["grade"] not in GRADES:
+            raise UserError(
+                f"{path}: '{key}' has grade '{entry['grade']}'; expected one of {', '.join(sorted(GRADES))}."
+            )
+        parameters[str(key)] = Parameter(**entry)
+    return parameters
