@@ -12,11 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from vspdf._C import fabric as _core
-from vspdf.errors import UserError
+from vspdf.errors import BackendUnavailable, UserError
+from vspdf.simulator.machine import Machine
 
-from .machine import Machine
+try:
+    from vspdf import _C
+except ImportError as _error:  # not built
+    raise BackendUnavailable(
+        f"the simulator needs vspdf's compiled part, which is missing ({_error}); reinstall vspdf with a C++17 "
+        "compiler present."
+    ) from None
 
+_core = _C.fabric
 Deadlock = _core.Deadlock
 PORTS = {"W": 0, "E": 1, "N": 2, "S": 3, "R": 4}
 _OP, _ARITH = _core.Op, _core.Arith
@@ -65,7 +72,7 @@ class Code:
     # -- structure --
 
     def task(self, cycles: int = -1) -> int:
-        """Starts a new task; end it with `end`. `cycles` from being chosen to its first instruction: -1, a task switch."""
+        """Starts a new task; end it with `end`. `cycles` until its first instruction: -1, the machine's task switch."""
         self.entry.append(len(self.instrs))
         self.entry_cycles.append(cycles)
         return len(self.entry) - 1
@@ -215,7 +222,7 @@ class Region:
             raise UserError(str(error)) from None
 
     def route(self, x: int, y: int, colour: int, rx: str, tx: str, *more: tuple[str, str]) -> None:
-        """Wavelets of `colour` that come in by a port of `rx` leave by all of `tx`; `more`: further switch positions."""
+        """Wavelets of `colour` that come in by a port of `rx` leave by all of `tx`; `more`: further switch places."""
         self._call("route", x, y, colour, [(_mask(r), _mask(t)) for r, t in ((rx, tx), *more)])
 
     def queue(self, x: int, y: int, colour: int, queue: int) -> None:
@@ -291,9 +298,16 @@ class Region:
 
     @property
     def stats(self) -> dict[str, np.ndarray]:
-        """int64 [height, width] each: busy, wait_data, back_pressure, idle (their sum is the cycles); vector, bank_stall,
-        scalar, task_switch (their sum is busy); fmacs, adds, sent, received, forwarded."""
+        """int64 [height, width] each.
+
+        busy, wait_data, back_pressure, idle: their sum is the cycles. vector, bank_stall, scalar, task_switch: their
+        sum is busy. fmacs, adds; sent, received, forwarded (wavelets).
+        """
         return self._fabric.stats()
+
+    @property
+    def cycles(self) -> int:
+        return self._fabric.cycles
 
     @property
     def events(self) -> int:

@@ -14,6 +14,12 @@ from vspdf.errors import UserError, did_you_mean
 FOLDER = Path(__file__).parent / "machines"
 FIELDS = {"value", "unit", "source", "grade"}
 GRADES = {"A", "B", "D", "M"}
+# What the event simulator's core takes under the same name.
+CORE = (
+    "colours", "switch_positions", "hop_cycles", "ramp_cycles", "router_buffer", "in_queue_depth", "out_queue_depth",
+    "micro_threads", "sram_bytes", "banks", "read_groups", "bank_bytes", "write_delay", "vector_startup",
+    "pair_startup", "fmac_fp32_cycles", "task_switch",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,11 +78,7 @@ class Machine:
 
     def fabric(self) -> dict[str, Any]:
         """The part that the event simulator's core takes."""
-        names = (
-            "colours switch_positions hop_cycles ramp_cycles router_buffer in_queue_depth out_queue_depth micro_threads "
-            "sram_bytes banks read_groups bank_bytes write_delay vector_startup pair_startup fmac_fp32_cycles task_switch"
-        )
-        return {name: getattr(self, name) for name in names.split()} | {"fmac_fp16_cycles": 1 / self.fmac_fp16_rate}
+        return {name: getattr(self, name) for name in CORE} | {"fmac_fp16_cycles": 1 / self.fmac_fp16_rate}
 
 
 def _like(key: str, value: Any, old: Any) -> Any:
@@ -141,7 +143,8 @@ def _parse(path: Path) -> dict[str, Parameter]:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected parameters, each with value, unit, source and grade.")
     parameters = {}
-    for key, entry in tree.items():
+    for name, entry in tree.items():
+        key = str(name)
         if not isinstance(entry, dict):
             raise UserError(f"{path}: '{key}' needs value, unit, source and grade, not a bare {entry!r}.")
         for field in entry:
@@ -153,5 +156,5 @@ def _parse(path: Path) -> dict[str, Parameter]:
             raise UserError(
                 f"{path}: '{key}' has grade '{entry['grade']}'; expected one of {', '.join(sorted(GRADES))}."
             )
-        parameters[str(key)] = Parameter(**entry)
+        parameters[key] = Parameter(**entry)
     return parameters

@@ -11,10 +11,9 @@ from math import ceil
 import numpy as np
 
 from vspdf.errors import UserError
-
-from . import programs
-from .fabric import Code
-from .machine import Machine
+from vspdf.simulator import programs
+from vspdf.simulator.fabric import Code
+from vspdf.simulator.machine import Machine
 
 # A stream passes a PE in ramp + one cycle of work + ramp, and a link in one hop.
 
@@ -200,10 +199,9 @@ def gemm(machine: Machine, algorithm: str, pes: int, n: int, half: bool) -> dict
     else:
         joins = 4 * machine.task_switch + 4 * machine.alu_cycles
         step = product + 4 * words + machine.task_switch + joins + 5 * machine.alu_cycles + test + machine.alu_cycles
+        cycles = pes * step
         if algorithm == "cannon":
-            cycles = pes * (step + machine.vector_startup) - 4 * words - joins
-        else:
-            cycles = pes * step
+            cycles += pes * machine.vector_startup - 4 * words - joins
         cycles += pes * machine.hop_cycles
     return {"cycles": cycles, "ideal": pes * lean, "compute": pes * product}
 
@@ -303,7 +301,8 @@ def stream_layer(
 def _command_cost(machine: Machine, tokens: int) -> float:
     """Datapath cycles of a row's end, without its words: the command, clearing the next sum."""
     clear = machine.vector_startup + ceil(tokens / 4)
-    return machine.reduce_startup + 11 * machine.alu_cycles + 3 * (machine.alu_cycles + machine.branch_cycles) + clear + machine.branch_cycles  # fmt: skip
+    test = machine.alu_cycles + machine.branch_cycles
+    return machine.reduce_startup + 11 * machine.alu_cycles + 3 * test + clear + machine.branch_cycles
 
 
 def stream_gradient(

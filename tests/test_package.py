@@ -23,6 +23,18 @@ LEVELS = [
     {"model", "kernels.ops", "tokenizer"},
     {"kernels.dispatch", "kernels.dense"},
     {"kernels.cpu", "kernels.reference"},
+    {"simulator.wafer"},
+    {"simulator.programs"},
+    {"simulator.programs.streaming"},
+    {
+        "simulator.programs.collectives",
+        "simulator.programs.spmm",
+        "simulator.programs.matmul",
+        "simulator.programs.matvec",
+    },
+    {"simulator.programs.common"},
+    {"simulator.fabric"},
+    {"simulator.machine"},
     {"pattern", "config", "cache", "allocator", "svg", "console", "_C"},
     {"ledger"},
     {"errors"},
@@ -33,6 +45,9 @@ LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in mod
 def sources():
     files = {f"{path.stem}": path for path in (ROOT / "vspdf").glob("*.py") if path.stem != "__init__"}
     files |= {f"kernels.{path.stem}": path for path in (ROOT / "kernels").glob("*.py")}
+    files |= {f"simulator.{path.stem}": path for path in (ROOT / "simulator").glob("*.py") if path.stem != "__init__"}
+    programs = {path.stem: path for path in (ROOT / "simulator" / "programs").glob("*.py")}
+    files |= {f"simulator.programs.{stem}".removesuffix(".__init__"): path for stem, path in programs.items()}
     return files
 
 

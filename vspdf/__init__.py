@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from vspdf.kernels.ops import sparse_linear as sparse_linear
     from vspdf.ledger import training_flops as training_flops
     from vspdf.pattern import Pattern as Pattern
-    from vspdf.simulator import simulate as simulate
     from vspdf.sparse import SparseLinear as SparseLinear
     from vspdf.sparse import densify as densify
     from vspdf.sparse import explain as explain
@@ -30,7 +29,6 @@ _HOMES = {
     "densify": "vspdf.sparse",
     "explain": "vspdf.sparse",
     "set_sparsity": "vspdf.sparse",
-    "simulate": "vspdf.simulator",
     "sparse_linear": "vspdf.kernels.ops",
     "sparsify": "vspdf.sparse",
     "training_flops": "vspdf.ledger",

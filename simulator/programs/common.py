@@ -1,0 +1,59 @@
+"""What every program shares: its outcome, alignment, and the checks that give one clear line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vspdf.errors import UserError
+from vspdf.simulator.fabric import Region
+from vspdf.simulator.machine import Machine
+
+
+@dataclass
+class Run:
+    """What a program did.
+
+    Attributes
+    ----------
+    cycles : int
+        Until the last PE was done, in the program's own timed window.
+    per_pe : int64 array [height, width]
+        Cycles of each PE's timed window.
+    result : ndarray
+        Values read back from the PEs.
+    region : Region
+        With the statistics of every PE.
+    phases : dict
+        Cycles of named parts, where a program has them.
+    """
+
+    cycles: int
+    per_pe: np.ndarray
+    result: Any
+    region: Region
+    phases: dict[str, int] = field(default_factory=dict)
+
+    def breakdown(self) -> dict[str, int]:
+        """Cycles of the average PE by cause."""
+        stats = self.region.stats
+        names = ("vector", "bank_stall", "scalar", "task_switch", "wait_data", "back_pressure", "idle")
+        return {name: round(float(stats[name].mean())) for name in names}
+
+
+def align(byte: int, to: int = 16) -> int:
+    return -(-byte // to) * to
+
+
+def bits(values: np.ndarray) -> np.ndarray:
+    """fp32 values as wavelets."""
+    return np.ascontiguousarray(values, np.float32).view(np.uint32)
+
+
+def check_memory(machine: Machine, end: int) -> None:
+    if end > machine.sram_bytes:
+        raise UserError(
+            f"a PE would need {end} bytes of SRAM, it has {machine.sram_bytes}: use a larger grid or fewer columns M."
+        )
