@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vspdf import checkpoint, config
+from vspdf import checkpoint, config, hub
 from vspdf.data import Dataset
 from vspdf.errors import UserError
 from vspdf.ledger import CONVENTIONS
 from vspdf.model import GPT
 from vspdf.pattern import Pattern, kept_count
 from vspdf.sparse import sparse_layers
-from vspdf.train import load_model, train
+from vspdf.train import train
 
 LAYERS = [f"h.{i}.{name}" for i in range(2) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
 # Wall clock; everything else in a line of metrics must be equal from run to run.
@@ -66,7 +66,7 @@ def test_masked_weights_stay_exactly_zero_and_nothing_dense_exists(every_step):
     for step in range(1, 21):
         sparsity = 0.9 if step <= 12 else 0.5
         tensors, optimizer = saved(folder, step)
-        model, _ = load_model(folder / "checkpoints" / f"step-{step:08d}")
+        model, _, _ = hub.load(folder / "checkpoints" / f"step-{step:08d}")
         assert set(sparse_layers(model)) == set(LAYERS)
         for name in LAYERS:
             out_features, in_features = shapes[name]
@@ -83,7 +83,7 @@ def test_masked_weights_stay_exactly_zero_and_nothing_dense_exists(every_step):
 
 
 def shape_of(folder):
-    return load_model(folder)[0].shape
+    return hub.load(folder).model.shape
 
 
 def test_kept_weights_start_as_those_of_the_dense_model(every_step):

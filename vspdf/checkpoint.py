@@ -6,11 +6,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vspdf.errors import UserError
+from vspdf.files import flush, why_not
 from vspdf.pattern import Pattern
-from vspdf.sparse import SparseLinear
+from vspdf.sparse import SparseLinear, sparsify
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 _EXTRA = "._extra_state"  # how torch names a module's own state
@@ -57,6 +55,13 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     model.load_state_dict(named)
 
 
+def fit(model: nn.Module, tensors: dict[str, Tensor], backend: str = "auto") -> None:
+    """Brings a fresh dense model into the form of stored tensors, sparse layers included, and loads them."""
+    if patterns := stored_patterns(tensors, model):
+        sparsify(model, patterns, backend=backend)
+    load_model_tensors(model, tensors)
+
+
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimizer state as ``PARAMETER:KEY`` tensors."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -79,7 +84,7 @@ def save(
     folder: Path,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     state: dict[str, Any],
     extra: dict[str, Tensor] | None = None,
 ) -> Path:
@@ -98,23 +103,22 @@ def save(
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         save_file(model_tensors(model), draft / FILES[0])
-        save_file({**optimizer_tensors(model, optimizer), **(extra or {})}, draft / FILES[1])
+        moments = optimizer_tensors(model, optimizer) if optimizer else {}
+        save_file({**moments, **(extra or {})}, draft / FILES[1])
         body = {"step": step, **state, "sha256": {name: _sha256(draft / name) for name in FILES}}
         text = json.dumps({**body, "state_sha256": _digest(body)}, indent=1)
         (draft / "state.json").write_text(text)
         for name in (*FILES, "state.json"):
-            _flush(draft / name)
-        _flush(draft)
+            flush(draft / name)
+        flush(draft)
         if final.exists():  # the same step, reached again after a resume
             shutil.rmtree(final)
         draft.rename(final)
-        _flush(folder)
+        flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        reason = "no space left on the disk" if full else str(error)
         raise UserError(
-            f"checkpoint of step {step} was not written to {folder}: {reason}; earlier ones are kept."
+            f"checkpoint of step {step} was not written to {folder}: {why_not(error)}; earlier ones are kept."
         ) from None
     return final
 
@@ -194,12 +198,3 @@ def _blocks(stream: Any) -> str:  # Python 3.10
     while block := stream.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some file systems cannot flush a folder
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

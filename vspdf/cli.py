@@ -151,15 +151,14 @@ def evaluate(
 
     `vspdf eval runs/quickstart`
     """
-    from vspdf import checkpoint
+    from vspdf import checkpoint, hub
     from vspdf import config as configuration
     from vspdf.data import prepare
     from vspdf.evaluate import evaluate as run
-    from vspdf.train import load_model
 
     folder = checkpoint.resolve(path)
     settings = configuration.load(folder.parent.parent / "config.yaml")
-    model, state = load_model(folder, settings.train.backend)
+    model, _, state = hub.load(folder, settings.train.backend)
     data = prepare(settings.data, model.shape.sequence_length, settings.seed)
     if data.manifest["corpus"]["sha256"] != state["corpus"]["sha256"]:
         raise UserError(f"the corpus '{settings.data.corpus}' has changed since {folder} was written.")
@@ -212,13 +211,11 @@ def generate(
     """
     import torch
 
-    from vspdf import checkpoint
-    from vspdf.tokenizer import Tokenizer
-    from vspdf.train import load_model
+    from vspdf import hub
 
-    folder = checkpoint.resolve(path)
-    model, _ = load_model(folder)
-    tokenizer = Tokenizer.load(folder.parent.parent / "tokenizer.json")
+    model, tokenizer, _ = hub.load(path)
+    if tokenizer is None:
+        raise UserError(f"'{path}' has no tokenizer.")
     ids = tokenizer.encode(prompt).tolist()
     if not ids:
         raise UserError("the prompt is empty: give at least one character with --prompt.")
@@ -228,6 +225,53 @@ def generate(
 
 
 app.command()(cli_tasks.bleu)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="A run, a checkpoint, a Hugging Face folder, or a file of tensors.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="What to write; must not exist.")],
+    to: Annotated[
+        str | None, typer.Option(help="hugging-face, dense or sparse; default: the other side, dense.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json, for IN without one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Checkpoint to Hugging Face GPT-2 folder and back, and sparse to dense (NaN or `_mask` tensors become zeros).
+
+    `vspdf convert runs/quickstart quickstart-hf`
+
+    `vspdf convert quickstart-hf runs/again`
+
+    `vspdf convert runs/quickstart/checkpoints/step-00000250 dense --to dense`
+
+    `vspdf convert old-checkpoint.pt clean.safetensors`
+    """
+    from vspdf.convert import convert as run
+
+    found = run(source, target, to, tokenizer)
+    if as_json:
+        _emit(found)
+        return
+    layers = found["layers"]
+    kinds = {
+        "checkpoint": "a checkpoint of vspdf",
+        "hugging-face": "a Hugging Face folder",
+        "file": "a file of tensors",
+    }
+    name = f" ({found['model']})" if found["model"] else ""
+    size = f"{found['parameters']:,} parameters{name}"
+    what = "no masked weights" if not layers else (
+        f"{len(layers)} sparse matrices, {min(layers.values()):.4g} to {max(layers.values()):.4g} sparse"
+    )  # fmt: skip
+    forms = {"hugging-face": "a Hugging Face folder", "dense": "a dense checkpoint", "sparse": "a sparse checkpoint",
+             "file": "a dense file"}  # fmt: skip
+    out.print(f"{source}: {kinds[found['kind']]}, {size}, {what}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"wrote {target}: {forms[found['to']]}", markup=False, highlight=False, soft_wrap=True)
+    if found["tokenizer"] is None and found["to"] != "file":
+        err.print("no tokenizer was found or written: --tokenizer names one.", highlight=False, soft_wrap=True)
 
 
 @app.command()

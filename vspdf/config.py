@@ -33,6 +33,7 @@ class ModelConfig:
     d_ff: int | None = None  # default 4 · d_model
     sequence_length: int | None = None
     vocab_size: int | None = None  # default: what the tokenizer needs
+    activation: str = "gelu"  # exact, as in Cerebras-GPT; "gelu_tanh": GPT-2's
     init_std: float = 0.02  # published; narrow models want about 0.5 / sqrt(d_model)
 
 
@@ -332,6 +333,7 @@ def resolve_model(model: ModelConfig) -> None:
         model.d_model % model.n_head == 0,
         f"model.n_head = {model.n_head} does not divide model.d_model = {model.d_model}.",
     )
+    _one_of("model.activation", model.activation, ("gelu", "gelu_tanh"))
     _require(0 < model.init_std < math.inf, f"model.init_std must be positive, not {model.init_std}.")
 
 

@@ -1,7 +1,7 @@
 """A plain dense GPT-2-shaped GPT with Cerebras-GPT's conventions (arXiv:2304.03208). It knows nothing of sparsity.
 
-Pre-LN, exact GELU, biases, learnt positions, tied embeddings, no dropout. Module names are GPT-2's, so that conversion
-is renaming. Shape suffixes: B batch, T tokens, D d_model, H heads, F d_ff, V vocabulary.
+Pre-LN, GELU (exact, or GPT-2's tanh form), biases, learnt positions, tied embeddings, no dropout. Module names are
+GPT-2's, so that conversion is renaming. Shape suffixes: B batch, T tokens, D d_model, H heads, F d_ff, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vspdf.errors import UserError
+from vspdf.errors import UserError, did_you_mean
 from vspdf.ledger import Shape
+
+ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # names here, and torch's for the approximation
 
 
 class Attention(nn.Module):
@@ -36,22 +38,23 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, approximate: str = "none") -> None:
         super().__init__()
+        self.approximate = approximate
         self.c_fc = nn.Linear(shape.d_model, shape.d_ff)
         self.c_proj = nn.Linear(shape.d_ff, shape.d_model)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x_BTD)))
+        return self.c_proj(F.gelu(self.c_fc(x_BTD), approximate=self.approximate))
 
 
 class Block(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, approximate: str = "none") -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(shape.d_model)
         self.attn = Attention(shape)
         self.ln_2 = nn.LayerNorm(shape.d_model)
-        self.mlp = MLP(shape)
+        self.mlp = MLP(shape, approximate)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_BTD = x_BTD + self.attn(self.ln_1(x_BTD))
@@ -69,21 +72,25 @@ class GPT(nn.Module):
         Weights are drawn from a normal of this deviation cut at two deviations; the two matrices that write to the
         residual stream get ``init_std / sqrt(2 · n_layer)``. Biases are zero.
     seed : int
+    activation : {"gelu", "gelu_tanh"}
+        The exact one (Cerebras-GPT), or its approximation by tanh (GPT-2).
 
     Raises
     ------
     UserError
-        If the heads do not divide the width.
+        If the heads do not divide the width, or the activation is unknown.
     """
 
-    def __init__(self, shape: Shape, init_std: float = 0.02, seed: int = 0) -> None:
+    def __init__(self, shape: Shape, init_std: float = 0.02, seed: int = 0, activation: str = "gelu") -> None:
         super().__init__()
         if shape.d_model % shape.n_head:
             raise UserError(f"model.n_head = {shape.n_head} does not divide model.d_model = {shape.d_model}.")
-        self.shape = shape
+        if activation not in ACTIVATIONS:
+            raise UserError(f"activation '{activation}' is not known.{did_you_mean(activation, ACTIVATIONS)}")
+        self.shape, self.activation = shape, activation
         self.wte = nn.Embedding(shape.vocab_size, shape.d_model)
         self.wpe = nn.Embedding(shape.sequence_length, shape.d_model)
-        self.h = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
+        self.h = nn.ModuleList(Block(shape, ACTIVATIONS[activation]) for _ in range(shape.n_layer))
         self.ln_f = nn.LayerNorm(shape.d_model)
         self._init_weights(init_std, seed)
 

@@ -46,7 +46,9 @@ class Tokenizer:
     name : str
         A label for people.
     vocab_size : int
+    end_token : str
     end_of_document : int
+        Its id.
     bytes_per_token : ndarray, shape (vocab_size,), int64
         Bytes of text that each id stands for; 0 for special tokens.
     """
@@ -59,10 +61,10 @@ class Tokenizer:
         model.encode_special_tokens = True
         vocabulary: dict[str, int] = model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        ends = [vocabulary[end] for end in _KNOWN_ENDS if end in vocabulary]
+        ends = [end for end in _KNOWN_ENDS if end in vocabulary]
         if not ends:
             raise UserError(f"Tokenizer {name} has no end-of-document token: expected one of {', '.join(_KNOWN_ENDS)}.")
-        self.end_of_document = ends[0]
+        self.end_token, self.end_of_document = ends[0], vocabulary[ends[0]]
 
         self.bytes_per_token = np.zeros(self.vocab_size, np.int64)
         for token, i in vocabulary.items():

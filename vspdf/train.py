@@ -32,6 +32,7 @@ from vspdf.config import Config, PhaseConfig
 from vspdf.data import prepare
 from vspdf.errors import Interrupted, UserError
 from vspdf.evaluate import Evaluation, autocast, evaluate
+from vspdf.files import write_whole
 from vspdf.kernels import dispatch
 from vspdf.ledger import Count, Tally
 from vspdf.model import GPT
@@ -133,7 +134,9 @@ class _Run:
         self.shape = configuration.model_shape(config.model)
         self.total_steps = sum(phase.steps or 0 for phase in config.phases)
         self.data.check(sum((phase.steps or 0) * (phase.batch_size or 0) for phase in config.phases))
-        self.model: nn.Module = GPT(self.shape, config.model.init_std, seed=config.seed)
+        self.model: nn.Module = GPT(
+            self.shape, config.model.init_std, seed=config.seed, activation=config.model.activation
+        )
         self.optimizer: torch.optim.Optimizer | None = None
         self.revived: RevivedWarmup | None = None
         self.phase = -1  # the one whose form the model has
@@ -181,9 +184,9 @@ class _Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run_dir '{self.folder}' cannot be made: {error.strerror}.") from None
-        _write_whole(self.folder / "tokenizer.json", self.data.tokenizer.to_json())
-        _write_whole(self.folder / "manifest.json", json.dumps(self.data.manifest, indent=1))
-        _write_whole(self.folder / "config.yaml", configuration.to_yaml(self.config))
+        write_whole(self.folder / "tokenizer.json", self.data.tokenizer.to_json())
+        write_whole(self.folder / "manifest.json", json.dumps(self.data.manifest, indent=1))
+        write_whole(self.folder / "config.yaml", configuration.to_yaml(self.config))
 
     def _trim_metrics(self) -> None:
         """Drops lines after the step the run goes on from, and one that a killed process left half written."""
@@ -196,7 +199,7 @@ class _Run:
                         kept.append(line + "\n")
                 except ValueError:
                     continue
-        _write_whole(path, "".join(kept))
+        write_whole(path, "".join(kept))
 
     def _restore(self) -> None:
         folder = self.folder / "checkpoints"
@@ -209,7 +212,13 @@ class _Run:
                 f"checkpoint {checkpoint.resolve(self.folder)} belongs to another corpus: sha256 was "
                 f"{state['corpus']['sha256'][:12]}..., is {self.data.manifest['corpus']['sha256'][:12]}...."
             )
-        _fit_model(self.model, state, self.shape, tensors, self.config.train.backend)
+        if state["model"] != asdict(self.shape):
+            wrong = next(key for key, value in asdict(self.shape).items() if state["model"].get(key) != value)
+            raise UserError(
+                f"the checkpoint belongs to another model: its {wrong} is {state['model'].get(wrong)}, "
+                f"here it is {asdict(self.shape)[wrong]}."
+            )
+        checkpoint.fit(self.model, tensors, self.config.train.backend)
         dispatch.pin(state["kernel_choices"])
         self.step, self.phase, self.seconds = state["step"], state["phase"], state["seconds"]
         self.samples = state["samples"]
@@ -233,6 +242,7 @@ class _Run:
         state = {
             "vspdf": info.versions()["vspdf"],
             "model": asdict(self.shape),
+            "activation": self.config.model.activation,
             "tokenizer": self.data.manifest["tokenizer"],
             "corpus": self.data.manifest["corpus"],
             "phase": self.phase,
@@ -306,7 +316,7 @@ class _Run:
             arrays[f"{name}.shape"] = np.array(layer.pattern.shape, dtype=np.int64)
         stream = io.BytesIO()
         np.savez(stream, **arrays)  # type: ignore[arg-type]
-        _write_whole(self.folder / "patterns.npz", stream.getvalue())
+        write_whole(self.folder / "patterns.npz", stream.getvalue())
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -545,7 +555,7 @@ class _Run:
             "hardware": info.hardware(),
             "versions": info.versions(),
         }
-        _write_whole(self.folder / "summary.json", json.dumps(summary, indent=1))
+        write_whole(self.folder / "summary.json", json.dumps(summary, indent=1))
         return summary
 
     def _phase_summary(self, phase: PhaseConfig, record: PhaseRecord) -> dict[str, Any]:
@@ -650,40 +660,6 @@ def _part(key: str, shapes: Any, vocab_size: int) -> str:
     return "rest"
 
 
-def _fit_model(
-    model: nn.Module, state: dict[str, Any], shape: ledger.Shape, tensors: dict[str, Tensor], backend: str
-) -> None:
-    """Brings a fresh dense model into a checkpoint's form and loads its tensors."""
-    if state["model"] != asdict(shape):
-        wrong = next(key for key, value in asdict(shape).items() if state["model"].get(key) != value)
-        raise UserError(
-            f"the checkpoint belongs to another model: its {wrong} is {state['model'].get(wrong)}, "
-            f"here it is {asdict(shape)[wrong]}."
-        )
-    patterns = checkpoint.stored_patterns(tensors, model)
-    if patterns:
-        sparsify(model, patterns, backend=backend)
-    checkpoint.load_model_tensors(model, tensors)
-
-
-def load_model(path: Path, backend: str = "auto") -> tuple[GPT, dict[str, Any]]:
-    """Model of a checkpoint, sparse layers as stored, and the checkpoint's state.
-
-    Parameters
-    ----------
-    path : a run directory or one checkpoint folder
-
-    Raises
-    ------
-    UserError
-        If there is none or it is damaged.
-    """
-    state, tensors, _ = checkpoint.read(checkpoint.resolve(path))
-    model = GPT(ledger.Shape(**state["model"]))
-    _fit_model(model, state, model.shape, tensors, backend)
-    return model, state
-
-
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     found: dict[str, tuple[Any, Any]] = {}
     for key in sorted({*a, *b}):
@@ -698,17 +674,6 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> dict
         elif old != new:
             found[prefix + key] = (old, new)
     return found
-
-
-def _write_whole(path: Path, content: str | bytes) -> None:
-    """Replaces a file at once, or leaves it as it was."""
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        draft.write_bytes(content.encode() if isinstance(content, str) else content)
-        draft.replace(path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -1,0 +1,84 @@
+"""Files and folders written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from vspdf.errors import UserError
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replaces a file at once, or leaves it as it was.
+
+    Raises
+    ------
+    UserError
+        If it cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+@contextmanager
+def new_whole(final: Path) -> Iterator[Path]:
+    """A hidden draft beside `final`, to be filled in the block as a file or a folder, then flushed and renamed to it.
+
+    Raises
+    ------
+    UserError
+        If `final` exists already, or the disk is full or not writable; nothing is left behind then.
+    """
+    if final.is_symlink() or final.exists():
+        raise UserError(f"'{final}' exists already: nothing is overwritten; name another or move it away.")
+    draft = final.with_name(f".{final.name}.draft")
+    try:
+        remove(draft)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        for path in [*(draft.rglob("*") if draft.is_dir() else ()), draft]:
+            flush(path)
+        draft.rename(final)
+        flush(final.parent)
+    except (OSError, SafetensorError) as error:
+        remove(draft)
+        raise UserError(f"'{final}' was not written: {why_not(error)}.") from None
+    except BaseException:
+        remove(draft)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def why_not(error: Exception) -> str:
+    """Why something could not be written, in the user's words."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    return "no space left on the disk" if full else str(error)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file or a folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems cannot flush a folder
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
