@@ -351,7 +351,7 @@ WRONG = {
     "missing": (lambda folder: folder / "mising", r"'.*mising' not found."),
     "empty folder": (
         lambda folder: folder.mkdir() or folder,
-        r"is neither a run directory or checkpoint of",
+        r"no checkpoint in '.*in': expected a run directory",
     ),
     "no weights": (
         lambda folder: made_folder(folder, "config.json"),
