@@ -70,8 +70,8 @@ def kind(path: Path) -> str:
     if (path / "config.json").is_file():
         return "hugging-face"
     raise UserError(
-        f"no checkpoint in '{path}': expected a run directory, one of its checkpoints/step-N folders, or a Hugging Face "
-        "folder (config.json)."
+        f"no checkpoint in '{path}': expected a run directory, one of its checkpoints/step-N folders, or a "
+        "Hugging Face folder (config.json)."
     )
 
 
