@@ -312,13 +312,13 @@ def say(line):
     if where == "step" and line.strip().startswith("step") and f" {step}/" in line:
         os.kill(os.getpid(), signal.SIGKILL)
 
-flush = checkpoint._flush
+flush = checkpoint.flush
 def flush_until(path):
     if where == "write" and f".draft-{int(step):08d}/optimizer" in str(path):
         os.kill(os.getpid(), signal.SIGKILL)
     flush(path)
 
-checkpoint._flush = flush_until
+checkpoint.flush = flush_until
 train(config.load(path, overrides), resume="--resume" in overrides, say=say)
 """
 
