@@ -35,11 +35,14 @@ Machine machine(const py::dict& d) {
     field("banks", m.banks);
     field("read_groups", m.read_groups);
     field("bank_bytes", m.bank_bytes);
+    field("port_bytes", m.port_bytes);
+    field("accumulator_delay", m.accumulator_delay);
     field("write_delay", m.write_delay);
     field("vector_startup", m.vector_startup);
     field("pair_startup", m.pair_startup);
-    field("fmac_fp32_cycles", m.fmac_fp32_cycles);
-    field("fmac_fp16_cycles", m.fmac_fp16_cycles);
+    field("pair_rate", m.pair_rate);
+    field("fmac_fp32_rate", m.fmac_fp32_rate);
+    field("fmac_fp16_rate", m.fmac_fp16_rate);
     field("task_switch", m.task_switch);
     if (taken != d.size()) throw std::invalid_argument("the fabric's machine has keys that it does not know.");
     return m;
@@ -98,12 +101,24 @@ void bind_fabric(py::module_& module) {
         py::arg("kind"), py::arg("half"), py::arg("base"), py::arg("length"), py::arg("stride"), py::arg("queue"),
         py::arg("colour"));
     py::class_<Vector>(m, "Vector")
-        .def(py::init([](Arith arith, int dst, int src0, int src1, int scalar, int startup, bool async, bool pair,
+        .def(py::init([](Arith arith, int dst, int src0, int src1, int scalar, bool chained, bool async, bool pair,
                          int activate, int unblock) {
-                 return Vector{arith, dst, src0, src1, scalar, startup, async, pair, activate, unblock};
+                 return Vector{arith, dst, src0, src1, scalar, chained, async, pair, activate, unblock};
              }),
-             py::arg("arith"), py::arg("dst"), py::arg("src0"), py::arg("src1"), py::arg("scalar"), py::arg("startup"),
+             py::arg("arith"), py::arg("dst"), py::arg("src0"), py::arg("src1"), py::arg("scalar"), py::arg("chained"),
              py::arg("asynchronous"), py::arg("pair"), py::arg("then_activate"), py::arg("then_unblock"));
+
+    m.def(
+        "vector_cycles",
+        [](const py::dict& d, Arith arith, std::array<int64_t, 3> base, std::array<int64_t, 3> strides, int64_t length,
+           bool half, bool pair) {
+            Access x;
+            x.arith = arith;
+            for (int k = 0; k < 3; ++k) x.base[k] = base[k];
+            return vector_cycles(machine(d), x, length, half, pair, strides.data());
+        },
+        py::arg("machine"), py::arg("arith"), py::arg("base"), py::arg("strides"), py::arg("length"), py::arg("half"),
+        py::arg("pair"));
 
     py::class_<Fabric>(m, "Fabric")
         .def(py::init([](int width, int height, const py::dict& d) { return new Fabric(width, height, machine(d)); }),

@@ -684,47 +684,120 @@ void Fabric::element(int p, Pe& e, MicroThread& t) {
     ++e.stats.vector;
 }
 
-// Cycles the banks need for an SRAM-only operation: per element (per pair or quad of a packed mode) two reads go
-// together unless their banks are equal modulo `read_groups`, and a result is written while others are read unless it
-// goes to the bank being read. Patterns repeat with the banks, so one period is enough.
-int64_t Fabric::bank_cycles(const Vector& v, const Dsr& dst, const Dsr& src0, const Dsr& src1, int length) const {
-    const bool reads0 = v.arith != Arith::kFill;
-    const bool reads1 =
-        v.arith == Arith::kAdd || v.arith == Arith::kMul || v.arith == Arith::kFmac || v.arith == Arith::kDot;
-    const bool writes = v.arith != Arith::kDot;
-    const int size = dst.half || src0.half ? 2 : 4;
-    const bool packed =
-        src0.stride == 1 && (!reads1 || src1.stride == 1) && (!writes || dst.stride == 1) && (v.pair || size == 2);
-    const int lanes = packed ? 8 / size : 1;
-    auto bank = [&](const Dsr& d, int64_t group) {
-        const int64_t bytes = d.base + group * lanes * d.stride * size;
-        const int64_t b = bytes / m_.bank_bytes % m_.banks;
-        return int(b < 0 ? b + m_.banks : b);
+// Cycle by cycle, oldest access first: writes, accumulator reads, operand reads. Elements stay in order; a stage that
+// is held up lets the ones ahead of it go on, so that a stall travels down the pipeline as a gap.
+int64_t memory_cycles(const Machine& m, const Access& x, int64_t steps) {
+    const bool reads0 = x.arith != Arith::kFill;
+    const bool reads1 = x.arith != Arith::kFill && x.arith != Arith::kMove;
+    const bool writes = x.arith != Arith::kDot;
+    const int delay = x.arith == Arith::kFmac ? m.accumulator_delay : 0;  // from multiplicand to accumulator
+    auto banks = [&](int which, int64_t step, int* out) {                 // those one access touches
+        const int64_t begin = x.base[which] + step * x.advance[which];
+        const int64_t first = begin / m.bank_bytes, last = (begin + x.bytes - 1) / m.bank_bytes;
+        const int count = int(std::min<int64_t>(last - first + 1, m.banks));
+        for (int k = 0; k < count; ++k) out[k] = int((first + k) % m.banks);
+        return count;
     };
-    const int width = std::max(1, lanes * size / m_.bank_bytes);  // banks a packed access touches
-    auto overlap = [&](int a, int b, int modulus) {
-        for (int i = 0; i < width; ++i) {
-            for (int j = 0; j < width; ++j) {
-                if ((a + i) % modulus == (b + j) % modulus) return true;
+    int write[64], late[64], first[64], second[64];
+    auto overlap = [](const int* a, int na, const int* b, int nb, int modulus) {
+        for (int i = 0; i < na; ++i) {
+            for (int k = 0; k < nb; ++k) {
+                if (a[i] % modulus == b[k] % modulus) return true;
             }
         }
         return false;
     };
-    const int64_t groups = (length + lanes - 1) / lanes;
-    const int64_t period = std::min<int64_t>(groups, int64_t(m_.banks) * std::max(1, m_.bank_bytes / size));
-    std::vector<int64_t> until(period + 1, 0);
-    for (int64_t g = 0; g < period; ++g) {
-        const int r0 = reads0 ? bank(src0, g) : -1, r1 = reads1 ? bank(src1, g) : -1;
-        const int w = writes ? bank(dst, g - m_.write_delay) : -1;
-        int cycles = 1;
-        if (r0 >= 0 && r1 >= 0 && overlap(r0, r1, m_.read_groups)) {
-            cycles = w >= 0 && overlap(w, r0, m_.banks) && overlap(w, r1, m_.banks) ? 3 : 2;
-        } else if (w >= 0 && ((r0 >= 0 && overlap(w, r0, m_.banks)) || (r1 >= 0 && overlap(w, r1, m_.banks)))) {
-            cycles = 2;
+    std::vector<int64_t> ready(steps);    // when the last operand of a step was read
+    std::vector<int64_t> entered(steps);  // when its first was
+    int64_t in = 0, accumulated = 0, written = 0, t = 0;
+    bool half_in = false;  // one of two colliding operands is read
+    for (; (delay ? accumulated : in) < steps; ++t) {
+        const int64_t complete = delay ? accumulated : in;
+        int n_write = 0, n_late = 0;
+        if (writes && written < complete && t >= ready[written] + m.write_delay) n_write = banks(0, written++, write);
+        const int64_t gone = accumulated;
+        if (delay && accumulated < in && t >= entered[accumulated] + delay) {
+            n_late = banks(1, accumulated, late);
+            if (overlap(late, n_late, write, n_write, m.banks)) {
+                n_late = 0;
+            } else {
+                ready[accumulated++] = t;
+            }
         }
-        until[g + 1] = until[g] + cycles;
+        if (delay) {
+            if (in == steps || in - gone > delay) continue;  // all are on their way, or no room before the adder
+            const int n = banks(2, in, first);
+            if (overlap(first, n, write, n_write, m.banks) || overlap(first, n, late, n_late, m.read_groups)) continue;
+            entered[in++] = t;
+            continue;
+        }
+        const int n0 = reads0 ? banks(1, in, first) : 0, n1 = reads1 ? banks(2, in, second) : 0;
+        const bool collide = overlap(first, n0, second, n1, m.read_groups);
+        if (!half_in && overlap(first, n0, write, n_write, m.banks)) continue;
+        if (collide && !half_in) {
+            half_in = true;
+            continue;
+        }
+        if (overlap(second, n1, write, n_write, m.banks)) {
+            half_in |= n0 > 0 && collide;
+            continue;
+        }
+        half_in = false;
+        ready[in++] = t;
     }
-    return period ? groups / period * until[period] + until[groups % period] : 0;
+    return t;
+}
+
+int64_t vector_cycles(const Machine& m, Access x, int64_t length, bool half, bool pair, const int64_t* strides) {
+    const int size = half ? 2 : 4;
+    const bool reads1 = x.arith != Arith::kFill && x.arith != Arith::kMove;
+    const bool dense = (x.arith == Arith::kDot || strides[0] == 1) && (x.arith == Arith::kFill || strides[1] == 1) &&
+                       (!reads1 || strides[2] == 1);
+    const bool fmac = x.arith == Arith::kFmac || x.arith == Arith::kDot;
+    const double per_cycle = half ? m.fmac_fp16_rate : fmac ? m.fmac_fp32_rate : pair ? m.pair_rate : 1;
+    const int lanes = dense ? std::max(1, std::min(int(per_cycle), m.port_bytes / size)) : 1;
+    x.bytes = lanes * size;
+    const int64_t period = int64_t(m.banks) * m.bank_bytes;
+    for (int k = 0; k < 3; ++k) {
+        x.advance[k] = (strides[k] * x.bytes % period + period) % period;
+        x.base[k] = (x.base[k] % period + period) % period;
+    }
+    const int64_t steps = (length + lanes - 1) / lanes;
+    return std::max(memory_cycles(m, x, steps), int64_t(std::ceil(double(length) / per_cycle - 1e-9)));
+}
+
+int64_t Fabric::datapath_cycles(const Vector& v, int64_t length, bool half) const {
+    const bool fmac = v.arith == Arith::kFmac || v.arith == Arith::kDot;
+    const double per_cycle = half ? m_.fmac_fp16_rate : fmac ? m_.fmac_fp32_rate : v.pair ? m_.pair_rate : 1;
+    return int64_t(std::ceil(double(length) / per_cycle - 1e-9));
+}
+
+// The same alignments come again and again: each is timed once.
+int64_t Fabric::timed(const Vector& v, const Dsr& dst, const Dsr& src0, const Dsr& src1, int length, bool half) {
+    const int64_t period = int64_t(m_.banks) * m_.bank_bytes;
+    auto phase = [&](int64_t bytes) { return uint64_t((bytes % period + period) % period); };
+    uint64_t key = uint64_t(length) << 4 | uint64_t(v.arith) << 1 | uint64_t(v.pair);
+    for (const Dsr* d : {&dst, &src0, &src1}) {
+        key = (key * 0x9e3779b97f4a7c15u) ^ (key >> 29) ^ phase(d->base);
+        key =
+            (key * 0x9e3779b97f4a7c15u) ^ (key >> 29) ^ phase(d->stride * int64_t(half ? 2 : 4)) << 1 ^ uint64_t(half);
+    }
+    const Timing exact{key,
+                       v.arith,
+                       v.pair,
+                       half,
+                       length,
+                       {phase(dst.base), phase(src0.base), phase(src1.base)},
+                       {dst.stride, src0.stride, src1.stride}};
+    auto [at, fresh] = timings_.try_emplace(exact, 0);
+    if (fresh) {
+        Access x;
+        x.arith = v.arith;
+        x.base[0] = dst.base, x.base[1] = src0.base, x.base[2] = src1.base;
+        const int64_t strides[3] = {dst.stride, src0.stride, src1.stride};
+        at->second = vector_cycles(m_, x, length, half, v.pair, strides);
+    }
+    return at->second;
 }
 
 void Fabric::compute(int p, Pe& e, const Vector& v) {
@@ -782,7 +855,7 @@ void Fabric::start_vector(int p, Pe& e, const Vector& v, int issue) {
         t.vector = v;
         t.dst = dst, t.src0 = src0, t.src1 = src1;
         t.length = length;
-        const int startup = v.startup >= 0 ? v.startup : m_.vector_startup;
+        const int startup = v.chained ? 0 : m_.vector_startup;
         t.start = now_ + issue + startup;
         t.scalar = v.arith == Arith::kDot ? 0 : e.f[v.scalar];
         t.sync = !v.async;
@@ -803,13 +876,10 @@ void Fabric::start_vector(int p, Pe& e, const Vector& v, int issue) {
     if (v.async) fail(p, "a micro-thread needs a fabric operand.");
     compute(p, e, v);
     const bool half = dst.half || src0.half;
-    double per_element = v.pair ? 0.5 : half ? 0.25 : 1.0;
-    if (v.arith == Arith::kFmac || v.arith == Arith::kDot)
-        per_element = half ? m_.fmac_fp16_cycles : m_.fmac_fp32_cycles;
-    const int startup = v.startup >= 0 ? v.startup : v.pair ? m_.pair_startup : m_.vector_startup;
-    const int64_t datapath = int64_t(std::ceil(per_element * length - 1e-9));
-    const int64_t banks = bank_cycles(v, dst, src0, src1, length);
-    const int64_t cycles = std::max(datapath, banks);
+    const int startup = v.chained ? 0 : v.pair ? m_.pair_startup : m_.vector_startup;
+    const int64_t fill = v.chained && v.arith == Arith::kFmac ? m_.accumulator_delay : 0;
+    const int64_t cycles = std::max<int64_t>(0, timed(v, dst, src0, src1, length, half) - fill);
+    const int64_t datapath = std::min(cycles, datapath_cycles(v, length, half));
     if (tracing_) trace_.push_back({p, now_, now_ + issue + startup + cycles, 1, int(v.arith)});
     e.busy_until = now_ + issue + startup + cycles;
     e.stats.scalar += issue;

@@ -12,6 +12,7 @@
 #include <queue>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 namespace vspdf::fabric {
@@ -30,13 +31,16 @@ struct Machine {
     int micro_threads = 8;
     int sram_bytes = 49152;
     int banks = 8;
-    int read_groups = 4;  // two reads collide when their banks are equal modulo this
-    int bank_bytes = 4;   // consecutive bytes in one bank
-    int write_delay = 3;  // elements between a read and the write of its result
+    int read_groups = 4;        // two reads collide when their banks are equal modulo this
+    int bank_bytes = 4;         // consecutive bytes in one bank
+    int port_bytes = 8;         // of one access
+    int accumulator_delay = 5;  // cycles from reading an FMAC's multiplicand to reading what it adds to
+    int write_delay = 2;        // cycles from an operation's last read to the write of its result
     int vector_startup = 6;
-    int pair_startup = 35;          // of the two-per-cycle mode
-    double fmac_fp32_cycles = 1.0;  // per element, operands in SRAM
-    double fmac_fp16_cycles = 0.25;
+    int pair_startup = 35;      // of the two-per-cycle mode
+    double pair_rate = 2;       // fp32 multiplications or additions per cycle in that mode
+    double fmac_fp32_rate = 1;  // per cycle
+    double fmac_fp16_rate = 4;
     int task_switch = 10;
 };
 
@@ -87,7 +91,7 @@ struct Vector {
     Arith arith = Arith::kMove;
     int dst = 0, src0 = 0, src1 = 0;  // DSR numbers
     int scalar = 0;                   // f register: factor of kFmac, value of kFill, result of kDot
-    int startup = -1;                 // cycles; -1: the machine's
+    bool chained = false;             // follows its like without a gap: no start-up, the pipeline stays full
     bool async = false;               // as a micro-thread beside the task
     bool pair = false;                // two fp32 per cycle
     int then_activate = -1, then_unblock = -1;
@@ -101,6 +105,16 @@ struct Code {
     std::vector<int> entry;
     std::vector<int> entry_cycles;  // from being chosen to the first instruction; -1: the machine's task switch
 };
+
+// How an operation walks through SRAM: destination, first source (an FMAC's accumulator), second source.
+struct Access {
+    Arith arith = Arith::kMove;
+    int64_t base[3] = {0, 0, 0}, advance[3] = {0, 0, 0};  // bytes
+    int bytes = 4;                                        // of one access
+};
+
+// Cycles until the last operand of `length` elements has been read, by datapath or banks, without start-up.
+int64_t vector_cycles(const Machine& m, Access x, int64_t length, bool half, bool pair, const int64_t* strides);
 
 struct Wavelet {
     uint32_t value;
@@ -240,6 +254,22 @@ class Fabric {
         int64_t ready = 0;
     };
 
+    struct Timing {
+        uint64_t hash;
+        Arith arith;
+        bool pair, half;
+        int length;
+        std::array<uint64_t, 3> base;
+        std::array<int, 3> stride;
+        bool operator==(const Timing& o) const {
+            return arith == o.arith && pair == o.pair && half == o.half && length == o.length && base == o.base &&
+                   stride == o.stride;
+        }
+    };
+    struct Hash {
+        size_t operator()(const Timing& t) const { return size_t(t.hash); }
+    };
+
     int at(int x, int y) const;
     std::string name(int p) const;
     int neighbour(int p, int port) const;
@@ -258,7 +288,8 @@ class Fabric {
     void execute(int p, Pe& e);
     void start_vector(int p, Pe& e, const Vector& v, int issue);
     void compute(int p, Pe& e, const Vector& v);
-    int64_t bank_cycles(const Vector& v, const Dsr& dst, const Dsr& src0, const Dsr& src1, int length) const;
+    int64_t datapath_cycles(const Vector& v, int64_t length, bool half) const;
+    int64_t timed(const Vector& v, const Dsr& dst, const Dsr& src0, const Dsr& src1, int length, bool half);
     float get(int p, const Pe& e, const Dsr& d, int i) const;
     void put(int p, Pe& e, const Dsr& d, int i, float value);
     void count_to(Pe& e, int64_t when);
@@ -276,6 +307,7 @@ class Fabric {
     std::map<std::array<int, 3>, std::vector<std::pair<int64_t, uint32_t>>> sinks_;
     int64_t now_ = 0, events_ = 0;
     std::array<int64_t, 64> sent_{}, delivered_{};
+    std::unordered_map<Timing, int64_t, Hash> timings_;
     bool tracing_ = false;
     std::vector<TraceEvent> trace_;
 

@@ -36,6 +36,20 @@ def _mask(ports: str) -> int:
         raise UserError(f"unknown port {error} in '{ports}': ports are W, E, N, S and R (the ramp).") from None
 
 
+def vector_cycles(
+    machine: Machine, arith: str, dst: tuple[int, int], src0: tuple[int, int] = (0, 1), src1: tuple[int, int] = (0, 1),
+    *, length: int, half: bool = False, pair: bool = False,
+) -> int:  # fmt: skip
+    """Cycles of one vector operation on SRAM after its start-up: what datapath and banks allow, whichever is less.
+
+    Operands are (byte address, stride in elements); an FMAC adds to `src0` the product of `src1` and a scalar.
+    """
+    operands = (dst, src0, src1)
+    return _core.vector_cycles(
+        machine.fabric(), getattr(_ARITH, arith), [o[0] for o in operands], [o[1] for o in operands], length, half, pair
+    )
+
+
 class Code:
     """An assembler: tasks, scalar instructions at the machine's costs, vector operations on descriptors.
 
@@ -170,15 +184,16 @@ class Code:
 
     def vector(
         self, arith: str, dst: int, src0: int = 0, src1: int = 0, scalar: int = 0, *, asynchronous: bool = False,
-        pair: bool = False, activate: int = -1, unblock: int = -1, startup: int = -1, cycles: int = 0,
+        pair: bool = False, activate: int = -1, unblock: int = -1, chained: bool = False, cycles: int = 0,
     ) -> None:  # fmt: skip
         """dst = src0 (move), f (fill), src0 + src1, src0 · src1, src0 + src1 · f (fmac); f = src0 · src1 (dot).
 
         Operands are descriptor numbers, `scalar` an f register. With a fabric operand the operation streams:
-        `asynchronous` as a micro-thread beside the task, which at its end activates or unblocks a task.
+        `asynchronous` as a micro-thread beside the task, which at its end activates or unblocks a task. `chained`: follows
+        its like without a gap, as data-triggered operations do: no start-up, the pipeline stays full.
         """
         kind = getattr(_ARITH, arith)
-        self.vectors.append(_core.Vector(kind, dst, src0, src1, scalar, startup, asynchronous, pair, activate, unblock))
+        self.vectors.append(_core.Vector(kind, dst, src0, src1, scalar, chained, asynchronous, pair, activate, unblock))
         self._emit(_OP.vector, len(self.vectors) - 1, cycles=cycles)
 
     @contextmanager

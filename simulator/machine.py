@@ -17,8 +17,8 @@ GRADES = {"A", "B", "D", "M"}
 # What the event simulator's core takes under the same name.
 CORE = (
     "colours", "switch_positions", "hop_cycles", "ramp_cycles", "router_buffer", "in_queue_depth", "out_queue_depth",
-    "micro_threads", "sram_bytes", "banks", "read_groups", "bank_bytes", "write_delay", "vector_startup",
-    "pair_startup", "fmac_fp32_cycles", "task_switch",
+    "micro_threads", "sram_bytes", "banks", "read_groups", "bank_bytes", "port_bytes", "accumulator_delay",
+    "write_delay", "vector_startup", "pair_startup", "pair_rate", "fmac_fp32_rate", "fmac_fp16_rate", "task_switch",
 )  # fmt: skip
 
 
@@ -68,17 +68,13 @@ class Machine:
     # What follows are quantities that several programs derive in the same way.
 
     @property
-    def fmac_fp32_cycles(self) -> float:
-        return 1 + self.fmac_fp32_stall
-
-    @property
     def clocks(self) -> dict[str, float]:
         """Hz by label; results are given at both."""
         return {f"{ghz:g}GHz": ghz * 1e9 for ghz in (self.clock_sdk, self.clock_hot_chips)}
 
     def fabric(self) -> dict[str, Any]:
         """The part that the event simulator's core takes."""
-        return {name: getattr(self, name) for name in CORE} | {"fmac_fp16_cycles": 1 / self.fmac_fp16_rate}
+        return {name: getattr(self, name) for name in CORE}
 
 
 def _like(key: str, value: Any, old: Any) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 
 from vspdf.errors import UserError
 from vspdf.simulator import programs
-from vspdf.simulator.fabric import Code
+from vspdf.simulator.fabric import Code, vector_cycles
 from vspdf.simulator.machine import Machine
 
 # A stream passes a PE in ramp + one cycle of work + ramp, and a link in one hop.
@@ -28,26 +28,9 @@ def start(machine: Machine) -> int:
     return machine.task_switch + machine.vector_startup
 
 
-def bank_cycles(
-    machine: Machine, dst: tuple[int, int], src0: tuple[int, int], src1: tuple[int, int], length: int
-) -> int:
-    """Cycles that the banks need for dst = src0 + src1 · f, fp32; operands as (byte address, stride in elements)."""
-    g = np.arange(min(length, machine.banks * max(1, machine.bank_bytes // 4)))
-
-    def bank(operand: tuple[int, int], at: np.ndarray) -> np.ndarray:
-        return (operand[0] + 4 * operand[1] * at) // machine.bank_bytes % machine.banks
-
-    r0, r1, w = bank(src0, g), bank(src1, g), bank(dst, g - machine.write_delay)
-    apart = np.where((w == r0) | (w == r1), 2, 1)
-    together = np.where((w == r0) & (w == r1), 3, 2)
-    cycles = np.where(r0 % machine.read_groups == r1 % machine.read_groups, together, apart)
-    whole, rest = divmod(length, len(g))
-    return int(whole * cycles.sum() + cycles[:rest].sum())
-
-
-def fmac(machine: Machine, dst: tuple[int, int], src: tuple[int, int], length: int) -> int:
-    """Cycles of dst += src · f in fp32 after its start-up."""
-    return max(ceil(machine.fmac_fp32_cycles * length - 1e-9), bank_cycles(machine, dst, dst, src, length))
+def fmac(machine: Machine, dst: tuple[int, int], src: tuple[int, int], length: int, half: bool = False) -> int:
+    """Cycles of dst += src · f after its start-up; operands as (byte address, stride in elements)."""
+    return vector_cycles(machine, "fmac", dst, dst, src, length=length, half=half)
 
 
 # ---- sparse x dense --------------------------------------------------------------------------------------------------
@@ -82,7 +65,7 @@ def spmm(
         for j in range(min(kt, machine.banks))
     ]
     vector = float(np.mean(costs))
-    datapath = ceil(machine.fmac_fp32_cycles * m - 1e-9)
+    datapath = ceil(m / machine.fmac_fp32_rate)
     nonzero = code.costs["nonzero"] + machine.vector_startup + vector
     lines = {"coo": 0, "csc": kt}.get(fmt, nt)
     fixed = machine.timing_frame + lines * code.costs.get("line", 0) + 2 * machine.alu_cycles
@@ -215,7 +198,7 @@ def gemv(machine: Machine, pes: int, n: int, half: bool) -> dict[str, float]:
     t = -(-n // pes)
     size = 2 if half else 4
     column = programs.align(t * size)
-    at_y = programs.align(column * t + column) + (8 if half else 4)
+    at_y = programs.align(column * t + column)
     programs.check_memory(machine, at_y + column)
     code = Code(machine)
     programs.emit_gemv(code, t, column, column * t, at_y, half)

@@ -41,8 +41,7 @@ class Product:
 
     @property
     def c(self) -> int:
-        """One access beyond A's alignment: never in the bank that A is read from."""
-        return 4 * self.column * self.tile + (8 if self.half else 4)
+        return 4 * self.column * self.tile
 
     @property
     def end(self) -> int:

@@ -29,7 +29,7 @@ def mesh_gemv(machine: Machine, a: np.ndarray, v: np.ndarray, pes: int, half: bo
     dtype = np.float16 if half else np.float32
     size = 2 if half else 4
     column = align(t * size)
-    at_v, at_y = column * t, align(column * t + column) + (8 if half else 4)
+    at_v, at_y = column * t, align(column * t + column)
     check_memory(machine, at_y + column)
     region = Region(machine, pes, pes)
     root_of, roots = tree(pes)

@@ -65,7 +65,7 @@ def stream_layer(machine: Machine, w: np.ndarray, mask: np.ndarray, x: np.ndarra
     s = Stream(columns, rows, features, outputs, x.shape[1])
     n = s.local
     per_owner = -(-outputs // columns)
-    at_acc = align(2 * s.block * n) + 8  # one access away from the features' banks
+    at_acc = align(2 * s.block * n)
     at_y = align(at_acc + 4 * n)
     check_memory(machine, at_y + 2 * per_owner * n)
     order = ring_order(columns, True)
@@ -120,7 +120,7 @@ def _stream_code(machine: Machine, s: Stream, at_acc: int, at_y: int, colour: in
     code.mul(R_INDEX, R_INDEX, 2 * n, cycles=0)
     code.set_base(features, 0, R_INDEX, cycles=0)
     code.set_base(acc, at_acc, R_HERE, cycles=0)
-    code.vector("fmac", acc, acc, features, 0, startup=0)
+    code.vector("fmac", acc, acc, features, 0, chained=True)
     code.end()
     code.task(machine.reduce_startup)  # the command: this row's sum sets out, the next row begins
     with code.section("command"):
@@ -259,7 +259,7 @@ def _gradient_code(
     code.unpack(0, R_INDEX)
     code.mul(R_INDEX, R_INDEX, 2 * n, cycles=0)
     code.set_base(features, 0, R_INDEX, cycles=0)
-    code.vector("dot", features, features, dot_with, 1, startup=0)
+    code.vector("dot", features, features, dot_with, 1, chained=True)
     code.store_f(1, at_sums, R_SUMS, cycles=0)
     code.add(R_SUMS, R_SUMS, imm=1, cycles=0)
     code.end()
