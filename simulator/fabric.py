@@ -189,8 +189,8 @@ class Code:
         """dst = src0 (move), f (fill), src0 + src1, src0 · src1, src0 + src1 · f (fmac); f = src0 · src1 (dot).
 
         Operands are descriptor numbers, `scalar` an f register. With a fabric operand the operation streams:
-        `asynchronous` as a micro-thread beside the task, which at its end activates or unblocks a task. `chained`: follows
-        its like without a gap, as data-triggered operations do: no start-up, the pipeline stays full.
+        `asynchronous` as a micro-thread beside the task, which at its end activates or unblocks a task. `chained`:
+        follows its like without a gap, as data-triggered operations do: no start-up, the pipeline stays full.
         """
         kind = getattr(_ARITH, arith)
         self.vectors.append(_core.Vector(kind, dst, src0, src1, scalar, chained, asynchronous, pair, activate, unblock))

@@ -183,8 +183,8 @@ def gemm(machine: Machine, algorithm: str, pes: int, n: int, half: bool) -> dict
         joins = 4 * machine.task_switch + 4 * machine.alu_cycles
         step = product + 4 * words + machine.task_switch + joins + 5 * machine.alu_cycles + test + machine.alu_cycles
         cycles = pes * step
-        if algorithm == "cannon":
-            cycles += pes * machine.vector_startup - 4 * words - joins
+        if algorithm == "cannon":  # the long way back, and the word that it is over, in every rotation
+            cycles += (pes - 1) * (2 * (pes - 1) * machine.hop_cycles + 60)
         cycles += pes * machine.hop_cycles
     return {"cycles": cycles, "ideal": pes * lean, "compute": pes * product}
 

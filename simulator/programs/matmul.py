@@ -86,7 +86,7 @@ def check_gemm(machine: Machine, pes: int, n: int, half: bool, padded: bool) -> 
     if n < pes:
         raise UserError(f"--n {n} is smaller than the grid's side {pes}: some PEs would have nothing to do.")
     layout = Product(-(-n // pes), half, padded)
-    check_memory(machine, layout.end)
+    check_memory(machine, layout.end + 8)
     return layout
 
 
@@ -209,8 +209,13 @@ def ring_colours(order: Sequence[int]) -> list[int]:
 
 def ring_gemm(machine: Machine, a: np.ndarray, b: np.ndarray, pes: int, interleaved: bool, half: bool = False) -> Run:
     """Cannon's algorithm, or MeshGEMM (`interleaved`): tiles of A travel along rows and of B along columns, one ring
-    place per step, starting skewed. Cannon multiplies, then shifts; MeshGEMM's ring has no way beyond two hops and its
-    shifts run beside the product."""
+    place per step, starting skewed.
+
+    Cannon multiplies and rotates in lock step, as the textbook has it: a rotation is over when the tile of the first
+    PE has come all the way back to the last, which tells its row or column by a multicast of one wavelet. MeshGEMM's
+    ring has no way beyond two hops, so nobody waits for anyone but its neighbours, and its shifts run beside the
+    product.
+    """
     n = a.shape[0]
     layout = check_gemm(machine, pes, n, half, padded=True)
     t = layout.tile
@@ -218,16 +223,8 @@ def ring_gemm(machine: Machine, a: np.ndarray, b: np.ndarray, pes: int, interlea
     order = ring_order(pes, interleaved)
     colours = ring_colours(order)
     region = Region(machine, pes, pes)
-    R_STEP, R_P = 1, 4
     tiles_a, tiles_b = _tiles(a, pes, layout), _tiles(b, pes, layout)
-    loaded: dict[tuple[int, int], int] = {}
-    for i in range(pes):
-        for j in range(pes):
-            key = (colours[j], colours[i])
-            if key not in loaded:
-                code = Code(machine)
-                _emit_ring(code, layout, words, colours[j], 8 + colours[i], interleaved, R_STEP, R_P)
-                loaded[key] = region.add(code)
+    loaded: dict[tuple[int, ...], int] = {}
     for axis in (0, 1):
         for member in range(pes):
             u, v = order[member], order[member - 1]
@@ -242,12 +239,30 @@ def ring_gemm(machine: Machine, a: np.ndarray, b: np.ndarray, pes: int, interlea
     for i in range(pes):
         for j in range(pes):
             x, y = order[j], order[i]
-            region.load(x, y, loaded[colours[j], colours[i]], [(R_P, pes)])
+            key = (colours[j], colours[i], x == pes - 1, y == pes - 1)
+            if key not in loaded:
+                code = Code(machine)
+                _emit_ring(code, layout, words, (colours[j], 8 + colours[i]), interleaved, (x == pes - 1, y == pes - 1))
+                loaded[key] = region.add(code)
+            if not interleaved:
+                for axis, at, low, high in ((0, x, "W", "E"), (1, y, "N", "S")):
+                    colour = _OVER + 8 * axis
+                    region.route(
+                        x,
+                        y,
+                        colour,
+                        "R" if at == pes - 1 else high,
+                        ("R" if at < pes - 1 else "") + (low if at else ""),
+                    )
+                    if at < pes - 1:
+                        region.queue(x, y, colour, 4 + axis)
+            region.load(x, y, loaded[key], [(_R_P, pes)])
             region.write(x, y, layout.a(0), tiles_a[i, (i + j) % pes])
             region.write(x, y, layout.b(0), tiles_b[(i + j) % pes, j])
             region.write(x, y, layout.a(1), np.zeros(words, np.float32))
             region.write(x, y, layout.b(1), np.zeros(words, np.float32))
             region.write(x, y, layout.c, np.zeros(words, np.float32))
+            region.write(x, y, layout.end, np.zeros(2, np.float32))
             region.activate(x, y, 0)
     cycles = region.run()
     product = int((region.stamps(2) - region.stamps(1)).max())
@@ -255,25 +270,41 @@ def ring_gemm(machine: Machine, a: np.ndarray, b: np.ndarray, pes: int, interlea
     return Run(cycles, region.stamps(3), result, region, {"compute": pes * product})
 
 
+_R_STEP, _R_P = 1, 4
+_OVER = 5  # the colour that says that a rotation is over, + 8 along columns
+
+
 def _emit_ring(
-    code: Code, layout: Product, words: int, colour_a: int, colour_b: int, overlap: bool, step: int, pes: int
+    code: Code, layout: Product, words: int, colours: tuple[int, int], overlap: bool, last: tuple[bool, bool]
 ) -> None:
-    """Even steps work on buffer 0 and receive into 1, odd steps the other way round: task 5·parity starts a step, the
-    next four join its streams one by one (tasks have no counters), the last one starts the next step."""
+    """Even steps work on buffer 0 and receive into 1, odd steps the other way round. The first task of either parity
+    starts a step; those after it join what the step waits for, one by one (tasks have no counters); the last one
+    starts the next step."""
+    joins = 4 if overlap else 6
     for parity in (0, 1):
-        first = 5 * parity
-        outs = [code.fabric_out(2, colour_a, words), code.fabric_out(3, colour_b, words)]
+        first = (joins + 1) * parity
+        outs = [code.fabric_out(2, colours[0], words), code.fabric_out(3, colours[1], words)]
         ins = [code.fabric_in(0, words), code.fabric_in(1, words)]
         here = [code.memory(layout.a(parity), words), code.memory(layout.b(parity), words)]
         other = [code.memory(layout.a(1 - parity), words), code.memory(layout.b(1 - parity), words)]
+        note = [code.memory(layout.end + 4 * axis, 1) for axis in (0, 1)]
 
         def shift(first: int = first, outs: Any = outs, ins: Any = ins, here: Any = here, other: Any = other) -> None:
-            for join in range(1, 5):
+            for join in range(1, joins + 1):
                 code.block(first + join)
             for axis in (0, 1):
                 code.vector("move", outs[axis], here[axis], asynchronous=True, unblock=first + 1 + 2 * axis)
                 code.vector("move", other[axis], ins[axis], asynchronous=True, unblock=first + 2 + 2 * axis)
             code.activate(first + 1)
+
+        def over(axis: int, first: int = first, note: Any = note) -> None:
+            """The rotation along this axis: the last PE says that it is over, the others wait for that."""
+            told = first + 5 + axis
+            if last[axis]:
+                sending = code.fabric_out(4 + axis, _OVER + 8 * axis, 1)
+                code.vector("move", sending, note[axis], asynchronous=True, unblock=told)
+            else:
+                code.vector("move", note[axis], code.fabric_in(4 + axis, 1), asynchronous=True, unblock=told)
 
         code.task()
         if overlap:
@@ -281,23 +312,25 @@ def _emit_ring(
         code.stamp(1)
         emit_product(code, layout, parity, parity)
         code.stamp(2)
-        code.add(step, step, imm=1)
+        code.add(_R_STEP, _R_STEP, imm=1)
         if not overlap:
-            more = code.less(step, pes)
+            more = code.less(_R_STEP, _R_P)
             code.stamp(3)
             code.end()
             code.patch(more)
             shift()
         code.end()
-        for join in range(1, 5):
+        for join in range(1, joins + 1):
             code.task()
-            if join < 4:
+            if not overlap and join in (2, 4):
+                over(join // 2 - 1)
+            if join < joins:
                 code.activate(first + join + 1)
             else:
                 if overlap:
-                    more = code.less(step, pes)
+                    more = code.less(_R_STEP, _R_P)
                     code.stamp(3)
                     code.end()
                     code.patch(more)
-                code.activate(5 - first)
+                code.activate(joins + 1 - first)
             code.end()
