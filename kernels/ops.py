@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +16,17 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vspdf import ledger
 from vspdf.errors import UserError
-from vspdf.kernels import cpu, dense, reference
+from vspdf.kernels import cpu, dense, gpu, gpu_24, reference
 from vspdf.kernels.dispatch import choose
 from vspdf.pattern import Pattern
 
-_PATHS = {"cpu": cpu, "dense": dense, "reference": reference}
 _PRODUCTS = ("forward", "grad_input", "grad_values")
+# Sparse paths return their result and the multiply-adds executed. "sampled" (a GEMM that stores kept positions only)
+# has dW alone, "2:4" has no dW.
+PATHS: dict[str, dict[str, Callable[..., Any]]] = {
+    name: {product: getattr(module, product) for product in _PRODUCTS if hasattr(module, product)}
+    for name, module in {"cpu": cpu, "dense": dense, "reference": reference, "triton": gpu, "2:4": gpu_24}.items()
+} | {"sampled": {"grad_values": gpu.sampled_grad_values}}
 
 
 def _run(product: str, pattern: Pattern, backend: str, *tensors: Tensor | None) -> Tensor:
@@ -27,13 +34,13 @@ def _run(product: str, pattern: Pattern, backend: str, *tensors: Tensor | None) 
     x = tensors[0]
     assert x is not None
     tokens = x.shape[0]
-    run = lambda path: getattr(_PATHS[path], product)(*tensors, pattern)  # noqa: E731
+    run = lambda path: PATHS[path][product](*tensors, pattern)  # noqa: E731
     choice = choose(product, pattern, tokens, x.dtype, x.device, backend, tune=run)
     start = time.perf_counter()
     result = run(choice.path)
-    # Only the sparse kernels count for themselves; a dense product multiplies everything.
-    result, macs = result if choice.path == "cpu" else (result, tokens * pattern.numel)
-    seconds = time.perf_counter() - start
+    result, macs = result if isinstance(result, tuple) else (result, tokens * pattern.numel)
+    # A GPU works on while the clock is read: its seconds are not known here.
+    seconds = time.perf_counter() - start if x.device.type == "cpu" else 0.0
     ledger.record(product, 2 * tokens * pattern.numel, 2 * tokens * pattern.nnz, 2 * macs, seconds)
     return result
 
@@ -130,15 +137,15 @@ def sparse_linear(
 
     Parameters
     ----------
-    x : Tensor, shape (..., in_features), float32 or bfloat16
+    x : Tensor, shape (..., in_features), float32 or bfloat16, on GPUs float16 too
         Any layout; other float dtypes run on the dense path.
     values : Tensor, shape (pattern.nnz,), same dtype and device as `x`
         Kept weights, in the row-major order of `pattern`: ``W[pattern.mask()]``.
     pattern : Pattern, shape (out_features, in_features)
     bias : Tensor, shape (out_features,), optional
     backend : {"auto", "cpu", "reference", "triton"}
-        "auto" takes the faster of the sparse kernel and dense GEMM on materialised weights, for each product;
-        `explain` says which and why.
+        "auto" takes the faster of the sparse kernels and dense GEMM on materialised weights, for each product;
+        `explain` says which and why. "triton" gathers: CUDA and HIP devices.
 
     Returns
     -------
@@ -178,11 +185,17 @@ def sparse_linear(
     return _linear(x, values, bias, pattern.digest, backend)
 
 
-def explain(pattern: Pattern, tokens: int, dtype: torch.dtype = torch.float32, backend: str = "auto") -> str:
-    """Path and reason for `tokens` rows on the CPU, a line per product; `vspdf.explain` is the public form."""
+def explain(
+    pattern: Pattern,
+    tokens: int,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    device: torch.device | str = "cpu",
+) -> str:
+    """Path and reason for `tokens` rows, a line per product; `vspdf.explain` is the public form."""
     lines = []
     for product in _PRODUCTS:
-        choice = choose(product, pattern, tokens, dtype, torch.device("cpu"), backend)
+        choice = choose(product, pattern, tokens, dtype, torch.device(device), backend)
         path = choice.path
         if path == "cpu":
             path = f"{path}-{cpu.isa()} ({cpu.plan(pattern).describe(tokens, torch.get_num_threads())[product]})"

@@ -391,7 +391,7 @@ def test_tallies_nest():
         ),
         ({"x": torch.ones(3, 5).long()}, UserError, "x is torch.int64: expected a floating-point"),
         ({"backend": "cup"}, UserError, "unknown backend 'cup'. Did you mean 'cpu'"),
-        ({"backend": "triton"}, BackendUnavailable, "not part of this version"),
+        ({"backend": "triton"}, BackendUnavailable, "backend 'triton' cannot run: no CUDA or HIP device"),
     ],
     ids=["x", "scalar x", "values", "bias", "values dtype", "bias dtype", "integers", "backend", "triton"],
 )

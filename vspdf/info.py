@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vspdf.kernels import cpu, dispatch
+from vspdf.kernels import cpu, dispatch, gpu
 
 
 def hardware() -> dict[str, Any]:
@@ -40,10 +40,10 @@ def backends() -> dict[str, str]:
     return {
         "cpu": cpu.unavailable() or "available",
         "reference": "available",
-        "triton": "not part of this version",
+        "triton": gpu.unavailable() or "available",
     }
 
 
 def tuning() -> list[str]:
     """What `auto` has measured on this machine and chose from it, a line each."""
-    return [] if cpu.unavailable() else dispatch.describe_table()
+    return dispatch.describe_table()

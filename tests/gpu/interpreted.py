@@ -1,0 +1,274 @@
+"""Every Triton kernel in the interpreter against float64. Run: `TRITON_INTERPRET=1 pytest tests/gpu/interpreted.py`.
+
+`tests/test_gpu.py` runs this file in a process of its own. Outputs are poisoned with NaN before a kernel writes them.
+The interpreter truncates when it rounds to bfloat16, a GPU does not: hence that tolerance.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from triton.runtime.interpreter import InterpreterBuilder
+
+import vspdf
+from vspdf import ledger
+from vspdf.errors import UserError
+from vspdf.kernels import gpu, reference
+from vspdf.pattern import Pattern
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # of the largest value of the result
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Memory that torch would hand out as it is comes full of NaN."""
+    for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty")):
+        plain = getattr(owner, name)
+
+        def poisoned(*args, plain=plain, **kwargs):
+            tensor = plain(*args, **kwargs)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
+
+        monkeypatch.setattr(owner, name, poisoned)
+
+
+@pytest.fixture(params=DTYPES.values(), ids=DTYPES)
+def dtype(request):
+    return request.param
+
+
+def draw(pattern, tokens, dtype, seed=0):
+    """x, values, bias and the output's gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(tokens, pattern.in_features), (pattern.nnz,), (pattern.out_features,), (tokens, pattern.out_features)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def assert_close(found, exact, dtype):
+    assert found.dtype == dtype and found.shape == exact.shape
+    scale = exact.abs().max().item() if exact.numel() else 0.0
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=TOLERANCE[dtype] * scale + 1e-30)
+
+
+def assert_exact(pattern, x, values, bias, grad):
+    """Output and all gradients of `sparse_linear` on the gather kernels, and dW of the sampled GEMM."""
+    dtype = x.dtype
+    leaves = [None if t is None else t.requires_grad_() for t in (x, values, bias)]
+    y = vspdf.sparse_linear(x, values, pattern, bias, backend="triton")
+    wide = [None if t is None else t.detach().double() for t in (x, values, bias, grad)]
+    assert_close(y.detach(), reference.forward(*wide[:3], pattern), dtype)
+    grads = torch.autograd.grad(y, [t for t in leaves if t is not None], grad)
+    assert_close(grads[0], reference.grad_input(wide[3], wide[1], pattern), dtype)
+    assert_close(grads[1], reference.grad_values(wide[3], wide[0], pattern), dtype)
+    if bias is not None:
+        assert_close(grads[2], wide[3].sum(0), dtype)
+    with torch.no_grad():
+        assert_close(
+            gpu.sampled_grad_values(grad, x, pattern)[0], reference.grad_values(wide[3], wide[0], pattern), dtype
+        )
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 67], ids="T={}".format)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 70), (70, 1), (5, 7), (33, 40)], ids=lambda s: "{}x{}".format(*s))
+def test_every_product_is_exact(shape, tokens, dtype):
+    pattern = Pattern.random(shape, 0.8 if shape[0] * shape[1] > 400 else 0.5)
+    assert_exact(pattern, *draw(pattern, tokens, dtype))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.97, 1.0])
+def test_every_density(sparsity, dtype):
+    pattern = Pattern.random((40, 21), sparsity)
+    assert_exact(pattern, *draw(pattern, 5, dtype))
+
+
+def test_tiles_of_the_sampled_gemm(dtype):
+    """More than one tile each way, groups of tiles that do not divide, several token blocks."""
+    pattern = Pattern.random((130, 290), 0.9)
+    x, _, _, grad = draw(pattern, 70, dtype)
+    exact = reference.grad_values(grad.double(), x.double(), pattern)
+    assert_close(gpu.sampled_grad_values(grad, x, pattern)[0], exact, dtype)
+
+
+def test_sampled_gemm_takes_tiles_in_groups(monkeypatch):
+    monkeypatch.setitem(gpu.GEMM, "GROUP", 2)
+    pattern = Pattern.random((300, 150), 0.95)
+    x, _, _, grad = draw(pattern, 3, torch.float32)
+    exact = reference.grad_values(grad.double(), x.double(), pattern)
+    assert_close(gpu.sampled_grad_values(grad, x, pattern)[0], exact, torch.float32)
+
+
+def uneven():
+    """Empty rows and columns, a full row, a full column: panels are sorted."""
+    mask = torch.zeros(130, 120, dtype=torch.bool)
+    mask[[2, 40, 70, 100]], mask[:, [3, 40, 70, 100]] = True, True
+    return Pattern.from_mask(mask)
+
+
+def test_uneven_rows_are_sorted_and_exact(dtype):
+    pattern = uneven()
+    plan = gpu.plan(pattern, torch.device("cpu"))
+    assert plan.forward.order is not None and plan.transposed.order is not None
+    assert_exact(pattern, *draw(pattern, 9, dtype))
+
+
+LAYOUTS = {
+    "transposed": lambda x: x.T.contiguous().T,
+    "every second row": lambda x: torch.cat([x, x])[::2],
+    "every second column": lambda x: torch.stack([x, x], dim=-1).flatten(-2)[..., ::2],
+    "broadcast row": lambda x: x[:1].expand_as(x),
+    "broadcast everywhere": lambda x: x[:1, :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_any_layout_of_input_and_gradient(layout):
+    pattern = Pattern.random((24, 20), 0.7)
+    x, values, bias, grad = draw(pattern, 22, torch.float32)
+    assert_exact(pattern, layout(x), values, bias, layout(grad))
+
+
+def test_batches_strided_values_and_no_bias():
+    pattern = Pattern.random((6, 10), 0.5)
+    x = torch.randn(3, 4, 10).transpose(0, 1).requires_grad_()
+    values = torch.randn(pattern.nnz, 2)[:, 0].requires_grad_()
+    y = vspdf.sparse_linear(x, values, pattern, backend="triton")
+    y.sum().backward()
+    assert_close(y.detach(), x.detach().double() @ reference.materialise(values.detach().double(), pattern).T, x.dtype)
+    weight = reference.materialise(values.detach().double(), pattern)
+    assert_close(x.grad, weight.sum(0).expand(4, 3, 10), x.dtype)
+
+
+def test_what_only_masked_weights_would_read_does_not_show(dtype):
+    mask = torch.rand(40, 8) < 0.5
+    mask[:, 0] = False  # where padding would point
+    mask[:, 3] = False
+    pattern = Pattern.from_mask(mask)
+    x, values, bias, _ = draw(pattern, 5, dtype)
+    clean = gpu.forward(x, values, bias, pattern)[0]
+    x[:, 0], x[:, 3] = float("nan"), float("inf")
+    assert torch.equal(gpu.forward(x, values, bias, pattern)[0], clean)
+
+
+def test_several_panels_a_program(monkeypatch):
+    monkeypatch.setattr(gpu, "PROGRAMS", 1)
+    pattern = Pattern.random((150, 20), 0.8)
+    assert_exact(pattern, *draw(pattern, 33, torch.float32))
+
+
+def test_offsets_of_64_bits(monkeypatch):
+    monkeypatch.setattr(gpu, "WIDE", 0)
+    pattern = Pattern.random((33, 20), 0.8)
+    assert_exact(pattern, *draw(pattern, 33, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_sides_above_65536(dtype):
+    """Column numbers of 17 bits: they do not fit beside a value of 16."""
+    mask = torch.zeros(3, 65540, dtype=torch.bool)
+    mask[0, 65539] = mask[0, 1] = mask[2, 65536] = True
+    pattern = Pattern.from_mask(mask)
+    x, values, bias, _ = draw(pattern, 2, dtype)
+    y, _ = gpu.forward(x, values, bias, pattern)
+    assert_close(y, reference.forward(x.double(), values.double(), bias.double(), pattern), dtype)
+
+
+def test_few_weights_and_many_tokens_split_the_tokens(dtype):
+    pattern = Pattern.random((4, 6), 0.5)
+    x, _, _, grad = draw(pattern, 1100, dtype)
+    exact = reference.grad_values(grad.double(), x.double(), pattern)
+    assert_close(gpu.grad_values(grad, x, pattern)[0], exact, dtype)
+
+
+def test_adds_to_an_output(dtype):
+    pattern = Pattern.random((40, 20), 0.9)
+    x, values, _, grad = draw(pattern, 7, dtype)
+    exact = grad.double() + reference.forward(x.double(), values.double(), None, pattern)
+    assert_close(gpu.add_forward(x, values, pattern, into=grad)[0], exact, dtype)
+
+
+# -- what is multiplied -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def multiplied(monkeypatch):
+    """Counts the floating-point multiplications that the interpreter really carries out."""
+    count = [0]
+
+    def counting(name, elements):
+        plain = getattr(InterpreterBuilder, name)
+
+        def method(self, *args):
+            count[0] += elements(*args)
+            return plain(self, *args)
+
+        monkeypatch.setattr(InterpreterBuilder, name, method)
+
+    counting("create_fmul", lambda a, b: np.broadcast(a.data, b.data).size)
+    counting("create_fma", lambda a, b, c: a.data.size)
+    counting("create_dot", lambda a, b, *rest: a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
+    return count
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("product", ["forward", "grad_input", "grad_values"])
+def test_masked_weights_are_not_multiplied_and_the_count_is_true(product, sparsity, multiplied):
+    pattern = Pattern.random((64, 160), sparsity)
+    x, values, bias, grad = draw(pattern, 64, torch.float32)
+    arguments = {"forward": (x, values, bias), "grad_input": (grad, values), "grad_values": (grad, x)}[product]
+    multiplied[0] = 0
+    _, macs = getattr(gpu, product)(*arguments, pattern)
+    assert macs == multiplied[0]
+    useful = 64 * pattern.nnz
+    slack = {0.5: 1.35, 0.9: 2.3, 0.99: 6}[sparsity]  # idle rows of a panel: few columns, uneven rows
+    assert useful <= macs <= min(slack * useful, 64 * pattern.numel * 0.8)
+
+
+def test_sampled_gemm_owns_up_to_multiplying_everything(multiplied):
+    pattern = Pattern.random((130, 96), 0.9)
+    x, _, _, grad = draw(pattern, 40, torch.float32)
+    _, macs = gpu.sampled_grad_values(grad, x, pattern)
+    assert macs == multiplied[0] == 256 * 128 * 64
+
+
+def test_ledger_gets_what_was_executed():
+    pattern = Pattern.random((64, 128), 0.9)
+    x, values, bias, grad = draw(pattern, 32, torch.float32)
+    with ledger.counting() as tally:
+        vspdf.sparse_linear(x, values.requires_grad_(), pattern, bias, backend="triton").backward(grad)
+    useful = 2 * 32 * pattern.nnz
+    for count in tally.products.values():
+        assert count.dense == 2 * 32 * pattern.numel and count.useful == useful
+        assert useful < count.executed < 0.3 * count.dense
+
+
+# -- around it --------------------------------------------------------------------------------------------------------
+
+
+def test_plans_are_kept_and_small():
+    pattern = Pattern.random((128, 256), 0.9)
+    plan = gpu.plan(pattern, torch.device("cpu"))
+    assert plan is gpu.plan(pattern, torch.device("cpu"))
+    x, values, bias, grad = draw(pattern, 3, torch.float32)
+    gpu.forward(x, values, bias, pattern), gpu.grad_input(grad, values, pattern), gpu.grad_values(grad, x, pattern)
+    assert pattern.nnz * 10 <= plan.nbytes <= pattern.nnz * 10 + 4 * (128 + 256 + 2)
+    layer = vspdf.SparseLinear(pattern, values)
+    state = vspdf.sparse.training_state_bytes(nn.Sequential(layer))["sparsified"]
+    assert state["sparse"] < 0.25 * state["dense"]
+
+
+def test_float64_is_refused_and_a_layer_learns():
+    pattern = Pattern.random((6, 8), 0.5)
+    with pytest.raises(UserError, match=r"backend 'triton' cannot run: no kernel for torch.float64"):
+        vspdf.sparse_linear(torch.ones(2, 8).double(), torch.ones(pattern.nnz).double(), pattern, backend="triton")
+    layer = vspdf.SparseLinear.from_linear(nn.Linear(8, 6), pattern, backend="triton")
+    x, before = torch.randn(5, 8), None
+    optimizer = torch.optim.SGD(layer.parameters(), 0.01)
+    for _ in range(3):
+        loss = layer(x).square().sum()
+        assert before is None or loss < before
+        before = loss.detach()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert vspdf.explain(layer, tokens=5).count("triton chose triton: asked for") == 3
