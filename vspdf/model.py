@@ -7,6 +7,8 @@ GPT-2's, so that conversion is renaming. Shape suffixes: B batch, T tokens, D d_
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +29,17 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(shape.d_model, 3 * shape.d_model)
         self.c_proj = nn.Linear(shape.d_model, shape.d_model)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, past: Past | None = None) -> Tensor:
         B, T, D = x_BTD.shape
         q, k, v = (
             part.view(B, T, self.n_head, D // self.n_head).transpose(1, 2)
             for part in self.c_attn(x_BTD).split(D, dim=2)
         )
-        y_BHTd = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if past is None:
+            y_BHTd = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            k, v, visible = past(k, v)
+            y_BHTd = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         return self.c_proj(y_BHTd.transpose(1, 2).reshape(B, T, D))
 
 
@@ -56,8 +62,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(shape.d_model)
         self.mlp = MLP(shape, approximate)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD))
+    def forward(self, x_BTD: Tensor, past: Past | None = None) -> Tensor:
+        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), past)
         return x_BTD + self.mlp(self.ln_2(x_BTD))
 
 
@@ -105,27 +111,94 @@ class GPT(nn.Module):
                 nn.init.trunc_normal_(parameter, 0.0, s, -2 * s, 2 * s, generator=generator)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V], or the mean cross-entropy in nats per token where `targets_BT` is given."""
-        T = tokens_BT.shape[1]
-        if T > self.shape.sequence_length:
-            raise UserError(f"{T} tokens are more than the model's sequence_length of {self.shape.sequence_length}.")
-        x_BTD = self.wte(tokens_BT) + self.wpe(torch.arange(T, device=tokens_BT.device))
-        for block in self.h:
-            x_BTD = block(x_BTD)
-        logits_BTV = F.linear(self.ln_f(x_BTD), self.wte.weight)
+        """Logits [B, T, V], or the mean cross-entropy in nats per target where `targets_BT` is given (-100: none)."""
+        logits_BTV = self.logits(self.hidden(tokens_BT))
         if targets_BT is None:
             return logits_BTV
         return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
 
-    @torch.no_grad()
-    def generate(self, tokens_BT: Tensor, count: int, temperature: float = 1.0, seed: int = 0) -> Tensor:
-        """`tokens_BT` followed by `count` sampled tokens; `temperature` 0 is greedy. The window slides."""
-        generator = torch.Generator(tokens_BT.device).manual_seed(seed)
-        for _ in range(count):
-            logits_BV = self(tokens_BT[:, -self.shape.sequence_length :])[:, -1].float()
-            if temperature == 0:
-                next_B1 = logits_BV.argmax(-1, keepdim=True)
-            else:
-                next_B1 = torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)
-            tokens_BT = torch.cat((tokens_BT, next_B1), dim=1)
-        return tokens_BT
+    def hidden(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        """What the last norm gives [B, T, D]. With a cache: of tokens that follow those it holds, and it takes them in.
+
+        Raises
+        ------
+        UserError
+            If that is more tokens than the model has positions for.
+        """
+        T, past = tokens_BT.shape[1], 0 if cache is None else cache.length
+        positions = torch.arange(past, past + T, device=tokens_BT.device)
+        if cache is not None:
+            positions = (positions - cache.padding_B[:, None]).clamp(min=0)
+        longest = past + T - (0 if cache is None else int(cache.padding_B.min()))
+        if longest > self.shape.sequence_length:
+            raise UserError(
+                f"{longest} tokens are more than the model's sequence_length of {self.shape.sequence_length}."
+            )
+        x_BTD = self.wte(tokens_BT) + self.wpe(positions)
+        if cache is not None:
+            cache.begin(T)
+        for i, block in enumerate(self.h):
+            x_BTD = block(x_BTD, None if cache is None else partial(cache.extend, i))
+        return self.ln_f(x_BTD)
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """Scores of every token of the vocabulary, from `hidden`."""
+        return F.linear(x_BTD, self.wte.weight)
+
+
+# From the keys and values of new tokens to those of all tokens, and which of them each new token sees.
+Past = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+class Cache:
+    """Keys and values of the tokens that a model has seen, so that one more token costs one token's work.
+
+    Rows end together and may begin apart: the first `padding_B[b]` columns of row b are filler that no token sees.
+
+    Parameters
+    ----------
+    model : GPT
+    padding_B : Tensor, shape (B,), int64
+    capacity : int
+        Columns at most.
+    """
+
+    def __init__(self, model: GPT, padding_B: Tensor, capacity: int) -> None:
+        shape, weight = model.shape, model.wte.weight
+        size = (len(padding_B), shape.n_head, capacity, shape.d_model // shape.n_head)
+        self.padding_B = padding_B
+        self.length = 0  # columns held
+        self._keys = [weight.new_zeros(size) for _ in range(shape.n_layer)]
+        self._values = [weight.new_zeros(size) for _ in range(shape.n_layer)]
+        self._visible = torch.empty(0)
+
+    def begin(self, count: int) -> None:
+        """Makes room for `count` columns, which `extend` then fills layer by layer."""
+        columns = torch.arange(self.length + count, device=self.padding_B.device)
+        mine = columns[self.length :, None]
+        # Filler sees itself: with nothing to see it would be NaN, and NaN times zero reaches the others.
+        visible = (columns <= mine) & (columns >= self.padding_B[:, None, None]) | (columns == mine)
+        self._visible = visible[:, None]  # [B, 1, count, length]
+        self.length += count
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A layer's keys and values with those of the newest tokens, and which columns these see."""
+        begin = self.length - k.shape[2]
+        self._keys[layer][:, :, begin : self.length] = k
+        self._values[layer][:, :, begin : self.length] = v
+        return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length], self._visible
+
+    def repeat(self, times: int) -> None:
+        """Each row `times` times, beside itself."""
+        self.select(torch.arange(len(self.padding_B)).repeat_interleave(times))
+
+    def select(self, rows: Tensor, begin: int = 0) -> None:
+        """Row b becomes what row ``rows[b]`` was, from column `begin` on (other than 0: as many rows as before)."""
+        for tensors in (self._keys, self._values):
+            for i, tensor in enumerate(tensors):
+                if begin:
+                    tensor[:, :, begin : self.length] = tensor[rows, :, begin : self.length]
+                else:
+                    tensors[i] = tensor[rows]
+        if not begin:
+            self.padding_B = self.padding_B[rows]
