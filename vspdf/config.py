@@ -48,6 +48,13 @@ class DataConfig:
     tokenizer: str = "bytes"
     validation_fraction: float = 0.05  # of the text, held out as whole documents
     repeat: bool = False  # False: running out of unseen samples is an error
+    # Fine-tuning: a file of contexts with completions instead of a corpus (see vspdf.tasks)
+    path: str | None = None
+    format: str = "auto"  # "dart", "webnlg", "e2e", "jsonl"
+    validation_path: str | None = None  # default: validation_fraction of the examples in `path`
+    length: int | None = None  # tokens of a context with its completion; default and limit: model.sequence_length
+    overlong: str = "refuse"  # what is longer: "refuse", "cut" (the end of the context) or "drop"
+    lower_relations: bool = False  # of triples, as the preparation script of the LoRA paper does for DART
     cache_dir: str | None = None  # default: vspdf's folder in the user's cache
 
 
@@ -111,6 +118,7 @@ class Config:
     name: str = "run"
     run_dir: str | None = None  # default runs/NAME
     seed: int = 0
+    start: str | None = None  # fine-tuning: the checkpoint or Hugging Face folder that it begins with
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -118,7 +126,7 @@ class Config:
     phases: list[PhaseConfig] = field(default_factory=list)
 
 
-def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(source: str | Path, overrides: Sequence[str] = (), *, start: ModelConfig | None = None) -> Config:
     """Reads a configuration, applies overrides, fills in what follows from the rest, and checks it.
 
     Parameters
@@ -126,6 +134,8 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     source : path of a YAML file, or the name of a config that ships with vspdf ("quickstart")
     overrides : sequence of "key=value"
         Dotted keys; list items by index: ``phases.0.steps=100``.
+    start : ModelConfig, optional
+        The model that training begins with; the configuration itself has none, or the same.
 
     Raises
     ------
@@ -161,6 +171,12 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise _explained(error, str(path)) from None
     assert isinstance(config, Config)
+    if start is not None:
+        for key, value in dataclasses.asdict(start).items():
+            mine = getattr(config.model, key)
+            if key != "init_std" and mine not in (None, value, getattr(ModelConfig(), key)):
+                raise UserError(f"model.{key} = {mine}, but the model to start from has {value}: leave it out.")
+        config.model = start
     resolve(config)
     return config
 
@@ -307,8 +323,30 @@ def resolve(config: Config) -> None:
         bool(config.phases), "phases: at least one phase is needed, e.g. [{sparsity: 0.9, steps: 250}, {steps: 50}]."
     )
     config.run_dir = config.run_dir or f"runs/{config.name}"
+    _resolve_task(config)
     for i, phase in enumerate(config.phases):
         _resolve_phase(config, i, phase)
+
+
+def _resolve_task(config: Config) -> None:
+    """Fine-tuning: a task to learn and a model to start from, both or neither."""
+    data, longest = config.data, config.model.sequence_length
+    _require(
+        config.start is None or data.path is not None,
+        "data.path is not set: give the task's file, data.path=FILE (DART, WebNLG, E2E, or JSONL).",
+    )
+    if data.path is None:
+        return
+    _require(config.start is not None, "data.path is for fine-tuning: vspdf finetune CHECKPOINT CONFIG data.path=FILE.")
+    _one_of("data.format", data.format, ("auto", "dart", "webnlg", "e2e", "jsonl"))
+    _one_of("data.overlong", data.overlong, ("refuse", "cut", "drop"))
+    assert longest is not None
+    data.length = longest if data.length is None else data.length
+    _require(
+        4 <= data.length <= longest,
+        f"data.length = {data.length} must lie between 4 and the model's sequence length of {longest}.",
+    )
+    _require(not any(phase.sparsity for phase in config.phases), "fine-tuning is dense: phases must have no sparsity.")
 
 
 def resolve_model(model: ModelConfig) -> None:
@@ -348,7 +386,7 @@ def _resolve_phase(config: Config, i: int, phase: PhaseConfig) -> None:
     phase.name = phase.name or (f"sparse {phase.sparsity:.4g}" if phase.sparsity else "dense")
     phase.batch_size = config.train.batch_size if phase.batch_size is None else phase.batch_size
     _require(phase.batch_size >= 1, f"{key}.batch_size must be at least 1, not {phase.batch_size}.")
-    step_tokens = phase.batch_size * config.model.sequence_length  # type: ignore[operator]
+    step_tokens = phase.batch_size * (config.data.length or config.model.sequence_length)  # type: ignore[operator]
     _require((phase.steps is None) != (phase.tokens is None) or phase.tokens == (phase.steps or 0) * step_tokens,
              f"{key} needs steps or tokens, one of them.")  # fmt: skip
     _require(phase.tokens is None or phase.tokens >= 1, f"{key}.tokens must be at least 1, not {phase.tokens}.")

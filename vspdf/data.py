@@ -496,38 +496,22 @@ def _too_short(name: str, has: str, sequence_length: int) -> UserError:
     )
 
 
-class Dataset:
-    """Training samples in one deterministic order, and held-out text. Made by `prepare`.
+class Samples:
+    """One deterministic order of training samples.
 
-    Sample i of the run is a window of `sequence_length` + 1 training tokens; windows overlap by the one token that is
-    the last target of one and the first input of the next. Every epoch of `n_samples` samples is a permutation of all
-    windows, drawn from the seed and the number of the epoch.
+    Every epoch of `n_samples` samples is a permutation of all of them, drawn from the seed and the number of the epoch.
 
     Attributes
     ----------
-    tokenizer : Tokenizer
-    vocab_size : int
-    sequence_length : int
     n_samples : int
         Samples of one epoch.
     repeat : bool
         Whether there is a second epoch.
-    manifest : dict
-        `corpus` (name, sha256, documents, bytes; python for "stdlib"), `tokenizer` (name, vocab_size), `train` and
-        `validation` (documents, bytes, tokens), `samples`, and `order`: a hash that is equal where the same tokens come
-        in the same order.
     """
 
-    def __init__(self, tokens: _Tokens, manifest: dict[str, Any], sequence_length: int, seed: int, repeat: bool):
-        self.tokenizer = tokens.tokenizer
-        self.vocab_size = tokens.tokenizer.vocab_size
-        self.sequence_length = sequence_length
-        self.repeat = repeat
-        self.n_samples = (len(tokens.train) - 1) // sequence_length
-        order = hashlib.sha256(json.dumps([tokens.sha256, sequence_length, seed]).encode()).hexdigest()
-        self.manifest = manifest | {"samples": self.n_samples, "order": order}
-        self._tokens = tokens
-        self._seed = seed
+    def __init__(self, what: str, n_samples: int, seed: int, repeat: bool):
+        self.n_samples, self.repeat = n_samples, repeat
+        self._what, self._seed = what, seed
         self._permutations: dict[int, np.ndarray] = {}
 
     def check(self, total_samples: int) -> None:
@@ -540,12 +524,11 @@ class Dataset:
         """
         if total_samples > self.n_samples and not self.repeat:
             raise UserError(
-                f"Corpus '{self.manifest['corpus']['name']}' has {self.n_samples} samples of {self.sequence_length} "
-                f"tokens, the run wants {total_samples}: give more text, or set data.repeat=true to see it again."
+                f"{self._what}, the run wants {total_samples}: give more text, or set data.repeat=true to see it again."
             )
 
     def window_ids(self, start: int, count: int) -> np.ndarray:
-        """Windows of samples `start` to `start + count - 1`, int64: what `batch` reads, for tests and order hashes."""
+        """Which windows samples `start` to `start + count - 1` are, int64: what `batch` reads."""
         if start < 0 or count < 0:
             raise UserError(f"Samples are counted from 0, not from {start} to {start + count}.")
         self.check(start + count)
@@ -562,6 +545,45 @@ class Dataset:
             words = np.random.PCG64(np.random.SeedSequence([self._seed, epoch])).random_raw(self.n_samples)
             self._permutations = {epoch: np.argsort(words, kind="stable")}  # one epoch at a time is in use
         return self._permutations[epoch]
+
+
+class Dataset(Samples):
+    """Training samples in one deterministic order, and held-out text. Made by `prepare`.
+
+    Sample i of the run is a window of `sequence_length` + 1 training tokens; windows overlap by the one token that is
+    the last target of one and the first input of the next.
+
+    Attributes
+    ----------
+    tokenizer : Tokenizer
+    vocab_size : int
+    sequence_length : int
+    manifest : dict
+        `corpus` (name, sha256, documents, bytes; python for "stdlib"), `tokenizer` (name, vocab_size), `train` and
+        `validation` (documents, bytes, tokens), `samples`, and `order`: a hash that is equal where the same tokens come
+        in the same order.
+    """
+
+    def __init__(self, tokens: _Tokens, manifest: dict[str, Any], sequence_length: int, seed: int, repeat: bool):
+        self.tokenizer = tokens.tokenizer
+        self.vocab_size = tokens.tokenizer.vocab_size
+        self.sequence_length = sequence_length
+        n_samples = (len(tokens.train) - 1) // sequence_length
+        name = manifest["corpus"]["name"]
+        super().__init__(
+            f"Corpus '{name}' has {n_samples} samples of {sequence_length} tokens", n_samples, seed, repeat
+        )
+        order = hashlib.sha256(json.dumps([tokens.sha256, sequence_length, seed]).encode()).hexdigest()
+        self.manifest = manifest | {"samples": self.n_samples, "order": order}
+        self._tokens = tokens
+
+    def tokens(self, samples: int) -> int:
+        """Tokens in the first `samples` samples."""
+        return samples * self.sequence_length
+
+    def prompt(self) -> list[int]:
+        """Held-out tokens for a model to go on from."""
+        return self._tokens.validation[: min(16, self.sequence_length)].tolist()
 
     def batch(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of `count` samples from the global sample index `start` on.

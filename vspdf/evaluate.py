@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 
-from vspdf.data import Dataset
+from vspdf.data import ValidationBatch
 
 
 class Evaluation(NamedTuple):
     loss: float  # nats per token
     bits_per_byte: float  # of the text itself, so that tokenizers compare
+
+
+class HeldOut(Protocol):
+    """What is asked of data: batches of held-out text, always the same."""
+
+    def validation_batches(self, batch_size: int, max_tokens: int = 0) -> Iterator[ValidationBatch]: ...
 
 
 def autocast(precision: str) -> contextlib.AbstractContextManager:
@@ -24,7 +31,7 @@ def autocast(precision: str) -> contextlib.AbstractContextManager:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: Dataset, batch_size: int, max_tokens: int = 0, precision: str = "fp32"
+    model: nn.Module, data: HeldOut, batch_size: int, max_tokens: int = 0, precision: str = "fp32"
 ) -> Evaluation:
     """Mean loss of a model over the held-out documents, the same ones at every call.
 
@@ -32,7 +39,7 @@ def evaluate(
     ----------
     model : nn.Module
         ``model(tokens, targets)`` gives the mean cross-entropy in nats per token.
-    data : Dataset
+    data : Dataset or Pairs
     batch_size : int
         Sequences at a time.
     max_tokens : int
@@ -43,8 +50,9 @@ def evaluate(
     nats = tokens = text_bytes = 0.0
     with autocast(precision):
         for inputs, targets, size in data.validation_batches(batch_size, max_tokens):
-            nats += float(model(inputs, targets)) * targets.numel()
-            tokens += targets.numel()
+            count = int((targets >= 0).sum())  # below: no target
+            nats += float(model(inputs, targets)) * count
+            tokens += count
             text_bytes += size
     model.train(training)
     return Evaluation(nats / tokens, nats / math.log(2) / text_bytes)

@@ -1,0 +1,220 @@
+"""Contexts and completions as training samples of a task; the loss is on the completion only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from vspdf.config import DataConfig
+from vspdf.data import Samples, ValidationBatch, held_out
+from vspdf.errors import UserError
+from vspdf.tasks import Example, read
+from vspdf.tokenizer import Tokenizer
+
+log = logging.getLogger("vspdf")
+
+NO_TARGET = -100  # what torch's cross-entropy leaves out
+
+
+class Pair(NamedTuple):
+    """Context, end of document, completion, end of document; `begin` is where the completion begins."""
+
+    ids: np.ndarray
+    begin: int
+
+
+def prompt(context: str, tokenizer: Tokenizer, room: int | None = None) -> tuple[list[int], int]:
+    """Tokens after which the model is to answer, and how many of the context's end did not fit into `room`."""
+    ids = tokenizer.encode(context).tolist()
+    kept = ids if room is None else ids[: max(0, room - 1)]
+    return [*kept, tokenizer.end_of_document], len(ids) - len(kept)
+
+
+def answer(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """A model's answer as one line."""
+    return " ".join(tokenizer.decode(ids).split())
+
+
+def prepare(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Pairs:
+    """Training pairs of a task file, one for each reference, and held-out ones.
+
+    Examples without a context or without a reference teach nothing and are left out; how many is said, and so is what
+    becomes of pairs above `config.length`.
+
+    Raises
+    ------
+    UserError
+        If a file is missing or unfit, nothing is left to train on or to hold out, or a pair is too long.
+    """
+    assert config.path is not None and config.length is not None
+    examples = _usable(Path(config.path), config)
+    if config.validation_path is not None:
+        validation = _usable(Path(config.validation_path), config)
+    else:
+        content = [json.dumps([example.context]).encode() for example in examples]  # equal contexts on the same side
+        keys = np.array([int.from_bytes(hashlib.sha256(c).digest()[:8], "little") for c in content], np.uint64)
+        sizes = np.array([sum(map(len, example.references)) for example in examples], np.int64)
+        if len(set(keys.tolist())) < 2:
+            raise UserError(
+                f"'{config.path}' has a single context: expected at least two, one to train on and one to hold out, or "
+                "data.validation_path."
+            )
+        held = held_out(keys, sizes, config.validation_fraction)
+        validation = [example for example, out in zip(examples, held, strict=True) if out]
+        examples = [example for example, out in zip(examples, held, strict=True) if not out]
+    sides = {"train": examples, "validation": validation}
+    pairs = {side: _pairs(some, config, tokenizer, side) for side, some in sides.items()}
+    order = hashlib.sha256(json.dumps([config.length, seed]).encode())
+    for pair in pairs["train"]:
+        order.update(pair.ids.tobytes())
+    manifest = {
+        "corpus": {
+            "name": Path(config.path).name,
+            "sha256": _digest(config.path, config.validation_path),
+            "documents": len(examples) + len(validation),
+            "bytes": sum(len(text.encode()) for some in sides.values() for item in some for text in item.references),
+        },
+        "tokenizer": {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size},
+        **{
+            side: {
+                "documents": len(sides[side]),
+                "bytes": sum(len(text.encode()) for item in sides[side] for text in item.references),
+                "tokens": sum(len(pair.ids) - 1 for pair in pairs[side]),
+            }
+            for side in sides
+        },
+        "samples": len(pairs["train"]),
+        "order": order.hexdigest(),
+    }
+    return Pairs(pairs["train"], pairs["validation"], tokenizer, manifest, seed, config.repeat)
+
+
+def _digest(*paths: str | None) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(Path(path).expanduser().read_bytes() if path else b"")
+    return digest.hexdigest()
+
+
+def _usable(path: Path, config: DataConfig) -> list[Example]:
+    examples = read(path, config.format, lower_relations=config.lower_relations)
+    kept = [
+        Example(example.context, tuple(text for text in example.references if text.strip()))
+        for example in examples
+        if example.context.strip()
+    ]
+    for count, what in (
+        (len(examples) - len(kept), "a context"),
+        (sum(not example.references for example in kept), "a reference"),
+    ):
+        if count:
+            log.warning("%s: %d of %d examples have not %s and are left out.", path, count, len(examples), what)
+    kept = [example for example in kept if example.references]
+    if not kept:
+        raise UserError(f"'{path}' has no example with both a context and a reference.")
+    return kept
+
+
+def _pairs(examples: Sequence[Example], config: DataConfig, tokenizer: Tokenizer, side: str) -> list[Pair]:
+    assert config.length is not None
+    end = tokenizer.end_of_document
+    contexts = tokenizer.encode_batch([example.context for example in examples])
+    texts = [" " + text.strip() for example in examples for text in example.references]
+    completions = iter(tokenizer.encode_batch(texts))
+    pairs, cut, dropped = [], 0, 0
+    for example, context in zip(examples, contexts, strict=True):
+        for _ in example.references:
+            completion = next(completions)
+            room = config.length - 1 - len(completion)  # the last token is a target alone
+            if len(context) > room:
+                if config.overlong == "cut" and room > 0:
+                    cut += 1
+                else:
+                    dropped += 1
+                    continue
+            kept = context[: max(0, room)]
+            pairs.append(Pair(np.concatenate((kept, [end], completion, [end])), len(kept) + 1))
+    total = len(texts)
+    if dropped and config.overlong == "refuse":
+        raise UserError(
+            f"{dropped} of {total} pairs for {side} are longer than data.length = {config.length} tokens: raise it, or "
+            "set data.overlong=cut (the end of the context) or drop."
+        )
+    if cut:
+        log.warning("%d of %d pairs for %s: the end of the context is cut (data.length = %d).", cut, total, side,
+                    config.length)  # fmt: skip
+    if dropped:
+        log.warning("%d of %d pairs for %s are longer than data.length = %d and left out.", dropped, total, side,
+                    config.length)  # fmt: skip
+    if not pairs:
+        raise UserError(f"no pair for {side} fits into data.length = {config.length} tokens.")
+    return pairs
+
+
+class Pairs(Samples):
+    """Pairs of context and completion as training samples; only the completion and its end are targets.
+
+    Has what the trainer asks of `vspdf.data.Dataset`: see there.
+    """
+
+    def __init__(
+        self, train: list[Pair], validation: list[Pair], tokenizer: Tokenizer, manifest: dict[str, Any], seed: int,
+        repeat: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(f"'{manifest['corpus']['name']}' has {len(train)} pairs", len(train), seed, repeat)
+        self.tokenizer, self.vocab_size, self.manifest = tokenizer, tokenizer.vocab_size, manifest
+        self._train, self._validation = train, validation
+        self._cumulated: dict[int, np.ndarray] = {}
+
+    def tokens(self, samples: int) -> int:
+        """Tokens in the first `samples` samples, filler not counted."""
+        epochs, rest = divmod(samples, self.n_samples)
+        whole = sum(len(pair.ids) - 1 for pair in self._train)
+        if epochs not in self._cumulated:
+            lengths = np.array([len(pair.ids) - 1 for pair in self._train])[self._permutation(epochs)]
+            self._cumulated = {epochs: np.concatenate(([0], lengths.cumsum()))}
+        return epochs * whole + int(self._cumulated[epochs][rest])
+
+    def prompt(self) -> list[int]:
+        """A held-out context for a model to answer."""
+        first = self._validation[0]
+        return first.ids[: first.begin].tolist()
+
+    def batch(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of `count` samples from the global sample index `start` on, as wide as the longest.
+
+        Returns
+        -------
+        tokens, targets : Tensor, shape (count, longest), int64
+            Targets are `NO_TARGET` over contexts and filler.
+        """
+        return self._padded([self._train[i] for i in self.window_ids(start, count)])
+
+    def _padded(self, pairs: Sequence[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
+        longest = max(len(pair.ids) for pair in pairs) - 1
+        tokens = torch.full((len(pairs), longest), self.tokenizer.end_of_document)
+        targets = torch.full((len(pairs), longest), NO_TARGET)
+        for row, (ids, begin) in enumerate(pairs):
+            ids_t = torch.from_numpy(ids)
+            tokens[row, : len(ids) - 1] = ids_t[:-1]
+            targets[row, begin - 1 : len(ids) - 1] = ids_t[begin:]
+        return tokens, targets
+
+    def validation_batches(self, batch_size: int, max_tokens: int = 0) -> Iterator[ValidationBatch]:
+        """Held-out pairs in a fixed order; where `max_tokens` is above 0, evenly chosen ones of about that many."""
+        chosen = self._validation
+        total = sum(len(pair.ids) - 1 for pair in chosen)
+        if 0 < max_tokens < total:
+            wanted = max(1, len(chosen) * max_tokens // total)
+            chosen = [chosen[i * len(chosen) // wanted] for i in range(wanted)]
+        for start in range(0, len(chosen), batch_size):
+            tokens, targets = self._padded(chosen[start : start + batch_size])
+            size = int(self.tokenizer.bytes_per_token[targets[targets != NO_TARGET].numpy()].sum())
+            yield ValidationBatch(tokens, targets, size)
