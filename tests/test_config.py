@@ -73,7 +73,24 @@ def test_saved_and_loaded_again_it_is_the_same(load, tmp_path):
     assert config.load(tmp_path / "saved.yaml") == settings
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in config.shipped()))
+SHIPPED = sorted(path.stem for path in config.shipped())
+FINE_TUNING = [name for name in SHIPPED if name.startswith("dart")]
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_shipped_fine_tuning_wants_a_model_and_a_task(name):
+    start = ("checkpoint", config.ModelConfig(name="cerebras-gpt-6.7b", vocab_size=50257))
+    settings = config.load(name, ["data.path=train.json"], start=start)
+    phase = settings.phases[0]
+    assert (phase.decay, phase.lr_end, settings.optimizer.beta2) == ("cosine", 0, 0.999)
+    assert settings.model.d_model == 4096 and phase.warmup_steps == pytest.approx(phase.steps / 10, abs=1)
+    with pytest.raises(UserError, match=r"data.path is not set"):
+        config.load(name, start=start)
+    with pytest.raises(UserError, match=r"vspdf finetune CHECKPOINT CONFIG"):
+        config.load(name)
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in FINE_TUNING])
 def test_shipped_configurations_load_and_plan(name):
     settings = config.load(name)
     shape = config.model_shape(settings.model, vocab_size=257)

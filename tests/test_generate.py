@@ -38,8 +38,8 @@ def peer(model):
     """The same weights in transformers' GPT-2."""
     config = transformers.GPT2Config(
         n_layer=SHAPE.n_layer, n_embd=SHAPE.d_model, n_head=SHAPE.n_head, n_inner=SHAPE.d_ff,
-        vocab_size=SHAPE.vocab_size, n_positions=SHAPE.sequence_length, activation_function="gelu", bos_token_id=END, eos_token_id=END,
-        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+        vocab_size=SHAPE.vocab_size, n_positions=SHAPE.sequence_length, activation_function="gelu",
+        bos_token_id=END, eos_token_id=END, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
     )  # fmt: skip
     peer = transformers.GPT2LMHeadModel(config).eval()
     linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")

@@ -58,17 +58,6 @@ def test_init_is_truncated_scaled_and_seeded():
     assert not torch.equal(GPT(Shape(4, 128, 4, 512, 500, 64), seed=4).wte.weight, model.wte.weight)
 
 
-def test_generation_is_seeded_greedy_at_0_and_slides():
-    model = GPT(SHAPE, init_std=0.5)
-    prompt = torch.randint(61, (2, 20))
-    longer = model.generate(prompt, 10, seed=1)
-    assert longer.shape == (2, 30) and torch.equal(longer[:, :20], prompt)
-    assert torch.equal(longer, model.generate(prompt, 10, seed=1))
-    assert not torch.equal(longer, model.generate(prompt, 10, seed=2))
-    greedy = model.generate(prompt, 1, temperature=0)
-    assert torch.equal(greedy[:, -1], model(prompt)[:, -1].argmax(-1))
-
-
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match=r"model.n_head = 5 does not divide model.d_model = 32"):
         GPT(Shape(2, 32, 5, 96, 61, 24))

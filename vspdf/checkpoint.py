@@ -150,13 +150,13 @@ def resolve(path: Path) -> Path:
     raise UserError(f"no checkpoint in '{path}': expected a run directory or one of its checkpoints/step-N folders.")
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """State, model tensors and optimizer tensors of one checkpoint, every byte verified.
+def read_state(path: Path) -> dict[str, Any]:
+    """State of one checkpoint, without its tensors.
 
     Raises
     ------
     UserError
-        If a file is missing, truncated or altered; the message names it.
+        If it is missing or altered.
     """
     try:
         state = json.loads((path / "state.json").read_text())
@@ -167,6 +167,18 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tenso
         raise _damaged(path / "state.json") from None
     if _digest(state) != stated:
         raise _damaged(path / "state.json")
+    return state
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """State, model tensors and optimizer tensors of one checkpoint, every byte verified.
+
+    Raises
+    ------
+    UserError
+        If a file is missing, truncated or altered; the message names it.
+    """
+    state = read_state(path)
     tensors = []
     for name in FILES:
         file = path / name

@@ -197,33 +197,8 @@ def report(
     out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command()
-def generate(
-    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run directory or one of its checkpoints.")],
-    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "def ",
-    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.8,
-    seed: int = 0,
-) -> None:
-    """Text from a checkpoint, sparse or dense.
-
-    `vspdf generate runs/quickstart --prompt "import "`
-    """
-    import torch
-
-    from vspdf import hub
-
-    model, tokenizer, _ = hub.load(path)
-    if tokenizer is None:
-        raise UserError(f"'{path}' has no tokenizer.")
-    ids = tokenizer.encode(prompt).tolist()
-    if not ids:
-        raise UserError("the prompt is empty: give at least one character with --prompt.")
-    model.eval()
-    result = model.generate(torch.tensor([ids]), tokens, temperature, seed)
-    out.print(tokenizer.decode(result[0].tolist()), markup=False, highlight=False, soft_wrap=True)
-
-
+app.command()(cli_tasks.finetune)
+app.command()(cli_tasks.generate)
 app.command()(cli_tasks.bleu)
 
 

@@ -2,12 +2,187 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from vspdf.console import Json, emit, out
+from vspdf.allocator import keep_freed_memory
+from vspdf.console import Json, emit, err, out
+from vspdf.errors import Interrupted, UserError, did_you_mean
+
+
+def finetune(
+    start: Annotated[
+        str,
+        typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run, one of its checkpoints, or a Hugging Face folder."),
+    ],
+    config: Annotated[str, typer.Argument(help="A YAML file, or a config that ships: dart-small, dart-6.7b.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a model, densely, on contexts and completions: DART, WebNLG, E2E or JSONL.
+
+    `vspdf finetune runs/mine dart-small data.path=dart-v1.1.1-full-train.json run_dir=runs/dart`
+
+    `vspdf finetune cerebras-gpt-111m/ my.yaml data.path=pairs.jsonl`
+    """
+    from vspdf import config as configuration
+    from vspdf import hub
+    from vspdf.report import refresh
+    from vspdf.train import train
+
+    keep_freed_memory()
+    shape, activation = hub.shape_of(start)
+    model = configuration.ModelConfig(**asdict(shape), activation=activation)
+    settings = configuration.load(config, overrides or [], start=(start, model))
+    err.print(configuration.to_yaml(settings).rstrip(), style="dim", markup=False, highlight=False)
+    summary = train(settings, resume=resume, say=_say, on_evaluation=refresh)
+    if as_json:
+        emit(summary)
+        return
+    last = summary["phases"][-1]
+    lines = [
+        f"{summary['name']}: {last['steps']:,} steps, {summary['tokens']:,} tokens of {summary['corpus']['name']} in "
+        f"{summary['seconds']:,.0f} s; {last['flops']['executed'] / 1e12:,.2f} TFLOP",
+        f"held-out completions: {last['val_loss']:.4f} nats/token, {last['val_bits_per_byte']:.4f} bits/byte",
+        f"Everything is in {settings.run_dir}/. Texts: vspdf generate {settings.run_dir} --input FILE --output FILE",
+    ]
+    for line in lines:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _say(line: str) -> None:
+    err.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def generate(
+    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run, a checkpoint, or a Hugging Face folder.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "def ",
+    input: Annotated[Path | None, typer.Option(help="One prompt a line, or a task file (DART, ...).")] = None,
+    output: Annotated[Path | None, typer.Option(help="Answers, one a line; default: stdout.")] = None,
+    format: Annotated[str, typer.Option(help="Of --input: lines, dart, webnlg, e2e, jsonl.")] = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts of --input.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="At most, of an answer; 64, or 200 after --prompt.")] = None,
+    beams: Annotated[int | None, typer.Option(min=1, help="1: greedy or sampling; default 10 for task files.")] = None,
+    length_penalty: Annotated[float, typer.Option(help="Of beam search.")] = 0.8,
+    no_repeat_ngram: Annotated[int, typer.Option(min=0, help="Of beam search, within an answer; 0: off.")] = 4,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0: greedy; 0.8 after --prompt.")] = None,
+    overlong: Annotated[str, typer.Option(help="Prompts that leave no room for an answer: refuse or cut.")] = "refuse",
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 16,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Text from a checkpoint, sparse or dense: sampled after a prompt, or by beam search for a task file.
+
+    `vspdf generate runs/quickstart --prompt "import "`
+
+    `vspdf generate runs/dart --input dart-test.xml --output answers.txt`
+    """
+    from vspdf import hub, tasks
+    from vspdf.generate import Decoding
+    from vspdf.generate import generate as run
+
+    if overlong not in ("refuse", "cut"):
+        raise UserError(f"--overlong '{overlong}' is not known.{did_you_mean(overlong, ['refuse', 'cut'])}")
+    if output and output.exists():
+        raise UserError(f"'{output}' exists already: nothing is overwritten; name another or move it away.")
+    if output and not input:
+        raise UserError("--output goes with --input; text after --prompt goes to stdout.")
+    model, tokenizer, state = hub.load(path)
+    if tokenizer is None:
+        raise UserError(f"'{path}' has no tokenizer: put a tokenizer.json beside its weights.")
+    # A model that was fine-tuned here, and a task file, have an end of document between context and answer.
+    task = state.get("task")
+    if input:
+        examples = tasks.read(input, format, lower_relations=bool(task and task["lower_relations"]))[:limit]
+        answering = bool(task) or any(example.references for example in examples) or format not in ("auto", "lines")
+        texts = [example.context for example in examples]
+    else:
+        answering, texts = bool(task), [prompt]
+    decoding = Decoding(
+        max_tokens=tokens or (64 if input else 200), beams=beams or (10 if input and answering else 1),
+        length_penalty=length_penalty, no_repeat_ngram=no_repeat_ngram,
+        temperature=temperature if temperature is not None else (0.0 if input else 0.8), seed=seed,
+    )  # fmt: skip
+    prompts = [tokenizer.encode(text).tolist() for text in texts]
+    if not answering and not all(prompts):
+        number = next(i for i, ids in enumerate(prompts, 1) if not ids)
+        what = f"prompt {number} of '{input}'" if input else "the prompt"
+        raise UserError(f"{what} is empty: give at least one character{'' if input else ' with --prompt'}.")
+    if input or decoding.beams > 1:
+        room = model.shape.sequence_length - decoding.max_tokens - answering
+        prompts = _fitted(prompts, room, overlong, keep_end=not answering)
+    if answering:
+        prompts = [[*ids, tokenizer.end_of_document] for ids in prompts]
+    started = time.perf_counter()
+    try:
+        answers = run(
+            model, prompts, decoding, tokenizer.end_of_document, batch_size,
+            progress=_Progress(len(prompts), started) if input else lambda done: None,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; no answer was written.") from None
+    seconds = time.perf_counter() - started
+    if input:
+        lines = [" ".join(tokenizer.decode(answer).split()) for answer in answers]
+    else:
+        lines = [prompt + (" " if answering else "") + tokenizer.decode(answers[0]).lstrip(" " if answering else "")]
+    if output:
+        from vspdf.files import write_whole
+
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, "".join(f"{line}\n" for line in lines))
+    count = sum(map(len, answers))
+    body: dict[str, Any] = {
+        "checkpoint": str(path), "step": state["step"], "answers": len(answers), "tokens": count, "seconds": seconds,
+        "decoding": asdict(decoding), **({"output": str(output)} if output else {"texts": lines}),
+    }  # fmt: skip
+    if as_json:
+        emit(body)
+    elif output:
+        out.print(
+            f"wrote {len(answers):,} answers of {count / len(answers):.1f} tokens on average to {output} in "
+            f"{seconds:,.1f} s",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    else:
+        for line in lines:
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _fitted(prompts: list[list[int]], room: int, overlong: str, keep_end: bool) -> list[list[int]]:
+    """Prompts of at most `room` tokens."""
+    if room < 1:
+        raise UserError(f"--tokens leaves no room for a prompt: the model's window is {room} tokens too short.")
+    long = sum(len(ids) > room for ids in prompts)
+    if long and overlong == "refuse":
+        raise UserError(
+            f"{long} of {len(prompts)} prompts have more than {room} tokens, which leaves no room for an answer in the "
+            "model's window: lower --tokens, or set --overlong cut."
+        )
+    if long:
+        side = "end" if keep_end else "beginning"
+        _say(f"{long} of {len(prompts)} prompts are cut to {room} tokens: their {side} is kept")
+    return [ids[-room:] if keep_end else ids[:room] for ids in prompts]
+
+
+class _Progress:
+    """A line now and then: answers done, and how long the rest will take at the present speed."""
+
+    def __init__(self, total: int, started: float) -> None:
+        self.total, self.started, self.said = total, started, started
+
+    def __call__(self, done: int) -> None:
+        now = time.perf_counter()
+        if now - self.said > 3 or done == self.total:
+            self.said = now
+            rate = done / (now - self.started)
+            minutes, seconds = divmod(round((self.total - done) / rate), 60)
+            _say(f"{done:,}/{self.total:,} answers  {rate:.2f}/s  ETA {minutes}:{seconds:02}")
 
 
 def bleu(

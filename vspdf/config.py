@@ -126,7 +126,7 @@ class Config:
     phases: list[PhaseConfig] = field(default_factory=list)
 
 
-def load(source: str | Path, overrides: Sequence[str] = (), *, start: ModelConfig | None = None) -> Config:
+def load(source: str | Path, overrides: Sequence[str] = (), *, start: tuple[str, ModelConfig] | None = None) -> Config:
     """Reads a configuration, applies overrides, fills in what follows from the rest, and checks it.
 
     Parameters
@@ -134,8 +134,8 @@ def load(source: str | Path, overrides: Sequence[str] = (), *, start: ModelConfi
     source : path of a YAML file, or the name of a config that ships with vspdf ("quickstart")
     overrides : sequence of "key=value"
         Dotted keys; list items by index: ``phases.0.steps=100``.
-    start : ModelConfig, optional
-        The model that training begins with; the configuration itself has none, or the same.
+    start : (str, ModelConfig), optional
+        Fine-tuning: where the model to begin with is, and its shape; the configuration itself names none, or the same.
 
     Raises
     ------
@@ -172,11 +172,12 @@ def load(source: str | Path, overrides: Sequence[str] = (), *, start: ModelConfi
         raise _explained(error, str(path)) from None
     assert isinstance(config, Config)
     if start is not None:
-        for key, value in dataclasses.asdict(start).items():
+        config.start, shape = start
+        for key, value in dataclasses.asdict(shape).items():
             mine = getattr(config.model, key)
             if key != "init_std" and mine not in (None, value, getattr(ModelConfig(), key)):
                 raise UserError(f"model.{key} = {mine}, but the model to start from has {value}: leave it out.")
-        config.model = start
+        config.model = shape
     resolve(config)
     return config
 
@@ -358,7 +359,10 @@ def resolve_model(model: ModelConfig) -> None:
                 setattr(model, key, value)
     for key in ("n_layer", "d_model", "n_head", "sequence_length"):
         value = getattr(model, key)
-        _require(value is not None, f"model.{key} is not set; give it, or model.name for a preset.")
+        _require(
+            value is not None,
+            f"model.{key} is not set; give it, or model.name for a preset (fine-tuning: vspdf finetune CHECKPOINT CONFIG).",
+        )
         _require(value >= 1, f"model.{key} must be at least 1, not {value}.")
     assert model.d_model is not None and model.n_head is not None
     model.d_ff = 4 * model.d_model if model.d_ff is None else model.d_ff

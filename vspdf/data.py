@@ -558,11 +558,15 @@ class Dataset(Samples):
     tokenizer : Tokenizer
     vocab_size : int
     sequence_length : int
+    end : None
+        No token ends an answer: text goes on.
     manifest : dict
         `corpus` (name, sha256, documents, bytes; python for "stdlib"), `tokenizer` (name, vocab_size), `train` and
         `validation` (documents, bytes, tokens), `samples`, and `order`: a hash that is equal where the same tokens come
         in the same order.
     """
+
+    end: int | None = None
 
     def __init__(self, tokens: _Tokens, manifest: dict[str, Any], sequence_length: int, seed: int, repeat: bool):
         self.tokenizer = tokens.tokenizer

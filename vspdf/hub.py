@@ -112,6 +112,21 @@ def load(path: str | Path, backend: str = "auto", tokenizer: Tokenizer | None = 
     return Loaded(model, tokenizer, state)
 
 
+def shape_of(path: str | Path) -> tuple[Shape, str]:
+    """Shape and activation of any checkpoint, without its weights.
+
+    Raises
+    ------
+    UserError
+        As `load`, as far as it can be known without the weights.
+    """
+    path = Path(path)
+    if kind(path) == "hugging-face":
+        return read_configuration(_json(path / "config.json"), str(path / "config.json"))[:2]
+    state = checkpoint.read_state(checkpoint.resolve(path))
+    return Shape(**state["model"]), state.get("activation", "gelu")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Configurations
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from vspdf.config import DataConfig
 from vspdf.data import Samples, ValidationBatch, held_out
 from vspdf.errors import UserError
 from vspdf.tasks import Example, read
-from vspdf.tokenizer import Tokenizer
+from vspdf.tokenizer import Tokenizer, tokenizer_maker
 
 log = logging.getLogger("vspdf")
 
@@ -28,18 +28,6 @@ class Pair(NamedTuple):
 
     ids: np.ndarray
     begin: int
-
-
-def prompt(context: str, tokenizer: Tokenizer, room: int | None = None) -> tuple[list[int], int]:
-    """Tokens after which the model is to answer, and how many of the context's end did not fit into `room`."""
-    ids = tokenizer.encode(context).tolist()
-    kept = ids if room is None else ids[: max(0, room - 1)]
-    return [*kept, tokenizer.end_of_document], len(ids) - len(kept)
-
-
-def answer(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """A model's answer as one line."""
-    return " ".join(tokenizer.decode(ids).split())
 
 
 def prepare(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Pairs:
@@ -158,6 +146,26 @@ def _pairs(examples: Sequence[Example], config: DataConfig, tokenizer: Tokenizer
     return pairs
 
 
+def tokenizer_for(config: DataConfig, found: Tokenizer | None, start: str) -> Tokenizer:
+    """The tokenizer of the model to start from, or the configured one where there is none beside it.
+
+    Raises
+    ------
+    UserError
+        If neither is known, or both are and differ.
+    """
+    if config.tokenizer == DataConfig.tokenizer:  # the default: not asked for
+        if found is None:
+            raise UserError(f"'{start}' has no tokenizer: give data.tokenizer=gpt2:FOLDER or a tokenizer.json.")
+        return found
+    if config.tokenizer.startswith("bpe:"):
+        raise UserError(f"data.tokenizer = {config.tokenizer} would learn a new one: leave it out for '{start}'.")
+    tokenizer = tokenizer_maker(config.tokenizer)[1](())
+    if found is not None and found.vocabulary != tokenizer.vocabulary:
+        raise UserError(f"data.tokenizer = {config.tokenizer} is not that of '{start}' ({found.name}): leave it out.")
+    return tokenizer
+
+
 class Pairs(Samples):
     """Pairs of context and completion as training samples; only the completion and its end are targets.
 
@@ -170,6 +178,7 @@ class Pairs(Samples):
     ) -> None:  # fmt: skip
         super().__init__(f"'{manifest['corpus']['name']}' has {len(train)} pairs", len(train), seed, repeat)
         self.tokenizer, self.vocab_size, self.manifest = tokenizer, tokenizer.vocab_size, manifest
+        self.end: int | None = tokenizer.end_of_document
         self._train, self._validation = train, validation
         self._cumulated: dict[int, np.ndarray] = {}
 

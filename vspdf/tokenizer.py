@@ -45,6 +45,8 @@ class Tokenizer:
     ----------
     name : str
         A label for people.
+    vocabulary : dict
+        Ids by token.
     vocab_size : int
     end_token : str
     end_of_document : int
@@ -60,6 +62,7 @@ class Tokenizer:
         model.no_truncation()
         model.encode_special_tokens = True
         vocabulary: dict[str, int] = model.get_vocab(with_added_tokens=True)
+        self.vocabulary = vocabulary
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         ends = [end for end in _KNOWN_ENDS if end in vocabulary]
         if not ends:

@@ -7,6 +7,7 @@ the end, `summary.json`. A run killed at any moment goes on from its last checkp
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 import logging
@@ -26,17 +27,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vspdf import checkpoint, info, ledger, schedule
+from vspdf import checkpoint, hub, info, ledger, pairs, schedule
 from vspdf import config as configuration
 from vspdf.config import Config, PhaseConfig
-from vspdf.data import prepare
+from vspdf.data import Dataset, prepare
 from vspdf.errors import Interrupted, UserError
 from vspdf.evaluate import Evaluation, autocast, evaluate
 from vspdf.files import write_whole
+from vspdf.generate import Decoding, generate
 from vspdf.kernels import dispatch
 from vspdf.ledger import Count, Tally
 from vspdf.model import GPT
 from vspdf.sparse import RevivedWarmup, densify, set_sparsity, sparse_layers, sparsify
+from vspdf.tokenizer import Tokenizer
 
 log = logging.getLogger("vspdf")
 
@@ -126,7 +129,12 @@ class _Run:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         assert config.model.sequence_length is not None
-        self.data = prepare(config.data, config.model.sequence_length, config.seed)
+        begun = self._begin_with(resume)
+        self.data: Dataset | pairs.Pairs
+        if begun:
+            self.data = pairs.prepare(config.data, config.seed, begun[1])
+        else:
+            self.data = prepare(config.data, config.model.sequence_length, config.seed)
         vocabulary = config.model.vocab_size or self.data.vocab_size
         if vocabulary < self.data.vocab_size:
             raise UserError(f"model.vocab_size = {vocabulary} is less than the tokenizer's {self.data.vocab_size}.")
@@ -134,8 +142,10 @@ class _Run:
         self.shape = configuration.model_shape(config.model)
         self.total_steps = sum(phase.steps or 0 for phase in config.phases)
         self.data.check(sum((phase.steps or 0) * (phase.batch_size or 0) for phase in config.phases))
-        self.model: nn.Module = GPT(
-            self.shape, config.model.init_std, seed=config.seed, activation=config.model.activation
+        self.model: GPT = (
+            begun[0]
+            if begun
+            else GPT(self.shape, config.model.init_std, seed=config.seed, activation=config.model.activation)
         )
         self.optimizer: torch.optim.Optimizer | None = None
         self.revived: RevivedWarmup | None = None
@@ -153,6 +163,22 @@ class _Run:
             self._begin_folder()
         self._trim_metrics()
         self.board = _tensorboard(self.folder) if config.train.tensorboard else None
+
+    def _begin_with(self, resume: bool) -> tuple[GPT, Tokenizer] | None:
+        """Fine-tuning: the model to start from, dense, and its tokenizer; of a run that goes on, only their form."""
+        if self.config.start is None:
+            return None
+        if resume and checkpoint.checkpoints(self.folder / "checkpoints"):
+            model = GPT(configuration.model_shape(self.config.model), activation=self.config.model.activation)
+            return model, Tokenizer.load(self.folder / "tokenizer.json")
+        model, tokenizer, _ = hub.load(self.config.start)
+        if sparse := sparse_layers(model):
+            kept = sum(layer.pattern.nnz for layer in sparse.values()) / sum(
+                layer.pattern.numel for layer in sparse.values()
+            )
+            densify(model)
+            self.say(f"'{self.config.start}' keeps {kept:.1%} of {len(sparse)} layers: densified, every weight learns")
+        return model, pairs.tokenizer_for(self.config.data, tokenizer, self.config.start)
 
     # -- the run directory -------------------------------------------------------------------------------------------
 
@@ -245,6 +271,7 @@ class _Run:
             "activation": self.config.model.activation,
             "tokenizer": self.data.manifest["tokenizer"],
             "corpus": self.data.manifest["corpus"],
+            "task": {"lower_relations": self.config.data.lower_relations} if self.config.start else None,
             "phase": self.phase,
             "seconds": self.seconds,
             "samples": self.samples,
@@ -303,7 +330,8 @@ class _Run:
         what = (
             f"{len(layers)} sparse layers keep {kept:,} of {numel:,} weights" if layers else "every weight is trained"
         )
-        return f"phase '{phase.name}': {phase.steps:,} steps, {phase.tokens:,} tokens; {what}"
+        tokens = self._tokens(self.step + (phase.steps or 0)) - self._tokens(self.step)
+        return f"phase '{phase.name}': {phase.steps:,} steps, {tokens:,} tokens; {what}"
 
     def _new_optimizer(self, phase: PhaseConfig) -> torch.optim.Optimizer:
         return _adamw(self.model, self.config, phase)
@@ -355,16 +383,17 @@ class _Run:
     def _train_step(self, phase: PhaseConfig, record: PhaseRecord, phase_step: int, samples: int) -> dict[str, Any]:
         assert self.optimizer is not None and phase.batch_size is not None
         lr = schedule.learning_rate(phase, phase_step)
-        take = lambda: self._optimise(self.model, self.optimizer, phase, samples, lr, self.revived)  # noqa: E731
         start = time.perf_counter()
+        batch = self.data.batch(samples, phase.batch_size)
+        take = lambda: self._optimise(self.model, self.optimizer, phase, batch, lr, self.revived)  # noqa: E731
         with ledger.counting() as tally:
             if phase_step == 1:  # the second step: plans are built, nothing else is special about it
                 (loss, norm), record.parts = _profiled(take, self.shape.vocab_size)
             else:
                 loss, norm = take()
         seconds = time.perf_counter() - start
-        tokens = phase.batch_size * self.shape.sequence_length
-        for name, count in {**tally.products, **_dense_counts(self.model, self.shape, tokens)}.items():
+        shape = dataclasses.replace(self.shape, sequence_length=batch[0].shape[1])
+        for name, count in {**tally.products, **_dense_counts(self.model, shape, batch[0].numel())}.items():
             record.tally.add(name, count)
         record.seconds += seconds
         record.loss = loss
@@ -379,28 +408,28 @@ class _Run:
             "lr": lr,
             "grad_norm": norm,
             "step_seconds": seconds,
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": (self.data.tokens(samples + phase.batch_size) - self.data.tokens(samples)) / seconds,
         }
 
     def _tokens(self, step: int) -> int:
-        return schedule.position(self.config.phases, step).samples * self.shape.sequence_length
+        return self.data.tokens(schedule.position(self.config.phases, step).samples)
 
     def _optimise(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         phase: PhaseConfig,
-        samples: int,
+        batch: tuple[Tensor, Tensor],
         lr: float,
         revived: RevivedWarmup | None = None,
     ) -> tuple[float, float]:
         """One optimizer step; returns loss and gradient norm. Sparse runs and the dense twin share it."""
         train = self.config.train
         assert phase.batch_size is not None and train.micro_batch_size is not None
-        inputs, targets = self.data.batch(samples, phase.batch_size)
-        loss = 0.0
+        inputs, targets = batch
+        all_targets, loss = int((targets >= 0).sum()), 0.0
         for x, y in zip(inputs.split(train.micro_batch_size), targets.split(train.micro_batch_size), strict=True):
-            share = len(x) / phase.batch_size
+            share = int((y >= 0).sum()) / all_targets
             with autocast(train.precision):
                 part = model(x, y) * share
             part.backward()
@@ -456,8 +485,9 @@ class _Run:
         count = self.config.train.sample_tokens
         if not count:
             return
-        prompt = next(iter(self.data.validation_batches(1, 1)))[0][:1, :16]
-        text = self.data.tokenizer.decode(self.model.generate(prompt, count, 0.8)[0].tolist())  # type: ignore[operator]
+        prompt = self.data.prompt()
+        answer = generate(self.model, [prompt], Decoding(max_tokens=count, temperature=0.8), self.data.end)[0]
+        text = self.data.tokenizer.decode(prompt + answer)
         self.samples.append({"step": self.step, "phase": phase.name, "text": text})
         self.say(f"sample after phase '{phase.name}': {text!r}")
 
@@ -527,8 +557,10 @@ class _Run:
     # -- summary -----------------------------------------------------------------------------------------------------
 
     def _summarise(self) -> dict[str, Any]:
+        ends = np.cumsum([phase.steps for phase in self.config.phases]).tolist()
         phases = [
-            self._phase_summary(phase, record) for phase, record in zip(self.config.phases, self.records, strict=True)
+            self._phase_summary(phase, record, self._tokens(end) - self._tokens(end - (phase.steps or 0)))
+            for phase, record, end in zip(self.config.phases, self.records, ends, strict=True)
         ]
         last = self.records[-1]
         stages = [(phase.sparsity, float(phase.tokens or 0)) for phase in self.config.phases]
@@ -558,12 +590,12 @@ class _Run:
         write_whole(self.folder / "summary.json", json.dumps(summary, indent=1))
         return summary
 
-    def _phase_summary(self, phase: PhaseConfig, record: PhaseRecord) -> dict[str, Any]:
+    def _phase_summary(self, phase: PhaseConfig, record: PhaseRecord, tokens: int) -> dict[str, Any]:
         body: dict[str, Any] = {
             "name": phase.name,
             "sparsity": phase.sparsity,
             "steps": phase.steps,
-            "tokens": phase.tokens,
+            "tokens": tokens,
             "seconds": record.seconds,
             "step_seconds_median": statistics.median(record.step_seconds),
             "loss": record.loss,
@@ -605,7 +637,8 @@ class _DenseTwin:
         torch.set_num_threads(self.threads)
         try:
             start = time.perf_counter()
-            self.run._optimise(self.model, self.optimizer, self.phase, samples, lr=1e-8)
+            batch = self.run.data.batch(samples, self.phase.batch_size or 0)
+            self.run._optimise(self.model, self.optimizer, self.phase, batch, lr=1e-8)
             return time.perf_counter() - start
         finally:
             torch.set_num_threads(current)
