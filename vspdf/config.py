@@ -361,7 +361,8 @@ def resolve_model(model: ModelConfig) -> None:
         value = getattr(model, key)
         _require(
             value is not None,
-            f"model.{key} is not set; give it, or model.name for a preset (fine-tuning: vspdf finetune CHECKPOINT CONFIG).",
+            f"model.{key} is not set; give it, or model.name for a preset "
+            "(fine-tuning: vspdf finetune CHECKPOINT CONFIG).",
         )
         _require(value >= 1, f"model.{key} must be at least 1, not {value}.")
     assert model.d_model is not None and model.n_head is not None
