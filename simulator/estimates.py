@@ -1,4 +1,4 @@
-"""What a user sees of layers and steps: speed-ups as a band, what moves them, both clocks, a run's own masks and times."""
+"""What users see of layers and steps: speed-ups as a band, what moves them, both clocks, a run's masks and times."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def _report(machine: Machine, solve: Solve, sensitivity: bool) -> tuple[list[Cas
         "bound_by_dense": dense.bound_by,
         "overhead": {"dense": dense.overhead, "sparse": middle.sparse.total.overhead},
         "utilisation": {
-            kind: estimate.total.macs / (estimate.total.cycles * machine.width * machine.height * machine.fmac_fp16_rate)
+            kind: estimate.total.macs
+            / (estimate.total.cycles * machine.width * machine.height * machine.fmac_fp16_rate)
             for kind, estimate in (("dense", middle.dense), ("sparse", middle.sparse))
         },
         "cases": [
@@ -106,7 +107,7 @@ def _sensitivity(machine: Machine, solve: Solve, clock: float, cases: Sequence[C
         ("start-up c0", of(lambda a: a.policy == middle.policy), lambda a: f"{a.start_up:g}"),
         ("synchronisation", of(lambda a: a.start_up == middle.start_up), lambda a: a.policy),
     ]
-    table = []
+    table: list[dict[str, Any]] = []
     for name, members, word in rows:
         values = {word(case.assumption): case.speedup for case in members}
         table.append({"unknown": name, "speedup": values})
@@ -190,7 +191,27 @@ def simulate_layer(machine: Machine, weights: Weights, tokens: int, *, sensitivi
     }
 
 
-SWEEP = (0.1, 0.25, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.985, 0.99, 0.993, 0.995, 0.998, 0.999)
+SWEEP = (
+    0.1,
+    0.25,
+    0.5,
+    0.6,
+    0.7,
+    0.75,
+    0.8,
+    0.85,
+    0.9,
+    0.925,
+    0.95,
+    0.97,
+    0.98,
+    0.985,
+    0.99,
+    0.993,
+    0.995,
+    0.998,
+    0.999,
+)
 
 
 def sweep_layer(
@@ -223,7 +244,9 @@ def plot_layer(machine: Machine, rows: Sequence[dict[str, Any]], path: Path) -> 
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     speed = {key: [row["speedup"][key] for row in rows] for key in ("low", "central", "high", "ideal")}
-    left.fill_between(x, speed["low"], speed["high"], alpha=0.25, color="C0", linewidth=0, label="band: c0 0 to 10, policies")
+    left.fill_between(
+        x, speed["low"], speed["high"], alpha=0.25, color="C0", linewidth=0, label="band: c0 0 to 10, policies"
+    )
     left.plot(x, speed["central"], color="C0", marker="o", markersize=3, label=f"central: {first['central']}")
     left.plot(x, speed["ideal"], color="0.4", linestyle="--", label="ideal, 1 / (1 − sparsity)")
     left.set_yscale("log")

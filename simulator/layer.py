@@ -2,14 +2,14 @@
 
 Activations lie on the wafer: `columns` PEs along x share the features (a ring), the rows of the wafer and `replicas` of
 the ring side by side share the tokens. Weights come in row by row; each one triggers an AXPY on the local tokens of its
-feature; a command at the end of an output row sends that row's partial sums around the ring beside the next row's AXPYs.
-For `w` output rows in which z weights reach a column, with L tokens a PE::
+feature; a command at the end of an output row sends the row's partial sums around the ring beside the next row's AXPYs.
+For an output row that brings z weights to a column, with L tokens a PE::
 
-    t = max(z · (c0 + v),  z · v + w · words,  z + w) + w · c_r,    v = ceil(L / simd), words = ceil(L / 2)
+    t = max(z · (c0 + v),  z · v + words,  z + 1) + c_r,    v = ceil(L / simd), words = ceil(L / 2)
 
-AXPYs with their start-ups; or the one datapath, which the sums' micro-thread shares (it fits into start-ups, beyond them
-it is exposed); or one wavelet a cycle on the link. The command's own task c_r runs alone: tasks are not preempted.
-Columns meet every `w` rows: w = 1 in lock-step, all rows when decoupled, between them as far as a queue reaches.
+AXPYs with their start-ups; or the one datapath, which the sums' micro-thread shares (it fits into start-ups, beyond
+them it is exposed); or one wavelet a cycle on the link. The command's own task c_r runs alone: tasks are not preempted.
+What z is, columns settle between them: the fullest one's in lock-step, the mean when decoupled (`pace`).
 docs/simulator.md tells it at length, with the assumptions.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -70,7 +70,7 @@ def band(machine: Machine) -> list[Assumption]:
 
 @dataclass(frozen=True)
 class Law:
-    """Cycles of a stretch of output rows on one column; see the module's text.
+    """Cycles of an output row on one column; see the module's text.
 
     `sums`: words per weight that pass by on their way down a column and are added up (1 in the gradient).
     """
@@ -78,45 +78,81 @@ class Law:
     start_up: float
     vector: int
     words: int
-    reduce: float
+    command: float
     sums: int = 0
 
-    def __call__(self, z: Any, rows: float) -> Any:
-        parts = (
-            z * (self.start_up + self.vector),
-            z * (self.vector + self.sums) + rows * self.words,
-            z + rows,
-        )
-        return (np.maximum.reduce(parts) if isinstance(z, np.ndarray) else max(parts)) + rows * self.reduce
+    def __call__(self, z: float) -> float:
+        triggered, shared = z * (self.start_up + self.vector), z * (self.vector + self.sums) + self.words
+        return max(triggered, shared, z + 1) + self.command
 
     def attribute(self, z: float, rows: float) -> dict[str, float]:
-        """Where the cycles go, for a mean of z weights in `rows` rows."""
-        issue = z * self.vector
-        triggered = z * (self.start_up + self.vector)
-        shared = max(triggered, z * (self.vector + self.sums) + rows * self.words)
+        """Where the cycles of `rows` rows of z weights go."""
+        triggered, shared = z * (self.start_up + self.vector), z * (self.vector + self.sums) + self.words
+        work = max(triggered, shared)
         return {
-            "multiply-add": issue,
-            "start-up": triggered - issue,
-            "reduction": shared - triggered + rows * self.reduce,
-            "broadcast": max(0.0, z + rows - shared),
+            "multiply-add": rows * z * self.vector,
+            "start-up": rows * z * self.start_up,
+            "reduction": rows * (work - triggered + self.command),
+            "broadcast": rows * (max(work, z + 1) - work),
         }
 
 
+# What columns wait for each other: the weights a row costs, between the mean and the fullest column's.
+
+
 @lru_cache(maxsize=4096)
-def _most(trials: int, density: float, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """The largest of `columns` binomial counts: its values and their probabilities (exact; a normal tail when huge)."""
+def pace(policy: str, queue: int, block: int, density: float, columns: int, rows: int) -> float:
+    """Weights that a row costs when each of `columns` gets Binomial(block, density) of them, in `rows` rows.
+
+    lock-step
+        The expected largest count, exactly.
+    decoupled
+        The expected largest total over all rows, by its normal limit.
+    slack
+        A column may lag behind the stream by `queue` weights. The slowest way through rows stays with one column or
+        jumps to another, which takes back `queue` weights. The expected number of such ways through many rows bounds
+        the pace: the least over θ of (ln E exp(θ z) + ln(1 + (columns − 1) exp(−θ queue))) / θ. It lies up to 15 %
+        above a simulation of the queues, never below (docs/simulator.md).
+    """
+    if policy == "decoupled":
+        sigma = math.sqrt(block * density * (1 - density) / rows)
+        return min(float(block), block * density + sigma * _normal_most(columns))
+    fullest = _expected_most(block, density, columns)
+    if policy == "lock-step":
+        return fullest
+    return min(fullest, _path(block * np.log1p(density * np.expm1(_THETA)), columns, queue))
+
+
+def measured_pace(policy: str, queue: int, counts: np.ndarray) -> float:
+    """`pace` of real counts [row, column]."""
+    rows, columns = counts.shape
+    slowest = float(counts.sum(0).max()) / rows
+    if policy == "decoupled":
+        return slowest
+    fullest = float(counts.max(1).mean())
+    if policy == "lock-step":
+        return fullest
+    histogram = np.bincount(counts.ravel()) / counts.size
+    grow = np.exp(_THETA[:, None] * (np.arange(len(histogram)) - len(histogram) + 1)) @ histogram
+    return min(fullest, max(slowest, _path(np.log(grow) + _THETA * (len(histogram) - 1), columns, queue)))
+
+
+_THETA = np.exp(np.linspace(math.log(1e-3), math.log(20.0), 300))
+
+
+def _path(log_growth: np.ndarray, columns: int, queue: int) -> float:
+    return float(((log_growth + np.log1p((columns - 1) * np.exp(-_THETA * queue))) / _THETA).min())
+
+
+def _expected_most(trials: int, density: float, columns: int) -> float:
+    """Of `columns` binomial counts."""
     mean, sigma = trials * density, math.sqrt(trials * density * (1 - density))
-    if trials > 50_000:
-        return np.array([mean + sigma * _normal_most(columns)]), np.ones(1)
     low, high = max(0, int(mean - 12 * sigma - 12)), min(trials, int(mean + 12 * sigma + 24))
     k = np.arange(low, high + 1)
     logs = _log_factorial(trials)
     log_pmf = logs[trials] - logs[k] - logs[trials - k] + k * math.log(density) + (trials - k) * math.log1p(-density)
     below = np.minimum(np.cumsum(np.exp(log_pmf)), 1.0) ** columns
-    below[-1] = 1.0
-    chance = np.diff(below, prepend=0.0)
-    seen = chance > 1e-12
-    return k[seen].astype(float), chance[seen]
+    return float(k[-1] - below[:-1].sum())
 
 
 @lru_cache(maxsize=64)
@@ -136,19 +172,6 @@ def _log_factorial(n: int) -> np.ndarray:
     if len(table[0]) <= n:
         table[0] = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, max(n, 1024) + 1)))])
     return table[0]
-
-
-def window(machine: Machine, policy: str, kept_per_row: float, rows: int) -> float:
-    """Output rows after which columns have to meet.
-
-    A row of a column is its weights and a command. "slack" lets a column lag by as many of them as wait in front of a
-    core: its in-queue and its router's buffer of the colour.
-    """
-    if policy == "lock-step":
-        return 1.0
-    if policy == "decoupled":
-        return float(rows)
-    return min(float(rows), 1 + (machine.in_queue_depth[0] + machine.router_buffer) / (kept_per_row + 1))
 
 
 @dataclass(frozen=True)
@@ -194,36 +217,6 @@ class Weights:
         return self._counts[key]
 
 
-def synchronised(machine: Machine, law: Law, weights: Weights, columns: int, transposed: bool, policy: str) -> float:
-    """Cycles of all output rows of a product, with what columns wait for each other."""
-    rows, features = weights.sides(transposed)
-    block = -(-features // columns)
-    if weights.density >= 1:
-        return rows * law(float(block), 1.0)
-    if weights.mask is not None:
-        counts = weights.counts(columns, transposed)
-        stretch = window(machine, policy, float(counts.mean()), rows)
-        short = min(int(stretch), rows)
-        part = stretch - short
-        cycles = _measured(law, counts, short)
-        return cycles + part * (_measured(law, counts, short + 1) - cycles) if part and short < rows else cycles
-    if not weights.density:
-        return rows * law(0.0, 1.0)
-    trials = max(1, round(window(machine, policy, block * weights.density, rows) * block))
-    values, chance = _most(trials, weights.density, columns)
-    stretch = trials / block
-    return rows / stretch * float((law(values, stretch) * chance).sum())
-
-
-def _measured(law: Law, counts: np.ndarray, stretch: int) -> float:
-    starts = np.arange(0, len(counts), stretch)
-    fullest = np.add.reduceat(counts, starts, axis=0).max(1).astype(float)
-    cycles = float(law(fullest, float(stretch)).sum())
-    if left := len(counts) % stretch:  # the last stretch is shorter
-        cycles += float(law(fullest[-1], float(left)) - law(fullest[-1], float(stretch)))
-    return cycles
-
-
 @dataclass
 class Cost:
     """Cycles of a product, or of many, by cause (`parts` add up to `cycles`) and by what bound each product."""
@@ -244,7 +237,7 @@ class Cost:
 
     @property
     def bound_by(self) -> str:
-        """What bounds most of the time: compute, reduction, broadcast, I/O, or latency (filling and draining the wafer)."""
+        """What bounds most of the time: compute, reduction, broadcast, I/O, or latency (filling and draining)."""
         return max(self.bounds, key=lambda name: self.bounds[name])
 
     @property
@@ -335,15 +328,17 @@ def product_cost(
     """
     transposed = product != "forward"
     rows, features = weights.sides(transposed)
-    z = -(-features // mapping.columns) * weights.density
+    block = -(-features // mapping.columns)
     rule = law(machine, assumption.start_up, mapping.local, product)
-    parts = rule.attribute(rows * z, rows)
+    z = block * weights.density
+    parts = rule.attribute(z, rows)
     if exact and 0 < weights.density < 1:
-        even = sum(parts.values())
-        work = synchronised(machine, rule, weights, mapping.columns, transposed, assumption.policy)
-        if work < even:  # a real mask whose columns hold less than the widest block
-            parts = {name: cycles * work / even for name, cycles in parts.items()}
-        parts["imbalance"] = max(0.0, work - even)
+        queue = machine.in_queue_depth[0] + machine.router_buffer
+        if weights.mask is None:
+            slowest = pace(assumption.policy, queue, block, weights.density, mapping.columns, rows)
+        else:
+            slowest = measured_pace(assumption.policy, queue, weights.counts(mapping.columns, transposed))
+        parts["imbalance"] = rows * max(0.0, rule(slowest) - rule(z))
     parts["fill"] = fill(machine, mapping)
     io = _bytes(machine, weights, product) / machine.host_bandwidth * clock if streamed else 0.0
     return bounded(parts, weights.nnz * mapping.tokens, io)
@@ -361,13 +356,15 @@ def _bytes(machine: Machine, weights: Weights, product: str) -> float:
 def product_costs(
     machine: Machine, clock: float, weights: Weights, mapping: Mapping, assumption: Assumption, exact: bool = True
 ) -> dict[str, Cost]:
-    """The three products. Nobody has to stream a sparse matrix as one: where sending its zeros is cheaper, they are sent."""
+    """The three products. Where sending a sparse matrix with its zeros is cheaper, it is sent so."""
     costs = {}
     for product in PRODUCTS:
         cost = product_cost(machine, clock, weights, mapping, product, assumption, exact=exact)
         if weights.density < 1:
             rows, features = weights.sides(product != "forward")
-            least = rows * -(-features // mapping.columns) * (assumption.start_up + mapping.local / machine.fmac_fp16_rate)
+            least = (
+                rows * -(-features // mapping.columns) * (assumption.start_up + mapping.local / machine.fmac_fp16_rate)
+            )
             if least < cost.cycles:
                 whole = Weights(weights.out_features, weights.in_features)
                 with_zeros = product_cost(machine, clock, whole, mapping, product, assumption, exact=exact)
@@ -383,13 +380,14 @@ def layer_bytes(mapping: Mapping, weights: Weights) -> int:
     return 2 * mapping.local * (2 * x + y)
 
 
+Option = TypeVar("Option")
+
+
 def best(
-    options: Sequence[Mapping],
-    bound: Callable[[Mapping], float],
-    exact: Callable[[Mapping], tuple[float, Any]],
-) -> tuple[Mapping, Any]:
+    options: Sequence[Option], bound: Callable[[Option], float], exact: Callable[[Option], tuple[float, Any]]
+) -> tuple[Option, Any]:
     """The option with the least exact cycles; those whose lower bound is above the best so far are not looked at."""
-    found: tuple[float, Mapping, Any] | None = None
+    found: tuple[float, Option, Any] | None = None
     for at_least, _, option in sorted((bound(option), i, option) for i, option in enumerate(options)):
         if found and at_least >= found[0]:
             break

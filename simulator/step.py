@@ -1,19 +1,18 @@
 """A training step of a GPT on one or several systems, from the law of one layer (`layer`).
 
-Per micro-batch: all blocks forward, then backward; the four matrices of a block and the unembedding are streamed, attention
-multiplies what lies on the wafer by the same law (keys and values take the place of weights), softmax, GELU and norms
-are vector passes. Weights come in and gradients go out once per micro-batch; the update happens in the memory service.
-The compiler's choices (columns of a ring, whether a block's inside is kept or computed again) are searched, for dense
-and sparse apart.
+Per micro-batch: all blocks forward, then backward. The four matrices of a block and the unembedding are streamed;
+attention multiplies what lies on the wafer by the same law, keys and values in the place of weights; softmax, GELU and
+norms are vector passes. Weights come in and gradients go out once per micro-batch, the update happens in the memory
+service. The choices of a compiler (columns of a ring, whether a block is kept or computed again) are searched, for
+dense and sparse apart.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from math import ceil
-from typing import Any
+from dataclasses import dataclass
+
+import numpy as np
 
 from vspdf.errors import UserError
 from vspdf.ledger import Shape
@@ -82,11 +81,11 @@ class Model:
         return cls(shape, layers, batch, systems)
 
     @classmethod
-    def of_patterns(cls, shape: Shape, patterns: dict[str, Any], batch: int, systems: int = 1) -> Model:
+    def of_patterns(cls, shape: Shape, patterns: dict[str, np.ndarray], batch: int, systems: int = 1) -> Model:
         """Real positions, {layer: bool [out_features, in_features]}; matrices without a pattern are dense."""
         left, layers = Counter(matrices(shape)), []
         for mask in patterns.values():
-            layers.append((Weights(*mask.shape, float(mask.mean()), mask), 1))
+            layers.append((Weights(mask.shape[0], mask.shape[1], float(mask.mean()), mask), 1))
             left[mask.shape] -= 1
         if sum(w.numel for w, _ in layers) < shape.linear:
             layers += [(Weights(o, i), n) for (o, i), n in left.items() if n > 0]
@@ -141,7 +140,7 @@ def matrices(shape: Shape) -> dict[tuple[int, int], int]:
 def token_bytes(shape: Shape, columns: int, recompute: bool) -> int:
     """SRAM of a PE per local token, fp16: what the backward pass needs of every block, and one block at work.
 
-    Kept of a block: its input, Q, K, V, attention's output, the FFN's input and its inner values before GELU (norms, GELU
+    Kept: a block's input, Q, K, V, attention's output, the FFN's input and inner values before GELU (norms, GELU
     and scores are computed again); with `recompute` its input alone. At work: the gradients of these; or the logits.
     """
     d, f, v = (-(-n // columns) for n in (shape.d_model, shape.d_ff, shape.vocab_size))
@@ -160,7 +159,9 @@ def placements(machine: Machine, model: Model) -> list[Placement]:
     """
     shape = model.shape
     if not 1 <= model.systems <= model.batch:
-        raise UserError(f"{model.systems} systems share a batch of {model.batch} sequences: expected 1 to {model.batch}.")
+        raise UserError(
+            f"{model.systems} systems share a batch of {model.batch} sequences: expected 1 to {model.batch}."
+        )
     share = -(-model.batch // model.systems)
     limit = machine.activation_share * machine.sram_bytes
     found, least = [], float("inf")
@@ -179,7 +180,8 @@ def placements(machine: Machine, model: Model) -> list[Placement]:
     if not found:
         raise UserError(
             f"the model does not fit {machine.name}: the activations of one sequence of {shape.sequence_length} tokens "
-            f"need {least:,.0f} bytes of SRAM a PE, {limit:,.0f} are there (activation_share of {machine.sram_bytes:,})."
+            f"need {least:,.0f} bytes of SRAM a PE, {limit:,.0f} are there (activation_share of "
+            f"{machine.sram_bytes:,})."
         )
     return found
 
@@ -203,10 +205,10 @@ def attention(machine: Machine, model: Model, place: Placement, assumption: Assu
     local = min(ring.local, s.sequence_length)
     rule = layer.law(machine, assumption.start_up, local, "forward")
     heads = -(-s.n_head // ring.columns)
-    rule = layer.Law(rule.start_up, rule.vector, rule.words * heads, rule.reduce)
+    rule = layer.Law(rule.start_up, rule.vector, rule.words * heads, rule.command)
     rows = s.sequence_length * ring.local / local
     products = 8 if place.recompute else 7  # scores are never kept; AV again only with the whole block
-    parts = rule.attribute(rows * -(-s.d_model // ring.columns), rows)
+    parts = rule.attribute(-(-s.d_model // ring.columns), rows)
     parts["fill"] = layer.fill(machine, ring)
     one = bounded(parts, float(s.sequence_length) * s.d_model * ring.tokens)
     total = Cost()
@@ -238,7 +240,10 @@ def estimate(
     for cost in products.values():
         linear.add(cost)
     parts = {"projections and FFN": linear}
-    per_block = {"attention": attention(machine, model, place, assumption), "elementwise": elementwise(machine, model, place)}
+    per_block = {
+        "attention": attention(machine, model, place, assumption),
+        "elementwise": elementwise(machine, model, place),
+    }
     for name, cost in per_block.items():
         parts[name] = Cost()
         parts[name].add(cost, place.passes * s.n_layer)

@@ -470,6 +470,19 @@ def _source(model: str | Path) -> tuple[str, Config]:
     return config.name, config
 
 
+def model_and_batch(model: str | Path) -> tuple[Shape, int | None]:
+    """Shape of a named model, a configuration or a Hugging Face folder, and sequences a step where that is known.
+
+    Raises
+    ------
+    UserError
+        If there is no such model.
+    """
+    name, config = _source(model)
+    batch = PUBLISHED[name].batch_size if name in PUBLISHED else config.train.batch_size if config.phases else None
+    return _shape(config), batch
+
+
 def _from_hugging_face(folder: Path) -> Config:
     file = folder / "config.json"
     try:
