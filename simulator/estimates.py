@@ -13,10 +13,9 @@ import numpy as np
 
 from vspdf.errors import UserError, did_you_mean, near_path
 from vspdf.ledger import Shape
-
-from . import layer, step
-from .layer import Assumption, Cost, Weights
-from .machine import Machine
+from vspdf.simulator import layer, step
+from vspdf.simulator.layer import Assumption, Cost, Weights
+from vspdf.simulator.machine import Machine
 
 CENTRAL = "c0 = {start_up:g}, slack = queue depth"
 SENSITIVITY: dict[str, tuple[float, float]] = {  # unknowns of grade M or B, with factors to try

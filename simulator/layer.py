@@ -16,7 +16,7 @@ docs/simulator.md tells it at length, with the assumptions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil
@@ -25,8 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vspdf.errors import UserError, did_you_mean
-
-from .machine import Machine
+from vspdf.simulator.machine import Machine
 
 POLICIES = ("lock-step", "slack", "decoupled")
 START_UPS = (0, 2, 5, 10)  # c0 of the published band
@@ -111,27 +110,23 @@ def pace(policy: str, queue: int, block: int, density: float, columns: int, rows
     slack
         A column may lag behind the stream by `queue` weights. The slowest way through rows stays with one column or
         jumps to another, which takes back `queue` weights. The expected number of such ways through many rows bounds
-        the pace: the least over θ of (ln E exp(θ z) + ln(1 + (columns − 1) exp(−θ queue))) / θ. It lies up to 15 %
-        above a simulation of the queues, never below (docs/simulator.md).
+        the pace: the least over θ of (ln E exp(θ z) + ln(1 + (columns − 1) exp(−θ queue))) / θ. It lies 0 to 20 %
+        above a simulation of the queues (tests/test_simulator_layer.py).
     """
-    if policy == "decoupled":
-        sigma = math.sqrt(block * density * (1 - density) / rows)
-        return min(float(block), block * density + sigma * _normal_most(columns))
     fullest = _expected_most(block, density, columns)
-    if policy == "lock-step":
-        return fullest
-    return min(fullest, _path(block * np.log1p(density * np.expm1(_THETA)), columns, queue))
+    sigma = math.sqrt(block * density * (1 - density) / rows)
+    slowest = min(fullest, block * density + sigma * _normal_most(columns))
+    if policy == "slack":
+        return min(fullest, max(slowest, _path(block * np.log1p(density * np.expm1(_THETA)), columns, queue)))
+    return fullest if policy == "lock-step" else slowest
 
 
 def measured_pace(policy: str, queue: int, counts: np.ndarray) -> float:
     """`pace` of real counts [row, column]."""
     rows, columns = counts.shape
-    slowest = float(counts.sum(0).max()) / rows
-    if policy == "decoupled":
-        return slowest
-    fullest = float(counts.max(1).mean())
-    if policy == "lock-step":
-        return fullest
+    slowest, fullest = float(counts.sum(0).max()) / rows, float(counts.max(1).mean())
+    if policy != "slack":
+        return fullest if policy == "lock-step" else slowest
     histogram = np.bincount(counts.ravel()) / counts.size
     grow = np.exp(_THETA[:, None] * (np.arange(len(histogram)) - len(histogram) + 1)) @ histogram
     return min(fullest, max(slowest, _path(np.log(grow) + _THETA * (len(histogram) - 1), columns, queue)))
@@ -277,17 +272,16 @@ class Mapping:
         return cls(columns, replicas, min(machine.height, -(-tokens // (replicas * local))), local, tokens)
 
 
-def candidates(machine: Machine, features: Iterable[int]) -> list[int]:
-    """Numbers of columns worth trying: the widest ring for every number of replicas, and those that waste no column."""
-    widest = {machine.width // replicas for replicas in range(1, machine.width // 2 + 1)}
-    even = {-(-n // -(-n // columns)) for n in features for columns in widest}
-    most = max(features)
-    found = sorted((n for n in widest | even if 2 <= n <= min(machine.width, most)), reverse=True)
+def candidates(machine: Machine, features: int) -> list[int]:
+    """Numbers of columns worth trying: for every number of replicas the widest ring, less columns that `features` (the
+    smaller side) would leave without work; neighbours within 4 % are one."""
     spread: list[int] = []
-    for columns in found:  # neighbours that differ by less than 3 % are not worth the search
-        if not spread or columns in (found[0], found[-1]) or columns in even or columns < 0.97 * spread[-1]:
+    for replicas in range(1, machine.width + 1):
+        widest = min(machine.width // replicas, features)
+        columns = -(-features // -(-features // widest))
+        if not spread or 1 < columns < 0.96 * spread[-1]:
             spread.append(columns)
-    return spread or [1]
+    return spread
 
 
 @lru_cache(maxsize=4096)
@@ -422,8 +416,8 @@ def estimate_layer(machine: Machine, clock: float, weights: Weights, tokens: int
         If the activations do not fit the wafer; the message says how many tokens do.
     """
     limit = machine.activation_share * machine.sram_bytes
-    sides = (weights.in_features, weights.out_features)
-    options = [Mapping.of(machine, columns, tokens) for columns in candidates(machine, sides)]
+    narrow = min(weights.in_features, weights.out_features)
+    options = [Mapping.of(machine, columns, tokens) for columns in candidates(machine, narrow)]
     fitting = [option for option in options if layer_bytes(option, weights) <= limit]
     if not fitting:
         most = max(_most_tokens(machine, weights, option.columns, limit) for option in options)

@@ -16,10 +16,9 @@ import numpy as np
 
 from vspdf.errors import UserError
 from vspdf.ledger import Shape
-
-from . import layer
-from .layer import PRODUCTS, Assumption, Cost, Mapping, Weights, bounded
-from .machine import Machine
+from vspdf.simulator import layer
+from vspdf.simulator.layer import PRODUCTS, Assumption, Cost, Mapping, Weights, bounded
+from vspdf.simulator.machine import Machine
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def placements(machine: Machine, model: Model) -> list[Placement]:
     share = -(-model.batch // model.systems)
     limit = machine.activation_share * machine.sram_bytes
     found, least = [], float("inf")
-    for columns in layer.candidates(machine, (shape.d_model, shape.d_ff)):
+    for columns in layer.candidates(machine, min(shape.d_model, shape.d_ff)):
         groups = machine.width // columns * machine.height
         for recompute in (False, True):
             per_token = token_bytes(shape, columns, recompute)
@@ -261,8 +260,8 @@ def update(machine: Machine, clock: float, model: Model) -> Cost:
     """What of the update shows: the last gradient's way out and the first weights' way back cannot hide; of the rest a
     fraction (`update_exposed`). Several systems add their gradients on the way, a tree of exchanges."""
     last, _ = model.layers[0]
-    bytes_in = last.nnz * (machine.dense_weight_bytes if last.density >= 1 else machine.sparse_weight_bytes)
-    turn = bytes_in + last.nnz * machine.gradient_bytes
+    dense_form = last.numel * (machine.dense_weight_bytes + machine.gradient_bytes)
+    turn = min(dense_form, last.nnz * (machine.sparse_weight_bytes + machine.gradient_bytes))
     kept = sum(w.nnz * n for w, n in model.layers) + model.shape.vocabulary
     turn += machine.update_exposed * kept * machine.gradient_bytes
     levels = (model.systems - 1).bit_length()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Highest first. A module imports only from levels below its own; what shares a level shares nothing.
 LEVELS = [
     {"cli"},
-    {"cli_tasks"},
+    {"cli_tasks", "cli_simulate"},
     {"plan", "report"},
     {"bench", "bleu"},
     {"train", "convert"},
@@ -26,6 +26,9 @@ LEVELS = [
     {"kernels.gpu_24"},
     {"kernels.cpu", "kernels.reference", "kernels.gpu", "kernels.gpu_model"},
     {"kernels.gpu_kernels"},
+    {"simulator.estimates"},
+    {"simulator.step"},
+    {"simulator.layer"},
     {"simulator.wafer"},
     {"simulator.programs"},
     {"simulator.programs.streaming"},

@@ -238,7 +238,7 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> Table:
     """CPU-measured speed-up, ideal and CS-2 estimate of a run's sparse phases."""
     first = rows[0]
     table = Table(
-        title=f"a training step, sparse against dense: measured here, ideal, {first['machine']} ({first['central']})",
+        title=f"a training step, sparse against dense; {first['machine']} estimated, {first['central']}",
         title_justify="left",
     )
     for column in (
