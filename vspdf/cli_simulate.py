@@ -245,8 +245,8 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> Table:
         "phase",
         "sparsity",
         "CPU, measured",
-        "ideal (useful FLOPs)",
-        f"{first['machine']}, estimated",
+        "ideal",
+        first["machine"],
         "band",
     ):
         table.add_column(column, justify="left" if column == "phase" else "right")
