@@ -384,7 +384,7 @@ class Run:
     summary: dict[str, Any]
 
     def batch(self, phase: dict[str, Any]) -> int:
-        return round(phase["tokens"] / phase["steps"] / self.shape.sequence_length)
+        return _batch(phase, self.shape)
 
     @property
     def first(self) -> dict[str, Any]:
@@ -401,6 +401,10 @@ class Run:
         if name not in self.patterns:
             raise UserError(f"'{self.folder}' has no sparse layer '{name}'.{did_you_mean(name, self.patterns)}")
         return self.patterns[name]
+
+
+def _batch(phase: dict[str, Any], shape: Shape) -> int:
+    return max(1, round(phase["tokens"] / phase["steps"] / shape.sequence_length))
 
 
 def read_run(folder: Path) -> Run:
@@ -456,7 +460,7 @@ def compare_phases(
     for index, phase in enumerate(phases):
         if not phase["sparsity"]:
             continue
-        batch = round(phase["tokens"] / phase["steps"] / shape.sequence_length)
+        batch = _batch(phase, shape)
         if index == 0 and patterns:
             model = step.Model.of_patterns(shape, patterns, batch, systems)
         else:

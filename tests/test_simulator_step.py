@@ -180,6 +180,19 @@ def test_a_runs_masks_and_measured_times_side_by_side(vspdf, tmp_path):
     assert layer_result["sparsity"] == pytest.approx(1 - patterns["layer0.1"].mean())
 
 
+def test_train_compares_what_it_measured_with_the_wafer(vspdf, tiny, tmp_path):
+    status, out, err = vspdf("train", tiny, "train.measure_dense=1")
+    assert status == 0, err
+    assert "CPU, measured" in out and "cs2 estimated" in out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    sparse, half = summary["comparison"]
+    assert (sparse["mask"], half["mask"]) == ("real", "binomial")
+    assert sparse["cpu"] == summary["phases"][0]["speedup"]
+    assert sparse["ideal"] > half["ideal"] > 1 and sparse["cs2"]["central"] >= 1
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "CS-2, simulated with these masks" in page and f"{sparse['cs2']['central']:.2f}x" in page
+
+
 def test_broken_runs_are_one_clear_line(vspdf, tmp_path):
     folder = write_run(tmp_path / "run", masks(TINY, 0.1))
     assert "Did you mean 'layer0.1'" in vspdf("simulate", "layer", "--run", folder, "--layer", "layer0.l")[2]

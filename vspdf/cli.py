@@ -132,6 +132,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
     for part in sorted(parts, key=lambda part: -phases[0]["time_fractions"].get(part, 0)):
         table.add_row(f"time in {part}", *(f"{phase['time_fractions'].get(part, 0):.0%}" for phase in phases))
     out.print(table)
+    if summary.get("comparison"):
+        out.print(cli_simulate.comparison_table(summary["comparison"]))
     flops = summary["flops"]
     saved = summary["flops_saved_fraction_by_convention"]
     out.print(
@@ -349,9 +351,25 @@ def _print_plan(found: Plan) -> None:
         )
     else:
         lines.append("Time on this machine: not measured (--time).")
-    lines.append("Time on a CS-2: not available in this version.")
+    lines.append(_on_cs2(found))
     for line in lines:
         out.print(line, markup=False, highlight=False)
+
+
+def _on_cs2(found: Plan) -> str:
+    """The last line: simulated time, or why there is none."""
+    from vspdf.plan import on_cs2
+
+    try:
+        wafer = on_cs2(found)
+    except UserError as error:
+        return f"Time on a CS-2: not known; {error}"
+    seconds = wafer["seconds"]
+    longest, middle, shortest = (_duration(seconds["planned"][key]) for key in ("low", "central", "high"))
+    return (
+        f"Time on a CS-2, simulated: {middle} ({shortest} to {longest}, by what is not known of it); the dense run "
+        f"{_duration(seconds['dense'])}. One system at {wafer['clock']}; {wafer['central']} (vspdf simulate step)."
+    )
 
 
 def _count(number: float) -> str:

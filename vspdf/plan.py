@@ -152,6 +152,12 @@ class Plan:
             table[name] = {"dense": dense, "planned": planned, "saved_fraction": 1 - planned / dense}
         return table
 
+    def _cs2(self) -> dict[str, Any] | None:
+        try:
+            return on_cs2(self)
+        except UserError:
+            return None
+
     def to_json(self) -> dict[str, Any]:
         return {
             "model": self.model,
@@ -170,7 +176,7 @@ class Plan:
             "state_bytes": {"dense": self.dense.state_bytes, "planned": self.state_bytes},
             "seconds": {"dense": self.dense.seconds, "planned": self.seconds} if self.calibration else None,
             "calibration": asdict(self.calibration) if self.calibration else None,
-            "cs2": None,  # not available in this version
+            "cs2": self._cs2(),
             "notes": self.notes,
         }
 
@@ -270,6 +276,39 @@ def plan(
         [stage(p.name or "", p.sparsity, p.steps or 0, p.tokens or 0) for p in config.phases],
         config, run.calibration, run.notes,
     )  # fmt: skip
+
+
+def on_cs2(found: Plan) -> dict[str, Any]:
+    """Simulated seconds of the plan and of its dense run on one CS-2; `low`, `central`, `high` as speed-ups.
+
+    Raises
+    ------
+    UserError
+        If the model's activations do not fit the wafer.
+    """
+    from vspdf.simulator import estimates, machine
+    from vspdf.simulator.step import Model
+
+    wafer, batch = machine.load(), found.config.train.batch_size
+    steps = {}
+    for sparsity in {phase.sparsity for phase in found.phases}:
+        model = Model.uniform(found.shape, batch, sparsity)
+        steps[sparsity] = estimates.simulate_step(wafer, model, sensitivity=False)
+    some = next(iter(steps.values()))
+    second = lambda sparsity, key: steps[sparsity]["seconds"][some["clock"]]["sparse"][key]  # noqa: E731
+    return {
+        "machine": some["machine"],
+        "clock": some["clock"],
+        "central": some["central"],
+        "step_seconds": [second(phase.sparsity, "central") for phase in found.phases],
+        "seconds": {
+            "dense": found.dense.steps * some["seconds"][some["clock"]]["dense"],
+            "planned": {
+                key: sum(phase.steps * second(phase.sparsity, key) for phase in found.phases)
+                for key in ("low", "central", "high")
+            },
+        },
+    }
 
 
 def state_bytes(shape: Shape, sparsity: float) -> float:

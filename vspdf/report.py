@@ -488,14 +488,29 @@ def _speed(run: Run) -> str:
             ("if time followed useful FLOPs", flops["dense"] / flops["useful"], 7, None),
             ("sparse layers alone, 1/(1 − sparsity)", 1 / (1 - phase["sparsity"]), 7, None),
         ]
+        for other in run.summary.get("comparison", ()):
+            if other["phase"] == phase["name"]:
+                wafer = other["cs2"]
+                rows.insert(1, ("CS-2, simulated with these masks", wafer["central"], 2, (wafer["low"], wafer["high"])))
         bars = [Bar(name, [(name, value, colour)], f"{value:.2f}x", span) for name, value, colour, span in rows]
         seconds = f"{phase['dense_step_seconds_median']:.3g} s"
         chart = bar_chart(bars, title=f"Step speed-up, {phase['name']}")
         charts.append(_figure(chart, f"{escape(phase['name'])}; a dense step takes {seconds}"))
     return _section(
         "Step speed-up", f'<div class="grid2">{"".join(charts)}</div>',
-        "Measured beside a dense step on the same batch, at its best thread count; the whisker spans all pairs.",
+        "Measured beside a dense step on the same batch, at its best thread count; the whisker spans all pairs. "
+        + _wafer_note(run),
     )  # fmt: skip
+
+
+def _wafer_note(run: Run) -> str:
+    table = run.summary.get("comparison")
+    if not table:
+        return ""
+    return (
+        f"CS-2: this step on a whole wafer, central case {escape(table[0]['central'])}; its whisker spans what is not "
+        f"known of it. Bound by {escape(table[0]['bound_by'])} there; docs/simulator.md says how far to trust it."
+    )
 
 
 def _masks(run: Run) -> str:

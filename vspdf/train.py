@@ -38,6 +38,7 @@ from vspdf.generate import Decoding, generate
 from vspdf.kernels import dispatch
 from vspdf.ledger import Count, Tally
 from vspdf.model import GPT
+from vspdf.simulator import estimates, machine
 from vspdf.sparse import RevivedWarmup, densify, set_sparsity, sparse_layers, sparsify
 from vspdf.tokenizer import Tokenizer
 
@@ -575,6 +576,7 @@ class _Run:
             "val_loss": last.val_loss,
             "val_bits_per_byte": last.val_bits_per_byte,
             "phases": phases,
+            "comparison": self._on_the_wafer(phases),
             "flops": self._total().flops(),
             "flops_saved_fraction_by_convention": {
                 name: 1
@@ -589,6 +591,15 @@ class _Run:
         }
         write_whole(self.folder / "summary.json", json.dumps(summary, indent=1))
         return summary
+
+    def _on_the_wafer(self, phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Measured speed-up, ideal and what a CS-2 would make of the same masks, of every sparse phase."""
+        try:
+            masks = estimates.read_patterns(self.folder / "patterns.npz")
+            return estimates.compare_phases(machine.load(), self.shape, masks, phases)
+        except UserError as error:
+            self.say(f"no CS-2 estimate: {error}")
+            return []
 
     def _phase_summary(self, phase: PhaseConfig, record: PhaseRecord, tokens: int) -> dict[str, Any]:
         body: dict[str, Any] = {
