@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from vspdf import data
 from vspdf.cache import user_cache
 from vspdf.config import DataConfig
-from vspdf.data import Dataset, held_out, load_documents, prepare
+from vspdf.data import TEST, TRAIN, VALIDATION, Dataset, held_out, load_documents, prepare, split
 from vspdf.errors import UserError
 
 WORDS = ["sparse", "dense", "weight", "token", "layer", "gradient", "step", "café", "naïve", "世界", "\U0001f600"]
@@ -281,6 +281,44 @@ def test_held_out_documents(documents, fraction, rng):
     )  # nothing more would fit
     shuffled = rng.sample(range(len(keys)), len(keys))
     assert (held_out(keys[shuffled], sizes[shuffled], fraction) == held[shuffled]).all()
+
+
+@pytest.mark.parametrize("test", [0.01, 0.3, 0.7999])
+def test_a_test_part_is_taken_from_the_training_text(test):
+    keys, sizes = np.arange(40, dtype=np.uint64)[::-1] // 2, np.full(40, 10)  # every document twice
+    parts = split(keys, sizes, 0.2, test)
+    assert (parts == VALIDATION).tolist() == held_out(keys, sizes, 0.2).tolist()  # as without one
+    by_part = [set(keys[parts == part].tolist()) for part in (TRAIN, VALIDATION, TEST)]
+    assert all(by_part) and sum(map(len, by_part)) == 20  # none is empty, no text is in two
+    assert abs((parts == TEST).mean() - test) <= 0.1
+    without = split(keys, sizes, 0.2)
+    assert without.tobytes() == held_out(keys, sizes, 0.2).tobytes()  # what caches were keyed by before
+
+
+def test_without_a_third_document_there_is_no_test_part(tmp_path, settings_for, refused):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name * 100)
+    assert "has 2 different documents" in refused(tmp_path, test_fraction=0.1)
+    with pytest.raises(UserError, match="there is no test text"):
+        prepare(settings_for(tmp_path), 16, 0).for_test()
+
+
+def test_test_text_is_read_once_and_apart(text_file, settings_for):
+    before = prepare(settings_for(text_file), 16, 0)
+    dataset = prepare(settings_for(text_file, test_fraction=0.2), 16, 0)
+    assert "test" not in before.manifest and dataset.manifest["validation"] == before.manifest["validation"]
+    assert dataset.manifest["order"] != before.manifest["order"]
+    whole = sum(dataset.manifest[part]["bytes"] for part in ("train", "validation", "test"))
+    assert whole == dataset.manifest["corpus"]["bytes"]
+    batches = list(dataset.for_test().validation_batches(4))
+    assert sum(batch.targets.numel() for batch in batches) == dataset.manifest["test"]["tokens"]
+    assert batches[0].tokens[0, 0] == dataset.tokenizer.end_of_document
+    text = dataset.tokenizer.decode([i for batch in batches for i in batch.targets.flatten().tolist()])
+    documents = texts(settings_for(text_file))
+    mine = [document for document in documents if document in text]
+    assert sum(len(document.encode()) for document in mine) == dataset.manifest["test"]["bytes"]
+    train, validation = everything(dataset)
+    assert mine and not any(document in train or document in validation for document in mine)
 
 
 def test_split_is_the_same_for_every_seed_length_and_tokenizer(text_file, settings_for):

@@ -14,12 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # Highest first. A module imports only from levels below its own; what shares a level shares nothing.
 LEVELS = [
     {"cli"},
-    {"cli_tasks", "cli_simulate"},
+    {"cli_tasks", "cli_simulate", "cli_compare"},
+    {"compare"},
+    {"evidence"},
     {"plan", "report"},
     {"bench", "bleu"},
     {"train", "convert"},
     {"hub", "pairs"},
-    {"evaluate", "checkpoint", "foreign", "generate", "info", "schedule"},
+    {"evaluate", "checkpoint", "foreign", "generate", "info", "schedule", "study"},
     {"data", "sparse", "tasks"},
     {"model", "kernels.ops", "tokenizer"},
     {"kernels.dispatch", "kernels.dense"},

@@ -47,6 +47,7 @@ class DataConfig:
     # "bytes", "bpe:VOCAB_SIZE" (trained on the corpus), "gpt2:FOLDER" (vocab.json, merges.txt) or a tokenizer.json
     tokenizer: str = "bytes"
     validation_fraction: float = 0.05  # of the text, held out as whole documents
+    test_fraction: float = 0.0  # likewise, for figures that no choice was made by; training and tuning never read it
     repeat: bool = False  # False: running out of unseen samples is an error
     # Fine-tuning: a file of contexts with completions instead of a corpus (see vspdf.tasks)
     path: str | None = None
@@ -143,16 +144,36 @@ def load(source: str | Path, overrides: Sequence[str] = (), *, start: tuple[str,
         For a missing file, an unknown key, a wrong type or an impossible value; one line that names the key.
     """
     path = find_config(source)
+    return build(read_yaml(path), str(path), overrides, start=start)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds, interpolations not yet resolved.
+
+    Raises
+    ------
+    UserError
+        If it cannot be read or is no YAML.
+    """
     try:
-        stored = OmegaConf.load(path)
-        _check_form(OmegaConf.to_container(stored), Config, "", str(path))
-        tree = OmegaConf.merge(OmegaConf.structured(Config), stored)
+        return OmegaConf.to_container(OmegaConf.load(path))
     except YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except OmegaConfBaseException as error:
         raise _explained(error, str(path)) from None
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read: {_first_line(error)}.") from None
+
+
+def build(
+    body: Any, where: str, overrides: Sequence[str] = (), *, start: tuple[str, ModelConfig] | None = None
+) -> Config:
+    """As `load`, from what a file holds; `where` begins error messages."""
+    try:
+        _check_form(body, Config, "", where)
+        tree = OmegaConf.merge(OmegaConf.structured(Config), body)
+    except OmegaConfBaseException as error:
+        raise _explained(error, where) from None
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -169,7 +190,7 @@ def load(source: str | Path, overrides: Sequence[str] = (), *, start: tuple[str,
     try:
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
-        raise _explained(error, str(path)) from None
+        raise _explained(error, where) from None
     assert isinstance(config, Config)
     if start is not None:
         config.start, shape = start
@@ -182,23 +203,23 @@ def load(source: str | Path, overrides: Sequence[str] = (), *, start: tuple[str,
     return config
 
 
-def shipped() -> list[Path]:
-    """Configurations that come with vspdf."""
-    return sorted(Path(__file__).parent.glob("configs/*.yaml"))
+def shipped(folder: str = "configs") -> list[Path]:
+    """Configurations, or what else is in a folder of YAML files, that come with vspdf."""
+    return sorted(Path(__file__).parent.glob(f"{folder}/*.yaml"))
 
 
-def find_config(source: str | Path) -> Path:
+def find_config(source: str | Path, folder: str = "configs", what: str = "configuration") -> Path:
     """Path of a configuration given by path or by the name of one that ships with vspdf."""
     path = Path(source)
     if path.is_file():
         return path
-    ours = {file.stem: file for file in shipped()}
+    ours = {file.stem: file for file in shipped(folder)}
     if str(source) in ours:
         return ours[str(source)]
     if path.is_dir():
-        raise UserError(f"{path} is a folder; a configuration is a YAML file.")
+        raise UserError(f"{path} is a folder; a {what} is a YAML file.")
     near = [*ours, *(str(file) for file in path.parent.glob("*.yaml"))]
-    raise UserError(f"no configuration '{source}': neither a file nor one that ships.{did_you_mean(str(source), near)}")
+    raise UserError(f"no {what} '{source}': neither a file nor one that ships.{did_you_mean(str(source), near)}")
 
 
 def to_yaml(config: Config) -> str:
@@ -317,6 +338,8 @@ def resolve(config: Config) -> None:
         )
     fraction = config.data.validation_fraction
     _require(0 < fraction < 1, f"data.validation_fraction must lie between 0 and 1, is {fraction}.")
+    test = config.data.test_fraction
+    _require(0 <= test < 1 - fraction, f"data.test_fraction must lie in [0, {1 - fraction:.4g}), is {test}.")
     _require(
         bool(re.fullmatch(r"\w[\w.-]*", config.name)), f"name = '{config.name}' must be usable as a folder's name."
     )

@@ -1,12 +1,14 @@
 """Text, held-out documents, the token cache, and one deterministic order of training samples.
 
-A corpus is a list of documents. Some whole documents are held out for validation, chosen by their content, so every
-seed sees the same split. Tokens are made once and kept in a memory-mapped cache file. Training windows come in an order
-that depends on the seed and on one global sample index alone, so batch size, phases and resumption do not alter it.
+A corpus is a list of documents. Some whole documents are held out for validation, and for a test where one is asked
+for, chosen by their content, so every seed sees the same split. Tokens are made once and kept in a memory-mapped cache
+file. Training windows come in an order that depends on the seed and on one global sample index alone, so batch size,
+phases and resumption do not alter it.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -19,7 +21,7 @@ import sysconfig
 import zlib
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -273,8 +275,34 @@ def held_out(keys: np.ndarray, sizes: np.ndarray, fraction: float) -> np.ndarray
     return chosen[group]
 
 
+TRAIN, VALIDATION, TEST = range(3)
+
+
+def split(keys: np.ndarray, sizes: np.ndarray, validation: float, test: float = 0.0) -> np.ndarray:
+    """Which part each document belongs to: those for the test are chosen like those for validation, from what is left.
+
+    Validation documents are the same with and without a test part.
+
+    Returns
+    -------
+    ndarray, shape (documents,), uint8
+        `TRAIN`, `VALIDATION` or `TEST`.
+
+    Raises
+    ------
+    ValueError
+        If there are not as many different documents as parts.
+    """
+    parts = held_out(keys, sizes, validation).astype(np.uint8)
+    if test:
+        rest = parts == TRAIN
+        share = min(test * sizes.sum() / sizes[rest].sum(), 1 - 1e-9)  # below all of it: something is left to train on
+        parts[rest] = TEST * held_out(keys[rest], sizes[rest], share)
+    return parts
+
+
 # --- The token cache -------------------------------------------------------------------------------------------------
-# One file: training tokens, validation tokens, then a JSON footer, its checksum and length, and a magic word.
+# One file: training, validation and test tokens, then a JSON footer, its checksum and length, and a magic word.
 
 _MAGIC = b"vspdftk1"
 _TAIL = struct.Struct("<IQ8s")
@@ -286,6 +314,7 @@ class _Tokens:
 
     train: np.ndarray
     validation: np.ndarray
+    test: np.ndarray  # empty where the split has no test
     tokenizer: Tokenizer
     sha256: str
 
@@ -310,14 +339,17 @@ def _read_cache(path: Path, key: str) -> _Tokens:
     footer = json.loads(encoded)
     if footer["key"] != key:
         raise _Damaged("belongs to another corpus")
-    dtype, n_train, n_validation = np.dtype(footer["dtype"]), footer["train_tokens"], footer["validation_tokens"]
-    if (n_train + n_validation) * dtype.itemsize != size - _TAIL.size - length:
+    dtype = np.dtype(footer["dtype"])
+    # Files of before there was a test part say nothing of it.
+    ends = np.cumsum([footer["train_tokens"], footer["validation_tokens"], footer.get("test_tokens", 0)])
+    if int(ends[-1]) * dtype.itemsize != size - _TAIL.size - length:
         raise _Damaged("is truncated")
-    tokens = np.memmap(path, dtype, mode="r", shape=(n_train + n_validation,))
+    tokens = np.memmap(path, dtype, mode="r", shape=(int(ends[-1]),))
     if _sha256(tokens) != footer["sha256"]:
         raise _Damaged("is damaged")
     tokenizer = Tokenizer.from_json(footer["tokenizer"], footer["tokenizer_name"])
-    return _Tokens(tokens[:n_train], tokens[n_train:], tokenizer, footer["sha256"])
+    train, validation, test, _ = np.split(tokens, ends)
+    return _Tokens(train, validation, test, tokenizer, footer["sha256"])
 
 
 def _sha256(tokens: np.ndarray) -> str:
@@ -327,37 +359,39 @@ def _sha256(tokens: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _write_cache(path: Path, key: str, batches: Iterator[tuple[list[str], list[bool]]], tokenizer: Tokenizer) -> None:
+def _write_cache(path: Path, key: str, batches: Iterator[tuple[list[str], list[int]]], tokenizer: Tokenizer) -> None:
     """Tokenise what `_batches` yields into `path`, whole or not at all."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     end = np.array([tokenizer.end_of_document], dtype)
-    # Both streams begin with an end of document, so that the first token of every document has something to follow.
-    digest, validation, n_train = hashlib.sha256(end.tobytes()), [end], 1
+    # A stream begins with an end of document, so that the first token of every document has something to follow.
+    digest, n_train = hashlib.sha256(end.tobytes()), 1
+    held: dict[int, list[np.ndarray]] = {VALIDATION: [end], TEST: []}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:
             file.write(end.tobytes())
-            for texts, sides in batches:
-                for text, for_validation, ids in zip(texts, sides, tokenizer.encode_batch(texts), strict=True):
+            for texts, parts in batches:
+                for text, part, ids in zip(texts, parts, tokenizer.encode_batch(texts), strict=True):
                     if tokenizer.bytes_per_token[ids].sum() != len(text.encode()):
                         raise UserError(
                             f"Tokenizer {tokenizer.name} alters the text {text[:40]!r}: expected one that keeps it."
                         )
                     stream = np.append(ids, tokenizer.end_of_document).astype(dtype)
-                    if for_validation:
-                        validation.append(stream)
+                    if part != TRAIN:
+                        held[part].extend([stream] if held[part] else [end, stream])
                     else:
                         file.write(stream.tobytes())
                         digest.update(stream.tobytes())
                         n_train += len(stream)
-            for stream in validation:
+            for stream in (*held[VALIDATION], *held[TEST]):
                 file.write(stream.tobytes())
                 digest.update(stream.tobytes())
             footer = {
                 "key": key,
                 "dtype": dtype.str,
                 "train_tokens": n_train,
-                "validation_tokens": sum(map(len, validation)),
+                "validation_tokens": sum(map(len, held[VALIDATION])),
+                "test_tokens": sum(map(len, held[TEST])),
                 "sha256": digest.hexdigest(),
                 "tokenizer_name": tokenizer.name,
                 "tokenizer": tokenizer.to_json(),
@@ -371,8 +405,8 @@ def _write_cache(path: Path, key: str, batches: Iterator[tuple[list[str], list[b
         temporary.unlink(missing_ok=True)
 
 
-def _batches(corpus: Corpus, keys: np.ndarray, held: np.ndarray) -> Iterator[tuple[list[str], list[bool]]]:
-    """Documents by some megabytes, each with whether it is held out; makes sure that they are those of the survey."""
+def _batches(corpus: Corpus, keys: np.ndarray, parts: np.ndarray) -> Iterator[tuple[list[str], list[int]]]:
+    """Documents by some megabytes, each with the part it belongs to; makes sure that they are those of the survey."""
     texts: list[str] = []
     start = size = number = 0
     for number, (name, text) in enumerate(corpus, 1):
@@ -381,13 +415,13 @@ def _batches(corpus: Corpus, keys: np.ndarray, held: np.ndarray) -> Iterator[tup
         texts.append(text)
         size += len(text)
         if size > 4 * _MEBIBYTE:
-            yield texts, held[start:number].tolist()
+            yield texts, parts[start:number].tolist()
             texts, start, size = [], number, 0
     if number < len(keys):
         raise UserError(
             f"Corpus '{corpus.name}' changed while it was read ({len(keys) - number} documents less): start again."
         )
-    yield texts, held[start:].tolist()
+    yield texts, parts[start:].tolist()
 
 
 def _cached_tokens(folder: Path, key: str, make: Callable[[Path], None]) -> _Tokens:
@@ -441,6 +475,10 @@ def prepare(config: DataConfig, sequence_length: int, seed: int) -> Dataset:
         raise UserError(f"seed is {seed}: expected 0 or more.")
     if not 0 < config.validation_fraction < 1:
         raise UserError(f"data.validation_fraction is {config.validation_fraction}: expected between 0 and 1.")
+    if not 0 <= config.test_fraction < 1 - config.validation_fraction:
+        raise UserError(
+            f"data.test_fraction is {config.test_fraction}: expected at least 0, and less than 1 with validation."
+        )
     tokenizer_key, make_tokenizer = tokenizer_maker(config.tokenizer)
     corpus = load_documents(config)
     survey = _Survey.of(corpus)
@@ -449,29 +487,37 @@ def prepare(config: DataConfig, sequence_length: int, seed: int) -> Dataset:
         raise UserError(f"Corpus '{corpus.name}' is empty: expected text.")
     if n_bytes + len(survey.sizes) <= sequence_length:  # no tokenizer makes more tokens than bytes
         raise _too_short(corpus.name, f"{n_bytes} bytes", sequence_length)
-    if len(set(survey.keys.tolist())) < 2:
+    distinct = len(set(survey.keys.tolist()))
+    if distinct < 2:
         raise UserError(
             f"Corpus '{corpus.name}' is a single document of {n_bytes} bytes: expected at least two different ones, "
             "one to train on and one to hold out."
         )
-    held = held_out(survey.keys, survey.sizes, config.validation_fraction)
+    try:
+        parts = split(survey.keys, survey.sizes, config.validation_fraction, config.test_fraction)
+    except ValueError:
+        raise UserError(
+            f"Corpus '{corpus.name}' has {distinct} different documents, and validation leaves less than two of them: "
+            "expected more, or data.test_fraction=0."
+        ) from None
 
-    def batches() -> Iterator[tuple[list[str], list[bool]]]:
-        return _batches(corpus, survey.keys, held)
+    def batches() -> Iterator[tuple[list[str], list[int]]]:
+        return _batches(corpus, survey.keys, parts)
 
     def make(path: Path) -> None:
         log.info("Tokenising %s (%.1f MB) with %s.", corpus.name, n_bytes / 1e6, config.tokenizer)
-        training = (text for texts, sides in batches() for text, out in zip(texts, sides, strict=True) if not out)
+        training = (text for texts, of in batches() for text, part in zip(texts, of, strict=True) if part == TRAIN)
         _write_cache(path, key, batches(), make_tokenizer(training))
 
-    parts = [survey.sha256, tokenizer_key, hashlib.sha256(held.tobytes()).hexdigest()]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    of_tokens = [survey.sha256, tokenizer_key, hashlib.sha256(parts.tobytes()).hexdigest()]
+    key = hashlib.sha256(json.dumps(of_tokens).encode()).hexdigest()
     folder = user_cache() / "tokens" if config.cache_dir is None else Path(config.cache_dir).expanduser()
     tokens = _cached_tokens(folder, key, make)
     if len(tokens.train) <= sequence_length:
         raise _too_short(corpus.name, f"{len(tokens.train)} training tokens", sequence_length)
 
-    def side(documents: np.ndarray, stream: np.ndarray) -> dict[str, int]:
+    def side(part: int, stream: np.ndarray) -> dict[str, int]:
+        documents = parts == part
         return {
             "documents": int(documents.sum()),
             "bytes": int(survey.sizes[documents].sum()),
@@ -479,11 +525,13 @@ def prepare(config: DataConfig, sequence_length: int, seed: int) -> Dataset:
         }
 
     manifest: dict[str, Any] = {
-        "corpus": {"name": corpus.name, "sha256": survey.sha256, "documents": len(held), "bytes": n_bytes},
+        "corpus": {"name": corpus.name, "sha256": survey.sha256, "documents": len(parts), "bytes": n_bytes},
         "tokenizer": {"name": tokens.tokenizer.name, "vocab_size": tokens.tokenizer.vocab_size},
-        "train": side(~held, tokens.train),
-        "validation": side(held, tokens.validation),
+        "train": side(TRAIN, tokens.train),
+        "validation": side(VALIDATION, tokens.validation),
     }
+    if config.test_fraction:
+        manifest["test"] = side(TEST, tokens.test)
     if corpus.python:
         manifest["corpus"]["python"] = corpus.python
     return Dataset(tokens, manifest, sequence_length, seed, config.repeat)
@@ -561,9 +609,9 @@ class Dataset(Samples):
     end : None
         No token ends an answer: text goes on.
     manifest : dict
-        `corpus` (name, sha256, documents, bytes; python for "stdlib"), `tokenizer` (name, vocab_size), `train` and
-        `validation` (documents, bytes, tokens), `samples`, and `order`: a hash that is equal where the same tokens come
-        in the same order.
+        `corpus` (name, sha256, documents, bytes; python for "stdlib"), `tokenizer` (name, vocab_size), `train`,
+        `validation` and, where there is one, `test` (documents, bytes, tokens), `samples`, and `order`: a hash that is
+        equal where the same tokens come in the same order.
     """
 
     end: int | None = None
@@ -610,6 +658,20 @@ class Dataset(Samples):
             row[:] = stream[window * t : window * t + t + 1]
         tensor = torch.from_numpy(both)
         return tensor[:, :-1].contiguous(), tensor[:, 1:].contiguous()
+
+    def for_test(self) -> Dataset:
+        """The same with the test's documents in the place of those for validation.
+
+        Raises
+        ------
+        UserError
+            If there are none.
+        """
+        if not len(self._tokens.test):
+            raise UserError("there is no test text: data.test_fraction is 0.")
+        other = copy.copy(self)
+        other._tokens = replace(self._tokens, validation=self._tokens.test)
+        return other
 
     def validation_batches(self, batch_size: int, max_tokens: int = 0) -> Iterator[ValidationBatch]:
         """Held-out text in a fixed order, every token of it a target once.

@@ -11,6 +11,10 @@ class UserError(ValueError):
     """Bad input. The command line prints the message alone and exits with status 2."""
 
 
+class Diverged(UserError):
+    """A loss or gradient that is not finite: training cannot go on from here."""
+
+
 class BackendUnavailable(RuntimeError):
     """A backend that was asked for by name cannot run here; the message says what is missing and how to get it."""
 

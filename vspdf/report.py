@@ -232,11 +232,11 @@ def write(folders: Sequence[Path], output: Path | None = None) -> Path:
     UserError
         As `read`, or if the file cannot be written.
     """
-    page = render(read(folders))
+    text = render(read(folders))
     output = output or (folders[0] if len(folders) == 1 else Path()) / "report.html"
     draft = output.with_name(f".{output.name}.draft")
     try:
-        draft.write_text(page, encoding="utf-8")
+        draft.write_text(text, encoding="utf-8")
         draft.replace(output)
     except OSError as error:
         draft.unlink(missing_ok=True)
@@ -269,8 +269,13 @@ def render(runs: Sequence[Run]) -> str:
         for run in runs:
             inside = "".join(_parts_of(run))
             body.append(f'<details class="run"><summary><h2>{escape(run.label)}</h2></summary>{inside}</details>')
-    page = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    return page.substitute(title=escape(title), body="\n".join(body))
+    return page(title, body)
+
+
+def page(title: str, body: Sequence[str]) -> str:
+    """A whole page, styles and all, around the HTML of its sections."""
+    template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    return template.substitute(title=escape(title), body="\n".join(body))
 
 
 def _parts_of(run: Run) -> list[str]:
@@ -309,12 +314,14 @@ def _arms(runs: Sequence[Run]) -> list[Arm]:
 # -- sections ---------------------------------------------------------------------------------------------------------
 
 
-def _section(title: str, content: str, note: str = "") -> str:
+def section(title: str, content: str, note: str = "") -> str:
+    """A part of a page: heading, HTML, and a note in small print."""
     note = f'<p class="note">{note}</p>' if note else ""
     return f"<section><h2>{escape(title)}</h2>{content}{note}</section>"
 
 
-def _figure(svg: str, caption: str = "") -> str:
+def figure(svg: str, caption: str = "") -> str:
+    """A chart with its caption."""
     return f"<figure>{svg}{f'<figcaption>{caption}</figcaption>' if caption else ''}</figure>"
 
 
@@ -356,9 +363,9 @@ def _measure(runs: Iterable[Run]) -> tuple[str, str]:
 def _losses(arms: Sequence[Arm]) -> str:
     runs = [run for arm in arms for run in arm.runs]
     if not any(run.lines for run in runs):
-        return _section("Loss", "<p>No step was logged yet.</p>")
+        return section("Loss", "<p>No step was logged yet.</p>")
     key, name = _measure(runs)
-    charts = "".join(_figure(_loss_chart(arms, axis, key, name)) for axis in AXES)
+    charts = "".join(figure(_loss_chart(arms, axis, key, name)) for axis in AXES)
     entries = [(arm.name, i) for i, arm in enumerate(arms)]
     averaged = max(-(-len(run.lines) // POINTS) for run in runs)
     pale = f"mean of {averaged} logged steps each" if averaged > 1 else "each logged step"
@@ -367,12 +374,12 @@ def _losses(arms: Sequence[Arm]) -> str:
         notes.append("Dashed: a switch to the next phase. Shaded: the sparser a phase, the darker.")
     notes.append("Training time is that of the steps alone, without evaluations and dense steps measured beside them.")
     head = legend(entries) if len(arms) > 1 else ""
-    return _section("Loss", f'{head}<div class="grid3">{charts}</div>', " ".join(notes))
+    return section("Loss", f'{head}<div class="grid3">{charts}</div>', " ".join(notes))
 
 
 def _loss_chart(arms: Sequence[Arm], axis: Axis, key: str, name: str) -> str:
     what, unit, value = axis
-    divisor, prefix = _scale(max(value(run.lines[-1]) for arm in arms for run in arm.runs if run.lines), unit)
+    divisor, prefix = scale(max(value(run.lines[-1]) for arm in arms for run in arm.runs if run.lines), unit)
     series: list[Series] = []
     bands: list[Band] = []
     shown: list[float] = []
@@ -420,8 +427,8 @@ def _flops(run: Run) -> str:
     bars = [
         Bar(
             "as if dense" if column == "dense" else column,
-            [(f"{p['name']}: {_si(p['flops'][column])}", p["flops"][column], i) for i, p in enumerate(run.phases)],
-            f"{_si(totals[column])}, {totals[column] / totals['dense']:.1%}",
+            [(f"{p['name']}: {si(p['flops'][column])}", p["flops"][column], i) for i, p in enumerate(run.phases)],
+            f"{si(totals[column])}, {totals[column] / totals['dense']:.1%}",
         )
         for column in _COLUMNS
     ]  # fmt: skip
@@ -429,8 +436,8 @@ def _flops(run: Run) -> str:
     saved = run.summary.get("flops_saved_fraction_by_convention") or {}
     rows = "".join(f"<tr><td>{escape(name)}</td><td>{fraction:.1%}</td></tr>" for name, fraction in saved.items())
     table = f"<table><tr><th>counted by convention</th><th>saved</th></tr>{rows}</table>" if rows else ""
-    return _section(
-        "FLOPs", f'<div class="grid2">{_figure(chart)}<div>{table}</div></div>',
+    return section(
+        "FLOPs", f'<div class="grid2">{figure(chart)}<div>{table}</div></div>',
         "Dense: as if no weight were masked. Useful: kept weights only. Executed: what the kernels really multiplied, "
         "padding included; a product that ran dense counts dense. Conventions are arithmetic over the planned phases.",
     )  # fmt: skip
@@ -439,9 +446,7 @@ def _flops(run: Run) -> str:
 def _time(run: Run) -> str:
     phases = [phase for phase in run.phases if phase["time_fractions"]]
     if not phases:
-        return (
-            _section("Where a step's time goes", "<p>Not known before the first checkpoint.</p>") if run.lines else ""
-        )
+        return section("Where a step's time goes", "<p>Not known before the first checkpoint.</p>") if run.lines else ""
     parts = [part for part in _PARTS if any(part in phase["time_fractions"] for phase in phases)]
     parts += sorted({part for phase in phases for part in phase["time_fractions"]} - {*parts})
     bars = [
@@ -461,8 +466,8 @@ def _time(run: Run) -> str:
         for i, part in enumerate(parts)
     )
     table = f"<table><tr><th>part</th>{head}</tr>{rows}</table>"
-    chart = _figure(bar_chart(bars, title="Where a step's time goes"))
-    return _section(
+    chart = figure(bar_chart(bars, title="Where a step's time goes"))
+    return section(
         "Where a step's time goes", f'<div class="grid2">{chart}<div>{table}</div></div>',
         "The second step of each phase, under the profiler: operators' own time on all threads.",
     )  # fmt: skip
@@ -475,7 +480,7 @@ def _timed(run: Run) -> list[dict[str, Any]]:
 def _speed(run: Run) -> str:
     phases = _timed(run)
     if not phases:
-        return _section(
+        return section(
             "Step speed-up", "<p>Not measured: there was no sparse phase with dense steps timed beside it "
             "(train.measure_dense).</p>",
         ) if run.lines else ""  # fmt: skip
@@ -495,8 +500,8 @@ def _speed(run: Run) -> str:
         bars = [Bar(name, [(name, value, colour)], f"{value:.2f}x", span) for name, value, colour, span in rows]
         seconds = f"{phase['dense_step_seconds_median']:.3g} s"
         chart = bar_chart(bars, title=f"Step speed-up, {phase['name']}")
-        charts.append(_figure(chart, f"{escape(phase['name'])}; a dense step takes {seconds}"))
-    return _section(
+        charts.append(figure(chart, f"{escape(phase['name'])}; a dense step takes {seconds}"))
+    return section(
         "Step speed-up", f'<div class="grid2">{"".join(charts)}</div>',
         "Measured beside a dense step on the same batch, at its best thread count; the whisker spans all pairs. "
         + _wafer_note(run),
@@ -515,7 +520,7 @@ def _wafer_note(run: Run) -> str:
 
 def _masks(run: Run) -> str:
     if not run.patterns:
-        return _section("Masks", "<p>No layer was sparse: every weight was trained from the first step.</p>")
+        return section("Masks", "<p>No layer was sparse: every weight was trained from the first step.</p>")
     rows: dict[str, dict[str, Pattern]] = {}
     for name, pattern in run.patterns.items():
         block = re.fullmatch(r"(.*?\.\d+)\.(.+)", name)
@@ -535,10 +540,10 @@ def _masks(run: Run) -> str:
         full = f"{next(iter(rows))}.{name}".rstrip(".")
         caption = f"{escape(full)}: first {crop.shape[0]} outputs, {crop.shape[1]} inputs; {crop.mean():.1%} kept"
         alt = f"mask of {escape(full)}"
-        pictures.append(_figure(f'<img class="mask" src="{source}" alt="{alt}">', caption))
+        pictures.append(figure(f'<img class="mask" src="{source}" alt="{alt}">', caption))
     kept = sum(pattern.nnz for pattern in run.patterns.values())
     numel = sum(pattern.numel for pattern in run.patterns.values())
-    return _section(
+    return section(
         "Masks", f'<div class="masks">{"".join(pictures)}</div>{table}',
         f"Sparsity by layer and masks as drawn at the first step: {kept:,} of {numel:,} weights are kept. In the "
         "pictures a dot is a kept weight.",
@@ -558,17 +563,17 @@ def _revived(run: Run) -> str:
     if not run.patterns:
         return ""
     if len(run.config.phases) == 1:
-        return _section(title, "<p>None: the run has one phase, so no masked weight was ever trained.</p>")
+        return section(title, "<p>None: the run has one phase, so no masked weight was ever trained.</p>")
     if run.checkpoint is None:
-        return _section(title, "<p>Not known before the first checkpoint.</p>")
+        return section(title, "<p>Not known before the first checkpoint.</p>")
     if run.state["phase"] == 0:
-        return _section(
+        return section(
             title, f"<p>None at the last checkpoint (step {run.state['step']:,}): the first phase was not over.</p>"
         )
     kept, revived = _magnitudes(run.checkpoint / "model.safetensors", run.patterns)
     moved = revived[revived > 0]
     if not (moved.size and kept.any()):
-        return _section(
+        return section(
             title, f"<p>There is nothing to compare at the last checkpoint (step {run.state['step']:,}).</p>"
         )
     logs = [np.log10(values[values > 0]) for values in (kept, moved)]
@@ -593,8 +598,8 @@ def _revived(run: Run) -> str:
     table = f"<table><tr><th></th><th>kept</th><th>revived</th><th>ratio</th></tr>{body}</table>"
     zero = f"{1 - moved.size / revived.size:.1%} of the revived are zero still. " if moved.size < revived.size else ""
     head = legend([(s.name, s.colour) for s in series])
-    return _section(
-        title, f'{head}<div class="grid2">{_figure(chart)}<div>{table}</div></div>',
+    return section(
+        title, f'{head}<div class="grid2">{figure(chart)}<div>{table}</div></div>',
         f"Magnitudes at step {run.state['step']:,}. A revived weight starts at zero when its phase begins, so its "
         f"magnitude is how far it moved. {zero}{revived.size:,} revived and {kept.size:,} kept weights were looked at.",
     )  # fmt: skip
@@ -651,7 +656,7 @@ def _facts(run: Run) -> str:
     for sample in run.summary.get("samples", []):
         blocks.append((f"Text it wrote after '{sample['phase']}'", f"<pre>{escape(sample['text'])}</pre>"))
     inside = "".join(f"<details><summary>{escape(t)}</summary>{content}</details>" for t, content in blocks)
-    return _section("Details", inside, "" if run.summary else "Hardware and versions are noted when the run finishes.")
+    return section("Details", inside, "" if run.summary else "Hardware and versions are noted when the run finishes.")
 
 
 def _table(runs: Sequence[Run]) -> str:
@@ -674,7 +679,7 @@ def _table(runs: Sequence[Run]) -> str:
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     heads = "".join(f"<th>{cell}</th>" for cell in head)
     table = f'<div class="scroll"><table id="figures"><tr>{heads}</tr>{body}</table></div>'
-    return _section("Figures by phase", f'{table}<button id="copy" type="button">Copy table</button>')
+    return section("Figures by phase", f'{table}<button id="copy" type="button">Copy table</button>')
 
 
 # -- comparison -------------------------------------------------------------------------------------------------------
@@ -693,16 +698,16 @@ def _comparison(arms: Sequence[Arm]) -> str:
     title = "Comparison"
     order = _same_order(runs)
     if len({run.manifest["corpus"]["sha256"] for run in runs}) > 1:
-        return _section(title, order, "The corpora differ, so losses are not compared.")
+        return section(title, order, "The corpora differ, so losses are not compared.")
     if not all(run.evaluations for run in runs):
-        return _section(title, order, "Losses are compared once every run has been evaluated.")
+        return section(title, order, "Losses are compared once every run has been evaluated.")
     key, name = _measure(runs)
     head = ["<th>run</th>"]
     cells: dict[str, list[str]] = {arm.name: [] for arm in arms}
     pairs: dict[str, list[str]] = {arm.name: [] for arm in arms[1:]}
     for axis in AXES:
         budget = min(axis[2](run.evaluations[-1]) for run in runs)
-        divisor, unit = _scale(budget, axis[1])
+        divisor, unit = scale(budget, axis[1])
         head.append(f"<th>at equal {axis[0]}<br><small>{budget / divisor:.3g} {unit}</small></th>")
         for arm in arms:
             cells[arm.name].append(_spread([at(run, axis, budget, key) for run in arm.runs]))
@@ -737,7 +742,7 @@ def _comparison(arms: Sequence[Arm]) -> str:
     machines = {json.dumps(run.summary.get("hardware"), sort_keys=True) for run in runs}
     if len(machines) > 1:
         notes.append("<b>Hardware or threads differ, or are not known yet: equal time means little.</b>")
-    return _section(title, order + table, " ".join(notes))
+    return section(title, order + table, " ".join(notes))
 
 
 def _same_order(runs: Sequence[Run]) -> str:
@@ -778,7 +783,8 @@ def _spread(values: Sequence[float | None], form: str = ".4f") -> str:
 # -- words ------------------------------------------------------------------------------------------------------------
 
 
-def _scale(value: float, unit: str) -> tuple[float, str]:
+def scale(value: float, unit: str) -> tuple[float, str]:
+    """Divisor and unit that suit a value: seconds, FLOPs or a count."""
     if unit == "s":
         return (3600.0, "h") if value >= 7200 else (60.0, "min") if value >= 120 else (1.0, "s")
     divisor, prefix = scaled(value)
@@ -788,7 +794,8 @@ def _scale(value: float, unit: str) -> tuple[float, str]:
     return divisor, {1e9: "billions", 1e6: "millions", 1e3: "thousands", 1.0: "count"}[divisor]
 
 
-def _si(flops: float) -> str:
+def si(flops: float) -> str:
+    """FLOPs in words."""
     divisor, prefix = scaled(flops)
     return f"{flops / divisor:.3g} {prefix}FLOP"
 
@@ -799,7 +806,7 @@ def _count(value: float) -> str:
 
 
 def _clock(seconds: float) -> str:
-    divisor, unit = _scale(seconds, "s")
+    divisor, unit = scale(seconds, "s")
     return f"{seconds / divisor:.3g} {unit}"
 
 

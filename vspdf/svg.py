@@ -196,6 +196,47 @@ def bar_chart(bars: Sequence[Bar], *, title: str) -> str:
     return "".join(out) + "</svg>"
 
 
+def interval_chart(rows: Sequence[tuple[str, float, tuple[float, float] | None]], *, title: str, x_label: str) -> str:
+    """Means with their intervals about a line at zero, a row each.
+
+    Parameters
+    ----------
+    rows : sequence of (name, mean, interval)
+        An interval that does not hold zero is drawn in the first colour, others are muted.
+
+    Returns
+    -------
+    str
+        An ``<svg>`` element.
+    """
+    row, edges = 40, [0.0]
+    for _, mean, span in rows:
+        edges.extend((mean, *(span or ())))
+    margin = (max(edges) - min(edges)) * 0.06 or 0.5
+    x0, x1 = min(edges) - margin, max(edges) + margin
+
+    def px(x: float) -> float:
+        return 8 + (x - x0) / (x1 - x0) * (WIDTH - 16)
+
+    bottom = row * len(rows) + 6
+    out = [_opening(title, bottom + BOTTOM), f'<path class="muted switch" d="M{px(0):.1f} 0V{bottom}"/>']
+    for i, (name, mean, span) in enumerate(rows):
+        y = i * row + 28
+        tone = colour(0) if span and not span[0] <= 0 <= span[1] else "muted"
+        words = f"{mean:+.4f}" + (f" ({span[0]:+.4f} to {span[1]:+.4f})" if span else "")
+        out.append(f'<text x="2" y="{y - 12}">{escape(name)}</text>')
+        out.append(f'<g class="{tone}"><title>{escape(f"{name}: {words}")}</title>')
+        if span:
+            a, b = (px(edge) for edge in span)
+            out.append(f'<path class="line" d="M{a:.1f} {y - 4}v8M{a:.1f} {y}H{b:.1f}M{b:.1f} {y - 4}v8"/>')
+        out.append(f'<circle cx="{px(mean):.1f}" cy="{y}" r="3.6" fill="currentColor"/></g>')
+    out.append(f'<path class="axis" d="M8 {bottom}H{WIDTH - 8}"/>')
+    for x in ticks(x0, x1, 4):
+        out.append(f'<text class="muted" x="{px(x):.1f}" y="{bottom + 16}" {_MIDDLE}>{_plain(x)}</text>')
+    out.append(f'<text class="muted" x="{WIDTH / 2}" y="{bottom + 34}" {_MIDDLE}>{escape(x_label)}</text>')
+    return "".join(out) + "</svg>"
+
+
 def legend(entries: Sequence[tuple[str, int]]) -> str:
     """Coloured names, as HTML that wraps."""
     items = (f'<span class="key"><i class="{colour(index)}"></i>{escape(name)}</span>' for name, index in entries)

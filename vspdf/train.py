@@ -31,7 +31,7 @@ from vspdf import checkpoint, hub, info, ledger, pairs, schedule
 from vspdf import config as configuration
 from vspdf.config import Config, PhaseConfig
 from vspdf.data import Dataset, prepare
-from vspdf.errors import Interrupted, UserError
+from vspdf.errors import Diverged, Interrupted, UserError
 from vspdf.evaluate import Evaluation, autocast, evaluate
 from vspdf.files import write_whole
 from vspdf.generate import Decoding, generate
@@ -195,7 +195,7 @@ class _Run:
             stored = configuration.load(self.folder / "config.yaml")
             if self.config.model.vocab_size is None:
                 self.config.model.vocab_size = stored.model.vocab_size
-            for key, (old, new) in _differences(
+            for key, (old, new) in differences(
                 configuration.to_dict(stored), configuration.to_dict(self.config)
             ).items():
                 if key == "train.threads":
@@ -452,7 +452,7 @@ class _Run:
         if not math.isfinite(value):
             saved = self.saved_step
             kept = f"the checkpoint of step {saved} is intact" if saved else "no checkpoint was written yet"
-            raise UserError(
+            raise Diverged(
                 f"the {what} of step {self.step + 1} is {value}: training stopped, {kept}. Lower optimizer.lr?"
             )
 
@@ -704,17 +704,18 @@ def _part(key: str, shapes: Any, vocab_size: int) -> str:
     return "rest"
 
 
-def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Settings in which two configurations differ, by dotted key: (in a, in b)."""
     found: dict[str, tuple[Any, Any]] = {}
     for key in sorted({*a, *b}):
         old, new = a.get(key), b.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found.update(_differences(old, new, f"{prefix}{key}."))
+            found.update(differences(old, new, f"{prefix}{key}."))
         elif isinstance(old, list) and isinstance(new, list):
             if len(old) != len(new):
                 return {prefix + key: (f"a list of {len(old)}", f"one of {len(new)}")}
             for i, (x, y) in enumerate(zip(old, new, strict=True)):
-                found.update(_differences(x, y, f"{prefix}{key}.{i}."))
+                found.update(differences(x, y, f"{prefix}{key}.{i}."))
         elif old != new:
             found[prefix + key] = (old, new)
     return found

@@ -1,0 +1,1 @@
+"""Studies that ship with vspdf: `vspdf compare NAME`."""
