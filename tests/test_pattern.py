@@ -141,3 +141,33 @@ def test_threads_get_one_object():
         with ThreadPoolExecutor(4) as pool:
             made = list(pool.map(lambda _, m=mask, b=start: (b.wait(), Pattern.from_mask(m))[1], range(4)))
         assert len(set(map(id, made))) == 1
+
+
+def test_topk_keeps_the_largest_and_of_equal_ones_the_first():
+    weight = torch.tensor([[0.1, -5.0, 2.0], [2.0, -2.0, 0.0]])
+    assert Pattern.topk(weight, 0.5).mask().tolist() == [[False, True, True], [True, False, False]]
+    assert Pattern.topk(weight, 0.0).nnz == 6 and Pattern.topk(weight, 1.0).nnz == 0
+    weight = torch.randn(13, 29)
+    pattern = Pattern.topk(weight, 0.7)
+    kept, masked = weight.abs()[pattern.mask()], weight.abs()[~pattern.mask()]
+    assert pattern.nnz == kept_count(13 * 29, 0.7) and kept.min() >= masked.max()
+
+
+def test_a_checkerboard_is_one_at_half_and_even_elsewhere():
+    board = Pattern.checkerboard((4, 6), 0.5).mask()
+    i, j = torch.meshgrid(torch.arange(4), torch.arange(6), indexing="ij")
+    assert torch.equal(board, (i + j) % 2 == 1)
+    for sparsity in (0.0, 0.3, 0.9, 1.0):
+        pattern = Pattern.checkerboard((40, 50), sparsity)
+        assert pattern.nnz == kept_count(2000, sparsity)
+        for counts in (pattern.mask().sum(0), pattern.mask().sum(1)):
+            assert counts.max() - counts.min() <= 2
+
+
+@pytest.mark.parametrize(
+    "numel, sparsity, rounded, truncated", [(100, 0.9, 10, 9), (100, 0.5, 50, 50), (7, 0.75, 2, 1)]
+)
+def test_two_ways_to_count_what_is_kept(numel, sparsity, rounded, truncated):
+    assert kept_count(numel, sparsity) == rounded and kept_count(numel, sparsity, truncate=True) == truncated
+    for make in (Pattern.random, Pattern.checkerboard):
+        assert make((1, numel), sparsity, truncate=True).nnz == truncated

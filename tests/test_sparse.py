@@ -452,3 +452,67 @@ def test_set_sparsity_refuses_to_drop_and_changes_nothing():
     assert {name: layer.pattern for name, layer in sparse_layers(model).items()} == patterns
     with pytest.raises(UserError, match=r"moments = 'kep' is not known. Did you mean 'keep'"):
         vspdf.set_sparsity(model, 0.1, moments="kep")
+
+
+# -- which weights are kept -------------------------------------------------------------------------------------------
+
+
+def test_init_methods_on_every_family(family):
+    name, made = family
+    dense = {n: p.detach().clone() for n, p in made.named_parameters()}
+    for method in ("topk", "checkerboard"):
+        model = copy.deepcopy(made)
+        patterns = vspdf.sparsify(model, 0.7, init_method=method)
+        assert len(patterns) == 2 * LAYERS_EACH[name]
+        for layer, pattern in patterns.items():
+            weight = dense[f"{layer}.weight"]
+            weight = weight.T if isinstance(made.get_submodule(layer), Conv1D) else weight
+            expected = Pattern.topk(weight, 0.7) if method == "topk" else Pattern.checkerboard(pattern.shape, 0.7)
+            assert pattern is expected
+    model = copy.deepcopy(made)
+    before = vspdf.sparsify(model, 0.7, seed=3)
+    vspdf.densify(model)
+    assert vspdf.sparsify(model, 0.1, init_method="from_zeros") == before
+
+
+def test_from_zeros_leaves_a_matrix_without_zeros_dense(caplog):
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight[0] = 0
+    with caplog.at_level(logging.WARNING):
+        assert set(vspdf.sparsify(model, 0.5, init_method="from_zeros")) == {"2"}
+    assert "'0' stays dense: none of its weights is zero" in caplog.text
+
+
+def test_an_unknown_init_method_is_refused():
+    with pytest.raises(UserError, match=r"init_method 'top-k' is not known. Did you mean 'topk'\?"):
+        vspdf.sparsify(mlp(), 0.5, init_method="top-k")
+
+
+class Int8Linear(nn.Linear):
+    """As quantising libraries do it: a subclass that multiplies otherwise."""
+
+
+class Packed(torch.Tensor):
+    """As others do it: a weight of a tensor class of its own."""
+
+
+def test_quantised_layers_are_skipped_with_a_word(caplog):
+    model = nn.Sequential(nn.Linear(8, 8), Int8Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[2].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
+    model[3].weight = nn.Parameter(torch.randn(8, 8).as_subclass(Packed))
+    with caplog.at_level(logging.WARNING):
+        assert set(vspdf.sparsify(model, 0.5)) == {"0"}
+    assert "'1' stays dense: Int8Linear is a kind of its own" in caplog.text
+    assert "'2' stays dense: its weight is a Parameter of torch.int8 (quantised?)" in caplog.text
+    assert "'3' stays dense: its weight is a Packed of torch.float32" in caplog.text
+
+
+def test_layers_densify_at_their_own_pace():
+    model = mlp()
+    vspdf.sparsify(model, {"0": 0.9, "2": 0.8})
+    before = vspdf.set_sparsity(model, {"2": 0.5})
+    assert set(before) == {"2"} and model[0].pattern.sparsity == pytest.approx(0.9)
+    assert model[2].pattern.sparsity == pytest.approx(0.5) and model[2].pattern.issuperset(before["2"])
+    with pytest.raises(UserError, match=r"'3' matches no sparse layer"):
+        vspdf.set_sparsity(model, {"3": 0.5})

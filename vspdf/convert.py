@@ -101,7 +101,7 @@ def _finalize_file(source: Path, target: Path) -> dict[str, Any]:
         raise UserError(f"'{target}': expected a file ending in .safetensors or {', '.join(foreign.PICKLES)}.")
     with new_whole(target) as draft:
         if target.suffix == ".safetensors":
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft)
+            save_file(foreign.unshared(tensors), draft)
         else:
             torch.save(tree, draft)
     return {

@@ -98,6 +98,20 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     raise UserError(f"'{folder}' holds no model.safetensors and no pytorch_model.bin.")
 
 
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, each with memory of its own, as safetensors wants them."""
+    seen: set[int] = set()
+    alone: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        alone[name] = tensor
+    return alone
+
+
 def flatten(tree: Any, prefix: str = "") -> dict[str, Tensor]:
     """Tensors of nested dicts, lists and tuples, by dotted name."""
     if isinstance(tree, Tensor):
@@ -150,7 +164,8 @@ def finalize(tensors: Mapping[str, Tensor], where: str = "the checkpoint") -> Fi
             later[name] = tensor
     for name, tensor in later.items():
         nan = torch.isnan(tensor)
-        if not any(mask.shape == nan.shape and torch.equal(mask, ~nan) for mask in masks.values()):
+        state = name.rsplit(".", 1)[-1] not in ("weight", "bias")
+        if not state or not any(mask.shape == nan.shape and torch.equal(mask, ~nan) for mask in masks.values()):
             raise UserError(
                 f"{where}: '{name}' is NaN at {int(nan.sum())} of {nan.numel()} positions, and no mask explains it."
             )

@@ -21,8 +21,10 @@ _alive: weakref.WeakValueDictionary[str, Pattern] = weakref.WeakValueDictionary(
 _making = threading.Lock()
 
 
-def kept_count(numel: int, sparsity: float) -> int:
+def kept_count(numel: int, sparsity: float, truncate: bool = False) -> int:
     """Number of kept weights: ``numel − round(sparsity · numel)``, Python's round of the exact product.
+
+    With `truncate` it is ``int((1 − sparsity) · numel)`` in binary floating point, as the Cerebras stack counts now.
 
     Raises
     ------
@@ -31,6 +33,8 @@ def kept_count(numel: int, sparsity: float) -> int:
     """
     if not 0 <= sparsity <= 1:
         raise UserError(f"sparsity must lie in [0, 1], not {sparsity}.")
+    if truncate:
+        return int((1 - sparsity) * numel)
     # The decimal as written (0.9), not its binary neighbour, so that ties round as on paper.
     return numel - round(Fraction(repr(float(sparsity))) * numel)
 
@@ -102,7 +106,7 @@ class Pattern:
         return self
 
     @classmethod
-    def random(cls, shape: tuple[int, int], sparsity: float, seed: int = 0) -> Pattern:
+    def random(cls, shape: tuple[int, int], sparsity: float, seed: int = 0, *, truncate: bool = False) -> Pattern:
         """Static random unstructured mask of ``numel − round(sparsity · numel)`` weights (SPDF, arXiv:2303.10464).
 
         Parameters
@@ -111,6 +115,8 @@ class Pattern:
         sparsity : float in [0, 1]
         seed : int
             The same seed, shape and sparsity give the same mask.
+        truncate : bool
+            How kept weights are counted, see `kept_count`.
 
         Raises
         ------
@@ -119,7 +125,7 @@ class Pattern:
         """
         shape = _sides(shape)
         numel = shape[0] * shape[1]
-        keep = kept_count(numel, sparsity)
+        keep = kept_count(numel, sparsity, truncate)
         mask = np.zeros(numel, dtype=bool)
         mask[np.random.default_rng(seed).choice(numel, keep, replace=False, shuffle=False)] = True
         return cls(shape, np.packbits(mask, bitorder="little"))
@@ -137,6 +143,38 @@ class Pattern:
         if array.ndim != 2 or array.dtype != np.bool_:
             raise UserError(f"a mask must be a boolean matrix [out, in], got {array.dtype} of shape {array.shape}.")
         return cls((array.shape[0], array.shape[1]), np.packbits(array.reshape(-1), bitorder="little"))
+
+    @classmethod
+    def topk(cls, weight: torch.Tensor, sparsity: float, *, truncate: bool = False) -> Pattern:
+        """Positions of the largest magnitudes of a matrix [out_features, in_features]; of equal ones the first.
+
+        Raises
+        ------
+        UserError
+            If `sparsity` is outside [0, 1].
+        """
+        shape = _sides((weight.shape[0], weight.shape[1]))
+        keep = kept_count(weight.numel(), sparsity, truncate)
+        mask = np.zeros(weight.numel(), dtype=bool)
+        mask[np.argsort(-weight.detach().abs().float().cpu().numpy().reshape(-1), kind="stable")[:keep]] = True
+        return cls(shape, np.packbits(mask, bitorder="little"))
+
+    @classmethod
+    def checkerboard(cls, shape: tuple[int, int], sparsity: float, *, truncate: bool = False) -> Pattern:
+        """Positions at equal distances, each row shifted by one against the row above: at 50 % a chessboard.
+
+        Raises
+        ------
+        UserError
+            If `sparsity` is outside [0, 1] or a side is below 1.
+        """
+        rows, columns = shape = _sides(shape)
+        numel = rows * columns
+        keep = kept_count(numel, sparsity, truncate)
+        i = np.arange(numel, dtype=np.int64)
+        even = ((i + 1) * keep // numel > i * keep // numel).reshape(shape)
+        turned = (np.arange(columns) + np.arange(rows)[:, None]) % columns
+        return cls(shape, np.packbits(np.take_along_axis(even, turned, axis=1).reshape(-1), bitorder="little"))
 
     def grow(self, sparsity: float, seed: int = 0) -> Pattern:
         """This pattern plus random positions, until its sparsity is `sparsity`; no position is dropped.

@@ -24,6 +24,7 @@ log = logging.getLogger("vspdf")
 
 # Output heads of the common architectures: an unembedding is never sparsified, tied or not.
 UNEMBEDDINGS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out", "output_projection", "*.unembed", "unembed")
+INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard")
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -204,15 +205,18 @@ def sparsify(
     seed: int = 0,
     include: str | Iterable[str] = "*",
     exclude: str | Iterable[str] = (),
+    init_method: str = "random",
+    truncate: bool = False,
     rescale: bool = False,
     backend: str = "auto",
     optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, Pattern]:
-    """Replaces linear layers of any model, in place, by sparse ones with static random masks.
+    """Replaces linear layers of any model, in place, by sparse ones with static masks.
 
-    Takes every `nn.Linear` and transformers' `Conv1D`, except unembeddings (by name, `UNEMBEDDINGS`) and subclasses,
-    which may use their weight in ways of their own. Layers whose weight is tied or frozen are skipped with a logged
-    warning. Embeddings and norms are never touched. Kept weights keep their values; biases stay the same parameters.
+    Takes every `nn.Linear` and transformers' `Conv1D`, except unembeddings (by name, `UNEMBEDDINGS`). Layers whose
+    weight is tied, frozen or quantised and subclasses, which may use their weight in ways of their own, are skipped
+    with a logged warning. Embeddings and norms are never touched. Kept weights keep their values; biases stay the same
+    parameters.
 
     Parameters
     ----------
@@ -222,6 +226,11 @@ def sparsify(
     seed : int
         Together with a layer's name gives its mask.
     include, exclude : globs over module names, one or several
+    init_method : {"random", "topk", "from_zeros", "checkerboard"}
+        Which weights are kept: at random, the largest, those that are not zero (whatever the sparsity), or evenly
+        spread ones. Patterns given in the mapping are taken as they are.
+    truncate : bool
+        How kept weights are counted: ``numel − round(sparsity · numel)``, or ``int((1 − sparsity) · numel)``.
     rescale : bool
         Density-aware init (SµPar, arXiv:2405.15743): multiply kept weights by ``1/sqrt(density)``. For a model that was
         only just initialised.
@@ -237,9 +246,11 @@ def sparsify(
     Raises
     ------
     UserError
-        If a sparsity is outside [0, 1), a pattern does not fit, or a glob or the whole call matches no layer. The model
-        is then as it was.
+        If a sparsity is outside [0, 1), `init_method` is unknown, a pattern does not fit, or a glob or the
+        whole call matches no layer. The model is then as it was.
     """
+    if init_method not in INIT_METHODS:
+        raise UserError(f"init_method '{init_method}' is not known.{did_you_mean(init_method, INIT_METHODS)}")
     rules = dict(sparsity) if isinstance(sparsity, Mapping) else {"*": sparsity}
     for glob, amount in rules.items():
         if not isinstance(amount, Pattern) and not 0 <= amount < 1:
@@ -261,21 +272,30 @@ def sparsify(
         if not any(fnmatchcase(name, glob) for name, _ in model.named_modules()):
             raise UserError(f"'{glob}' matches no module.{did_you_mean(glob, linears)}")
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not _is_linear(module) and not _matches(name, UNEMBEDDINGS):
+            log.warning("sparsify: '%s' stays dense: %s is a kind of its own.", name, type(module).__name__)
     layers: dict[str, SparseLinear] = {}
     for name, module in linears.items():
         amount = next((rule for glob, rule in rules.items() if fnmatchcase(name, glob)), 0.0)
         if not _matches(name, include) or _matches(name, exclude) or (not isinstance(amount, Pattern) and amount == 0):
             continue
         weight = module.weight
-        assert isinstance(weight, nn.Parameter)
-        if uses[id(weight)] > 1:
+        assert isinstance(weight, Tensor)
+        if type(weight) is not nn.Parameter or not weight.is_floating_point():
+            what = f"{type(weight).__name__} of {weight.dtype}"
+            log.warning("sparsify: '%s' stays dense: its weight is a %s (quantised?).", name, what)
+        elif uses[id(weight)] > 1:
             log.warning("sparsify: '%s' stays dense: its weight is tied to another module's.", name)
         elif not weight.requires_grad:
             log.warning("sparsify: '%s' stays dense: its weight is frozen (requires_grad is False).", name)
         else:
             if not isinstance(amount, Pattern):
-                out_features, in_features = reversed(weight.shape) if _is_conv1d(module) else weight.shape
-                amount = Pattern.random((out_features, in_features), amount, seed=_layer_seed(seed, name))
+                dense = weight.detach().T if _is_conv1d(module) else weight.detach()
+                amount = _draw(dense, amount, init_method, _layer_seed(seed, name), truncate)
+                if init_method == "from_zeros" and amount.nnz == amount.numel:
+                    log.warning("sparsify: '%s' stays dense: none of its weights is zero.", name)
+                    continue
             layers[name] = SparseLinear.from_linear(module, amount, backend=backend)
     for name, layer in layers.items():
         module, pattern = linears[name], layer.pattern
@@ -288,6 +308,18 @@ def sparsify(
         _carry(optimizer, module.weight, layer.values, gather)
         _replace(model, module, layer)
     return {name: layer.pattern for name, layer in layers.items()}
+
+
+def _draw(weight: Tensor, sparsity: float, method: str, seed: int, truncate: bool) -> Pattern:
+    """Pattern of a layer with the dense `weight` [out_features, in_features]."""
+    if method == "topk":
+        return Pattern.topk(weight, sparsity, truncate=truncate)
+    if method == "from_zeros":
+        return Pattern.from_mask(weight != 0)
+    shape = (weight.shape[0], weight.shape[1])
+    if method == "checkerboard":
+        return Pattern.checkerboard(shape, sparsity, truncate=truncate)
+    return Pattern.random(shape, sparsity, seed=seed, truncate=truncate)
 
 
 def _carry(
@@ -313,7 +345,7 @@ def _carry(
 
 def set_sparsity(
     model: nn.Module,
-    sparsity: float,
+    sparsity: float | Mapping[str, float],
     optimizer: torch.optim.Optimizer | None = None,
     *,
     seed: int = 0,
@@ -321,8 +353,9 @@ def set_sparsity(
 ) -> dict[str, Pattern]:
     """Densifies every sparse layer, in place, down to `sparsity`: adds random positions, never drops any.
 
-    New weights are zeros that learn; kept weights and, with ``moments="keep"``, their optimizer state stay. At 0 layers
-    stay sparse layers with a full pattern; `densify` goes back to dense classes.
+    `sparsity` may be a mapping from glob over module names to sparsity: the first match counts, layers that match none
+    stay as they are. New weights are zeros that learn; kept weights and, with ``moments="keep"``, their optimizer state
+    stay. At 0 layers stay sparse layers with a full pattern; `densify` goes back to dense classes.
 
     Returns
     -------
@@ -338,9 +371,18 @@ def set_sparsity(
     layers = sparse_layers(model)
     if not layers:
         raise UserError("set_sparsity found no sparse layer: call vspdf.sparsify(model, ...) first.")
-    grown = {name: layer.pattern.grow(sparsity, seed=_layer_seed(seed, name)) for name, layer in layers.items()}
+    rules = sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}
+    for glob in rules:
+        if not any(fnmatchcase(name, glob) for name in layers):
+            raise UserError(f"'{glob}' matches no sparse layer.{did_you_mean(glob, layers)}")
+    grown = {
+        name: layer.pattern.grow(amount, seed=_layer_seed(seed, name))
+        for name, layer in layers.items()
+        if (amount := next((rule for glob, rule in rules.items() if fnmatchcase(name, glob)), None)) is not None
+    }
     before = {}
-    for name, layer in layers.items():
+    for name in grown:
+        layer = layers[name]
         old, old_values = layer.pattern, layer.values
         spread = lambda t, a=old, b=grown[name]: scatter(t, a, inside=b)  # noqa: E731
         values = nn.Parameter(spread(old_values.detach()), old_values.requires_grad)
