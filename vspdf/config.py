@@ -11,6 +11,8 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -20,6 +22,9 @@ from yaml import YAMLError
 
 from vspdf import ledger
 from vspdf.errors import UserError, did_you_mean
+
+SCHEDULES = ("constant", "linear", "exp", "power", "cosine", "cycling")
+INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard")
 
 
 @dataclass
@@ -56,6 +61,8 @@ class DataConfig:
     length: int | None = None  # tokens of a context with its completion; default and limit: model.sequence_length
     overlong: str = "refuse"  # what is longer: "refuse", "cut" (the end of the context) or "drop"
     lower_relations: bool = False  # of triples, as the preparation script of the LoRA paper does for DART
+    # Where the stream of samples begins; default 0, and after init_from where that run stopped, if it had this text
+    first_sequence: int | None = None
     cache_dir: str | None = None  # default: vspdf's folder in the user's cache
 
 
@@ -73,10 +80,19 @@ class OptimizerConfig:
 
 @dataclass
 class PhaseConfig:
-    """One stage of training at one sparsity. Give `steps` or `tokens`."""
+    """One stage of training, at one sparsity or densifying in steps. Give `steps` or `tokens`."""
 
     name: str | None = None  # default: "sparse 90 %" or "dense"
-    sparsity: float = 0.0
+    sparsity: float = 0.0  # at the phase's start
+    # How it falls within the phase: "constant", "linear", "exp" (density grows by a factor), "power" (cubic), "cosine",
+    # or "cycling" through `levels`; weights are only ever added
+    schedule: str = "constant"
+    sparsity_end: float | None = None  # from the last update on; default 0, for a schedule that is not constant
+    levels: list[float] = field(default_factory=list)  # of "cycling", e.g. [0.9, 0.75, 0.5, 0]
+    update_every: int | None = None  # steps between updates; default: ten updates, or one per level
+    layers: dict[str, float] = field(default_factory=dict)  # glob over layers to sparsity, the first match counts
+    init_method: str = "random"  # of the first masks: "random", "topk", "from_zeros" or "checkerboard"
+    count: str = "round"  # kept weights: numel − round(s·numel); "truncate": int((1−s)·numel), as the Cerebras stack
     steps: int | None = None
     tokens: int | None = None
     lr: float | None = None  # peak; default optimizer.lr
@@ -118,6 +134,7 @@ class Config:
 
     name: str = "run"
     run_dir: str | None = None  # default runs/NAME
+    init_from: str | None = None  # a run, checkpoint or Hugging Face folder whose weights (and moments) to start from
     seed: int = 0
     start: str | None = None  # fine-tuning: the checkpoint or Hugging Face folder that it begins with
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -332,6 +349,8 @@ def resolve(config: Config) -> None:
         value = getattr(optimizer, key)
         _require(0 <= value < math.inf, f"optimizer.{key} must not be negative, is {value}.")
     _require(config.seed >= 0, f"seed must not be negative, is {config.seed}.")
+    first = config.data.first_sequence
+    _require(first is None or first >= 0, f"data.first_sequence must not be negative, is {first}.")
     for key in ("beta1", "beta2"):
         _require(
             0 <= getattr(optimizer, key) < 1, f"optimizer.{key} must lie in [0, 1), not {getattr(optimizer, key)}."
@@ -361,6 +380,7 @@ def _resolve_task(config: Config) -> None:
     )
     if data.path is None:
         return
+    _require(config.init_from is None, "init_from is for pre-training; fine-tuning names its checkpoint first.")
     _require(config.start is not None, "data.path is for fine-tuning: vspdf finetune CHECKPOINT CONFIG data.path=FILE.")
     _one_of("data.format", data.format, ("auto", "dart", "webnlg", "e2e", "jsonl"))
     _one_of("data.overlong", data.overlong, ("refuse", "cut", "drop"))
@@ -403,15 +423,109 @@ def resolve_model(model: ModelConfig) -> None:
     _require(0 < model.init_std < math.inf, f"model.init_std must be positive, not {model.init_std}.")
 
 
-def _resolve_phase(config: Config, i: int, phase: PhaseConfig) -> None:
-    key, previous = f"phases.{i}", config.phases[i - 1] if i else None
+# The layers of our GPT that can be sparse, and their weights in units of d² and d·d_ff.
+_LAYERS = {"attn.c_attn": (3, 0), "attn.c_proj": (1, 0), "mlp.c_fc": (0, 1), "mlp.c_proj": (0, 1)}
+
+
+def layer_sparsities(model: ModelConfig, phase: PhaseConfig, sparsity: float | None = None) -> dict[str, float]:
+    """Sparsity of each layer in a phase, or where the phase's own has come to be `sparsity`."""
+    amount = phase.sparsity if sparsity is None else sparsity
+    names = [f"h.{i}.{name}" for i in range(model.n_layer or 0) for name in _LAYERS]
+    return {name: next((s for glob, s in phase.layers.items() if fnmatchcase(name, glob)), amount) for name in names}
+
+
+def mean_sparsity(model: ModelConfig, phase: PhaseConfig, sparsity: float | None = None) -> float:
+    """Sparsity over all weights of those layers."""
+    if not phase.layers:
+        return phase.sparsity if sparsity is None else sparsity
+    assert model.d_model and model.d_ff
+    masked = total = 0.0
+    for name, amount in layer_sparsities(model, phase, sparsity).items():
+        squares, wide = _LAYERS[name.split(".", 2)[2]]
+        weights = squares * model.d_model**2 + wide * model.d_model * model.d_ff
+        masked, total = masked + amount * weights, total + weights
+    return masked / total
+
+
+def _end(phase: PhaseConfig) -> float:
+    return phase.sparsity if phase.sparsity_end is None else phase.sparsity_end
+
+
+def resolve_amounts(model: ModelConfig, key: str, phase: PhaseConfig, previous: PhaseConfig | None) -> None:
+    """Fills in, in place, the sparsities of a phase, and checks that no weight is dropped within it or at its start.
+
+    Raises
+    ------
+    UserError
+        Naming the setting under `key`.
+    """
+    _one_of(f"{key}.schedule", phase.schedule, SCHEDULES)
+    _one_of(f"{key}.init_method", phase.init_method, INIT_METHODS)
+    _one_of(f"{key}.count", phase.count, ("round", "truncate"))
+    assert phase.steps is not None
+    cycling = phase.schedule == "cycling"
+    _require(cycling or not phase.levels, f"{key}.levels belong to schedule: cycling, not to {phase.schedule}.")
+    if cycling:
+        _require(bool(phase.levels), f"{key}.levels: schedule: cycling needs them, e.g. [0.9, 0.75, 0.5, 0].")
+        for level in phase.levels:
+            _require(0 <= level < 1, f"{key}.levels must lie in [0, 1), not {level}.")
+        phase.sparsity, phase.sparsity_end = phase.levels[0], min(phase.levels)
     _require(0 <= phase.sparsity < 1, f"{key}.sparsity must lie in [0, 1), not {phase.sparsity}.")
+    if phase.schedule == "constant":
+        _require(
+            phase.sparsity_end in (None, phase.sparsity) and phase.update_every is None,
+            f"{key}: sparsity_end and update_every need a schedule that is not constant, e.g. linear.",
+        )
+    else:
+        phase.sparsity_end = 0.0 if phase.sparsity_end is None else phase.sparsity_end
+        _require(
+            0 <= phase.sparsity_end <= phase.sparsity,
+            f"{key}.sparsity_end = {phase.sparsity_end} must lie between 0 and sparsity = {phase.sparsity}: "
+            "weights are only ever added.",
+        )
+        _require(not phase.layers, f"{key}: layers with sparsities of their own need schedule: constant.")
+        if phase.update_every is None:
+            phase.update_every = -(-phase.steps // (len(phase.levels) or 10))
+        _require(
+            1 <= phase.update_every < phase.steps,
+            f"{key}.update_every = {phase.update_every} must lie between 1 and the phase's {phase.steps} steps.",
+        )
+        _require(
+            phase.revived_warmup <= phase.update_every,
+            f"{key}.revived_warmup = {phase.revived_warmup} must end before the next update, after "
+            f"{phase.update_every} steps.",
+        )
+        if cycling:
+            seen = [phase.levels[k % len(phase.levels)] for k in range(-(-phase.steps // phase.update_every))]
+            rises = next(((a, b) for a, b in pairwise(seen) if b > a), None)
+            _require(
+                rises is None,
+                f"{key}.levels go from {rises[0] if rises else 0} up to {rises[1] if rises else 0}: that would drop "
+                "weights, and weights are only ever added (dropping and growing anew is not offered).",
+            )
+    for glob, amount in phase.layers.items():
+        _require(0 <= amount < 1, f"{key}.layers: the sparsity of '{glob}' must lie in [0, 1), not {amount}.")
+        names = list(layer_sparsities(model, phase))
+        _require(
+            any(fnmatchcase(name, glob) for name in names),
+            f"{key}.layers: '{glob}' matches no layer.{did_you_mean(glob, names)}",
+        )
     _require(
-        previous is None or phase.sparsity <= previous.sparsity,
-        f"{key}.sparsity = {phase.sparsity} is above the phase before ({previous.sparsity if previous else 0}): "
+        previous is None or bool(phase.layers or previous.layers) or phase.sparsity <= _end(previous),
+        f"{key}.sparsity = {phase.sparsity} is above the phase before ({_end(previous) if previous else 0}): "
         "weights are only ever added.",
     )
-    phase.name = phase.name or (f"sparse {phase.sparsity:.4g}" if phase.sparsity else "dense")
+    if previous and (phase.layers or previous.layers):
+        old = layer_sparsities(model, previous, _end(previous))
+        for name, amount in layer_sparsities(model, phase).items():
+            _require(
+                amount <= old[name],
+                f"{key}: layer '{name}' would go from sparsity {old[name]} to {amount}: weights are only ever added.",
+            )
+
+
+def _resolve_phase(config: Config, i: int, phase: PhaseConfig) -> None:
+    key, previous = f"phases.{i}", config.phases[i - 1] if i else None
     phase.batch_size = config.train.batch_size if phase.batch_size is None else phase.batch_size
     _require(phase.batch_size >= 1, f"{key}.batch_size must be at least 1, not {phase.batch_size}.")
     step_tokens = phase.batch_size * (config.data.length or config.model.sequence_length)  # type: ignore[operator]
@@ -428,6 +542,8 @@ def _resolve_phase(config: Config, i: int, phase: PhaseConfig) -> None:
         phase.batch_size % micro == 0,
         f"train.micro_batch_size = {micro} does not divide {key}.batch_size = {phase.batch_size}.",
     )
+    resolve_amounts(config.model, key, phase, previous)
+    phase.name = phase.name or (f"sparse {phase.sparsity:.4g}" if phase.sparsity else "dense")
     _one_of(f"{key}.decay", phase.decay, ("linear", "cosine", "constant"))
     _one_of(f"{key}.moments", phase.moments, ("keep", "reset"))
     phase.lr = config.optimizer.lr if phase.lr is None else phase.lr

@@ -263,7 +263,9 @@ def plan(
         config.phases = [PhaseConfig(sparsity=s, steps=n, lr_multiple=multiple) for s, n in stages if n]
         configuration.resolve(config)
     if time:
-        run.measure([phase.sparsity for phase in config.phases])
+        run.measure([
+            configuration.mean_sparsity(config.model, p, s.sparsity) for p in config.phases for s in schedule.stages(p)
+        ])  # fmt: skip
 
     def stage(name: str, s: float, steps: int, tokens: int) -> Stage:
         flops = ledger.training_flops(shape, [(s, tokens)], convention=convention, causal=causal)
@@ -273,7 +275,13 @@ def plan(
     return Plan(
         name, shape, convention, causal,
         stage("dense run", 0.0, dense_steps, dense_steps * step_tokens), baseline,
-        [stage(p.name or "", p.sparsity, p.steps or 0, p.tokens or 0) for p in config.phases],
+        [
+            stage(f"{p.name} {s.sparsity:.4g}" if len(schedule.stages(p)) > 1 else p.name or "",
+                  configuration.mean_sparsity(config.model, p, s.sparsity),
+                  s.steps, s.steps * (p.tokens or 0) // (p.steps or 1))
+            for p in config.phases
+            for s in schedule.stages(p)
+        ],
         config, run.calibration, run.notes,
     )  # fmt: skip
 

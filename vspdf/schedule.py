@@ -25,6 +25,62 @@ def learning_rate(phase: PhaseConfig, step: int) -> float:
     return peak + (phase.lr_end - peak) * progress
 
 
+class Stage(NamedTuple):
+    """A stretch of a phase at one sparsity, from `start` (a step of the phase) for `steps`."""
+
+    start: int
+    steps: int
+    sparsity: float
+
+
+def stages(phase: PhaseConfig) -> list[Stage]:
+    """The stretches of a phase: one where its schedule is constant, else one per update that changes its sparsity.
+
+    With u from 0 at the first update to 1 at the last, the sparsity s goes from a to b as: linear, a + (b − a)u; exp,
+    1 − s grows by equal factors; power, b + (a − b)(1 − u)³ (arXiv:1710.01878); cosine, b + (a − b)(1 + cos πu)/2;
+    cycling, the levels one after the other.
+    """
+    assert phase.steps is not None
+    if phase.schedule == "constant":
+        return [Stage(0, phase.steps, phase.sparsity)]
+    assert phase.update_every is not None
+    starts = range(0, phase.steps, phase.update_every)
+    found: list[Stage] = []
+    for k, start in enumerate(starts):
+        steps = min(phase.update_every, phase.steps - start)
+        amount = _amount(phase, k, len(starts) - 1)
+        if found and found[-1].sparsity == amount:
+            found[-1] = found[-1]._replace(steps=found[-1].steps + steps)
+        else:
+            found.append(Stage(start, steps, amount))
+    return found
+
+
+def stage_at(phase: PhaseConfig, step: int) -> int:
+    """Which of its stages a step of a phase falls into."""
+    return sum(stage.start <= step for stage in stages(phase)) - 1
+
+
+def _amount(phase: PhaseConfig, k: int, last: int) -> float:
+    """Sparsity after update `k` of a phase, the first being 0."""
+    a, b = phase.sparsity, phase.sparsity_end
+    assert b is not None
+    if phase.schedule == "cycling":
+        return phase.levels[k % len(phase.levels)]
+    if k == last:
+        return b
+    u = k / last
+    if phase.schedule == "linear":
+        s = a + (b - a) * u
+    elif phase.schedule == "exp":
+        s = 1 - (1 - a) * ((1 - b) / (1 - a)) ** u
+    elif phase.schedule == "power":
+        s = b + (a - b) * (1 - u) ** 3
+    else:
+        s = b + (a - b) * (1 + math.cos(math.pi * u)) / 2
+    return round(s, 12)
+
+
 class Position(NamedTuple):
     """Where a step falls: phase index, step within the phase, and sequences consumed before it (the global count)."""
 

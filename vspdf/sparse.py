@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from vspdf.config import INIT_METHODS
 from vspdf.errors import UserError, did_you_mean
 from vspdf.kernels import ops, reference
 from vspdf.kernels.ops import sparse_linear
@@ -24,7 +25,6 @@ log = logging.getLogger("vspdf")
 
 # Output heads of the common architectures: an unembedding is never sparsified, tied or not.
 UNEMBEDDINGS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out", "output_projection", "*.unembed", "unembed")
-INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard")
 
 
 def _is_conv1d(module: nn.Module) -> bool:

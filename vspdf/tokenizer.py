@@ -144,6 +144,10 @@ class Tokenizer:
         """The content of a tokenizer.json."""
         return self._model.to_str()
 
+    def same_vocabulary(self, other: Tokenizer) -> bool:
+        """Whether each id stands for the same token in both."""
+        return self._model.get_vocab(with_added_tokens=True) == other._model.get_vocab(with_added_tokens=True)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a tokenizer.json."""
         Path(path).write_text(self.to_json(), encoding="utf-8")

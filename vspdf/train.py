@@ -38,6 +38,7 @@ from vspdf.generate import Decoding, generate
 from vspdf.kernels import dispatch
 from vspdf.ledger import Count, Tally
 from vspdf.model import GPT
+from vspdf.pattern import Pattern, kept_count
 from vspdf.simulator import estimates, machine
 from vspdf.sparse import RevivedWarmup, densify, set_sparsity, sparse_layers, sparsify
 from vspdf.tokenizer import Tokenizer
@@ -142,7 +143,6 @@ class _Run:
         config.model.vocab_size = vocabulary
         self.shape = configuration.model_shape(config.model)
         self.total_steps = sum(phase.steps or 0 for phase in config.phases)
-        self.data.check(sum((phase.steps or 0) * (phase.batch_size or 0) for phase in config.phases))
         self.model: GPT = (
             begun[0]
             if begun
@@ -150,7 +150,7 @@ class _Run:
         )
         self.optimizer: torch.optim.Optimizer | None = None
         self.revived: RevivedWarmup | None = None
-        self.phase = -1  # the one whose form the model has
+        self.phase, self.stage = -1, 0  # the ones whose form the model has
         self.step = 0  # global steps done
         self.seconds = 0.0  # wall clock, evaluation and checkpoints included
         self.records = [PhaseRecord() for _ in config.phases]
@@ -158,6 +158,10 @@ class _Run:
         self.saved_step: int | None = None
         self.stop_signal: int | None = None
         self._twin: _DenseTwin | None = None
+        if config.init_from and not resume:
+            self._begin_from(config.init_from)
+        self.first = config.data.first_sequence = config.data.first_sequence or 0
+        self.data.check(self.first + schedule.position(config.phases, self.total_steps).samples)
         if resume:
             self._restore()
         else:
@@ -195,6 +199,8 @@ class _Run:
             stored = configuration.load(self.folder / "config.yaml")
             if self.config.model.vocab_size is None:
                 self.config.model.vocab_size = stored.model.vocab_size
+            if self.config.data.first_sequence is None:
+                self.config.data.first_sequence = stored.data.first_sequence
             for key, (old, new) in differences(
                 configuration.to_dict(stored), configuration.to_dict(self.config)
             ).items():
@@ -228,6 +234,39 @@ class _Run:
                     continue
         write_whole(path, "".join(kept))
 
+    def _begin_from(self, source: str) -> None:
+        """Takes over weights, masks, moments and the place in the data of another run, or the weights of a folder."""
+        config = self.config
+        loaded = hub.load(source, config.train.backend)
+        old = loaded.state
+        for key, value in asdict(self.shape).items():
+            if (theirs := old["model"][key]) != value:
+                raise UserError(f"init_from '{source}': its model.{key} is {theirs}, here it is {value}.")
+        if old["activation"] != config.model.activation:
+            raise UserError(f"init_from '{source}' needs model.activation={old['activation']}.")
+        if loaded.tokenizer is None:
+            log.warning("init_from '%s' has no tokenizer: data.tokenizer is taken to be its own.", source)
+        elif not loaded.tokenizer.same_vocabulary(self.data.tokenizer):
+            raise UserError(
+                f"init_from '{source}' was trained with the tokenizer {loaded.tokenizer.name}, whose vocabulary is not "
+                f"that of data.tokenizer = '{config.data.tokenizer}'."
+            )
+        self.model = loaded.model
+        if hub.kind(Path(source)) == "checkpoint":
+            _, _, moments = checkpoint.read(checkpoint.resolve(Path(source)))
+            moments = {name: t for name, t in moments.items() if not name.startswith("revived:")}
+            if moments and config.phases[0].moments == "keep":
+                self.optimizer = self._new_optimizer(config.phases[0])
+                checkpoint.load_optimizer_tensors(self.model, self.optimizer, moments)
+        ours = (self.data.manifest["corpus"], config.data.validation_fraction, config.seed)
+        same_text = (old.get("corpus"), old.get("validation_fraction"), old.get("seed")) == ours
+        if config.data.first_sequence is None and same_text:
+            config.data.first_sequence = old["sequences"]
+        where = f", its data from sequence {config.data.first_sequence}" if config.data.first_sequence else ""
+        self.say(
+            f"starting from {source} (step {old['step']}), {'with' if self.optimizer else 'without'} moments{where}"
+        )
+
     def _restore(self) -> None:
         folder = self.folder / "checkpoints"
         if not checkpoint.checkpoints(folder):
@@ -248,6 +287,9 @@ class _Run:
         checkpoint.fit(self.model, tensors, self.config.train.backend)
         dispatch.pin(state["kernel_choices"])
         self.step, self.phase, self.seconds = state["step"], state["phase"], state["seconds"]
+        self.stage = schedule.stage_at(
+            self.config.phases[self.phase], schedule.position(self.config.phases, self.step - 1).step
+        )
         self.samples = state["samples"]
         self.records = [PhaseRecord.from_json(body) for body in state["records"]]
         self.optimizer = self._new_optimizer(self.config.phases[self.phase])
@@ -274,6 +316,9 @@ class _Run:
             "corpus": self.data.manifest["corpus"],
             "task": {"lower_relations": self.config.data.lower_relations} if self.config.start else None,
             "phase": self.phase,
+            "seed": self.config.seed,
+            "validation_fraction": self.config.data.validation_fraction,
+            "sequences": self.first + schedule.position(self.config.phases, self.step).samples,
             "seconds": self.seconds,
             "samples": self.samples,
             "records": [record.to_json() for record in self.records],
@@ -291,48 +336,90 @@ class _Run:
 
     def _enter(self, index: int) -> None:
         """Brings the model into the form of a phase."""
-        phase, train = self.config.phases[index], self.config.train
-        current = self.config.phases[self.phase].sparsity if self.phase >= 0 else 0.0
-        before = None
-        if self.phase < 0:
-            if phase.sparsity:
+        phase, first = self.config.phases[index], self.phase < 0
+        if first and not sparse_layers(self.model):
+            amounts = configuration.layer_sparsities(self.config.model, phase)
+            if wanted := {name: amount for name, amount in amounts.items() if amount}:
                 sparsify(
-                    self.model, phase.sparsity, seed=self.config.seed, rescale=phase.s_mu_par, backend=train.backend
-                )
-                self._export_patterns()
-        elif phase.sparsity < current:
-            if phase.sparsity:
-                before = set_sparsity(self.model, phase.sparsity, self.optimizer, seed=self.config.seed + index)
-            else:
-                before = densify(self.model, self.optimizer)
+                    self.model, wanted, seed=self.config.seed, init_method=phase.init_method,
+                    truncate=phase.count == "truncate", rescale=phase.s_mu_par and not self.config.init_from,
+                    backend=self.config.train.backend, optimizer=self.optimizer,
+                )  # fmt: skip
+            before: dict[str, Pattern] = {}
+        else:
+            before = self._grow(phase, index, 0)
+        if first and sparse_layers(self.model):
+            self._export_patterns()
         if self.optimizer is not None and phase.moments == "reset":
             self.optimizer.state.clear()
-        if before and phase.revived_warmup:
-            self.revived = RevivedWarmup(self.model, before, phase.revived_warmup)
-        else:
-            self.revived = None
-            if before and (phase.beta2 or 0) > 0.98:
-                log.warning(
-                    "phase '%s' revives weights under beta2 = %s: without revived_warmup (50-100 steps) "
-                    "the loss may spike.",
-                    phase.name,
-                    phase.beta2,
+        self.phase, self.stage = index, 0
+        if before and not phase.revived_warmup and (phase.beta2 or 0) > 0.98:
+            log.warning(
+                "phase '%s' revives weights under beta2 = %s: without revived_warmup (50-100 steps) the loss may "
+                "spike.",
+                phase.name,
+                phase.beta2,
+            )
+        self._renew(phase, before)
+        self.say(self._describe(phase))
+
+    def _densify_to(self, phase: PhaseConfig, stage: int) -> None:
+        """A step of densification within a phase; positions are added, kept values and moments stay."""
+        before = self._grow(phase, self.phase, stage)
+        self.stage = stage
+        self._renew(phase, before)
+        self.say(f"densified to sparsity {self._sparsity():.4g}: {self._form()}")
+
+    def _grow(self, phase: PhaseConfig, index: int, stage: int) -> dict[str, Pattern]:
+        """Adds positions until the model has the sparsities of a stage; returns the patterns before."""
+        amount = schedule.stages(phase)[stage].sparsity
+        layers = sparse_layers(self.model)
+        amounts = configuration.layer_sparsities(self.config.model, phase, amount)
+        if not any(amounts.values()):
+            return densify(self.model, self.optimizer)
+        wanted = {}
+        for name, layer in layers.items():  # one weight more or less is a matter of how kept ones are counted
+            missing = kept_count(layer.pattern.numel, amounts[name]) - layer.pattern.nnz
+            if missing < -1:
+                raise UserError(
+                    f"phase '{phase.name}': layer '{name}' has sparsity {layer.pattern.sparsity:.4g} and would go to "
+                    f"{amounts[name]:.4g}: weights are only ever added."
                 )
+            if missing > 1:
+                wanted[name] = amounts[name]
+        if dense := [name for name, amount in amounts.items() if amount and name not in layers]:
+            raise UserError(
+                f"phase '{phase.name}': layer '{dense[0]}' is dense already and would go to {amounts[dense[0]]:.4g}: "
+                "weights are only ever added."
+            )
+        seed = self.config.seed + index + 1_000_003 * stage
+        return set_sparsity(self.model, wanted, self.optimizer, seed=seed) if wanted else {}
+
+    def _renew(self, phase: PhaseConfig, before: dict[str, Pattern]) -> None:
+        """An optimizer over the model's present parameters with the state of the old one."""
+        ramped = bool(before and phase.revived_warmup)
+        self.revived = RevivedWarmup(self.model, before, phase.revived_warmup) if ramped else None
         old, self.optimizer = self.optimizer, self._new_optimizer(phase)
         if old is not None:
             self.optimizer.state.update(old.state)
-        self.phase, self._twin = index, None
-        self.say(self._describe(phase))
+        self._twin = None
 
-    def _describe(self, phase: PhaseConfig) -> str:
+    def _sparsity(self) -> float:
+        """Mean sparsity that the model has now."""
+        phase = self.config.phases[self.phase]
+        return configuration.mean_sparsity(self.config.model, phase, schedule.stages(phase)[self.stage].sparsity)
+
+    def _form(self) -> str:
         layers = sparse_layers(self.model)
         kept = sum(layer.pattern.nnz for layer in layers.values())
         numel = sum(layer.pattern.numel for layer in layers.values())
-        what = (
-            f"{len(layers)} sparse layers keep {kept:,} of {numel:,} weights" if layers else "every weight is trained"
-        )
+        if not layers:
+            return "every weight is trained"
+        return f"{len(layers)} sparse layers keep {kept:,} of {numel:,} weights"
+
+    def _describe(self, phase: PhaseConfig) -> str:
         tokens = self._tokens(self.step + (phase.steps or 0)) - self._tokens(self.step)
-        return f"phase '{phase.name}': {phase.steps:,} steps, {tokens:,} tokens; {what}"
+        return f"phase '{phase.name}': {phase.steps:,} steps, {tokens:,} tokens; {self._form()}"
 
     def _new_optimizer(self, phase: PhaseConfig) -> torch.optim.Optimizer:
         return _adamw(self.model, self.config, phase)
@@ -354,9 +441,11 @@ class _Run:
         with self._signals():
             while self.step < self.total_steps:
                 index, phase_step, samples = schedule.position(self.config.phases, self.step)
+                phase, record = self.config.phases[index], self.records[index]
                 if index != self.phase:
                     self._enter(index)
-                phase, record = self.config.phases[index], self.records[index]
+                elif (stage := schedule.stage_at(phase, phase_step)) != self.stage:
+                    self._densify_to(phase, stage)
                 line = self._train_step(phase, record, phase_step, samples)
                 self.step += 1
                 self._measure_dense(phase, record, samples, line["step_seconds"])
@@ -385,7 +474,7 @@ class _Run:
         assert self.optimizer is not None and phase.batch_size is not None
         lr = schedule.learning_rate(phase, phase_step)
         start = time.perf_counter()
-        batch = self.data.batch(samples, phase.batch_size)
+        batch = self.data.batch(self.first + samples, phase.batch_size)
         take = lambda: self._optimise(self.model, self.optimizer, phase, batch, lr, self.revived)  # noqa: E731
         with ledger.counting() as tally:
             if phase_step == 1:  # the second step: plans are built, nothing else is special about it
@@ -403,7 +492,7 @@ class _Run:
         return {
             "step": self.step + 1,
             "phase": phase.name,
-            "sparsity": phase.sparsity,
+            "sparsity": self._sparsity(),
             "tokens": self._tokens(self.step + 1),
             "loss": loss,
             "lr": lr,
@@ -458,7 +547,7 @@ class _Run:
 
     def _measure_dense(self, phase: PhaseConfig, record: PhaseRecord, samples: int, seconds: float) -> None:
         """Times steps of a dense twin on the batches of the sparse steps beside them, a few per phase."""
-        wanted = self.config.train.measure_dense if phase.sparsity else 0
+        wanted = self.config.train.measure_dense if sparse_layers(self.model) else 0
         if len(record.paired_seconds) >= wanted or len(record.step_seconds) < 2:
             return
         if self._twin is None:
@@ -564,7 +653,12 @@ class _Run:
             for phase, record, end in zip(self.config.phases, self.records, ends, strict=True)
         ]
         last = self.records[-1]
-        stages = [(phase.sparsity, float(phase.tokens or 0)) for phase in self.config.phases]
+        stages = [
+            (configuration.mean_sparsity(self.config.model, phase, stage.sparsity),
+             stage.steps * (phase.tokens or 0) / (phase.steps or 1))
+            for phase in self.config.phases
+            for stage in schedule.stages(phase)
+        ]  # fmt: skip
         tokens = sum(n for _, n in stages)
         summary = {
             "name": self.config.name,
@@ -604,7 +698,8 @@ class _Run:
     def _phase_summary(self, phase: PhaseConfig, record: PhaseRecord, tokens: int) -> dict[str, Any]:
         body: dict[str, Any] = {
             "name": phase.name,
-            "sparsity": phase.sparsity,
+            "sparsity": configuration.mean_sparsity(self.config.model, phase),
+            "stages": [stage._asdict() for stage in schedule.stages(phase)],
             "steps": phase.steps,
             "tokens": tokens,
             "seconds": record.seconds,
@@ -648,7 +743,7 @@ class _DenseTwin:
         torch.set_num_threads(self.threads)
         try:
             start = time.perf_counter()
-            batch = self.run.data.batch(samples, self.phase.batch_size or 0)
+            batch = self.run.data.batch(self.run.first + samples, self.phase.batch_size or 0)
             self.run._optimise(self.model, self.optimizer, self.phase, batch, lr=1e-8)
             return time.perf_counter() - start
         finally:
