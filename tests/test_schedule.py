@@ -84,3 +84,36 @@ def test_the_published_recipe_is_75_percent_effective_and_78_over_time():
     stages = [(0.9, 62_523), (0.0, 9_379)]
     assert 1 - schedule.effective_sparsity(62_522, stages) == pytest.approx(0.2500, abs=5e-5)
     assert schedule.time_average_sparsity(stages) == pytest.approx(0.783, abs=5e-4)
+
+
+# -- sparsity within a phase ------------------------------------------------------------------------------------------
+
+
+def amounts(**settings):
+    return [stage.sparsity for stage in schedule.stages(PhaseConfig(**{"sparsity_end": 0.0, **settings}))]
+
+
+def test_every_schedule_goes_from_the_start_to_the_end():
+    common = {"sparsity": 0.9, "steps": 50, "update_every": 10}
+    assert amounts(**common, schedule="linear") == pytest.approx([0.9, 0.675, 0.45, 0.225, 0])
+    assert amounts(**common, schedule="power") == pytest.approx([0.9, 0.9 * 27 / 64, 0.9 / 8, 0.9 / 64, 0])
+    assert amounts(**common, schedule="cosine") == pytest.approx(
+        [0.9, 0.45 + 0.45 * math.sqrt(0.5), 0.45, 0.45 - 0.45 * math.sqrt(0.5), 0]
+    )
+    densities = [1 - s for s in amounts(**common, schedule="exp")]
+    assert [b / a for a, b in pairwise(densities)] == pytest.approx([10**0.25] * 4)
+    for name in ("linear", "exp", "power", "cosine"):
+        found = amounts(**common, schedule=name)
+        assert found[0] == 0.9 and found[-1] == 0.0 and all(a > b for a, b in pairwise(found))
+
+
+def test_cycling_takes_its_levels_in_turn_and_stretches_add_up():
+    phase = PhaseConfig(
+        schedule="cycling", levels=[0.9, 0.75, 0.5, 0.0], sparsity=0.9, sparsity_end=0.0, steps=10, update_every=3
+    )
+    assert schedule.stages(phase) == [(0, 3, 0.9), (3, 3, 0.75), (6, 3, 0.5), (9, 1, 0.0)]
+    assert [schedule.stage_at(phase, step) for step in range(10)] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
+    constant = PhaseConfig(sparsity=0.9, steps=10)
+    assert schedule.stages(constant) == [(0, 10, 0.9)] and schedule.stage_at(constant, 9) == 0
+    level = PhaseConfig(schedule="linear", sparsity=0.5, sparsity_end=0.5, steps=10, update_every=3)
+    assert schedule.stages(level) == [(0, 10, 0.5)]

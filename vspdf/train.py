@@ -809,8 +809,8 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> dict[
         elif isinstance(old, list) and isinstance(new, list):
             if len(old) != len(new):
                 return {prefix + key: (f"a list of {len(old)}", f"one of {len(new)}")}
-            for i, (x, y) in enumerate(zip(old, new, strict=True)):
-                found.update(differences(x, y, f"{prefix}{key}.{i}."))
+            numbered = [{str(i): item for i, item in enumerate(items)} for items in (old, new)]
+            found.update(differences(numbered[0], numbered[1], f"{prefix}{key}."))
         elif old != new:
             found[prefix + key] = (old, new)
     return found
