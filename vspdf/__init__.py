@@ -10,11 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vspdf.callback import PhasesCallback as PhasesCallback
     from vspdf.errors import BackendUnavailable as BackendUnavailable
     from vspdf.errors import UserError as UserError
     from vspdf.kernels.ops import sparse_linear as sparse_linear
     from vspdf.ledger import training_flops as training_flops
     from vspdf.pattern import Pattern as Pattern
+    from vspdf.phases import Phases as Phases
     from vspdf.sparse import SparseLinear as SparseLinear
     from vspdf.sparse import densify as densify
     from vspdf.sparse import explain as explain
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "BackendUnavailable": "vspdf.errors",
     "Pattern": "vspdf.pattern",
+    "Phases": "vspdf.phases",
+    "PhasesCallback": "vspdf.callback",
     "SparseLinear": "vspdf.sparse",
     "UserError": "vspdf.errors",
     "densify": "vspdf.sparse",

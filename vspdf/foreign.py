@@ -98,6 +98,23 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     raise UserError(f"'{folder}' holds no model.safetensors and no pytorch_model.bin.")
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """Content of a JSON file that holds a mapping.
+
+    Raises
+    ------
+    UserError
+        If it does not, or cannot be read.
+    """
+    try:
+        body = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}.") from None
+    if not isinstance(body, dict):
+        raise UserError(f"{file} is no mapping of settings.")
+    return body
+
+
 def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors, each with memory of its own, as safetensors wants them."""
     seen: set[int] = set()

@@ -122,7 +122,7 @@ def shape_of(path: str | Path) -> tuple[Shape, str]:
     """
     path = Path(path)
     if kind(path) == "hugging-face":
-        return read_configuration(_json(path / "config.json"), str(path / "config.json"))[:2]
+        return read_configuration(foreign.read_json(path / "config.json"), str(path / "config.json"))[:2]
     state = checkpoint.read_state(checkpoint.resolve(path))
     return Shape(**state["model"]), state.get("activation", "gelu")
 
@@ -243,7 +243,7 @@ def read_hugging_face(folder: Path, tokenizer: Tokenizer | None = None) -> tuple
     UserError
         As `load`.
     """
-    config = _json(folder / "config.json")
+    config = foreign.read_json(folder / "config.json")
     where = str(folder / "config.json")
     shape, activation, scales = read_configuration(config, where)
     if tokenizer is None:
@@ -340,16 +340,6 @@ def _mismatch(tokenizer: Tokenizer, has: str) -> UserError:
     return UserError(
         f"tokenizer '{tokenizer.name}' does not match the model: it has {tokenizer.vocab_size} tokens, {has}."
     )
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        body = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}.") from None
-    if not isinstance(body, dict):
-        raise UserError(f"{file} is no mapping of settings.")
-    return body
 
 
 # ---------------------------------------------------------------------------------------------------------------------

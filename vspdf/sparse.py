@@ -435,6 +435,33 @@ def _check_moments(moments: str) -> None:
         raise UserError(f"moments = '{moments}' is not known.{did_you_mean(moments, ('keep', 'reset'))}")
 
 
+def adopt(model: nn.Module, state_dict: Mapping[str, Tensor], *, backend: str = "auto") -> dict[str, Pattern]:
+    """Makes those layers of a dense model sparse whose patterns a state_dict holds, so that it can be loaded.
+
+    Returns
+    -------
+    dict of str to Pattern
+        By module name; empty where the state is that of a dense model.
+
+    Raises
+    ------
+    UserError
+        If the model has no such layer, or a pattern does not fit it.
+    """
+    modules, patterns = dict(model.named_modules()), {}
+    for key, bits in state_dict.items():
+        name = key.removesuffix("._extra_state")
+        if name == key or f"{name}.values" not in state_dict:
+            continue
+        if name not in modules or not _is_linear(modules[name]):
+            raise UserError(f"the state holds a sparse layer '{name}', the model has no linear layer of that name.")
+        weight = modules[name].weight
+        assert isinstance(weight, Tensor)
+        out_features, in_features = reversed(weight.shape) if _is_conv1d(modules[name]) else weight.shape
+        patterns[name] = Pattern((out_features, in_features), bits.cpu().numpy())
+    return sparsify(model, patterns, backend=backend) if patterns else {}
+
+
 def training_state_bytes(model: nn.Module) -> dict[str, dict[str, int]]:
     """Training-state bytes: weight, gradient and two AdamW moments each, and the plans of sparse layers.
 
@@ -476,6 +503,7 @@ class RevivedWarmup:
     def __init__(self, model: nn.Module, before: Mapping[str, Pattern], steps: int, done: int = 0) -> None:
         self.steps, self.done = steps, done
         self.before = dict(before)
+        self._old: list[Tensor] = []
         self.weights: list[tuple[Tensor, Tensor]] = []
         for name, old in self.before.items():
             layer = model.get_submodule(name)
@@ -487,14 +515,22 @@ class RevivedWarmup:
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """``optimizer.step()`` with the updates of revived weights scaled by ``(done + 1) / (steps + 1)``."""
-        if self.done >= self.steps:
-            optimizer.step()
+        self.begin()
+        optimizer.step()
+        self.end()
+
+    def begin(self) -> None:
+        """Before an optimizer's step that is not taken through `step`."""
+        self._old = [weight.detach().clone() for weight, _ in self.weights] if self.done < self.steps else []
+
+    def end(self) -> None:
+        """After it."""
+        if not self._old:
             return
         self.done += 1
         ramp = self.done / (self.steps + 1)
         with torch.no_grad():
-            old = [weight.clone() for weight, _ in self.weights]
-            optimizer.step()
-            for (weight, revived), start in zip(self.weights, old, strict=True):
+            for (weight, revived), start in zip(self.weights, self._old, strict=True):
                 revived = revived.to(weight.device)
                 weight[revived] = torch.lerp(start[revived], weight[revived], ramp)
+        self._old = []
