@@ -1,6 +1,7 @@
 import inspect
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import textwrap
@@ -75,3 +76,22 @@ def vspdf(monkeypatch, capsys):
         return status or 0, captured.out, captured.err
 
     return call
+
+
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's Chromium under Playwright; without them a test that needs it says that it is skipped."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser test")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed: no browser test")
+    with playwright.sync_playwright() as session:
+        browser = session.chromium.launch(executable_path=chromium, args=list(FLAGS))
+        yield browser
+        browser.close()

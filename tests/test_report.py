@@ -344,23 +344,6 @@ def test_no_runs_at_all():
 
 # -- in a browser -----------------------------------------------------------------------------------------------------
 
-FLAGS = (
-    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser test")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is not installed: no browser test")
-    with playwright.sync_playwright() as session:
-        browser = session.chromium.launch(executable_path=chromium, args=list(FLAGS))
-        yield browser
-        browser.close()
-
 
 @pytest.mark.parametrize("width", [320, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -386,3 +369,45 @@ def test_in_chromium(browser, runs, tmp_path, width, scheme):
         assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
         assert heard == [] and [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
         page.close()
+
+
+SECTION = "[...document.querySelectorAll('section')].find(s => s.querySelector('h2')?.textContent === name)"
+
+
+def test_what_chromium_draws(browser, runs, tmp_path):
+    """Shapes on the screen, not words in the file: bands and switches of the phases, bars as long as their figures."""
+    summary = json.loads((runs / "sparse-0" / "summary.json").read_text())
+    path = report.write([runs / "sparse-0"], tmp_path / "page.html")
+    page = browser.new_page(viewport={"width": 360, "height": 800})
+    page.goto(path.as_uri())
+
+    def found(section, script):
+        return page.evaluate(f"(name) => {{ const section = {SECTION}; return {script} }}", section)
+
+    for chart in range(3):
+        inside = f"section.querySelectorAll('figure')[{chart}]"
+        bands = found(
+            "Loss", f"[...{inside}.querySelectorAll('rect.band')].map(r => [r.getBoundingClientRect().width, "
+            "Number(r.getAttribute('fill-opacity'))])",
+        )  # fmt: skip
+        (switch,) = found("Loss", f"[...{inside}.querySelectorAll('.switch')].map(p => p.getBoundingClientRect().left)")
+        assert len(bands) == 2 and min(width for width, _ in bands) > 5 and bands[0][1] > 4 * bands[1][1]
+        assert found("Loss", f"{inside}.querySelectorAll('circle').length") == 7  # evaluations
+        assert 0 < switch < 360
+    widths = found("FLOPs", "[...section.querySelectorAll('svg rect')].map(r => r.getBoundingClientRect().width)")
+    flops = [phase["flops"][column] for column in ("dense", "useful", "executed") for phase in summary["phases"]]
+    assert np.array(widths) / widths[0] == pytest.approx(np.array(flops) / flops[0], abs=0.01)
+    parts = found(
+        "Where a step's time goes", "[...section.querySelectorAll('svg rect')].map(r => r.width.baseVal.value)"
+    )
+    fractions = [sum(phase["time_fractions"].values()) for phase in summary["phases"]]
+    assert sum(parts) == pytest.approx(sum(fractions) * (svg.WIDTH - 4), rel=0.01)
+    assert found("Step speed-up", "section.querySelectorAll('.whisker').length") == 1
+    assert found("Masks", "[...section.querySelectorAll('img')].map(i => i.naturalWidth)") == [32, 32, 32, 96]
+    assert found("Revived weights", "section.querySelectorAll('path.line').length") == 2
+    small = page.evaluate(
+        "Math.min(...[...document.querySelectorAll('svg text')].map(t => parseFloat(getComputedStyle(t).fontSize) "
+        "* t.getScreenCTM().d).filter(size => size > 0))"
+    )
+    assert small > 9, "letters too small for a phone"
+    page.close()

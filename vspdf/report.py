@@ -386,11 +386,12 @@ def _loss_chart(arms: Sequence[Arm], axis: Axis, key: str, name: str) -> str:
     for i, arm in enumerate(arms):
         for run in arm.runs:
             x = [value(line) / divisor for line in run.lines]
+            points = [(value(line) / divisor, line[key]) for line in run.evaluations]
             if key == "val_loss":
                 xs, ys = _thinned(x), _thinned([line["loss"] for line in run.lines])
                 series.append(Series(run.label, xs, ys, i, faint=True))
-                shown.extend(ys[len(ys) // 20 :])  # the first fall would flatten the rest
-            points = [(value(line) / divisor, line[key]) for line in run.evaluations]
+                start = points[0][0] if points else xs[len(xs) // 20] if xs else 0.0
+                shown.extend(y for x, y in zip(xs, ys, strict=True) if x >= start)  # the first fall would flatten it
             series.append(Series(run.label, [a for a, _ in points], [b for _, b in points], i, dots=True))
             shown.extend(b for _, b in points)
         if arm.runs[0].lines:
@@ -733,7 +734,8 @@ def _comparison(arms: Sequence[Arm]) -> str:
             f'<div class="scroll"><table><tr>{"".join(head[:-1])}</tr>{rows}</table></div>'
         )
     notes = [
-        f"Validation {name}, interpolated between evaluations; below a mean: lowest to highest of the seeds.",
+        f"Validation {name}, interpolated between evaluations; below a mean: lowest to highest of the seeds; –: "
+        "a run had not been evaluated so early.",
         "The budget is the smallest that any run spent in all: a run that went on is read in the middle of its "
         "learning rate schedule there, which makes it look worse than one that was planned to end there.",
     ]

@@ -140,7 +140,7 @@ def line_chart(
     for y in ticks(y0, y1):
         out.append(f'<path class="grid" d="M{LEFT} {py(y):.1f}H{WIDTH - RIGHT}"/>')
         out.append(f'<text class="muted" x="{LEFT - 5}" y="{py(y) + 4:.1f}" text-anchor="end">{_plain(y)}</text>')
-    for x in ticks(x0, x1, 4):
+    for x in ticks(x0, x1, 6):
         anchor = 'text-anchor="end"' if px(x) > WIDTH - 24 else _MIDDLE
         out.append(f'<text class="muted" x="{px(x):.1f}" y="{bottom + 16}" {anchor}>{escape(x_format(x))}</text>')
     out.append(f'<path class="axis" d="M{LEFT} {bottom}H{WIDTH - RIGHT}"/>')
@@ -149,8 +149,9 @@ def line_chart(
     )
     turned = f'transform="translate(11 {(TOP + bottom) / 2}) rotate(-90)"'
     out.append(f'<text class="muted" {turned} {_MIDDLE}>{escape(y_label)}</text>')
-    box = f'x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{bottom - TOP}"'
-    out.append(f'<svg {box} viewBox="{LEFT} {TOP} {WIDTH - LEFT - RIGHT} {bottom - TOP}">')  # clips what is inside
+    x, width = LEFT - 4, WIDTH - LEFT - RIGHT + 8  # room for dots on the edge
+    box = f'x="{x}" y="{TOP}" width="{width}" height="{bottom - TOP}"'
+    out.append(f'<svg {box} viewBox="{x} {TOP} {width} {bottom - TOP}">')  # clips what is inside
     for s in series:
         points = [(px(x), py(y)) for x, y in zip(s.x, s.y, strict=True)]
         if not points:

@@ -1,0 +1,140 @@
+"""Draws the figures of these pages with vspdf itself: `python docs/make_figures.py`. One of them trains: half a minute.
+
+Transparent, in colours that read on white and on dark pages.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import ListedColormap
+
+import vspdf
+from vspdf import config, ledger, report
+from vspdf.plan import plan
+from vspdf.train import train
+
+IMAGES = Path(__file__).parent / "images"
+GREY, BLUE, ORANGE, GREEN, PINK = "#808a94", "#2f84cc", "#e0701f", "#239a72", "#c25fa5"
+LARGE = "cerebras-gpt-6.7b"
+
+plt.rcParams.update({
+    "svg.hashsalt": "vspdf",  # the same figure is the same file
+    "font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
+    "legend.frameon": False, "lines.linewidth": 1.6, "axes.prop_cycle": plt.cycler(color=[BLUE, ORANGE, GREEN, PINK]),
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color",
+                     "ytick.color"), GREY),
+})  # fmt: skip
+
+
+def save(figure: plt.Figure, name: str) -> None:
+    figure.savefig(IMAGES / f"{name}.svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+
+
+def stages() -> None:
+    """Kept weights over tokens: the area is what the run's sparse layers cost."""
+    runs = {
+        "dense": plan(LARGE, sparsity=0.0),
+        "SPDF, 75 %": plan(LARGE, sparsity=0.75),
+        "Variable SPDF, add-on": plan(LARGE, sparsity=0.9, effective=0.75),
+        "Variable SPDF, fixed budget": plan(LARGE, sparsity=0.9, effective=0.75, split="fixed-budget"),
+    }
+    figure, axes = plt.subplots(1, 4, figsize=(8.6, 1.9), sharex=True, sharey=True)
+    for axis, (name, found) in zip(axes, runs.items(), strict=True):
+        start = 0.0
+        for phase in found.phases:
+            end = start + phase.tokens / 1e9
+            axis.fill_between([start, end], 100 * (1 - phase.sparsity), color=BLUE if phase.sparsity else ORANGE, lw=0)
+            start = end
+        axis.set_title(f"{name}\narea: {1 - found.effective_sparsity:.0%}", loc="left")
+        axis.set_xlabel("billions of tokens")
+    axes[0].set_ylabel("weights that exist, %")
+    axes[0].set_ylim(0, 105)
+    save(figure, "stages")
+
+
+def products() -> None:
+    """The three products of a layer on one mask: what is read and written."""
+    pattern = vspdf.Pattern.random((10, 14), 0.75, seed=3)
+    mask = pattern.mask().numpy()
+    full = lambda rows, columns: np.ones((rows, columns))  # noqa: E731
+    lines = [
+        ("forward", [("X", full(8, 14), BLUE), ("Wᵀ", mask.T, ORANGE), ("Y", full(8, 10), GREEN)]),
+        ("gradient of the input", [("dY", full(8, 10), BLUE), ("W", mask, ORANGE), ("dX", full(8, 14), GREEN)]),
+        ("gradient of the weights", [("dYᵀ", full(10, 8), BLUE), ("X", full(8, 14), BLUE), ("dW", mask, GREEN)]),
+    ]
+    figure, axes = plt.subplots(1, 3, figsize=(8.6, 2.1))
+    for axis, (name, parts) in zip(axes, lines, strict=True):
+        left = 0.0
+        for (label, cells, colour), sign in zip(parts, ("·", "=", ""), strict=True):
+            rows, columns = cells.shape
+            image = np.ma.masked_equal(cells, 0)
+            axis.imshow(image, cmap=ListedColormap([colour]), extent=(left, left + columns, -rows, 0))
+            axis.add_patch(plt.Rectangle((left, -rows), columns, rows, fill=False, ec=GREY, lw=0.8))
+            axis.text(left + columns / 2, 1.1, label, ha="center")
+            axis.text(left + columns + 2.5, -rows / 2, sign, ha="center", va="center", fontsize=12)
+            left += columns + 5
+        axis.set(xlim=(-1, left), ylim=(-15, 4), title=name)
+        axis.axis("off")
+    save(figure, "products")
+
+
+def savings() -> None:
+    """What "saved" means: by convention for the published recipe, and by size where attention and vocabulary stay."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 2.7), width_ratios=(1, 1.15))
+    table = plan(f"{LARGE}-variable").by_convention()
+    bars = left.barh(list(table), [100 * row["saved_fraction"] for row in table.values()], color=BLUE)
+    left.bar_label(bars, fmt="%.1f %%", padding=3, color=GREY)
+    left.invert_yaxis()
+    left.set(xlim=(0, 95), xlabel="FLOPs saved by the 6.7B recipe, %")
+    sparsity = np.linspace(0, 0.99, 100)
+    for name in ("cerebras-gpt-111m", "cerebras-gpt-1.3b", "cerebras-gpt-13b"):
+        shape = ledger.model_shape(name)
+        cost = np.array([ledger.flops_per_token(shape, s) for s in sparsity])
+        right.plot(sparsity, cost[0] / cost, label=name.removeprefix("cerebras-gpt-").upper())
+    right.plot(sparsity, 1 / (1 - sparsity), "--", color=GREY, label="sparse layers alone")
+    right.set(ylim=(1, 10), xlabel="sparsity", ylabel="times fewer FLOPs (vspdf)")
+    right.legend(title="Cerebras-GPT")
+    save(figure, "savings")
+
+
+def switch() -> None:
+    """A small real run through its switch: loss, and how far revived weights moved."""
+    overrides = [
+        "model={n_layer: 2, d_model: 128, n_head: 4, sequence_length: 128, init_std: 0.045}",
+        "optimizer.lr=3.0e-3", "train.eval_every=50", "train.sample_tokens=0", "train.measure_dense=0",
+        "phases=[{name: sparse, sparsity: 0.9, steps: 1000, lr_multiple: 3}, {name: dense, steps: 200}]",
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        train(config.load("quickstart", [*overrides, f"run_dir={folder}/run"]), say=lambda line: None)
+        (run,) = report.read([Path(folder, "run")])
+        assert run.checkpoint is not None
+        kept, revived = report._magnitudes(run.checkpoint / "model.safetensors", run.patterns)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 2.5))
+    steps, losses = zip(*((line["step"], line["val_loss"]) for line in run.evaluations), strict=True)
+    left.plot(steps, losses, marker="o", ms=3)
+    left.axvline(1000, ls="--", lw=1, color=GREY)
+    left.axvspan(0, 1000, color=BLUE, alpha=0.12, lw=0)
+    left.text(1010, max(losses), " dense", va="top")
+    left.set(xlabel="step", ylabel="validation loss, nats a byte", xlim=(0, 1200))
+    for name, values in {"kept from the start": kept, "revived at step 1,000": revived}.items():
+        share, edges = np.histogram(np.log10(values[values > 0]), bins=np.linspace(-5, 0, 81))
+        right.stairs(100 * share / len(values), 10**edges, label=name, lw=1.6)
+    right.set(xscale="log", xlabel="magnitude of a weight at the end", ylabel="% of weights")
+    right.set_ylim(top=1.35 * right.get_ylim()[1])
+    right.legend(loc="upper left")
+    save(figure, "switch")
+
+
+if __name__ == "__main__":
+    IMAGES.mkdir(exist_ok=True)
+    for draw in (stages, products, savings, switch):
+        draw()
+        print(f"{IMAGES / draw.__name__}.svg: {draw.__doc__}")

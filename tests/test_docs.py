@@ -1,0 +1,170 @@
+"""What people read first: links lead somewhere, the site builds and stands alone, examples and the notebook run."""
+
+import functools
+import http.server
+import os
+import re
+import runpy
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    path.relative_to(ROOT)
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md"))
+)
+
+
+# -- links ------------------------------------------------------------------------------------------------------------
+
+
+def without_code(text):
+    return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+
+
+def anchors(path):
+    """As GitHub and mkdocs both make them, for headings of plain words."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\s-]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code((ROOT / page).read_text())):
+        if re.match(r"https?://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = ROOT / page.parent / name if name else ROOT / page
+        assert path.exists(), f"{page}: {target}"
+        assert not anchor or anchor in anchors(path), f"{page}: {target} has no such heading"
+
+
+def test_commands_in_pages_exist():
+    """Every `vspdf VERB` that a page names is a verb."""
+    from typer.main import get_command
+
+    from vspdf.cli import app
+
+    verbs = set(get_command(app).commands)
+    for page in PAGES:
+        for verb in re.findall(r"(?:^    |`|bin/|\$ )vspdf ([a-z]+)\b", (ROOT / page).read_text(), flags=re.MULTILINE):
+            assert verb in verbs, f"{page}: vspdf {verb}"
+
+
+# -- the site ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed (extra docs): the site is not built")
+    folder = tmp_path_factory.mktemp("site")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder
+
+
+def test_the_site_loads_nothing_from_the_network(site):
+    pages = list(site.rglob("*.html"))
+    assert {"index.html", "quickstart.html", "method.html", "api.html"} <= {page.name for page in pages}
+    loads = r"<(?:script|img|iframe)[^>]*\ssrc=\"?(?:https?:)?//|<link[^>]*rel=\"?stylesheet[^>]*href=\"?(?:https?:)?//"
+    for page in pages:
+        assert not re.search(loads, page.read_text()), page
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"url\([\"']?(?:https?:)?//|@import", sheet.read_text()), sheet
+
+
+def test_the_api_reference_has_docstrings_and_signatures(site):
+    page = (site / "api.html").read_text()
+    for words in (
+        "Replaces linear layers of any model",
+        "Linear layer that multiplies only the weights its pattern keeps",
+    ):
+        assert words in page
+    assert page.count("<b>Parameters") + page.count("Parameters:") > 8
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    """Where a server of our own offers the site."""
+    handler = functools.partial(Quiet, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *words):
+        pass
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_site_in_chromium(browser, address, width, scheme):
+    heard, asked = [], []
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.on("console", lambda message: heard.append(message.text))
+    page.on("pageerror", lambda error: heard.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    for name in ("index", "method", "flops", "api", "performance"):
+        page.goto(f"{address}/{name}.html")
+        root = "document.documentElement"
+        assert page.evaluate(f"{root}.scrollWidth <= {root}.clientWidth"), f"{name} is wider than the screen"
+        assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)"), name
+    assert heard == [] and not [url for url in asked if not url.startswith((address, "data:"))]
+    page.close()
+
+
+# -- examples ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def example(monkeypatch, capsys):
+    """Runs a file of examples/ in this process; returns what it printed."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_sparsify_gpt2(example):
+    out = example("sparsify_gpt2.py", 12)
+    assert re.search(r"step 10: loss \d\.\d+, 426,700 weights\nstep 12: loss \d\.\d+, 3,257,856 weights", out)
+    text = (ROOT / "examples" / "sparsify_gpt2.py").read_text()
+    assert len(text[text.index("model = ") : text.index("    if step in")].splitlines()) <= 10, (
+        "ten lines were promised"
+    )
+
+
+def test_plan_train_report(example, tmp_path):
+    settings = ("model={n_layer: 2, d_model: 128, n_head: 2, sequence_length: 16}", "phases=[{steps: 12}]")
+    out = example("plan_train_report.py", tmp_path, *settings, "train.eval_tokens=512", "train.sample_tokens=0")
+    assert "variable: 12 steps at 0.9" in out and f"wrote {tmp_path}/comparison.html" in out
+    assert "All runs read the same tokens in the same order" in (tmp_path / "comparison.html").read_text()
+
+
+def test_the_notebook(tmp_path):
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: the notebook is not run")
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(ROOT / "examples" / "tour.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code), "outputs are committed: clear them"
+    changed = [cell for cell in code if "STEPS, SWITCH = 120, 100" in cell.source]
+    changed[0].source = changed[0].source.replace("120, 100", "12, 10")
+    os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = "".join(output.get("text", "") for cell in code for output in cell.outputs)
+    assert "sparse 0.9: 62,522 steps" in printed and "64.18% fewer FLOPs" in printed and "report.html" in printed
+    figures = [output for cell in code for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert len(figures) == 2
