@@ -582,7 +582,7 @@ bool Fabric::step_thread(int p, Pe& e) {
         const Vector v = t.vector;
         if (t.sync) e.waiting = false;
         if (v.arith == Arith::kDot) e.f[v.scalar] = t.scalar;
-        if (tracing_) trace_.push_back({p, t.start, now_ + 1, 2, int(v.arith)});
+        note(p, t.start, now_ + 1, 2, int(v.arith));
         e.threads.erase(e.threads.begin() + best);
         if (e.next_thread >= int(e.threads.size())) e.next_thread = 0;
         finish(e, v);
@@ -880,7 +880,7 @@ void Fabric::start_vector(int p, Pe& e, const Vector& v, int issue) {
     const int64_t fill = v.chained && v.arith == Arith::kFmac ? m_.accumulator_delay : 0;
     const int64_t cycles = std::max<int64_t>(0, timed(v, dst, src0, src1, length, half) - fill);
     const int64_t datapath = std::min(cycles, datapath_cycles(v, length, half));
-    if (tracing_) trace_.push_back({p, now_, now_ + issue + startup + cycles, 1, int(v.arith)});
+    note(p, now_, now_ + issue + startup + cycles, 1, int(v.arith));
     e.busy_until = now_ + issue + startup + cycles;
     e.stats.scalar += issue;
     e.stats.vector += startup + datapath;
@@ -961,6 +961,7 @@ void Fabric::execute(int p, Pe& e) {
                     --e.pc;
                     e.busy_until = now_ + spent;
                     e.stats.scalar += spent;
+                    note(p, now_, e.busy_until, 3, e.task);
                     return;
                 }
                 if (i.op == Op::kVector) {
@@ -1063,7 +1064,7 @@ void Fabric::step_pe(int p) {
             const int cycles = own >= 0 ? own : m_.task_switch;
             e.busy_until = now_ + cycles;
             e.stats.task_switch += cycles;
-            if (tracing_) trace_.push_back({p, now_, e.busy_until, 0, task});
+            note(p, now_, e.busy_until, 0, task);
         }
     }
     if (e.busy_until > now_ && e.busy_until != now_ + 1) schedule_pe(p, e.busy_until);

@@ -169,7 +169,7 @@ struct PeStats {
 struct TraceEvent {
     int pe;
     int64_t begin, end;
-    int kind;  // 0 task switch, 1 vector operation in SRAM, 2 streaming operation
+    int kind;  // 0 task switch, 1 vector operation in SRAM, 2 streaming operation, 3 scalar instructions
     int id;
 };
 
@@ -210,7 +210,7 @@ class Fabric {
     const std::array<int64_t, 64>& sent() const { return sent_; }
     const std::array<int64_t, 64>& delivered() const { return delivered_; }
     int64_t events() const { return events_; }
-    void trace(bool on) { tracing_ = on; }
+    void trace(size_t most) { trace_limit_ = most; }  // events to note; 0: none
     const std::vector<TraceEvent>& trace_events() const { return trace_; }
 
     static constexpr int kStamps = 8;
@@ -293,6 +293,9 @@ class Fabric {
     float get(int p, const Pe& e, const Dsr& d, int i) const;
     void put(int p, Pe& e, const Dsr& d, int i, float value);
     void count_to(Pe& e, int64_t when);
+    void note(int p, int64_t begin, int64_t end, int kind, int id) {
+        if (trace_.size() < trace_limit_) trace_.push_back({p, begin, end, kind, id});
+    }
     [[noreturn]] void fail(int p, const std::string& what) const;
     std::string explain_deadlock() const;
     bool unfinished() const;
@@ -308,7 +311,7 @@ class Fabric {
     int64_t now_ = 0, events_ = 0;
     std::array<int64_t, 64> sent_{}, delivered_{};
     std::unordered_map<Timing, int64_t, Hash> timings_;
-    bool tracing_ = false;
+    size_t trace_limit_ = 0;
     std::vector<TraceEvent> trace_;
 
     static constexpr int kWheel = 64;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,9 @@ except ImportError as _error:  # not built
 _core = _C.fabric
 Deadlock = _core.Deadlock
 PORTS = {"W": 0, "E": 1, "N": 2, "S": 3, "R": 4}
+EVENT_KINDS = ("task switch", "vector operation", "streaming operation", "scalar instructions")
+OPERATIONS = ("move", "fill", "add", "multiply", "multiply-add", "dot")
+MOST_EVENTS = 500_000
 _OP, _ARITH = _core.Op, _core.Arith
 
 
@@ -48,6 +52,19 @@ def vector_cycles(
     return _core.vector_cycles(
         machine.fabric(), getattr(_ARITH, arith), [o[0] for o in operands], [o[1] for o in operands], length, half, pair
     )
+
+
+_tracing: ContextVar[bool] = ContextVar("tracing", default=False)
+
+
+@contextmanager
+def tracing(on: bool = True) -> Iterator[None]:
+    """Regions made inside note their events (`Region.trace_events`)."""
+    token = _tracing.set(on)
+    try:
+        yield
+    finally:
+        _tracing.reset(token)
 
 
 class Code:
@@ -229,6 +246,7 @@ class Region:
             )
         self.machine, self.width, self.height = machine, width, height
         self._fabric = _core.Fabric(width, height, machine.fabric())
+        self._fabric.trace(MOST_EVENTS if _tracing.get() else 0)
 
     def _call(self, method: str, *arguments: Any) -> Any:
         try:
@@ -291,11 +309,11 @@ class Region:
         """(cycles, values) of what left the region there."""
         return self._fabric.sunk(x, y, PORTS[port], colour)
 
-    def trace(self) -> None:
-        self._fabric.trace(True)
-
     def trace_events(self) -> np.ndarray:
-        """int64 [event, (pe, begin, end, kind, id)]; kinds: 0 task switch, 1 vector in SRAM, 2 stream."""
+        """int64 [event, (pe, begin, end, kind, id)], of `EVENT_KINDS`; id: a task's number, or one of `OPERATIONS`.
+
+        At most `MOST_EVENTS`, the first ones.
+        """
         return self._fabric.trace_events()
 
     def run(self, max_cycles: int = 1 << 40) -> int:

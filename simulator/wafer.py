@@ -150,7 +150,7 @@ def _product(machine: Machine, layout: programs.Product, descriptors: bool) -> f
     programs.emit_product(code, layout, 0, 0, descriptors)
     t = layout.tile
     if layout.half:
-        vector = float(ceil(t / machine.fmac_fp16_rate))
+        vector = float(fmac(machine, (layout.c, 1), (layout.a(0), 1), t, half=True))
     else:
         shift = np.arange(min(t, machine.banks))
         vector = float(np.mean([
@@ -180,12 +180,17 @@ def gemm(machine: Machine, algorithm: str, pes: int, n: int, half: bool) -> dict
         )
         cycles = pes * (product + step) + 2 * pes * machine.hop_cycles
     else:
-        joins = 4 * machine.task_switch + 4 * machine.alu_cycles
-        step = product + 4 * words + machine.task_switch + joins + 5 * machine.alu_cycles + test + machine.alu_cycles
-        cycles = pes * step
-        if algorithm == "cannon":  # the long way back, and the word that it is over, in every rotation
-            cycles += (pes - 1) * (2 * (pes - 1) * machine.hop_cycles + 60)
-        cycles += pes * machine.hop_cycles
+        test = machine.alu_cycles + machine.branch_cycles
+        # A PE both sends and receives A and B: four words' worth of its datapath for every word of a tile.
+        if algorithm == "cannon":
+            # Twice: the tile's long way back, and the word that it is over, with the tasks that join them.
+            alone = machine.vector_startup + 2 * machine.ramp_cycles + 2 * (pes - 1) * machine.hop_cycles
+            rotation = 4 * words + 2 * alone + 6 * machine.task_switch + 14 * machine.alu_cycles
+            cycles = pes * (product + test) + (pes - 1) * rotation
+        else:
+            joins = 4 * (machine.task_switch + machine.alu_cycles)
+            cycles = pes * (product + 4 * words + machine.task_switch + joins + 6 * machine.alu_cycles + test)
+            cycles += pes * machine.hop_cycles
     return {"cycles": cycles, "ideal": pes * lean, "compute": pes * product}
 
 
@@ -202,7 +207,7 @@ def gemv(machine: Machine, pes: int, n: int, half: bool) -> dict[str, float]:
     programs.check_memory(machine, at_y + column)
     code = Code(machine)
     programs.emit_gemv(code, t, column, column * t, at_y, half)
-    vector = ceil(t / machine.fmac_fp16_rate) if half else fmac(machine, (at_y, 1), (0, 1), t)
+    vector = fmac(machine, (at_y, 1), (0, 1), t, half)
     words = -(-t // 2) if half else t
     root_of, roots = programs.tree(pes)
     local = machine.task_switch + t * (code.costs["line"] + machine.vector_startup + vector)

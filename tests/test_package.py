@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Highest first. A module imports only from levels below its own; what shares a level shares nothing.
 LEVELS = [
     {"cli"},
-    {"cli_tasks", "cli_simulate", "cli_compare"},
+    {"cli_simulate", "cli_tasks", "cli_programs", "cli_compare"},
     {"compare"},
     {"evidence"},
     {"plan", "report"},
@@ -31,7 +31,9 @@ LEVELS = [
     {"simulator.estimates"},
     {"simulator.step"},
     {"simulator.layer"},
-    {"simulator.wafer"},
+    {"simulator.validate"},
+    {"simulator.dispatch"},
+    {"simulator.wafer", "simulator.pictures"},
     {"simulator.programs"},
     {"simulator.programs.streaming"},
     {

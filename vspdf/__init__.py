@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vspdf.ledger import training_flops as training_flops
     from vspdf.pattern import Pattern as Pattern
     from vspdf.phases import Phases as Phases
+    from vspdf.simulator import simulate as simulate
     from vspdf.sparse import SparseLinear as SparseLinear
     from vspdf.sparse import densify as densify
     from vspdf.sparse import explain as explain
@@ -33,6 +34,7 @@ _HOMES = {
     "densify": "vspdf.sparse",
     "explain": "vspdf.sparse",
     "set_sparsity": "vspdf.sparse",
+    "simulate": "vspdf.simulator",
     "sparse_linear": "vspdf.kernels.ops",
     "sparsify": "vspdf.sparse",
     "training_flops": "vspdf.ledger",

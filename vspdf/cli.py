@@ -12,7 +12,7 @@ import typer
 from rich.logging import RichHandler
 from rich.table import Table
 
-from vspdf import cli_compare, cli_simulate, cli_tasks
+from vspdf import cli_compare, cli_programs, cli_simulate, cli_tasks
 from vspdf.allocator import keep_freed_memory
 from vspdf.console import Json, err, out
 from vspdf.console import emit as _emit
@@ -202,8 +202,11 @@ def report(
 app.command()(cli_tasks.finetune)
 app.command()(cli_tasks.generate)
 app.command()(cli_tasks.bleu)
+for verb in cli_programs.PROGRAMS:
+    cli_simulate.simulate.command()(verb)
 app.add_typer(cli_simulate.simulate, name="simulate")
 app.command()(cli_compare.compare)
+app.command()(cli_programs.validate)
 
 
 @app.command()

@@ -80,6 +80,9 @@ from vspdf.simulator.programs.spmm import (
     spmm as spmm,
 )
 from vspdf.simulator.programs.spmm import (
+    tile_counts as tile_counts,
+)
+from vspdf.simulator.programs.spmm import (
     tile_layout as tile_layout,
 )
 from vspdf.simulator.programs.streaming import (

@@ -211,8 +211,8 @@ def ring_gemm(machine: Machine, a: np.ndarray, b: np.ndarray, pes: int, interlea
     """Cannon's algorithm, or MeshGEMM (`interleaved`): tiles of A travel along rows and of B along columns, one ring
     place per step, starting skewed.
 
-    Cannon multiplies and rotates in lock step, as the textbook has it: a rotation is over when the tile of the first
-    PE has come all the way back to the last, which tells its row or column by a multicast of one wavelet. MeshGEMM's
+    Cannon multiplies, rotates A and rotates B in lock step, as the textbook has it: a rotation is over when the tile of
+    the first PE has come all the way back to the last, which tells its row or column by a multicast of one wavelet. MeshGEMM's
     ring has no way beyond two hops, so nobody waits for anyone but its neighbours, and its shifts run beside the
     product.
     """
@@ -289,48 +289,50 @@ def _emit_ring(
         other = [code.memory(layout.a(1 - parity), words), code.memory(layout.b(1 - parity), words)]
         note = [code.memory(layout.end + 4 * axis, 1) for axis in (0, 1)]
 
-        def shift(first: int = first, outs: Any = outs, ins: Any = ins, here: Any = here, other: Any = other) -> None:
-            for join in range(1, joins + 1):
-                code.block(first + join)
-            for axis in (0, 1):
-                code.vector("move", outs[axis], here[axis], asynchronous=True, unblock=first + 1 + 2 * axis)
-                code.vector("move", other[axis], ins[axis], asynchronous=True, unblock=first + 2 + 2 * axis)
-            code.activate(first + 1)
+        def shift(axis: int, join: int, moves: Any = (outs, here, other, ins)) -> None:
+            """One tile leaves, one arrives: tasks `join` and the next wait for that."""
+            out, mine, next_, came = (each[axis] for each in moves)
+            code.block(join)
+            code.block(join + 1)
+            code.vector("move", out, mine, asynchronous=True, unblock=join)
+            code.vector("move", next_, came, asynchronous=True, unblock=join + 1)
 
-        def over(axis: int, first: int = first, note: Any = note) -> None:
+        def over(axis: int, join: int, note: Any = note) -> None:
             """The rotation along this axis: the last PE says that it is over, the others wait for that."""
-            told = first + 5 + axis
+            code.block(join)
             if last[axis]:
                 sending = code.fabric_out(4 + axis, _OVER + 8 * axis, 1)
-                code.vector("move", sending, note[axis], asynchronous=True, unblock=told)
+                code.vector("move", sending, note[axis], asynchronous=True, unblock=join)
             else:
-                code.vector("move", note[axis], code.fabric_in(4 + axis, 1), asynchronous=True, unblock=told)
+                code.vector("move", note[axis], code.fabric_in(4 + axis, 1), asynchronous=True, unblock=join)
+
+        def finish() -> None:
+            more = code.less(_R_STEP, _R_P)
+            code.stamp(3)
+            code.end()
+            code.patch(more)
 
         code.task()
         if overlap:
-            shift()
+            shift(0, first + 1)
+            shift(1, first + 3)
+            code.activate(first + 1)
         code.stamp(1)
         emit_product(code, layout, parity, parity)
         code.stamp(2)
         code.add(_R_STEP, _R_STEP, imm=1)
         if not overlap:
-            more = code.less(_R_STEP, _R_P)
-            code.stamp(3)
-            code.end()
-            code.patch(more)
-            shift()
+            finish()
+            shift(0, first + 1)
+            code.activate(first + 1)
         code.end()
         for join in range(1, joins + 1):
             code.task()
-            if not overlap and join in (2, 4):
-                over(join // 2 - 1)
-            if join < joins:
-                code.activate(first + join + 1)
-            else:
-                if overlap:
-                    more = code.less(_R_STEP, _R_P)
-                    code.stamp(3)
-                    code.end()
-                    code.patch(more)
-                code.activate(joins + 1 - first)
+            if not overlap and join == 3:  # the rows are through: now the columns
+                shift(1, first + 4)
+            if not overlap and join in (2, 5):
+                over(join // 3, first + join + 1)
+            if overlap and join == joins:
+                finish()
+            code.activate(first + join + 1 if join < joins else joins + 1 - first)
             code.end()

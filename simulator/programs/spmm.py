@@ -131,6 +131,23 @@ def tile_layout(fmt: str, nt: int, kt: int, m: int, stored: int) -> dict[str, in
     return address
 
 
+def tile_counts(mask: np.ndarray, width: int, height: int, fmt: str, nnz_per_pe: int | None) -> tuple[np.ndarray, int]:
+    """Non-zeros of every PE's tile [height, width], and slots of a row (ELLPACK, else 0).
+
+    With `nnz_per_pe` the fullest PE has exactly so many and no other more.
+    """
+    n, k = mask.shape
+    counts = mask.reshape(height, n // height, width, k // width).sum((1, 3))
+    if fmt == "ellpack":
+        fullest_row = int(mask.reshape(n, width, k // width).sum(2).max())
+        return counts, max(1, fullest_row if nnz_per_pe is None else -(-nnz_per_pe // (n // height)))
+    if nnz_per_pe is not None:
+        fullest = np.unravel_index(int(counts.argmax()), counts.shape)
+        counts = np.minimum(counts, nnz_per_pe)
+        counts[fullest] = nnz_per_pe
+    return counts, 0
+
+
 def cut(
     mask: np.ndarray, width: int, height: int, fmt: str, nnz_per_pe: int | None, seed: int
 ) -> tuple[list[list[Tile]], int, int]:
@@ -142,22 +159,14 @@ def cut(
     nt, kt = n // height, k // width
     generator = np.random.default_rng(seed)
     tiles: list[list[Tile]] = []
-    counts = mask.reshape(height, nt, width, kt).sum((1, 3))
-    slots = 0
-    if fmt == "ellpack":
-        slots = max(1, int(mask.reshape(n, width, kt).sum(2).max()))
-        if nnz_per_pe is not None:
-            slots = max(1, -(-nnz_per_pe // nt))
-    limit = int(counts.max()) if nnz_per_pe is None or fmt == "ellpack" else nnz_per_pe
-    fullest = np.unravel_index(int(counts.argmax()), counts.shape)
+    counts, slots = tile_counts(mask, width, height, fmt, nnz_per_pe)
     for y in range(height):
         row = []
         for x in range(width):
             part = mask[y * nt : (y + 1) * nt, x * kt : (x + 1) * kt].copy()
-            have = int(part.sum())
-            if have > limit or ((y, x) == fullest and fmt in ("csc", "csr") and have < limit):
+            if (excess := int(part.sum()) - int(counts[y, x])) != 0:
                 flat = part.reshape(-1)
-                change = generator.permutation(np.flatnonzero(flat == (have > limit)))[: abs(have - limit)]
+                change = generator.permutation(np.flatnonzero(flat == (excess > 0)))[: abs(excess)]
                 flat[change] = ~flat[change]
             if fmt == "csc":
                 cols, rows = np.nonzero(part.T)
@@ -166,7 +175,7 @@ def cut(
             values = generator.standard_normal(len(rows)).astype(np.float32)
             row.append(Tile(rows.astype(np.int32), cols.astype(np.int32), values))
         tiles.append(row)
-    stored = nt * slots if fmt == "ellpack" else max(1, limit)
+    stored = nt * slots if fmt == "ellpack" else max(1, int(counts.max()))
     return tiles, stored, slots
 
 

@@ -1,0 +1,184 @@
+"""The simulator against every published measurement it knows, with the error of each."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from vspdf.errors import UserError
+from vspdf.ledger import training_flops
+from vspdf.simulator import dispatch, programs
+from vspdf.simulator import machine as machines
+from vspdf.simulator.machine import Machine
+
+DATA = Path(__file__).parent / "data"
+SECONDS = 4.0  # a case may take at the event level, unless that level is asked for
+Say = Callable[[str], None]
+
+
+def table(name: str) -> list[dict[str, str]]:
+    """A table of measurements that ships with the package."""
+    with (DATA / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def facts() -> dict[str, Any]:
+    """Which cases there are, their tolerances, and which rows calibrated what."""
+    return OmegaConf.to_container(OmegaConf.load(DATA / "cases.yaml"))  # type: ignore[return-value]
+
+
+def _level(work: dispatch.Work, level: str) -> str:
+    if level != "auto":
+        return level
+    cycles = work.aggregate.get("cycles", work.aggregate.get("cycles_max", 0))
+    return "event" if work.pes * cycles / work.speed <= SECONDS else "aggregate"
+
+
+def _figure(work: dispatch.Work, level: str, key: str) -> tuple[str, float]:
+    chosen = _level(work, level)
+    return chosen, float((work.event()[1] if chosen == "event" else work.aggregate)[key])
+
+
+def _within(about: dict[str, Any], case: str, key: Any, published: float, found: tuple[str, float]) -> dict[str, Any]:
+    level, simulated = found
+    error = simulated / published - 1
+    set_by_it = about.get("calibrated", {}).get(key)
+    return {
+        "case": f"{about['title']}{case}", "published": published, "simulated": simulated, "error": error,
+        "tolerance": about["tolerance"], "role": "calibrated" if set_by_it else "predicted", "level": level,
+        "passed": bool(abs(error) <= about["tolerance"]), "calibrates": set_by_it or "",
+    }  # fmt: skip
+
+
+def _beyond(about: dict[str, Any], case: str, bound: dict[str, float], found: tuple[str, float]) -> dict[str, Any]:
+    """A bound to keep instead of a figure to meet; the error is how far it is missed."""
+    level, simulated = found
+    low = "at_least" in bound
+    published = bound["at_least"] if low else bound["at_most"]
+    missed = max(0.0, published - simulated) if low else max(0.0, simulated - published)
+    return {
+        "case": f"{about['title']}{case}: at {'least' if low else 'most'}", "published": published,
+        "simulated": simulated, "error": missed / published, "tolerance": 0.0, "role": "predicted", "level": level,
+        "passed": missed == 0, "calibrates": "",
+    }  # fmt: skip
+
+
+def _vector(about: dict[str, Any], machine: Machine, level: str) -> Iterator[dict[str, Any]]:
+    for row, line in enumerate(table(about["table"])):
+        mode = {"2": "conflict", "1": "single", "0": "pair"}[line["cycles_per_element_mode"][0]]
+        run = programs.vector_op(machine, int(line["length"]), mode)
+        case = f", {line['length']} elements, {mode}"
+        yield _within(about, case, row, float(line["measured_cycles"]), ("event", run.cycles))
+
+
+def _reduce(about: dict[str, Any], machine: Machine, level: str) -> Iterator[dict[str, Any]]:
+    for row, line in enumerate(table(about["table"])):
+        work = dispatch.reduce(machine, 512, 4096, int(line["group_size"]))
+        found = _figure(work, level, "cycles")
+        made = _within(about, f", groups of {line['group_size']}", row, float(line["measured_cycles"]), found)
+        yield made
+
+
+def _product(about: dict[str, Any], machine: Machine, level: str) -> Iterator[dict[str, Any]]:
+    names = about["table"] if isinstance(about["table"], list) else [about["table"]]
+    for name in names:
+        format = {"gemm.csv": "dense"}.get(name, name.removesuffix(".csv"))
+        for row, line in enumerate(table(name)):
+            n, k, m, nnz = (int(line[key]) for key in ("N", "K", "M", "nnz_per_pe"))
+            grid = f"{line['width']}x{line['height']}"
+            work = dispatch.spmm(
+                machine, format, grid, n, k, m, float(line["density"]), None if format == "dense" else nnz
+            )
+            found = _figure(work, level, "cycles_max")
+            case = f", {format} {grid}, {n}x{k}x{m}, {line['density']} %"
+            yield _within(about, case, row, float(line["max_cycles"]), found)
+
+
+def _summa(about: dict[str, Any], machine: Machine, level: str) -> Iterator[dict[str, Any]]:
+    a, b = (np.random.default_rng(seed).standard_normal((56, 56)).astype(np.float32) for seed in (0, 1))
+    phases = programs.summa(machine, a, b, 4).phases
+    yield _within(about, ", compute", "compute", float(about["compute"]), ("event", phases["compute"]))
+    found = ("event", float(phases["broadcast_step"]))
+    yield _within(about, ", both broadcasts of a step", "broadcast", float(about["broadcast"]), found)
+
+
+def overhead(machine: Machine, sparsity: float, seed: int = 0) -> float:
+    """Share of a streamed layer's time that multiplies nothing, on a small region with a real layer's tile."""
+    columns, rows, features, outputs, tokens = 8, 2, 96, 48, 128
+    generator = np.random.default_rng(seed)
+    mask = generator.random((outputs, columns * features)) >= sparsity
+    w = generator.standard_normal(mask.shape).astype(np.float32) * mask
+    x = generator.standard_normal((columns * features, rows * tokens)).astype(np.float32)
+    run = programs.stream_layer(machine, w, mask, x, columns, rows)
+    return 1 - float(run.region.stats["fmacs"].mean()) / machine.fmac_fp16_rate / run.cycles
+
+
+def _collapse(about: dict[str, Any], machine: Machine, level: str) -> Iterator[dict[str, Any]]:
+    yield _beyond(about, "", about, ("event", overhead(machine, 0.999)))
+
+
+def _mesh(about: dict[str, Any], machine: Machine, level: str) -> Iterator[dict[str, Any]]:
+    for (n, dtype), algorithm in product(about["sizes"], ("meshgemm", "summa", "cannon")):
+        work = dispatch.gemm(machine, algorithm, "720x720", n, dtype)
+        yield _beyond(
+            about, f", {algorithm}, {n} {dtype}", about[algorithm], ("aggregate", work.aggregate["efficiency"])
+        )
+
+
+def _flops(about: dict[str, Any], machine: Machine, level: str) -> Iterator[dict[str, Any]]:
+    dense, sparse = (training_flops("gpt3-xl", tokens=1, sparsity=s, convention="spdf") for s in (0.0, 0.75))
+    yield _within(about, "", None, about["published"], ("ledger", dense / sparse)) | {"role": "definition"}
+
+
+CASES: dict[str, Callable[[dict[str, Any], Machine, str], Iterator[dict[str, Any]]]] = {
+    "V1": _vector, "V2": _reduce, "V4": _product, "V5": _product, "V6": _product, "V7": _product, "V8": _summa,
+    "V9": _collapse, "V10": _mesh, "V11": _flops,
+}  # fmt: skip
+
+
+def validate(
+    machine: Any = "cs2", settings: Any = (), level: str = "auto", only: list[str] | None = None, say: Say | None = None
+) -> dict[str, Any]:
+    """Computes every published case anew.
+
+    Parameters
+    ----------
+    level : {"auto", "event", "aggregate"}
+        "auto": the event level wherever that ends within a few seconds. "event" takes hours on the largest grids.
+    only : list of str, optional
+        Some of the cases, e.g. ["V1", "V4"].
+    say : callable, optional
+        Takes a line when a case is done.
+
+    Returns
+    -------
+    dict
+        ``cases``, each with id, case, published, simulated, error, tolerance, role, level, passed; ``passed`` of all.
+        Role "calibrated": this row set a parameter. "predicted": it did not. "definition": it checks the FLOP ledger.
+
+    Raises
+    ------
+    UserError
+        For an unknown case, level or machine.
+    """
+    chosen = machines.load(machine, settings)
+    dispatch._choice("--level", level, dispatch.LEVELS)
+    known = facts()
+    cases: list[dict[str, Any]] = []
+    for name in only or known:
+        if name not in known:
+            raise UserError(f"unknown case '{name}': expected some of {', '.join(known)}.")
+        about = known[name]
+        mine = [{"id": name, "title": about["title"]} | case for case in CASES[name](about, chosen, level)]
+        cases += mine
+        if say:
+            passed = sum(case["passed"] for case in mine)
+            say(f"{name} {about['title']}: {passed} of {len(mine)} within {about.get('tolerance', 0):.0%}")
+    views = {name: about["view"] for name, about in known.items() if "view" in about}
+    return {"machine": chosen.name, "cases": cases, "passed": all(c["passed"] for c in cases), "chosen_in_view": views}
