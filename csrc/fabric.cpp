@@ -82,7 +82,10 @@ Wavelet Fifo::pop(int64_t now) {
 
 Fabric::Fabric(int width, int height, Machine machine) : width_(width), height_(height), m_(std::move(machine)) {
     if (width < 1 || height < 1) throw std::invalid_argument("a region needs at least 1 x 1 PEs.");
-    if (m_.colours < 1 || m_.colours > 64) throw std::invalid_argument("colours must lie in 1..64.");
+    if (m_.colours < 1 || m_.colours > 64) throw std::invalid_argument("a machine may have 1 to 64 colours.");
+    if (m_.hop_cycles < 1 || m_.hop_cycles >= kWheel || m_.ramp_cycles < 1 || m_.ramp_cycles >= kWheel) {
+        throw std::invalid_argument("a hop and the ramp may take 1 to " + std::to_string(kWheel - 1) + " cycles.");
+    }
     pes_.resize(size_t(width) * height);
     routers_.resize(pes_.size());
     sources_of_.resize(pes_.size());
@@ -694,7 +697,7 @@ int64_t memory_cycles(const Machine& m, const Access& x, int64_t steps) {
     auto banks = [&](int which, int64_t step, int* out) {                 // those one access touches
         const int64_t begin = x.base[which] + step * x.advance[which];
         const int64_t first = begin / m.bank_bytes, last = (begin + x.bytes - 1) / m.bank_bytes;
-        const int count = int(std::min<int64_t>(last - first + 1, m.banks));
+        const int count = int(std::min<int64_t>({last - first + 1, m.banks, 64}));
         for (int k = 0; k < count; ++k) out[k] = int((first + k) % m.banks);
         return count;
     };

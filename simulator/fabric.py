@@ -245,7 +245,10 @@ class Region:
                 "(width x height) for programs."
             )
         self.machine, self.width, self.height = machine, width, height
-        self._fabric = _core.Fabric(width, height, machine.fabric())
+        try:
+            self._fabric = _core.Fabric(width, height, machine.fabric())
+        except ValueError as error:
+            raise UserError(f"{machine.name}: {error}") from None
         self._fabric.trace(MOST_EVENTS if _tracing.get() else 0)
 
     def _call(self, method: str, *arguments: Any) -> Any:

@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from vspdf.errors import UserError, did_you_mean
 
 FOLDER = Path(__file__).parent / "machines"
 FIELDS = {"value", "unit", "source", "grade"}
+# What must not be 0.
+POSITIVE = {
+    "width", "height", "clock_sdk", "clock_hot_chips", "colours", "switch_positions", "hop_cycles", "ramp_cycles",
+    "router_buffer", "micro_threads", "sram_bytes", "banks", "read_groups", "bank_bytes", "port_bytes", "pair_rate",
+    "fmac_fp32_rate", "fmac_fp16_rate", "host_bandwidth",
+}  # fmt: skip
 GRADES = {"A", "B", "D", "M"}
 # What the event simulator's core takes under the same name.
 CORE = (
@@ -88,6 +95,8 @@ def _like(key: str, value: Any, old: Any) -> Any:
         return list(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
         raise UserError(f"machine parameter '{key}' takes a number of at least 0, not {value!r}.")
+    if not value and key in POSITIVE:
+        raise UserError(f"machine parameter '{key}' must be above 0.")
     if isinstance(old, int) and float(value) != int(value):
         raise UserError(f"machine parameter '{key}' takes a whole number, not {value!r}.")
     return type(old)(value)
@@ -109,9 +118,12 @@ def load(machine: str | Path | Machine = "cs2", settings: Iterable[str] | Mappin
         values = {}
         for setting in settings:
             key, equals, text = setting.partition("=")
+            try:
+                values[key.strip()] = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[index, call-overload]
+            except YAMLError:
+                equals = ""
             if not equals:
                 raise UserError(f"--set '{setting}': expected key=value, e.g. trigger_cycles=10.")
-            values[key.strip()] = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[index, call-overload]
         settings = values
     return machine.override(settings) if settings else machine
 
@@ -135,7 +147,10 @@ def _read(machine: str | Path) -> Machine:
 
 
 def _parse(path: Path) -> dict[str, Parameter]:
-    tree = OmegaConf.to_container(OmegaConf.load(path))
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}.") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected parameters, each with value, unit, source and grade.")
     parameters = {}

@@ -212,9 +212,9 @@ def ring_gemm(machine: Machine, a: np.ndarray, b: np.ndarray, pes: int, interlea
     place per step, starting skewed.
 
     Cannon multiplies, rotates A and rotates B in lock step, as the textbook has it: a rotation is over when the tile of
-    the first PE has come all the way back to the last, which tells its row or column by a multicast of one wavelet. MeshGEMM's
-    ring has no way beyond two hops, so nobody waits for anyone but its neighbours, and its shifts run beside the
-    product.
+    the first PE has come all the way back to the last, which tells its row or column by a multicast of one wavelet.
+    MeshGEMM's ring has no way beyond two hops, so nobody waits for anyone but its neighbours, and its shifts run
+    beside the product.
     """
     n = a.shape[0]
     layout = check_gemm(machine, pes, n, half, padded=True)

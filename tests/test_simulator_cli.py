@@ -1,0 +1,232 @@
+"""`vspdf simulate` and `vspdf validate`: figures, keys that scripts rely on, both levels, pictures, clear errors."""
+
+import json
+
+import numpy as np
+import pytest
+
+import vspdf as package
+from vspdf.errors import UserError
+from vspdf.simulator import dispatch, pictures, programs, validate
+from vspdf.simulator import machine as machines
+from vspdf.simulator.fabric import tracing
+
+CS2 = machines.load("cs2")
+
+VERBS = {
+    "spmm": ["spmm", "--format", "csr", "--grid", "4x3", "--n", 24, "--k", 32, "--m", 20, "--density", 30],
+    "dense": ["spmm", "--format", "dense", "--grid", "4x3", "--n", 24, "--k", 32, "--m", 20],
+    "gemm": ["gemm", "--algorithm", "cannon", "--grid", "3x3", "--n", 10, "--dtype", "fp16"],
+    "gemv": ["gemv", "--algorithm", "meshgemv", "--grid", "4x4", "--n", 20],
+    "reduce": ["reduce", "--pes", 9, "--elements", 30, "--group", 3],
+}
+KEYS = {
+    "spmm": {"cycles_max", "cycles_avg", "breakdown"},
+    "dense": {"cycles_max", "cycles_avg"},
+    "gemm": {"cycles", "tflops", "efficiency"},
+    "gemv": {"cycles"},
+    "reduce": {"cycles"},
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_both_levels_say_which_they_are_and_agree(vspdf, verb):
+    results = {}
+    for level in ("event", "aggregate"):
+        status, out, err = vspdf("simulate", *VERBS[verb], "--level", level, "--json")
+        assert status == 0, err
+        results[level] = json.loads(out)
+        assert results[level]["level"] == level and results[level]["why"] == "asked for" and out.count("\n") == 1
+        assert KEYS[verb] - {"breakdown"} <= set(results[level])
+        assert set(results[level]["seconds"]) == {"0.85GHz", "1.1GHz"}
+    assert KEYS[verb] <= set(results["event"])
+    key = "cycles_max" if "cycles_max" in results["event"] else "cycles"
+    assert results["aggregate"][key] == pytest.approx(results["event"][key], rel=0.05)
+    assert results["event"]["largest_error"] < (5e-3 if verb in ("gemm", "gemv") else 1e-5)
+    status, out, _ = vspdf("simulate", *VERBS[verb])
+    assert status == 0 and "event level" in out and f"{results['event'][key]:,}" in out
+
+
+def test_the_large_goes_to_the_aggregate_level_and_says_why(vspdf):
+    _, out, _ = vspdf("simulate", "gemv", "--grid", "720x720", "--n", 16384, "--json")
+    result = json.loads(out)
+    assert result["level"] == "aggregate" and "the event level would take some" in result["why"]
+
+
+def test_settings_and_machines_reach_the_result(vspdf, tmp_path):
+    plain = package.simulate("reduce", pes=9, elements=30, group=3)
+    assert (
+        plain["cycles"] < package.simulate("reduce", pes=9, elements=30, group=3, settings=["hop_cycles=3"])["cycles"]
+    )
+    own = tmp_path / "own.yaml"
+    own.write_text('name: {value: own, unit: "", grade: M, source: "a guess"}\n')
+    _, out, _ = vspdf("simulate", *VERBS["reduce"], "--machine", own, "--set", "task_switch=30", "--json")
+    assert json.loads(out)["machine"] == "own" and json.loads(out)["cycles"] == plain["cycles"] + 30
+
+
+def test_padding_to_a_stated_number(vspdf):
+    arguments = ["simulate", "spmm", "--format", "coo", "--grid", "2x2", "--n", 16, "--k", 16, "--m", 20]
+    _, out, _ = vspdf(*arguments, "--density", 20, "--nnz-per-pe", 40, "--json")
+    assert json.loads(out)["nnz_per_pe"] == 40 and json.loads(out)["cycles_max"] == json.loads(out)["cycles_avg"]
+
+
+def test_seeds(vspdf):
+    def cycles(seed):
+        _, out, _ = vspdf("simulate", *VERBS["spmm"], "--seed", seed, "--json")
+        return json.loads(out)["cycles_max"]
+
+    assert cycles(0) == cycles(0) and len({cycles(seed) for seed in range(4)}) > 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["reduce", "--pes", 800, "--elements", 4, "--group", 4], "a grid of 800x1 PEs does not fit: cs2 has 750x994"),
+        (["reduce", "--pes", 8, "--elements", 20000, "--group", 4], "80000 bytes of SRAM, it has 49152"),
+        (["reduce", "--pes", 8, "--elements", 4, "--group", "x"], "--group 'x': expected a number of PEs or 'star'"),
+        (["reduce", "--pes", 8, "--elements", 0, "--group", 2], "--elements must be at least 1"),
+        (["gemm", "--grid", "4x5", "--n", 8], "--grid 4x5: this program runs on a square grid"),
+        (["gemm", "--grid", "800x800", "--n", 8000], "a grid of 800x800 PEs does not fit"),
+        (["gemm", "--grid", "4", "--n", 8], "--grid '4': expected WIDTHxHEIGHT"),
+        (["gemm", "--grid", "4x4", "--n", 8, "--algorithm", "suma"], "Did you mean 'summa'"),
+        (["gemm", "--grid", "4x4", "--n", 8, "--dtype", "fp8"], "--dtype 'fp8': expected one of fp32, fp16"),
+        (["gemm", "--grid", "4x4", "--n", 4000], "bytes of SRAM, it has 49152"),
+        (["gemv", "--grid", "4x4", "--n", 8, "--level", "exact"], "--level 'exact': expected one of"),
+        (["gemv", "--grid", "4x4", "--n", 8, "--set", "hop=3"], "unknown machine parameter 'hop'"),
+        (["gemv", "--grid", "4x4", "--n", 8, "--machine", "cs9"], "no machine 'cs9'"),
+        (["gemv", "--grid", "4x4", "--n", 8, "--plot", "x.txt"], "ending in .png"),
+        (["gemv", "--grid", "4x4", "--n", 8, "--trace", "no/x.json"], "there is no folder no"),
+        (["gemv", "--grid", "4x4", "--n", 8, "--trace", "x.json", "--level", "aggregate"], "show events"),
+        (["spmm", "--format", "coo", "--grid", "3x3", "--n", 8, "--k", 9, "--m", 4], "--n 8 must be a multiple"),
+        (["spmm", "--format", "cco", "--grid", "2x2", "--n", 8, "--k", 8, "--m", 4], "--format 'cco'"),
+        (["spmm", "--format", "coo", "--grid", "2x2", "--n", 8, "--k", 8, "--m", 4, "--density", 101], "percentage"),
+        (["spmm", "--format", "coo", "--grid", "2x2", "--n", 8, "--k", 8, "--m", 4, "--nnz-per-pe", 17], "holds 1 to 16"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line(vspdf, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = vspdf("simulate", *arguments)
+    assert status == 2 and not out and err.count("\n") == 1 and message in err, err
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_programs_and_arguments():
+    with pytest.raises(UserError, match="unknown program 'gemmm'. Did you mean 'gemm'"):
+        package.simulate("gemmm")
+    with pytest.raises(UserError, match="unexpected keyword argument 'side'"):
+        package.simulate("gemm", side=3)
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def test_trace_and_plot(vspdf, tmp_path):
+    trace, plot = tmp_path / "trace.json", tmp_path / "plot.png"
+    status, out, err = vspdf("simulate", *VERBS["gemm"], "--trace", trace, "--plot", plot, "--json")
+    assert status == 0 and "wrote" in err, err
+    events = json.loads(trace.read_text())
+    kinds = {event.get("cat") for event in events["traceEvents"]}
+    assert {"task switch", "vector operation", "streaming operation", "scalar instructions"} <= kinds
+    assert events["otherData"] == {
+        "cycles": json.loads(out)["cycles"],
+        "events": pytest.approx(1, abs=1e9),
+        "complete": True,
+    }
+    for event in events["traceEvents"]:
+        if event["ph"] == "X":
+            assert event["dur"] > 0 and 0 <= event["ts"] <= events["otherData"]["cycles"]
+    from matplotlib.image import imread
+
+    assert imread(plot).std() > 0.1
+
+
+def test_heat_maps_are_fractions_that_add_up():
+    run = programs.reduce(CS2, np.ones((6, 30), np.float32), 3)
+    maps = pictures.heat_maps(run.region)
+    np.testing.assert_allclose(sum(maps[k] for k in ("busy", "waiting for data", "held up by the fabric", "idle")), 1)
+    assert maps["traffic"].shape == (1, 6)
+
+
+def test_events_of_one_pe_do_not_overlap():
+    with tracing():
+        region = programs.summa(CS2, np.ones((9, 9), np.float32), np.ones((9, 9), np.float32), 3).region
+    events = region.trace_events()
+    mine = events[(events[:, 0] == 4) & (events[:, 3] != 2)]
+    mine = mine[np.argsort(mine[:, 1], kind="stable")]
+    assert len(mine) > 50 and (mine[1:, 1] >= mine[:-1, 2]).all()
+    assert not len(programs.vector_op(CS2, 4).region.trace_events())
+
+
+# -- published measurements --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def validated():
+    return validate.validate(level="aggregate")
+
+
+def test_every_published_case_is_within_its_tolerance(validated):
+    missed = [case for case in validated["cases"] if not case["passed"]]
+    assert not missed and validated["passed"]
+    assert {case["id"] for case in validated["cases"]} == {"V1", "V2", "V4", "V5", "V6", "V7", "V8", "V9", "V10", "V11"}
+    reduce = [abs(case["error"]) for case in validated["cases"] if case["id"] == "V2"]
+    assert len(reduce) == 9 and np.mean(reduce) < 0.01
+
+
+def test_roles_are_what_the_table_allows(validated):
+    roles = {}
+    for case in validated["cases"]:
+        roles.setdefault(case["id"], []).append(case["role"])
+        assert set(case) >= {"id", "case", "published", "simulated", "error", "tolerance", "role", "level", "passed"}
+        assert bool(case["calibrates"]) == (case["role"] == "calibrated")
+    assert roles["V2"].count("calibrated") == 2 and roles["V4"].count("calibrated") <= 4
+    assert roles["V5"].count("calibrated") == roles["V7"].count("calibrated") == 0
+    assert roles["V11"] == ["definition"]
+
+
+def test_parameters_that_are_calibrated_say_from_what():
+    set_by_rows = {
+        name.strip(): case
+        for case, about in validate.facts().items()
+        for names in about.get("calibrated", {}).values()
+        for name in names.split(",")
+        if name != "scalar costs"
+    }
+    for name in set_by_rows.keys() - {" scalar costs", "scalar costs"}:
+        source = CS2.parameters[name].source
+        assert any(word in source for word in ("csv", "SUMMA")), (name, source)
+
+
+@pytest.mark.parametrize("row", [0, 5, 8], ids=["groups of 2", "groups of 64", "chain"])
+def test_the_event_level_meets_the_reductions_too(row):
+    line = validate.table("reduce_1d.csv")[row]
+    work = dispatch.reduce(CS2, 512, 4096, int(line["group_size"]))
+    assert work.event()[1]["cycles"] == pytest.approx(float(line["measured_cycles"]), rel=0.02)
+
+
+@pytest.mark.parametrize("fmt", ["coo", "csc", "ellpack", "gemm"])
+def test_the_event_level_meets_a_product_too(fmt):
+    line = validate.table(f"{fmt}.csv")[0]
+    n, k, m, nnz = (int(line[key]) for key in ("N", "K", "M", "nnz_per_pe"))
+    format = "dense" if fmt == "gemm" else fmt
+    grid = f"{line['width']}x{line['height']}"
+    work = dispatch.spmm(CS2, format, grid, n, k, m, float(line["density"]), None if format == "dense" else nnz)
+    tolerance = {"coo": 0.03, "ellpack": 0.12}.get(fmt, 0.05)
+    assert work.event()[1]["cycles_max"] == pytest.approx(float(line["max_cycles"]), rel=tolerance)
+
+
+def test_overhead_takes_over_where_hardly_anything_is_kept():
+    shares = [validate.overhead(CS2, s) for s in (0.0, 0.5, 0.9, 0.99, 0.999)]
+    assert shares == sorted(shares) and shares[0] < 0.25 and shares[-1] > 0.9
+
+
+def test_validate_prints_roles_and_levels(vspdf):
+    status, out, err = vspdf("validate", "--case", "V1", "--case", "v8")
+    assert status == 0 and "V8" in err
+    for word in ("published", "simulated", "calibrated", "predicted", "event", "7 of 7 cases", "chosen with a table"):
+        assert word in out, word
+    status, out, _ = vspdf("validate", "--case", "V1", "--json", "--set", "vector_startup=60")
+    result = json.loads(out)
+    assert status == 0 and not result["passed"] and len(result["cases"]) == 5
+    status, _, err = vspdf("validate", "--case", "V3")
+    assert status == 2 and "unknown case 'V3'" in err
