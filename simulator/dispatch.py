@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vspdf.errors import UserError, did_you_mean
-from vspdf.simulator import fabric, programs, wafer
+from vspdf.simulator import fabric, pictures, programs, wafer
 from vspdf.simulator import machine as machines
 from vspdf.simulator.machine import Machine
 
@@ -237,6 +237,8 @@ def simulate(
     if program not in PROGRAMS:
         raise UserError(f"unknown program '{program}'.{did_you_mean(program, PROGRAMS)}")
     _choice("--level", level, LEVELS)
+    to_trace, to_plot = (None if path is None else Path(path) for path in (trace, plot))
+    pictures.check_paths(to_trace, to_plot)
     drawn = trace is not None or plot is not None
     if drawn and level == "aggregate":
         raise UserError("--trace and --plot show events: the aggregate level has none.")
@@ -257,13 +259,11 @@ def simulate(
             run, body = work.event()
         cycles = body.get("cycles", body.get("cycles_max", 0))
         if drawn:
-            from vspdf.simulator import pictures
-
             title = f"{program} on {run.region.width} x {run.region.height} PEs"
-            if trace is not None:
-                pictures.write_trace(run.region, Path(trace))
-            if plot is not None:
-                pictures.plot(run.region, Path(plot), title)
+            if to_trace is not None:
+                pictures.write_trace(run.region, to_trace)
+            if to_plot is not None:
+                pictures.plot(run.region, to_plot, title)
     else:
         body = dict(work.aggregate)
     seconds = {label: cycles / hertz for label, hertz in chosen.clocks.items()}

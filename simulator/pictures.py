@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,23 @@ COLOURS = {
 }
 
 
-def _writable(path: Path, suffixes: tuple[str, ...]) -> Path:
-    if path.suffix not in suffixes:
-        raise UserError(f"{path}: expected a file name ending in {' or '.join(suffixes)}.")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}.")
-    return path
+def check_paths(trace: Path | None, plot: Path | None) -> None:
+    """Before anything runs.
+
+    Raises
+    ------
+    UserError
+        For a name of another kind, a missing folder, or a plot without matplotlib.
+    """
+    for path, suffixes in ((trace, (".json",)), (plot, (".png", ".svg", ".pdf"))):
+        if path is None:
+            continue
+        if path.suffix not in suffixes:
+            raise UserError(f"{path}: expected a file name ending in {' or '.join(suffixes)}.")
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.parent}.")
+    if plot is not None and find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install 'vspdf[plot]'.")
 
 
 def _label(kind: int, number: int) -> str:
@@ -37,7 +49,6 @@ def write_trace(region: Region, path: Path) -> None:
 
     Micro-threads overlap the task beside them and each other: streams are asynchronous events.
     """
-    _writable(path, (".json",))
     events: list[dict[str, Any]] = []
     for y in range(region.height):
         events.append({"ph": "M", "name": "process_name", "pid": y, "args": {"name": f"row {y}"}})
@@ -69,12 +80,9 @@ def heat_maps(region: Region) -> dict[str, np.ndarray]:
 
 def plot(region: Region, path: Path, title: str) -> None:
     """Draws `heat_maps` and, below them, a time line of up to 32 PEs spread evenly over the region."""
-    _writable(path, (".png", ".svg", ".pdf"))
-    try:
-        from matplotlib import pyplot as plt
-        from matplotlib.patches import Patch
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install 'vspdf[plot]'.") from None
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import Patch
+
     maps = heat_maps(region)
     figure = plt.figure(figsize=(13, 8.5), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=[1, 1.15])

@@ -61,7 +61,7 @@ def test_settings_and_machines_reach_the_result(vspdf, tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text('name: {value: own, unit: "", grade: M, source: "a guess"}\n')
     _, out, _ = vspdf("simulate", *VERBS["reduce"], "--machine", own, "--set", "task_switch=30", "--json")
-    assert json.loads(out)["machine"] == "own" and json.loads(out)["cycles"] == plain["cycles"] + 30
+    assert json.loads(out)["machine"] == "own" and json.loads(out)["cycles"] == plain["cycles"] + 30 - CS2.task_switch
 
 
 def test_padding_to_a_stated_number(vspdf):
@@ -100,7 +100,7 @@ def test_seeds(vspdf):
         (["spmm", "--format", "coo", "--grid", "3x3", "--n", 8, "--k", 9, "--m", 4], "--n 8 must be a multiple"),
         (["spmm", "--format", "cco", "--grid", "2x2", "--n", 8, "--k", 8, "--m", 4], "--format 'cco'"),
         (["spmm", "--format", "coo", "--grid", "2x2", "--n", 8, "--k", 8, "--m", 4, "--density", 101], "percentage"),
-        (["spmm", "--format", "coo", "--grid", "2x2", "--n", 8, "--k", 8, "--m", 4, "--nnz-per-pe", 17], "holds 1 to 16"),
+        (["spmm", "--format", "coo", "--grid", "2x2", "--n", 8, "--k", 8, "--m", 4, "--nnz-per-pe", 17], "1 to 16"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line(vspdf, tmp_path, monkeypatch, arguments, message):
@@ -111,7 +111,7 @@ def test_bad_input_is_one_clear_line(vspdf, tmp_path, monkeypatch, arguments, me
 
 
 def test_unknown_programs_and_arguments():
-    with pytest.raises(UserError, match="unknown program 'gemmm'. Did you mean 'gemm'"):
+    with pytest.raises(UserError, match="Did you mean 'gemm'"):
         package.simulate("gemmm")
     with pytest.raises(UserError, match="unexpected keyword argument 'side'"):
         package.simulate("gemm", side=3)
@@ -127,11 +127,7 @@ def test_trace_and_plot(vspdf, tmp_path):
     events = json.loads(trace.read_text())
     kinds = {event.get("cat") for event in events["traceEvents"]}
     assert {"task switch", "vector operation", "streaming operation", "scalar instructions"} <= kinds
-    assert events["otherData"] == {
-        "cycles": json.loads(out)["cycles"],
-        "events": pytest.approx(1, abs=1e9),
-        "complete": True,
-    }
+    assert events["otherData"]["cycles"] == json.loads(out)["cycles"] and events["otherData"]["complete"]
     for event in events["traceEvents"]:
         if event["ph"] == "X":
             assert event["dur"] > 0 and 0 <= event["ts"] <= events["otherData"]["cycles"]

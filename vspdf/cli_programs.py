@@ -25,7 +25,7 @@ Seed = Annotated[int, typer.Option(help="Of matrices and positions.")]
 
 
 def _run(program: str, as_json: bool, trace: Path | None, plot: Path | None, **arguments: Any) -> None:
-    from vspdf.simulator import simulate
+    from vspdf.simulator.dispatch import simulate
 
     result = simulate(program, trace=trace, plot=plot, **arguments)
     for path in (trace, plot):
