@@ -262,6 +262,8 @@ def twice(region):
         (lambda r: r.bind(0, 0, 1, 0), "colour 1 has no in-queue to bind a task to"),
         (lambda r: r.write(0, 0, 49000, np.zeros(100, np.float32)), "do not fit its SRAM of 49152 bytes"),
         (lambda r: r.read(0, 0, 0, 20000), "do not fit its SRAM"),
+        (lambda r: Region(CS2.override({"hop_cycles": 0}), 2, 2), "a hop and the ramp may take 1 to 63 cycles"),
+        (lambda r: Region(CS2.override({"colours": 65}), 2, 2), "1 to 64 colours"),
     ],
 )
 def test_bad_set_up_is_one_clear_line(what, message):
