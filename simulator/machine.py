@@ -23,7 +23,7 @@ POSITIVE = {
 GRADES = {"A", "B", "D", "M"}
 # What the event simulator's core takes under the same name.
 CORE = (
-    "colours", "switch_positions", "router_buffer", "in_queue_depth", "out_queue_depth",
+    "colours", "switch_positions", "hop_cycles", "ramp_cycles", "router_buffer", "in_queue_depth", "out_queue_depth",
     "micro_threads", "sram_bytes", "banks", "read_groups", "bank_bytes", "port_bytes", "accumulator_delay",
     "write_delay", "vector_startup", "pair_startup", "pair_rate", "fmac_fp32_rate", "fmac_fp16_rate", "task_switch",
 )  # fmt: skip
