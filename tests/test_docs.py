@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import json
 import os
 import re
 import runpy
@@ -151,6 +152,18 @@ def test_plan_train_report(example, tmp_path):
     out = example("plan_train_report.py", tmp_path, *settings, "train.eval_tokens=512", "train.sample_tokens=0")
     assert "variable: 12 steps at 0.9" in out and f"wrote {tmp_path}/comparison.html" in out
     assert "All runs read the same tokens in the same order" in (tmp_path / "comparison.html").read_text()
+
+
+def test_estimate_cs2(example, tmp_path):
+    out = example("estimate_cs2.py")
+    assert out.startswith("1,316M parameters, 512 sequences of 2048 tokens a step")
+    assert [line for line in out.splitlines() if "sparsity" in line] and out.count("x faster (") == 2
+    page = (ROOT / "docs" / "examples.md").read_text()
+    assert all(f"    {line}" in page for line in out.splitlines()), "the page shows other figures"
+    body = {"model_type": "gpt_neox", "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
+    body |= {"num_attention_heads": 4, "vocab_size": 100, "max_position_embeddings": 32}
+    (tmp_path / "config.json").write_text(json.dumps(body))
+    assert ", 8 sequences of 32 tokens a step" in example("estimate_cs2.py", tmp_path, 8)
 
 
 def test_the_notebook(tmp_path):
