@@ -1,10 +1,11 @@
 """Which path runs a product, and why: a sparse kernel, or dense GEMM on materialised weights.
 
 On the CPU `auto` times both paths once per product, shape, density and thread count, on the data at hand, and keeps the
-medians in the user's cache (`tuning.json`). On a GPU it never times by itself: it believes what `vspdf bench linear
---device cuda --tune` left in that cache, then the table that ships (`gpu_tuning.json`), then a conservative model, and
-takes dense where none of them speaks for a sparse path. A run stores its choices and resumes with them (`choices`,
-`pin`), so that it stays equal to the last bit.
+least times in the user's cache (`tuning.json`). A machine may have been busy then: where the paths lie close or the
+times were noisy, the next processes measure again, three in all. On a GPU it never times by itself: it believes what
+`vspdf bench linear --device cuda --tune` left in that cache, then the table that ships (`gpu_tuning.json`), then a
+conservative model, and takes dense where none of them speaks for a sparse path. Within a process a choice never
+changes, and a run stores its choices and resumes with them (`choices`, `pin`), so that it stays equal to the last bit.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from vspdf.pattern import Pattern
 log = logging.getLogger("vspdf")
 
 BACKENDS = ("auto", "cpu", "reference", "triton")
-ROUNDS = 3
+ROUNDS = 3  # at least; more while a choice is open and BUDGET lasts
+BUDGET = 0.1  # seconds
+CLEAR = 1.5  # times as long: no open choice
+NOISY = 1.25  # a typical round over the least one: the machine was busy
+TUNINGS = 3  # processes that measure an open choice
 SMALL = 1 << 21  # multiply-adds: below it a call costs microseconds either way and timing would decide by noise
-
-
 TUNED = 0.97  # of dense, in every interleaved round: a tuned sparse path is never slower, noise included
 
 
@@ -45,15 +48,28 @@ class Choice(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Median seconds of both paths."""
+    """Least seconds of both paths."""
 
     cpu: float
     dense: float
+    noise: float = 1.0  # median round over the least one, of the noisier path
+    tunings: int = 1  # processes that measured
 
     def choice(self) -> Choice:
         path, slower = ("cpu", "dense") if self.cpu <= self.dense else ("dense", "cpu")
-        fast, slow = min(self), max(self)
-        return Choice(path, f"{slower} takes {slow / fast:.2f}x as long (measured {slow:.2e} s against {fast:.2e} s)")
+        fast, slow = sorted((self.cpu, self.dense))
+        reason = f"{slower} takes {slow / fast:.2f}x as long (measured {slow:.2e} s against {fast:.2e} s)"
+        return Choice(
+            path, reason if self.settled() else f"{reason}; close or noisy, so the next process measures again"
+        )
+
+    def settled(self) -> bool:
+        fast, slow = sorted((self.cpu, self.dense))
+        return self.tunings >= TUNINGS or (slow > CLEAR * fast and self.noise < NOISY)
+
+    def merge(self, other: Timing) -> Timing:
+        cpu, dense = min(self.cpu, other.cpu), min(self.dense, other.dense)
+        return Timing(cpu, dense, min(self.noise, other.noise), self.tunings + other.tunings)
 
 
 class GpuTiming(NamedTuple):
@@ -62,7 +78,7 @@ class GpuTiming(NamedTuple):
     seconds: dict[str, float]
     worst: dict[str, float]
 
-    def choice(self, source: str) -> Choice:
+    def choice(self, source: str = "tuned here") -> Choice:
         trusted = [path for path, ratio in self.worst.items() if ratio <= TUNED]
         path = min(trusted, key=lambda path: self.seconds[path], default="dense")
         ratios = ", ".join(
@@ -78,45 +94,63 @@ class _Table:
     def __init__(self, kind: Callable[..., Any], machine: Callable[[], str]) -> None:
         self.kind, self.machine = kind, machine
         self.timings: dict[str, Any] = {}
-        self.used: dict[str, Any] = {}
+        self.used: dict[str, Any] = {}  # decided in this process or pinned: they stay
         self.lock = threading.RLock()
         self.loaded = False
 
     def path(self) -> Path:
         return user_cache() / "tuning.json"
 
+    def read(self) -> dict[str, Any]:
+        """The file by machine; empty where it is absent or damaged."""
+        with contextlib.suppress(OSError, ValueError):
+            machines = json.loads(self.path().read_text())
+            return machines if isinstance(machines, dict) else {}
+        return {}
+
     def load(self) -> None:
         with self.lock:
-            if self.loaded:
-                return
-            self.loaded = True
-            with contextlib.suppress(
-                OSError, ValueError, TypeError, AttributeError
-            ):  # absent or damaged: measured anew
-                stored = json.loads(self.path().read_text()).get(self.machine(), {})
-                self.timings = {**{key: self.kind(*columns) for key, columns in stored.items()}, **self.timings}
+            if not self.loaded:
+                self.loaded = True
+                self.timings = {**self.parse(self.read().get(self.machine())), **self.timings}
+
+    def parse(self, stored: Any) -> dict[str, Any]:
+        """Stored columns as timings, without those that are none."""
+        timings = {}
+        for key, columns in stored.items() if isinstance(stored, dict) else ():
+            with contextlib.suppress(TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError):
+                timing = self.kind(*columns)
+                timing.choice()
+                timings[key] = timing
+        return timings
+
+    def known(self, key: str) -> Any:
+        self.load()
+        return self.used.get(key) or self.timings.get(key)
 
     def find(self, key: str) -> Any:
-        self.load()
-        timing = self.timings.get(key)
-        if timing is not None:
-            self.used[key] = timing
-        return timing
+        """What is known of `key`, used from now on."""
+        with self.lock:
+            timing = self.known(key)
+            if timing is not None:
+                self.used[key] = timing
+            return timing
 
     def add(self, key: str, timing: Any) -> None:
+        """Uses `timing` and keeps it in the user's cache."""
         with self.lock:
-            self.timings[key] = self.used[key] = timing
+            self.used[key] = self.timings[key] = timing
             file = self.path()
             draft = file.with_name(f".{file.name}.{os.getpid()}")
-            try:
-                machines: dict[str, Any] = {}
-                with contextlib.suppress(OSError, ValueError):  # others may have added theirs meanwhile
-                    machines = json.loads(file.read_text())
-                machines.setdefault(self.machine(), {}).update({k: list(v) for k, v in self.timings.items()})
-                draft.write_text(json.dumps(machines, indent=0, sort_keys=True))
-                draft.replace(file)
-            except (OSError, TypeError, AttributeError):  # a cache that cannot be written costs only the next tuning
-                draft.unlink(missing_ok=True)
+            machines = self.read()  # others may have added theirs meanwhile
+            stored = machines.get(self.machine())
+            machines[self.machine()] = {**(stored if isinstance(stored, dict) else {}), key: list(timing)}
+            with contextlib.suppress(OSError):  # a cache that cannot be written costs only the next tuning
+                try:
+                    draft.write_text(json.dumps(machines, indent=0, sort_keys=True))
+                    draft.replace(file)
+                finally:
+                    draft.unlink(missing_ok=True)
 
 
 def _machine() -> str:
@@ -130,6 +164,7 @@ def _gpu_machine() -> str:
 
 _table = _Table(Timing, _machine)
 _gpu_table = _Table(GpuTiming, _gpu_machine)
+_choices: dict[tuple, Choice] = {}  # on CPUs, by the arguments of `choose`: to ask again would cost time
 
 
 @cache
@@ -146,28 +181,24 @@ def choices() -> dict[str, list[Any]]:
 def pin(stored: dict[str, list[Any]]) -> None:
     """Decides as a stored run did."""
     for key, columns in stored.items():
-        kind, table = (GpuTiming, _gpu_table) if isinstance(columns[0], dict) else (Timing, _table)
-        table.load()
-        table.timings[key] = kind(*columns)
+        table = _gpu_table if isinstance(columns[0], dict) else _table
+        table.used.update(table.parse({key: columns}))
+    _choices.clear()
 
 
 def describe_table() -> list[str]:
     """A line for every timing known on this machine."""
     found: dict[str, Choice] = {}
-    if not cpu.unavailable():
-        _table.load()
-        found = {key: timing.choice() for key, timing in _table.timings.items()}
-    if not gpu.unavailable():
-        _gpu_table.load()
-        found |= {key: timing.choice("tuned here") for key, timing in _gpu_table.timings.items()}
+    for table, missing in ((_table, cpu.unavailable()), (_gpu_table, gpu.unavailable())):
+        if not missing:
+            table.load()
+            found |= {key: timing.choice() for key, timing in {**table.timings, **table.used}.items()}
     return [f"{key}: {choice.path}; {choice.reason}" for key, choice in sorted(found.items())]
 
 
 def _bucket(tokens: int) -> int:
-    """Tokens rounded up to two leading bits (64, 96, 128, 192, ...), so that every length of text is not tuned anew."""
-    if tokens <= 2:
-        return tokens
-    step = 1 << (tokens.bit_length() - 2)
+    """Tokens rounded up to three leading bits (64, 80, 96, 112, ...): not every length of text is tuned anew."""
+    step = 1 << max(tokens.bit_length() - 3, 0)
     return -(-tokens // step) * step
 
 
@@ -201,6 +232,24 @@ def choose(
     BackendUnavailable
         If the named backend cannot run here.
     """
+    if device.type != "cpu" or tune is None:
+        return _choose(product, pattern, tokens, dtype, device, backend, tune)
+    known = (product, pattern.digest, tokens, dtype, backend, torch.get_num_threads())
+    choice = _choices.get(known)
+    if choice is None:
+        choice = _choices[known] = _choose(product, pattern, tokens, dtype, device, backend, tune)
+    return choice
+
+
+def _choose(
+    product: str,
+    pattern: Pattern,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+    tune: Callable[[str], Any] | None,
+) -> Choice:
     if backend not in BACKENDS:
         raise UserError(f"unknown backend '{backend}'.{did_you_mean(backend, BACKENDS)}")
     if backend == "reference":
@@ -231,25 +280,33 @@ def choose(
     if tokens * pattern.numel < SMALL:
         return Choice("cpu", "too small for the choice to matter")
     key = _key(product, pattern, tokens, dtype)
-    timing = _table.find(key)
-    if timing is None:
-        if tune is None:
-            return Choice("cpu", "not measured yet: the first call will time both paths")
-        timing = _measure(tune)
-        _table.add(key, timing)
-    return timing.choice()
+    if tune is None:
+        timing = _table.known(key)
+        return timing.choice() if timing else Choice("cpu", "not measured yet: the first call will time both paths")
+    with _table.lock:  # the other threads wait: two measurements at once would disturb each other
+        timing = _table.known(key)
+        if timing is None or (key not in _table.used and not timing.settled()):
+            found = _measure(tune)
+            _table.add(key, timing.merge(found) if timing else found)
+        return _table.find(key).choice()
 
 
 def _measure(run: Callable[[str], Any]) -> Timing:
-    """Interleaved medians of both paths after a warm-up that builds plans."""
+    """Both paths in turn, after a warm-up that builds plans."""
     seconds: dict[str, list[float]] = {"cpu": [], "dense": []}
-    for i in range(ROUNDS + 1):
+    for path in seconds:
+        run(path)
+    stop = time.perf_counter() + BUDGET
+    while True:
         for path, column in seconds.items():
             start = time.perf_counter()
             run(path)
-            if i:
-                column.append(time.perf_counter() - start)
-    return Timing(*(statistics.median(column) for column in seconds.values()))
+            column.append(time.perf_counter() - start)
+        if len(column) >= ROUNDS:
+            noise = max(statistics.median(column) / min(column) for column in seconds.values())
+            timing = Timing(min(seconds["cpu"]), min(seconds["dense"]), noise)
+            if timing.settled() or time.perf_counter() > stop:
+                return timing
 
 
 def gpu_key(product: str, pattern: Pattern, tokens: int, dtype: torch.dtype) -> str:

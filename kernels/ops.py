@@ -49,43 +49,43 @@ def _tokens(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
 
 
-@torch.library.custom_op("vspdf::linear", mutates_args=())
+# Defined on torch's lower level: what `torch.library.custom_op` runs in Python around every call takes as long as a
+# small product, the more so as a product leaves the caches cold.
+_library = torch.library.Library("vspdf", "DEF")
+
+
 def _linear(x: Tensor, values: Tensor, bias: Tensor | None, pattern: str, backend: str) -> Tensor:
     found = Pattern.find(pattern)
-    return _run("forward", found, backend, _tokens(x), values, bias).view(*x.shape[:-1], found.out_features)
+    y = _run("forward", found, backend, _tokens(x), values, bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], found.out_features)
 
 
-@torch.library.custom_op("vspdf::grad_input", mutates_args=())
 def _grad_input(grad_output: Tensor, values: Tensor, pattern: str, backend: str) -> Tensor:
     found = Pattern.find(pattern)
     grad = _run("grad_input", found, backend, _tokens(grad_output), values)
-    return grad.view(*grad_output.shape[:-1], found.in_features)
+    return grad if grad_output.dim() == 2 else grad.view(*grad_output.shape[:-1], found.in_features)
 
 
-@torch.library.custom_op("vspdf::grad_values", mutates_args=())
 def _grad_values(grad_output: Tensor, x: Tensor, pattern: str, backend: str) -> Tensor:
     return _run("grad_values", Pattern.find(pattern), backend, _tokens(grad_output), _tokens(x))
 
 
-@_linear.register_fake
-def _(x, values, bias, pattern, backend):
+def _fake_linear(x, values, bias, pattern, backend):
     return x.new_empty(*x.shape[:-1], Pattern.find(pattern).out_features)
 
 
-@_grad_input.register_fake
-def _(grad_output, values, pattern, backend):
+def _fake_grad_input(grad_output, values, pattern, backend):
     return grad_output.new_empty(*grad_output.shape[:-1], Pattern.find(pattern).in_features)
 
 
-@_grad_values.register_fake
-def _(grad_output, x, pattern, backend):
+def _fake_grad_values(grad_output, x, pattern, backend):
     return x.new_empty(Pattern.find(pattern).nnz)
 
 
-def _save_for_backward(ctx, inputs, output):
-    x, values, bias, pattern, ctx.backend = inputs
+def _save_for_backward(ctx, x, values, bias, pattern, backend):
     ctx.save_for_backward(x, values)
     ctx.pattern = Pattern.find(pattern)  # the object, so that it lives as long as the graph
+    ctx.backend = backend
     ctx.has_bias = bias is not None
 
 
@@ -94,9 +94,9 @@ def _backward(ctx, grad_output):
     key = ctx.pattern.digest
     grad_x = grad_v = grad_b = None
     if ctx.needs_input_grad[0]:
-        grad_x = _grad_input(grad_output, values, key, ctx.backend)
+        grad_x = grad_input(grad_output, values, key, ctx.backend)
     if ctx.needs_input_grad[1]:
-        grad_v = _grad_values(grad_output, x, key, ctx.backend)
+        grad_v = grad_values(grad_output, x, key, ctx.backend)
     if ctx.has_bias and ctx.needs_input_grad[2]:
         grad_b = grad_output.sum_to_size(grad_output.shape[-1])
     return grad_x, grad_v, grad_b, None, None
@@ -106,9 +106,42 @@ def _no_double_backward(ctx, *grads):
     raise RuntimeError("vspdf: double backward through sparse_linear is not supported.")
 
 
-_linear.register_autograd(_backward, setup_context=_save_for_backward)
-_grad_input.register_autograd(_no_double_backward)
-_grad_values.register_autograd(_no_double_backward)
+def _operator(name: str, arguments: str, run, fake, save, backward):
+    """Defines ``vspdf::name`` for every device, with its autograd."""
+    _library.define(f"{name}({arguments}, str pattern, str backend) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vspdf::{name}", fake, lib=_library)
+    operator = getattr(torch.ops.vspdf, name).default
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            save(ctx, *inputs)
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*inputs)
+
+    Function.backward = staticmethod(backward)  # type: ignore[method-assign]
+
+    def differentiable(*inputs):
+        if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in inputs):
+            return Function.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*inputs)
+
+    _library.impl(name, differentiable, "Autograd")
+    return operator
+
+
+linear = _operator(
+    "linear", "Tensor x, Tensor values, Tensor? bias", _linear, _fake_linear, _save_for_backward, _backward
+)
+grad_input = _operator(
+    "grad_input", "Tensor grad_output, Tensor values", _grad_input, _fake_grad_input, lambda *_: None,
+    _no_double_backward,
+)  # fmt: skip
+grad_values = _operator(
+    "grad_values", "Tensor grad_output, Tensor x", _grad_values, _fake_grad_values, lambda *_: None, _no_double_backward
+)
 
 
 @register_flop_formula(torch.ops.vspdf.linear)
@@ -182,7 +215,7 @@ def sparse_linear(
     for name, tensor in (("values", values), ("bias", bias)):
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
             raise UserError(f"{name} {tensor.dtype} on {tensor.device} and x {x.dtype} on {x.device} must agree.")
-    return _linear(x, values, bias, pattern.digest, backend)
+    return linear(x, values, bias, pattern.digest, backend)
 
 
 def explain(

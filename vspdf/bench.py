@@ -90,9 +90,9 @@ def _auto(p: Problem) -> Candidate:
     """What users get: the operators with their dispatch."""
     values, key = p.weight[p.pattern.mask()], p.pattern.digest
     return {
-        "forward": lambda: ops._linear(p.x, values, None, key, "auto"),
-        "grad_input": lambda: ops._grad_input(p.grad, values, key, "auto"),
-        "grad_values": lambda: ops._grad_values(p.grad, p.x, key, "auto"),
+        "forward": lambda: ops.linear(p.x, values, None, key, "auto"),
+        "grad_input": lambda: ops.grad_input(p.grad, values, key, "auto"),
+        "grad_values": lambda: ops.grad_values(p.grad, p.x, key, "auto"),
     }
 
 
