@@ -98,6 +98,7 @@ PYBIND11_MODULE(_C, m) {
                 gather(plan.csr(), pointer(values), pointer(dense), Dtype(dtype), threads);
             },
             release)
+        .def("prepare", &Plan::prepare, release)
         .def_property_readonly("nbytes", &Plan::nbytes)
         .def_property_readonly("isa", [](const Plan& plan) { return isa_name(plan.isa()); })
         .def("describe", [](const Plan& plan, int64_t tokens, int threads) {

@@ -75,6 +75,12 @@ int64_t Plan::grad_values(void* dvalues, const void* dy, int64_t dy_stride, cons
     return sddmm(*this, gradient_, dvalues, dy, dy_stride, x, x_stride, tokens, dtype, threads);
 }
 
+void Plan::prepare() const {
+    forward_.get(*this, false);
+    transposed_.get(*this, true);
+    gradient_.get(*this);
+}
+
 size_t Plan::nbytes() const { return csr_.nbytes() + forward_.nbytes() + transposed_.nbytes() + gradient_.nbytes(); }
 
 std::vector<std::pair<std::string, std::string>> Plan::describe(int64_t tokens, int threads) const {

@@ -73,6 +73,9 @@ class Plan {
     int64_t grad_values(void* dvalues, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
                         int64_t tokens, Dtype dtype, int threads) const;
 
+    // Builds what the products would build at first use.
+    void prepare() const;
+
     Isa isa() const { return isa_; }
     bool jit() const { return jit_; }
     const Csr& csr() const { return csr_; }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 
 #include "parallel.hpp"
 #include "scratch.hpp"
@@ -11,35 +12,26 @@
 namespace vspdf {
 namespace {
 
-constexpr int kRowMajorTokens = 2;  // up to here packing costs more than it saves
-constexpr int kNear = 8192;         // floats of packed x that stay in the first-level cache
-constexpr int kLeastTokens = 128;   // tokens that pay for adding up the lanes
-constexpr int kPiece = 512;         // features packed at a time: enough to be read as a stream
+constexpr int kNear = 8192;        // floats of packed x that stay in the first-level cache
+constexpr int kLeastTokens = 128;  // tokens that pay for adding up the lanes
+constexpr int kPiece = 512;        // features packed at a time: enough to be read as a stream
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Straight from the row-major pattern.
+// One token: an outer product at the kept positions, straight from the row-major pattern.
 template <class T>
-int64_t row_major(const Csr& csr, T* dvalues, const T* dy, int64_t dy_stride, const T* x, int64_t x_stride,
-                  int64_t tokens, int threads) {
-    std::atomic<int64_t> macs{0};
+int64_t one_token(const Csr& csr, T* dvalues, const T* dy, const T* x, int threads) {
     const int64_t share = ceil_div(csr.rows, threads);
     parallel_for(ceil_div(csr.rows, share), threads, [&](int64_t task) {
-        int64_t done = 0;
         const int64_t end = std::min<int64_t>(csr.rows, (task + 1) * share);
         for (int64_t row = task * share; row < end; ++row) {
+            const float gradient = to_float(dy[row]);
             for (uint32_t i = csr.start[row]; i < csr.start[row + 1]; ++i) {
-                float sum = 0;
-                for (int64_t t = 0; t < tokens; ++t) {
-                    sum += to_float(dy[t * dy_stride + row]) * to_float(x[t * x_stride + csr.col[i]]);
-                }
-                from_float(sum, dvalues[i]);
+                from_float(gradient * to_float(x[csr.col[i]]), dvalues[i]);
             }
-            done += tokens * (csr.start[row + 1] - csr.start[row]);
         }
-        macs += done;
     });
-    return macs;
+    return csr.nnz();
 }
 
 // Some features of a matrix of tokens, packed for the kernels.
@@ -268,19 +260,23 @@ size_t SddmmPart::nbytes() const {
 int64_t sddmm(const Plan& plan, const Lazy<SddmmPart>& part, void* dvalues, const void* dy, int64_t dy_stride,
               const void* x, int64_t x_stride, int64_t tokens, Dtype dtype, int threads) {
     threads = std::max(threads, 1);
-    if (tokens > kRowMajorTokens) {
+    if (tokens == 0) {
+        std::memset(dvalues, 0, plan.csr().nnz() * (dtype == Dtype::f32 ? sizeof(float) : sizeof(bf16)));
+        return 0;
+    }
+    if (tokens > 1) {
         return Product(plan, part.get(plan), dvalues, dy, dy_stride, x, x_stride, tokens, dtype).run(threads);
     }
     if (dtype == Dtype::f32) {
-        return row_major(plan.csr(), static_cast<float*>(dvalues), static_cast<const float*>(dy), dy_stride,
-                         static_cast<const float*>(x), x_stride, tokens, threads);
+        return one_token(plan.csr(), static_cast<float*>(dvalues), static_cast<const float*>(dy),
+                         static_cast<const float*>(x), threads);
     }
-    return row_major(plan.csr(), static_cast<bf16*>(dvalues), static_cast<const bf16*>(dy), dy_stride,
-                     static_cast<const bf16*>(x), x_stride, tokens, threads);
+    return one_token(plan.csr(), static_cast<bf16*>(dvalues), static_cast<const bf16*>(dy), static_cast<const bf16*>(x),
+                     threads);
 }
 
 std::string sddmm_describe(const Plan& plan, int64_t tokens, int) {
-    if (tokens <= kRowMajorTokens) return "row-major loops: too few tokens to pay for packing";
+    if (tokens <= 1) return "row-major order (one token)";
     return std::string("tiles of kept weights in vectors of tokens, ") + isa_name(plan.isa());
 }
 

@@ -301,14 +301,50 @@ int64_t run_rows(const SpmmKernels& kernels, int rows, int cols, const uint32_t*
     return macs;
 }
 
+// ---- Few tokens -------------------------------------------------------------------------------------------------
+
+// One token's features as float32: the caller's own where they are.
+const float* one_token(const SpmmKernels& kernels, const Scratch& scratch, const Source& x, int features) {
+    return as_floats(kernels, scratch, x.data, features, x.dtype, 1);
+}
+
+void store_one(const Target& y, const float* sums, int features) {
+    for (int f = 0; f < features; ++f) {
+        const float value = sums[f] + (y.bias ? y.bias[f] : 0.f);
+        if (y.dtype == Dtype::f32) {
+            static_cast<float*>(y.data)[f] = value;
+        } else {
+            from_float(value, static_cast<bf16*>(y.data)[f]);
+        }
+    }
+}
+
+// y = x W^T for one token.
+int64_t run_dots(const SpmmKernels& kernels, const Csr& csr, const Target& y, const Source& x, const float* values,
+                 int threads) {
+    const Scratch floats(x.dtype == Dtype::f32 ? 0 : sizeof(float) * csr.cols);
+    const float* from = one_token(kernels, floats, x, csr.cols);
+    Scratch sums(sizeof(float) * csr.rows);
+    const int64_t parts = std::min<int64_t>(threads, ceil_div(csr.rows, kSlice));
+    parallel_for(parts, threads, [&](int64_t part) {
+        const int row0 = int(csr.rows * part / parts), row1 = int(csr.rows * (part + 1) / parts);
+        kernels.dots(sums.floats() + row0, from, values, csr.col.data(), csr.start.data() + row0, row1 - row0);
+    });
+    store_one(y, sums.floats(), csr.rows);
+    return csr.nnz();
+}
+
 // dx = dy W for few tokens: row-major values added into dx, a private copy for each thread.
 int64_t run_scatter(const SpmmKernels& kernels, const Csr& csr, const Target& dx, const Source& dy, const float* values,
                     int64_t tokens, int threads) {
-    const int vectors = line_vectors(kernels, tokens), lanes = vectors * kernels.width;
+    const bool one = tokens == 1;
+    const int vectors = line_vectors(kernels, tokens), lanes = one ? 1 : vectors * kernels.width;
     const SpmmKernels::Scatter kernel = kernels.scatter[log2_of(vectors)];
     const int parts = int(std::clamp<int64_t>(csr.nnz() / (8 * csr.cols + 1), 1, threads));
     const int64_t size = int64_t(lanes) * csr.cols;
     Scratch sums(sizeof(float) * size * parts);
+    const Scratch floats(one && dy.dtype != Dtype::f32 ? sizeof(float) * csr.rows : 0);
+    const float* gradient = one ? one_token(kernels, floats, dy, csr.rows) : nullptr;
     std::atomic<int64_t> macs{0};
     parallel_for(parts, threads, [&](int64_t part) {
         const auto part_row = [&](int64_t i) {
@@ -317,16 +353,26 @@ int64_t run_scatter(const SpmmKernels& kernels, const Csr& csr, const Target& dx
                               : int(std::lower_bound(csr.start.begin(), csr.start.end(), at) - csr.start.begin());
         };
         const int row0 = part_row(part), row1 = std::max(row0, part_row(part + 1));
+        const uint32_t* start = csr.start.data() + row0;
         float* to = sums.floats() + part * size;
         std::fill_n(to, size, 0.f);
+        if (one) {
+            kernels.scatter_one(to, gradient + row0, values, csr.col.data(), start, row1 - row0);
+            macs += start[row1 - row0] - start[0];
+            return;
+        }
         Scratch packed(sizeof(float) * lanes * (row1 - row0));
         dy.pack(kernels, packed.floats(), lanes, 0, int(tokens), row0, row1 - row0);
-        macs += kernel(to, packed.floats(), values, csr.col.data(), csr.start.data() + row0, row1 - row0);
+        macs += kernel(to, packed.floats(), values, csr.col.data(), start, row1 - row0);
     });
     for (int part = 1; part < parts; ++part) {
         for (int64_t i = 0; i < size; ++i) sums.floats()[i] += sums.floats()[part * size + i];
     }
-    dx.unpack(kernels, sums.floats(), lanes, 0, int(tokens), 0, csr.cols);
+    if (one) {
+        store_one(dx, sums.floats(), csr.cols);
+    } else {
+        dx.unpack(kernels, sums.floats(), lanes, 0, int(tokens), 0, csr.cols);
+    }
     fence();
     return macs;
 }
@@ -397,8 +443,10 @@ int64_t spmm_forward(const Plan& plan, const Lazy<SpmmPart>& part, void* y, cons
     const Target out{y, csr.rows, dtype, shift, streams(tokens, csr.rows)};
     if (tokens <= kFewTokens) {
         Scratch scratch(dtype != Dtype::f32 ? sizeof(float) * csr.nnz() : 0);
-        return run_rows(kernels, csr.rows, csr.cols, csr.start.data(), 1, 1, csr.col.data(), out, in,
-                        as_floats(kernels, scratch, values, csr.nnz(), dtype, threads), tokens, threads);
+        const float* floats = as_floats(kernels, scratch, values, csr.nnz(), dtype, threads);
+        if (tokens == 1) return run_dots(kernels, csr, out, in, floats, threads);
+        return run_rows(kernels, csr.rows, csr.cols, csr.start.data(), 1, 1, csr.col.data(), out, in, floats, tokens,
+                        threads);
     }
     return run_part(kernels, part.get(plan, false), out, in, values, csr.nnz(), tokens, threads);
 }
@@ -420,6 +468,7 @@ int64_t spmm_grad_input(const Plan& plan, const Lazy<SpmmPart>& part, void* dx, 
 
 std::string spmm_describe(const Plan& plan, bool transposed, const Lazy<SpmmPart>& part, int64_t tokens, int) {
     const SpmmKernels& kernels = spmm_kernels(plan.isa());
+    if (tokens == 1) return std::string(transposed ? "scattered" : "gathered") + " rows in row-major order (one token)";
     if (tokens <= kFewTokens) {
         return std::string(transposed ? "scattered" : "gathered") + " rows in row-major order, lines of " +
                std::to_string(line_vectors(kernels, tokens) * kernels.width) + " tokens (few tokens: no packed plan)";

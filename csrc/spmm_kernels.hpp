@@ -39,6 +39,11 @@ struct SpmmKernels {
                                 const uint32_t* start, int n);
     Scatter scatter[4];
 
+    // The same for one token, whose features need no packing: y[r] = sum of values[i] x[col[i]], and dx[col[i]] += ...
+    void (*dots)(float* y, const float* x, const float* values, const uint16_t* col, const uint32_t* start, int n);
+    void (*scatter_one)(float* dx, const float* dy, const float* values, const uint16_t* col, const uint32_t* start,
+                        int n);
+
     // 2 x the multiply-adds of `rounds` rounds that touch registers only
     int64_t (*fma_rounds)(int64_t rounds);
 };

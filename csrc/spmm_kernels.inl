@@ -248,6 +248,37 @@ int64_t scatter(float* dx, const float* dy, const float* values, const uint16_t*
     return int64_t(start[n] - start[0]) * L;
 }
 
+void dots(float* y, const float* x, const float* values, const uint16_t* col, const uint32_t* start, int n) {
+    constexpr int U = 8;  // sums of their own hide the latency of the multiply-add
+    for (int r = 0; r < n; ++r) {
+        float sum[U] = {};
+        uint32_t i = start[r];
+        const uint32_t end = start[r + 1];
+        for (; i + U <= end; i += U) {
+#pragma GCC unroll 8
+            for (int u = 0; u < U; ++u) sum[u] += values[i + u] * x[col[i + u]];
+        }
+        for (; i < end; ++i) sum[0] += values[i] * x[col[i]];
+        y[r] = (sum[0] + sum[1] + (sum[2] + sum[3])) + (sum[4] + sum[5] + (sum[6] + sum[7]));
+    }
+}
+
+void scatter_one(float* dx, const float* dy, const float* values, const uint16_t* col, const uint32_t* start, int n) {
+    constexpr int U = 4;
+    for (int r = 0; r < n; ++r) {
+        uint32_t i = start[r];
+        const uint32_t end = start[r + 1];
+        for (; i + U <= end; i += U) {  // a row's columns differ: all are read before any is written
+            float sum[U];
+#pragma GCC unroll 4
+            for (int u = 0; u < U; ++u) sum[u] = dx[col[i + u]] + values[i + u] * dy[r];
+#pragma GCC unroll 4
+            for (int u = 0; u < U; ++u) dx[col[i + u]] = sum[u];
+        }
+        for (; i < end; ++i) dx[col[i]] += values[i] * dy[r];
+    }
+}
+
 int64_t fma_rounds(int64_t rounds) {
     constexpr int N = 10;  // chains enough to fill two pipes of latency 4, few enough to stay in registers
     V sum[N], a = splat(1.f), b = splat(1e-9f);
@@ -281,6 +312,8 @@ const SpmmKernels VSPDF_TABLE = {
     gather<bf16>,
     {rows<1, 4>, rows<2, 4>, rows<4, 2>, rows<8, 1>},
     {scatter<1>, scatter<2>, scatter<4>, scatter<8>},
+    dots,
+    scatter_one,
     fma_rounds,
 };
 

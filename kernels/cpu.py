@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,13 @@ def plan(pattern: Pattern) -> Any:
         rows, columns = pattern.csr()
         found = pattern.plans.setdefault("cpu", extension().Plan(*pattern.shape, rows, columns))
     return found
+
+
+def prepare(patterns: Iterable[Pattern]) -> None:
+    """Builds the plans of all products now, in parallel over the patterns, instead of at first use."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(lambda pattern: plan(pattern).prepare(), patterns):
+            pass
 
 
 def _rows(x: Tensor) -> Tensor:
