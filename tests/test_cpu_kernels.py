@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from vspdf import _C
+from vspdf.kernels import cpu
+from vspdf.pattern import Pattern
 
 ISAS = _C.isas()
 LANES = {"avx512": 16, "avx2": 8, "plain": 4}
@@ -293,6 +295,19 @@ def test_plan_size_at_ninety_per_cent():
     run("forward", plan, x, values, mask.shape)
     run("grad_input", plan, random(FEW + 1, 3072, seed=0), values, mask.shape)
     assert before < plan.nbytes < 33 * len(values)
+
+
+def test_prepared_plans_are_those_of_first_use():
+    patterns = [Pattern.random((96, 64), 0.9, seed=seed) for seed in range(5)]
+    cpu.prepare(patterns)
+    prepared = [pattern.plans["cpu"].nbytes for pattern in patterns]
+    for pattern, size in zip(patterns, prepared, strict=True):
+        assert size > cpu.extension().Plan(*pattern.shape, *pattern.csr()).nbytes
+        x, grad, values = random(FEW + 1, 64, seed=0), random(FEW + 1, 96, seed=1), random(pattern.nnz, seed=2)
+        cpu.forward(x, values, None, pattern)
+        cpu.grad_input(grad, values, pattern)
+        cpu.grad_values(grad, x, pattern)
+        assert pattern.plans["cpu"].nbytes == size
 
 
 def test_isa_names(monkeypatch):

@@ -225,9 +225,9 @@ def test_memory_of_the_part(isa):
     mask = random_mask(768, 3072, 0.1)
     plan = make_plan(mask, isa)
     before, nnz = plan.nbytes, int(mask.sum())
+    run(plan, mask, random(1, 768, 1), random(1, 3072, 2))
+    assert plan.nbytes == before, "one token needs no plan"
     run(plan, mask, random(2, 768, 1), random(2, 3072, 2))
-    assert plan.nbytes == before, "few tokens need no plan"
-    run(plan, mask, random(3, 768, 1), random(3, 3072, 2))
     assert 2 * nnz < plan.nbytes - before < 14 * nnz
 
 

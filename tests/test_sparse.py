@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 import vspdf
 from vspdf.errors import UserError
 from vspdf.pattern import Pattern, kept_count
-from vspdf.sparse import RevivedWarmup, SparseLinear, sparse_layers, training_state_bytes
+from vspdf.sparse import RevivedWarmup, SparseLinear, build_plans, sparse_layers, sparsify, training_state_bytes
 
 TINY = {"vocab_size": 97, "hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2}
 HUGGING_FACE = {
@@ -516,3 +516,14 @@ def test_layers_densify_at_their_own_pace():
     assert model[2].pattern.sparsity == pytest.approx(0.5) and model[2].pattern.issuperset(before["2"])
     with pytest.raises(UserError, match=r"'3' matches no sparse layer"):
         vspdf.set_sparsity(model, {"3": 0.5})
+
+
+def test_build_plans_builds_every_plan_that_a_kernel_may_use():
+    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64), nn.Linear(64, 32))
+    sparsify(model, 0.9)
+    model[2].backend = "reference"
+    build_plans(model)
+    sizes = [layer.pattern.plans["cpu"].nbytes for layer in model[:2]]
+    model(torch.randn(80, 64, requires_grad=True)).sum().backward()
+    assert sizes == [layer.pattern.plans["cpu"].nbytes for layer in model[:2]]
+    assert "cpu" not in model[2].pattern.plans

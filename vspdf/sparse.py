@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vspdf.config import INIT_METHODS
 from vspdf.errors import UserError, did_you_mean
-from vspdf.kernels import ops, reference
+from vspdf.kernels import cpu, ops, reference
 from vspdf.kernels.ops import sparse_linear
 from vspdf.pattern import Pattern
 
@@ -175,6 +175,12 @@ def scatter(values: Tensor, pattern: Pattern, inside: Pattern | None = None) -> 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     """All sparse layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def build_plans(model: nn.Module) -> None:
+    """Builds the CPU kernels' plans of all sparse layers now, in parallel, instead of one by one at their first use."""
+    layers = [layer for layer in sparse_layers(model).values() if layer.backend in ("auto", "cpu")]
+    cpu.prepare({layer.pattern for layer in layers if cpu.takes(layer.values)})
 
 
 def _globs(globs: str | Iterable[str]) -> tuple[str, ...]:

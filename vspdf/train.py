@@ -40,7 +40,7 @@ from vspdf.ledger import Count, Tally
 from vspdf.model import GPT
 from vspdf.pattern import Pattern, kept_count
 from vspdf.simulator import estimates, machine
-from vspdf.sparse import RevivedWarmup, densify, set_sparsity, sparse_layers, sparsify
+from vspdf.sparse import RevivedWarmup, build_plans, densify, set_sparsity, sparse_layers, sparsify
 from vspdf.tokenizer import Tokenizer
 
 log = logging.getLogger("vspdf")
@@ -286,6 +286,7 @@ class _Run:
             )
         checkpoint.fit(self.model, tensors, self.config.train.backend)
         dispatch.pin(state["kernel_choices"])
+        build_plans(self.model)
         self.step, self.phase, self.seconds = state["step"], state["phase"], state["seconds"]
         self.stage = schedule.stage_at(
             self.config.phases[self.phase], schedule.position(self.config.phases, self.step - 1).step
@@ -402,6 +403,7 @@ class _Run:
         old, self.optimizer = self.optimizer, self._new_optimizer(phase)
         if old is not None:
             self.optimizer.state.update(old.state)
+        build_plans(self.model)
         self._twin = None
 
     def _sparsity(self) -> float:
