@@ -191,6 +191,26 @@ def test_no_checkpoint(vspdf, tmp_path, verb):
     assert f"no checkpoint in '{tmp_path}'" in refused(vspdf, tmp_path, verb, tmp_path)
 
 
+BAD_BENCH = {
+    "shape of two": (["linear", "--shapes", "3x4"], "--shapes '3x4': expected TOKENSxINxOUT"),
+    "shape of words": (["linear", "--shapes", "axbxc"], "expected TOKENSxINxOUT"),
+    "sparsity of words": (["linear", "--sparsity", "0.5,x"], "--sparsity '0.5,x': expected numbers with commas"),
+    "sparsity above 1": (["linear", "--sparsity", "1.5"], "--sparsity '1.5': expected numbers from 0 to 1, not 1.5"),
+    "no thread": (["linear", "--threads", "0"], "--threads '0': expected numbers of at least 1, not 0"),
+    "table into no folder": (["linear", "--csv", "no/such/x.csv"], "--csv 'no/such/x.csv': there is no folder no/such"),
+    "plot of no kind": (["linear", "--plot", "x.xyz"], "--plot 'x.xyz': expected a name that ends in .png or"),
+    "a step's table": (["step", "--csv", "x.txt"], "--csv 'x.txt': expected a name that ends in .csv"),
+    "a step's sparsity": (["step", "--sparsity", "-0.5"], "expected numbers from 0 to 1, not -0.5"),
+    "no layer": (["step", "--n-layer", 0], "invalid value for '--n-layer'"),
+    "heads": (["step", "--n-head", 5], "model.n_head = 5 does not divide model.d_model = 768"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", BAD_BENCH.values(), ids=BAD_BENCH)
+def test_a_benchmark_that_cannot_run_says_so_before_it_measures(vspdf, tmp_path, arguments, message):
+    assert message in refused(vspdf, tmp_path, "bench", *arguments)
+
+
 def test_an_empty_prompt(vspdf, run_once):
     assert "the prompt is empty" in refused(vspdf, run_once, "generate", run_once, "--prompt", "")
 

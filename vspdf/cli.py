@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -422,15 +423,30 @@ def info(as_json: Json = False) -> None:
             out.print(f"  {key}: {value}", markup=False, highlight=False)
 
 
+Positive = Annotated[int, typer.Option(min=1)]
 bench = typer.Typer(help="Sparse against dense and peers, interleaved in one process.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 
-def _numbers(text: str, kind: type, what: str) -> list[Any]:
+def _numbers(text: str, kind: type, what: str, least: float = 0, most: float = math.inf) -> list[Any]:
     try:
-        return [kind(part) for part in text.split(",") if part]
+        numbers = [kind(part) for part in text.split(",") if part]
     except ValueError:
         raise UserError(f"{what} '{text}': expected numbers with commas between.") from None
+    if wrong := [number for number in numbers if not least <= number <= most]:
+        bounds = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
+        raise UserError(f"{what} '{text}': expected numbers {bounds}, not {wrong[0]}.")
+    return numbers
+
+
+def _destination(path: Path | None, what: str, kinds: Sequence[str]) -> None:
+    """Refuses a file that could not be written, before minutes of measuring for it."""
+    if path is None:
+        return
+    if path.suffix.lower() not in kinds:
+        raise UserError(f"{what} '{path}': expected a name that ends in {' or '.join(kinds)}.")
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"{what} '{path}': {'is a folder' if path.is_dir() else f'there is no folder {path.parent}'}.")
 
 
 def _write_results(result: dict[str, Any], csv: Path | None, as_json: bool) -> None:
@@ -465,10 +481,13 @@ def bench_linear(
         assert all(len(shape) == 3 and min(shape) > 0 for shape in chosen)
     except (ValueError, AssertionError):
         raise UserError(f"--shapes '{shapes}': expected TOKENSxINxOUT, e.g. 1024x768x3072.") from None
+    _destination(csv, "--csv", (".csv",))
+    _destination(plot, "--plot", (".png", ".svg", ".pdf"))
     keep_freed_memory()
     result = benchmark.bench_linear(
         chosen,  # type: ignore[arg-type]
-        _numbers(sparsity, float, "--sparsity"), _numbers(threads, int, "--threads") or None, rounds, peers,
+        _numbers(sparsity, float, "--sparsity", most=1), _numbers(threads, int, "--threads", least=1) or None, rounds,
+        peers,
         progress=lambda line: err.print(line, style="dim", highlight=False),
     )  # fmt: skip
     _write_results(result, csv, as_json)
@@ -519,11 +538,11 @@ def _print_linear(result: dict[str, Any]) -> None:
 
 @bench.command(name="step")
 def bench_step(
-    n_layer: int = 12,
-    d_model: int = 768,
-    n_head: int = 12,
-    sequence_length: int = 512,
-    batch_size: int = 4,
+    n_layer: Positive = 12,
+    d_model: Positive = 768,
+    n_head: Positive = 12,
+    sequence_length: Positive = 512,
+    batch_size: Positive = 4,
     sparsity: Annotated[str, typer.Option(help="With commas between.")] = "0.75,0.9",
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
@@ -536,9 +555,11 @@ def bench_step(
     """
     from vspdf import bench as benchmark
 
+    _destination(csv, "--csv", (".csv",))
+    sparsities = _numbers(sparsity, float, "--sparsity", most=1)
     keep_freed_memory()
     result = benchmark.bench_step(
-        n_layer, d_model, n_head, sequence_length, batch_size, _numbers(sparsity, float, "--sparsity"), threads, rounds,
+        n_layer, d_model, n_head, sequence_length, batch_size, sparsities, threads, rounds,
         progress=lambda line: err.print(line, style="dim", highlight=False),
     )  # fmt: skip
     _write_results(result, csv, as_json)
