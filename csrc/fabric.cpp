@@ -11,6 +11,7 @@ namespace vspdf::fabric {
 namespace {
 
 const char* kPortNames[kPorts] = {"west", "east", "north", "south", "ramp"};
+constexpr int8_t kPortOf[17] = {-1, 0, 1, -1, 2, -1, -1, -1, 3, -1, -1, -1, -1, -1, -1, -1, 4};  // of a single bit
 
 int opposite(int port) { return port ^ 1; }
 
@@ -432,9 +433,8 @@ void Fabric::step_router(int p) {
     Pe& e = pes_[p];
     bool again = false;
     // Up the ramp: one wavelet per cycle from the PE's out-queues in turn.
-    const int queues = int(e.out.size());
-    for (int i = 0; i < queues; ++i) {
-        const int o = (e.next_out + i) % queues;
+    const int queues = e.outgoing ? int(e.out.size()) : 0;
+    for (int i = 0, o = e.next_out; i < queues; ++i, o = o + 1 == queues ? 0 : o + 1) {
         Fifo& fifo = e.out[o];
         if (!fifo.count) continue;
         if (!fifo.is_ready(now_)) {
@@ -446,11 +446,12 @@ void Fabric::step_router(int p) {
         Channel& c = r.channels[index];
         if (!(c.positions[c.position].rx & 1 << kRamp) || !c.fifo.has_room(now_)) continue;
         const Wavelet w = fifo.pop(now_);
+        --e.outgoing;
         c.fifo.push({w.value, w.control, now_ + m_.ramp_cycles});
         schedule_router(p, now_ + m_.ramp_cycles);
         ++sent_[c.colour];
         ++e.stats.sent;
-        e.next_out = (o + 1) % queues;
+        e.next_out = o + 1 == queues ? 0 : o + 1;
         schedule_pe(p, now_ + 1);
         again |= fifo.count > 0;
         break;
@@ -481,12 +482,13 @@ void Fabric::step_router(int p) {
     // otherwise colours take turns.
     const int n = int(r.channels.size());
     uint8_t used = 0;
-    auto leave = [&](int i, uint8_t ports) {
+    uint64_t open = 0;  // channels whose head is there and has somewhere to go
+    auto leave = [&](int i, uint32_t ports) {
         Channel& c = r.channels[i];
         const Wavelet& w = c.fifo.slots[c.fifo.head];
-        for (int port = 0; port < kPorts; ++port) {
-            const uint8_t bit = uint8_t(1 << port);
-            if (!(c.pending & ports & bit)) continue;
+        for (uint32_t left = c.pending & ports; left; left &= left - 1) {
+            const uint8_t bit = uint8_t(left & -left);
+            const int port = kPortOf[bit];
             if (used & bit) {
                 again = true;
             } else if (send(p, c, port, w)) {
@@ -499,22 +501,24 @@ void Fabric::step_router(int p) {
     };
     for (int i = 0; i < n; ++i) {
         Channel& c = r.channels[i];
+        if (!c.fifo.count) continue;
         if (!c.fifo.is_ready(now_)) {
-            again |= c.fifo.count > 0;
+            again = true;
             continue;
         }
         if (!c.head_open) {
             c.head_open = true;
             c.pending = c.positions[c.position].tx;
         }
-        uint8_t held = 0;
-        for (int port = 0; port < kPorts; ++port) held |= uint8_t((r.holder[port] == i) << port);
+        open |= uint64_t(1) << i;
+        uint32_t held = 0;
+        for (int port = 0; port < kPorts; ++port) held |= uint32_t(r.holder[port] == i) << port;
         if (held & c.pending) leave(i, held);
     }
-    for (int k = 0; k < n; ++k) {
-        const int i = (r.turn + k) % n;
+    for (int k = 0, i = r.turn; open && k < n; ++k, i = i + 1 == n ? 0 : i + 1) {
+        if (!(open >> i & 1)) continue;
+        open &= ~(uint64_t(1) << i);
         Channel& c = r.channels[i];
-        if (!c.head_open) continue;
         if (c.pending) leave(i, 0xff);
         if (!c.pending) {
             const bool control = c.fifo.pop(now_).control;
@@ -681,6 +685,7 @@ void Fabric::element(int p, Pe& e, MicroThread& t) {
     }
     if (t.dst.kind == Dsr::kFabricOut && t.vector.arith != Arith::kDot) {
         e.out[t.dst.queue].push({out, false, now_ + 1});
+        ++e.outgoing;
         schedule_router(p, now_ + 1);
     }
     t.done += lanes;
@@ -982,6 +987,7 @@ void Fabric::execute(int p, Pe& e) {
                     std::memcpy(&bits, &e.f[i.a], 4);
                     if (e.out_colour[i.b] < 0) e.out_colour[i.b] = i.c;
                     fifo.push({bits, i.imm != 0, now_ + 1});
+                    ++e.outgoing;
                     schedule_router(p, now_ + 1);
                 } else if (i.op == Op::kSwitch) {
                     Channel& c = routers_[p].channels.at(routers_[p].index.at(i.a));

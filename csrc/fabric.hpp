@@ -229,6 +229,7 @@ class Fabric {
         std::vector<int> out_colour;  // colour of each out-queue's stream
         std::vector<MicroThread> threads;
         int next_thread = 0, next_out = 0;
+        int outgoing = 0;  // wavelets in all out-queues
         int task = -1, pc = 0;
         Wavelet argument{};
         bool waiting = false;  // for its synchronous streaming operation
