@@ -46,7 +46,7 @@ LEVELS = [
     {"simulator.fabric"},
     {"simulator.machine"},
     {"pattern", "config", "cache", "allocator", "svg", "files", "console", "_C"},
-    {"ledger"},
+    {"ledger", "cerebras"},
     {"errors"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}

@@ -20,11 +20,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vspdf import ledger
+from vspdf import cerebras, ledger
+from vspdf.cerebras import INIT_METHODS
 from vspdf.errors import UserError, did_you_mean
 
 SCHEDULES = ("constant", "linear", "exp", "power", "cosine", "cycling")
-INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard")
 
 
 @dataclass
@@ -186,6 +186,10 @@ def build(
     body: Any, where: str, overrides: Sequence[str] = (), *, start: tuple[str, ModelConfig] | None = None
 ) -> Config:
     """As `load`, from what a file holds; `where` begins error messages."""
+    theirs = cerebras.is_cerebras(body)
+    body = _from_cerebras(body, where)
+    if theirs and start is not None:
+        del body["data"]
     try:
         _check_form(body, Config, "", where)
         tree = OmegaConf.merge(OmegaConf.structured(Config), body)
@@ -216,8 +220,30 @@ def build(
             if key != "init_std" and mine not in (None, value, getattr(ModelConfig(), key)):
                 raise UserError(f"model.{key} = {mine}, but the model to start from has {value}: leave it out.")
         config.model = shape
+    elif theirs and not (config.data.corpus and config.data.tokenizer):
+        raise UserError(
+            f"{where} is a configuration of the Cerebras stack, whose data files are not read here: give the text and "
+            "its tokenizer, data.corpus=FILE data.tokenizer=gpt2:FOLDER."
+        )
     resolve(config)
     return config
+
+
+def _from_cerebras(body: Any, where: str) -> Any:
+    """A whole file of the Cerebras stack, or its ``sparsity`` block beside our settings, as settings of ours."""
+    if cerebras.is_cerebras(body):
+        return {"name": re.sub(r"[^\w.-]", "-", Path(where).stem)} | cerebras.translate(body, where)
+    if not isinstance(body, dict) or "sparsity" not in body:
+        return body
+    body = dict(body)
+    block, phases, model = body.pop("sparsity"), body.get("phases"), body.get("model")
+    if not isinstance(phases, list) or not phases or not isinstance(phases[0], dict) or "sparsity" in phases[0]:
+        raise UserError(f"{where}: a sparsity block goes with phases, the first of which has no sparsity of its own.")
+    settings = model if isinstance(model, dict) else {}
+    n_layer = settings.get("n_layer") or (ledger.model_shape(settings["name"]).n_layer if "name" in settings else 0)
+    found = cerebras.sparsity(block, n_layer if isinstance(n_layer, int) else 0, where, older=True)
+    seed = {"seed": found.pop("seed")} if "seed" in found else {}
+    return body | seed | {"phases": [phases[0] | found, *phases[1:]]}
 
 
 def shipped(folder: str = "configs") -> list[Path]:

@@ -1,0 +1,378 @@
+"""Configurations of the Cerebras stack, in either generation's form, as configurations of ours.
+
+The current form nests everything under ``trainer``; the older one has ``model``, ``optimizer``, ``runconfig`` and
+``sparsity`` side by side. What cannot be kept is refused by name: a run that differs in silence would be worse.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from vspdf.errors import UserError, did_you_mean
+
+# Our layers, and the weights of theirs that make up each.
+_ROLES = {
+    "attn.c_attn": [f"self_attn.proj_{x}_dense_layer" for x in "qkv"],
+    "attn.c_proj": ["self_attn.proj_output_dense_layer"],
+    "mlp.c_fc": ["ffn.ffn.0.linear_layer"],
+    "mlp.c_proj": ["ffn.ffn.1.linear_layer"],
+}
+_NEVER_SPARSE = (
+    "embedding_layer.word_embeddings.weight",
+    "lm_head.weight",
+    "transformer_decoder.layers.0.norm1.weight",
+)
+_SPARSITY_KEYS = ("algorithm", "type", "sparsity", "schedule", "init_method", "param_filter", "param_name_patterns",
+                  "seed", "drop_fraction", "update")  # fmt: skip
+_DYNAMIC = ("gmp", "set", "rigl", "dynamic")
+INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard")  # how first masks are drawn
+_SIZES = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "num_heads": "n_head", "filter_size": "d_ff",
+          "max_position_embeddings": "sequence_length", "vocab_size": "vocab_size"}  # fmt: skip
+# What our GPT is, in their words; the first is their default where the key is absent.
+_MODEL = {
+    "position_embedding_type": ("learned",), "share_embedding_weights": (True,), "use_ffn_bias": (True,),
+    "use_projection_bias_in_attention": (True,), "use_ffn_bias_in_attention": (True,), "use_bias_in_output": (False,),
+    "dropout_rate": (0.0,), "attention_dropout_rate": (0.0,), "embedding_dropout_rate": (0.0,),
+    "residual_dropout_rate": (0.0,), "nonlinearity": ("gelu",), "layer_norm_epsilon": (1e-5,),
+    "norm_type": ("layernorm",), "attention_type": ("scaled_dot_product",), "embedding_layer_norm": (False,),
+}  # fmt: skip
+_MUP = ("mup_base_hidden_size", "mup_base_filter_size", "embeddings_scale", "output_logits_scale",
+        "output_logits_alpha", "scale_qk_dot_by_d", "attention_logits_alpha", "adjust_learning_rate")  # fmt: skip
+
+
+def is_cerebras(body: Any) -> bool:
+    """Whether a YAML file's content is a configuration of the Cerebras stack."""
+    if not isinstance(body, dict):
+        return False
+    model = body.get("model")
+    return "trainer" in body or "runconfig" in body or (isinstance(model, dict) and "hidden_size" in model)
+
+
+def translate(body: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A configuration of ours, as YAML would hold it, without the text: theirs lies in files that are not read here.
+
+    Raises
+    ------
+    UserError
+        Naming the setting, if it asks for what cannot be done here.
+    """
+    init = _mapping(_mapping(body.get("trainer"), "trainer", where).get("init"), "trainer.init", where)
+    now = "trainer" in body
+    model = _mapping(init.get("model") if now else body.get("model"), "model", where)
+    steps, batch, extra = _current(body, init, where) if now else _older(body, where)
+    optimizer, rates = _optimizer(init if now else body, now, where)
+    n_layer = model.get("num_hidden_layers")
+    block = init.get("sparsity") if now else body.get("sparsity")
+    found = sparsity(block, n_layer if isinstance(n_layer, int) else 0, where, older=not now)
+    seed = found.pop("seed", None)
+    phase = {"steps": steps, **_rates(rates, steps, where), **found}
+    config = {
+        "model": _model(model, where),
+        "optimizer": optimizer,
+        "phases": [phase],
+        "data": {"corpus": "", "tokenizer": ""},
+        "train": {"batch_size": batch, "micro_batch_size": math.gcd(batch, 8), **extra},
+    }
+    seed = body.get("seed", init.get("seed")) if seed is None else seed
+    return config if seed is None else config | {"seed": seed}
+
+
+def sparsity(block: Any, n_layer: int, where: str, older: bool = False) -> dict[str, Any]:
+    """Settings of a phase (`sparsity`, `layers`, `init_method`, `count`) and `seed` from a ``sparsity`` block.
+
+    Parameters
+    ----------
+    block : None, float, dict or list of dict
+        Static sparsity; of a list the first entry whose filter matches a weight counts.
+    n_layer : int
+    where : str
+        For messages.
+    older : bool
+        Of the form that counts kept weights as ``numel − round(s · numel)``; the current one truncates.
+
+    Raises
+    ------
+    UserError
+        For what is not static, and for filters that our layers cannot follow.
+    """
+    if block is None or block == {} or block == []:
+        return {}
+    entries = block if isinstance(block, list) else [block]
+    rules = [_rule(entry, where) for entry in entries]
+    chosen = _by_layer(rules, n_layer, where)
+    methods = {rule["init_method"] for rule in rules if rule["sparsity"]} or {"random"}
+    if len(methods) > 1:
+        raise UserError(f"{where}: sparsity: init_method {' and '.join(sorted(methods))} in one run; one is offered.")
+    seeds = {rule["seed"] for rule in rules if rule["seed"] is not None}
+    if len(seeds) > 1:
+        raise UserError(f"{where}: sparsity: seeds {sorted(seeds)} in one run; one is offered.")
+    older = older or any(rule["regex"] for rule in rules)
+    found: dict[str, Any] = {"init_method": methods.pop(), "count": "round" if older else "truncate"}
+    usual = Counter(chosen.values()).most_common(1)[0][0] if chosen else 0.0
+    found["sparsity"] = usual
+    if others := {name: amount for name, amount in chosen.items() if amount != usual}:
+        found["layers"] = _shortened(others, chosen)
+    return found | ({"seed": seeds.pop()} if seeds else {})
+
+
+def _rule(entry: Any, where: str) -> dict[str, Any]:
+    if isinstance(entry, int | float) and not isinstance(entry, bool):
+        entry = {"sparsity": entry}
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: sparsity must be a number, a mapping or a list of mappings, not {entry!r}.")
+    for key in entry:
+        if key not in _SPARSITY_KEYS:
+            raise UserError(f"{where}: unknown setting 'sparsity.{key}'.{did_you_mean(str(key), _SPARSITY_KEYS)}")
+    algorithm = str(entry.get("algorithm", entry.get("type", "static"))).lower()
+    if algorithm in _DYNAMIC:
+        raise UserError(
+            f"{where}: sparsity.algorithm '{algorithm}' drops and regrows weights during training, which is not "
+            "offered: masks are static here, and phases only add weights."
+        )
+    if algorithm != "static":
+        raise UserError(f"{where}: sparsity.algorithm '{algorithm}' is not known.{did_you_mean(algorithm, ['static'])}")
+    for key in ("drop_fraction", "update"):
+        if entry.get(key) is not None:
+            raise UserError(f"{where}: sparsity.{key} belongs to masks that change; with static ones it means nothing.")
+    amount = entry.get("sparsity", entry.get("schedule"))
+    if isinstance(amount, dict | list):
+        raise UserError(
+            f"{where}: sparsity as a schedule belongs to masks that change; to densify in steps, give a phase "
+            "of ours a `schedule`."
+        )
+    if not isinstance(amount, int | float) or isinstance(amount, bool) or not 0 <= amount < 1:
+        raise UserError(f"{where}: sparsity.sparsity must be a number in [0, 1), not {amount!r}.")
+    method = entry.get("init_method", "random")
+    if method not in INIT_METHODS:
+        raise UserError(f"{where}: sparsity.init_method '{method}' is not offered.{did_you_mean(method, INIT_METHODS)}")
+    regex = entry.get("param_name_patterns")
+    filters = regex if regex is not None else entry.get("param_filter")
+    if filters is not None:
+        filters = [filters] if isinstance(filters, str) else filters
+        if not isinstance(filters, list) or not all(isinstance(f, str) for f in filters):
+            key = "param_filter" if regex is None else "param_name_patterns"
+            raise UserError(f"{where}: sparsity.{key} must be a text or a list of texts, not {filters!r}.")
+    return {"sparsity": float(amount), "init_method": method, "filters": filters, "regex": regex is not None,
+            "seed": entry.get("seed")}  # fmt: skip
+
+
+def _matches(name: str, rule: Mapping[str, Any], where: str) -> bool:
+    """Whether a rule takes a weight of theirs, whose name begins with ``model.`` or not."""
+    if rule["filters"] is None:
+        return not any(name.endswith(never) for never in _NEVER_SPARSE)
+    for text in rule["filters"]:
+        if rule["regex"]:
+            try:
+                hit = any(re.match(text, prefix + name) for prefix in ("", "model."))
+            except re.error as error:
+                raise UserError(f"{where}: sparsity.param_name_patterns: '{text}' is no regex: {error}.") from None
+        else:
+            hit = any(fnmatchcase(prefix + name, text) for prefix in ("", "model."))
+        if hit:
+            return True
+    return False
+
+
+def _by_layer(rules: list[dict[str, Any]], n_layer: int, where: str) -> dict[str, float]:
+    """Sparsity of each of our layers."""
+    for rule in rules:
+        for never in _NEVER_SPARSE:
+            if rule["sparsity"] and _matches(never, rule, where):
+                raise UserError(
+                    f"{where}: the filter {rule['filters']} also takes '{never}'; only projections and FFN "
+                    "matrices are sparse here: narrow it, e.g. '*_dense_layer.weight' and '*linear_layer.weight'."
+                )
+    chosen: dict[str, float] = {}
+    used: set[int | None] = set()
+    for i in range(n_layer):
+        for ours, parts in _ROLES.items():
+            amounts = []
+            for part in parts:
+                name = f"transformer_decoder.layers.{i}.{part}.weight"
+                names = (name, f"h.{i}.{ours}.weight")
+                first = next((k for k, rule in enumerate(rules) if any(_matches(n, rule, where) for n in names)), None)
+                amounts.append(0.0 if first is None else rules[first]["sparsity"])
+                used.add(first)
+            if len(set(amounts)) > 1:
+                raise UserError(
+                    f"{where}: sparsity gives Q, K and V of layer {i} {', '.join(map(str, amounts))}; they are one "
+                    "matrix here and need one sparsity."
+                )
+            chosen[f"h.{i}.{ours}"] = amounts[0]
+    for k, rule in enumerate(rules):
+        if k not in used and n_layer:
+            raise UserError(
+                f"{where}: sparsity: the filter {rule['filters']} takes no weight that an earlier one has not taken; "
+                "names are like 'transformer_decoder.layers.0.self_attn.proj_q_dense_layer.weight'."
+            )
+    return chosen
+
+
+def _shortened(others: Mapping[str, float], chosen: Mapping[str, float]) -> dict[str, float]:
+    """One glob for a role that has the same sparsity in every layer."""
+    short: dict[str, float] = {}
+    for name, amount in others.items():
+        role = name.split(".", 2)[2]
+        same = {a for n, a in chosen.items() if n.split(".", 2)[2] == role}
+        short[f"*.{role}" if len(same) == 1 else name] = amount
+    return short
+
+
+def _model(model: Mapping[str, Any], where: str) -> dict[str, Any]:
+    for key in _MUP:
+        if model.get(key) not in (None, False):
+            raise UserError(
+                f"{where}: model.{key} is µP, which is not trained here (vspdf convert takes over its weights)."
+            )
+    if model.get("dropout_rate") is None:
+        raise UserError(
+            f"{where}: model.dropout_rate is not set, which means 0.1 there; no dropout is offered: set it to 0."
+        )
+    for key, allowed in _MODEL.items():
+        value = model.get(key, allowed[0])
+        if value is not None and value not in allowed:
+            raise UserError(f"{where}: model.{key} = {value!r} is not offered; expected {allowed[0]!r}.")
+    found: dict[str, Any] = {}
+    for theirs, ours in _SIZES.items():
+        value = model.get(theirs)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UserError(f"{where}: model.{theirs} must be a whole number, not {value!r}.")
+        found[ours] = value
+    if (std := _std(model, "initializer", where)) is not None:
+        found["init_std"] = std
+        output = _std(model, "output_layer_initializer", where)
+        wanted = std / math.sqrt(2 * found["n_layer"])
+        if output is not None and not math.isclose(output, wanted, rel_tol=0.01):
+            raise UserError(
+                f"{where}: model.output_layer_initializer.std = {output} is not offered; expected {wanted:.4g}, the "
+                "initializer's over the root of twice the layers."
+            )
+    return found
+
+
+def _std(model: Mapping[str, Any], key: str, where: str) -> float | None:
+    value = model.get(key)
+    if value is None:
+        return None
+    if (
+        not isinstance(value, dict)
+        or value.get("name") != "truncated_normal"
+        or not isinstance(value.get("std"), float)
+    ):
+        raise UserError(f"{where}: model.{key} must be a truncated_normal with a std, not {value!r}.")
+    return value["std"]
+
+
+def _current(body: Mapping[str, Any], init: Mapping[str, Any], where: str) -> tuple[int, int, dict[str, Any]]:
+    loop = _mapping(init.get("loop"), "trainer.init.loop", where)
+    fit = _mapping(_mapping(body["trainer"], "trainer", where).get("fit"), "trainer.fit", where)
+    data = _mapping(fit.get("train_dataloader"), "trainer.fit.train_dataloader", where)
+    every = {
+        "checkpoint_every": _mapping(init.get("checkpoint"), "trainer.init.checkpoint", where).get("steps"),
+        "eval_every": loop.get("eval_frequency"),
+        "log_every": _mapping(init.get("logging"), "trainer.init.logging", where).get("log_steps"),
+    }
+    return (
+        _whole(loop.get("max_steps"), "trainer.init.loop.max_steps", where),
+        _whole(data.get("batch_size"), "trainer.fit.train_dataloader.batch_size", where),
+        {key: value for key, value in every.items() if value is not None},
+    )
+
+
+def _older(body: Mapping[str, Any], where: str) -> tuple[int, int, dict[str, Any]]:
+    run = _mapping(body.get("runconfig"), "runconfig", where)
+    every = {"checkpoint_every": run.get("checkpoint_steps"), "eval_every": run.get("eval_frequency"),
+             "log_every": run.get("log_steps")}  # fmt: skip
+    data = _mapping(body.get("train_input"), "train_input", where)
+    return (
+        _whole(run.get("max_steps"), "runconfig.max_steps", where),
+        _whole(data.get("batch_size"), "train_input.batch_size", where),
+        {key: value for key, value in every.items() if value is not None},
+    )
+
+
+def _optimizer(body: Mapping[str, Any], now: bool, where: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Our optimizer's settings, and the learning rate's stretches as {kind, start, end, steps}."""
+    stated = _mapping(body.get("optimizer"), "optimizer", where)
+    kind = next(iter(stated), "") if now else stated.get("optimizer_type", "")
+    if str(kind).lower() != "adamw":
+        raise UserError(f"{where}: optimizer '{kind}' is not offered; expected AdamW.")
+    settings = _mapping(stated[kind], f"optimizer.{kind}", where) if now else stated
+    betas = settings.get("betas", [0.9, 0.999])
+    clip = (_mapping(body.get("precision"), "precision", where) if now else settings).get("max_gradient_norm")
+    if now:
+        listed = body.get("schedulers") or []
+        listed = listed if isinstance(listed, list) else [listed]
+        rates = [item for entry in listed for item in _flat(entry)] or [_flat_rate(settings.get("learning_rate"))]
+    else:
+        stated_rate = settings.get("learning_rate")
+        rates = [_flat_rate(item) for item in (stated_rate if isinstance(stated_rate, list) else [stated_rate])]
+    found = {"beta1": betas[0], "beta2": betas[1], "eps": settings.get("eps", 1e-6), "clip": clip or 0.0,
+             "weight_decay": settings.get("weight_decay", 0.0)}  # fmt: skip
+    stretches = [_stretch(rate, where) for rate in rates]
+    found["lr"] = max(max(s["start"], s["end"]) for s in stretches)
+    return found, stretches
+
+
+def _flat(entry: Any) -> list[dict[str, Any]]:
+    """``{LinearLR: {...}}`` as ``{scheduler: Linear, ...}``; a SequentialLR as its parts."""
+    name, settings = next(iter(entry.items())) if isinstance(entry, dict) and entry else ("", {})
+    if name == "SequentialLR":
+        return [item for part in settings.get("schedulers", []) for item in _flat(part)]
+    return [{"scheduler": str(name).removesuffix("LR"), **(settings or {})}]
+
+
+def _flat_rate(rate: Any) -> dict[str, Any]:
+    return rate if isinstance(rate, dict) else {"scheduler": "Constant", "learning_rate": rate}
+
+
+def _stretch(rate: Mapping[str, Any], where: str) -> dict[str, Any]:
+    kind = str(rate.get("scheduler", "")).lower().removesuffix("lr").removesuffix("decay")
+    if kind not in ("linear", "cosine", "constant"):
+        raise UserError(
+            f"{where}: the learning rate's scheduler '{rate.get('scheduler')}' is not offered; expected Linear, "
+            "CosineDecay or Constant."
+        )
+    start = rate.get("initial_learning_rate", rate.get("learning_rate", rate.get("val")))
+    end = rate.get("end_learning_rate", start) if kind != "constant" else start
+    for value in (start, end):
+        if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+            raise UserError(f"{where}: a learning rate must be a number of at least 0, not {value!r}.")
+    return {"kind": kind, "start": float(start), "end": float(end), "steps": rate.get("total_iters")}
+
+
+def _rates(stretches: list[dict[str, Any]], steps: int, where: str) -> dict[str, Any]:
+    """Warm-up and decay of a phase."""
+    warmup = 0
+    if len(stretches) > 1 and stretches[0]["kind"] == "linear" and stretches[0]["start"] == 0:
+        warmup = _whole(stretches[0]["steps"], "total_iters of the warm-up", where)
+        peak = stretches.pop(0)["end"]
+    else:
+        peak = stretches[0]["start"]
+    if len(stretches) != 1 or stretches[0]["start"] != peak:
+        raise UserError(f"{where}: the learning rate must warm up from 0 and then fall once, or stay.")
+    last = stretches[0]
+    if last["kind"] != "constant" and last["steps"] is not None and abs(warmup + last["steps"] - steps) > 1:
+        raise UserError(
+            f"{where}: the learning rate's schedule covers {warmup + last['steps']:,} steps, the run has {steps:,}."
+        )
+    return {"lr": peak, "lr_end": last["end"], "decay": last["kind"], "warmup_steps": warmup}
+
+
+def _mapping(value: Any, key: str, where: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {key} must be a mapping, not {value!r}.")
+    return value
+
+
+def _whole(value: Any, key: str, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{where}: {key} must be a whole number of at least 1, not {value!r}.")
+    return value
