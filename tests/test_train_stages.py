@@ -180,8 +180,22 @@ def test_two_runs_are_one_run_cut_in_two(tmp_path, tiny_config):
     assert [line["loss"] for line in second] == [line["loss"] for line in lines[6:]]
     a, b = tensors(whole, 12)[0], tensors(two, 6)[0]
     assert all(torch.equal(a[key], b[key]) for key in a)
+    shutil.rmtree(two / "checkpoints")  # as if it had been killed before its first
+    _, _, again, said = run(tmp_path / "two.yaml", resume=True)
+    assert any(line.startswith("starting from") for line in said)
+    assert [line["loss"] for line in again] == [line["loss"] for line in second]
     _, _, again, _ = run(two / "config.yaml", "train.log_every=1", f"run_dir={tmp_path / 'three'}")
     assert [line["loss"] for line in again] == [line["loss"] for line in second]
+
+
+def test_a_converted_checkpoint_still_knows_its_place_in_the_data(tmp_path, tiny_config, vspdf, caplog):
+    path = tiny_config(tmp_path)
+    one, _, _, _ = run(changed(path, "one", phases=[{"sparsity": 0.9, "steps": 3}]))
+    assert vspdf("convert", one, tmp_path / "dense", "--to", "dense")[0] == 0
+    _, _, _, said = run(changed(path, "two", phases=[{"steps": 1}], init_from=str(tmp_path / "dense")))
+    assert any("without moments, its data from sequence 24" in line for line in said)
+    run(changed(path, "three", phases=[{"steps": 1}], init_from=str(one), seed=1))
+    assert "saw this text in another order" in caplog.text
 
 
 def test_a_sparse_run_goes_on_sparse_and_cannot_get_sparser(tmp_path, tiny_config):

@@ -89,7 +89,8 @@ def _write_checkpoint(folder: Path, model: hub.GPT, tokenizer: Tokenizer | None,
     folder.mkdir(parents=True)
     if tokenizer is not None:
         (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    kept = ("model", "activation", "tokenizer", "corpus", "converted_from")
+    kept = ("model", "activation", "tokenizer", "corpus", "validation_fraction", "seed", "sequences", "task",
+            "converted_from")  # fmt: skip
     body = {key: state[key] for key in kept if key in state} | {"vspdf": info.versions()["vspdf"]}
     checkpoint.save(folder / "checkpoints", state["step"], model, None, body)
 

@@ -158,7 +158,7 @@ class _Run:
         self.saved_step: int | None = None
         self.stop_signal: int | None = None
         self._twin: _DenseTwin | None = None
-        if config.init_from and not resume:
+        if config.init_from and not checkpoint.checkpoints(self.folder / "checkpoints"):
             self._begin_from(config.init_from)
         self.first = config.data.first_sequence = config.data.first_sequence or 0
         self.data.check(self.first + schedule.position(config.phases, self.total_steps).samples)
@@ -262,6 +262,8 @@ class _Run:
         same_text = (old.get("corpus"), old.get("validation_fraction"), old.get("seed")) == ours
         if config.data.first_sequence is None and same_text:
             config.data.first_sequence = old["sequences"]
+        elif config.data.first_sequence is None and old.get("corpus") == self.data.manifest["corpus"]:
+            log.warning("init_from '%s' saw this text in another order: some of it will be seen again.", source)
         where = f", its data from sequence {config.data.first_sequence}" if config.data.first_sequence else ""
         self.say(
             f"starting from {source} (step {old['step']}), {'with' if self.optimizer else 'without'} moments{where}"
