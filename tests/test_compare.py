@@ -77,8 +77,10 @@ def finished(tmp_path_factory, written):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (root / "variable" / "seed-0" / "summary.json").exists(), "it was to be killed before its end"
+    begun = (root / "variable" / "seed-0" / "config.yaml").stat().st_mtime_ns
     said = []
     results = compare.run(path, root, jobs=2, say=said.append)
+    assert (root / "variable" / "seed-0" / "config.yaml").stat().st_mtime_ns == begun, "it was to go on, not to restart"
     return path, root, results, said
 
 

@@ -19,8 +19,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import IO, Any
 
 import torch
@@ -145,13 +147,10 @@ class _Run:
     process: subprocess.Popen[str] | None = None
     errors: IO[str] | None = None
     started: float = 0.0
-    first_step: int = 0
-    steps: int = field(init=False)
-    config: Config = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.config = self.arm.configure(self.values, self.seed, self.folder)
-        self.steps = sum(phase.steps or 0 for phase in self.config.phases)
+    @cached_property
+    def config(self) -> Config:
+        return self.arm.configure(self.values, self.seed, self.folder)
 
     @property
     def name(self) -> str:
@@ -185,6 +184,13 @@ class _Run:
             return int(json.loads(lines[-2])["step"])
         except (OSError, ValueError, IndexError):
             return 0
+
+    def seconds(self) -> float | None:
+        """Wall clock of the whole training, over all its processes; None before its end."""
+        try:
+            return float(json.loads((self.folder / "summary.json").read_text())["seconds"])
+        except (OSError, ValueError, KeyError):
+            return None
 
 
 def work() -> None:
@@ -237,7 +243,6 @@ class _Runner:
     def __init__(self, wanted: Study, root: Path, jobs: int, lock: int, say: Say, stopped: Callable[[], bool]) -> None:
         self.study, self.root, self.jobs, self.lock, self.say, self.stopped = wanted, root, jobs, lock, say, stopped
         self.running: list[_Run] = []
-        self.speeds: dict[str, tuple[float, int]] = {}  # seconds and steps of this process, by arm
         self.total = sum(study.planned(arm, wanted) for arm in wanted.arms.values())
 
     def check(self) -> None:
@@ -261,7 +266,7 @@ class _Runner:
                         raise Interrupted("stopped; the same command goes on.")
                     if time.monotonic() - said > 30:
                         said = time.monotonic()
-                        self.say("; ".join(f"{run.name}: step {run.step()} of {run.steps}" for run in self.running))
+                        self.say("; ".join(f"{run.name}: step {run.step()} of {run.arm.steps}" for run in self.running))
                     time.sleep(0.05)
         finally:
             self._stop()
@@ -299,7 +304,7 @@ class _Runner:
             [sys.executable, "-c", "from vspdf.compare import work; work()"], stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL, stderr=run.errors, text=True, pass_fds=[self.lock], start_new_session=True,
         )  # fmt: skip
-        run.started, run.first_step = time.monotonic(), run.step()
+        run.started = time.monotonic()
         assert run.process.stdin is not None
         run.process.stdin.write(json.dumps({"config": configuration.to_dict(run.config), "test": run.test}) + "\n")
         run.process.stdin.flush()
@@ -320,26 +325,33 @@ class _Runner:
         return bool(ended)
 
     def _note(self, run: _Run) -> None:
-        seconds, steps = self.speeds.get(run.arm.name, (0.0, 0))
-        took = time.monotonic() - run.started
-        self.speeds[run.arm.name] = (seconds + took, steps + max(1, run.steps - run.first_step))
         known = evaluation(run.folder)
         loss = known["diverged"] if "diverged" in known else f"validation loss {known['val_loss']:.4f}"
-        self.say(f"{self._done()}/{self.total}  {run.name}: {loss} ({took:.0f} s)  ETA {_clock(self._eta())}")
+        took = time.monotonic() - run.started
+        eta = self._eta()
+        self.say(
+            f"{self._done()}/{self.total}  {run.name}: {loss} ({took:.0f} s)  "
+            f"ETA {'not known yet' if eta is None else _clock(eta)}"
+        )
 
     def _done(self) -> int:
         return sum(run.done for run in self._known())
 
-    def _eta(self) -> float:
-        """Seconds left, from what runs of each arm took here; those of arms not seen yet as the mean of the others."""
-        seconds, steps = (sum(column) for column in zip(*self.speeds.values(), strict=True))
-        known, left = self._known(), 0.0
+    def _eta(self) -> float | None:
+        """Seconds left, from what finished runs of each arm took; arms not seen yet as the mean of the others."""
+        known = self._known()
+        paces: dict[str, list[float]] = {}
+        for run in known:
+            if (took := run.seconds()) is not None:
+                paces.setdefault(run.arm.name, []).append(took / run.arm.steps)
+        if not paces:
+            return None
+        means = {name: fmean(seconds) for name, seconds in paces.items()}
+        left = 0.0
         for arm in self.study.arms.values():
-            mine = [run for run in known if run.arm is arm]
-            open_ = study.planned(arm, self.study) - sum(run.done for run in mine)
+            open_ = study.planned(arm, self.study) - sum(run.done for run in known if run.arm is arm)
             under_way = sum(run.step() for run in self.running if run.arm is arm)
-            took, over = self.speeds.get(arm.name, (seconds, steps))
-            left += max(0, open_ * mine[0].steps - under_way) * took / over
+            left += max(0, open_ * arm.steps - under_way) * means.get(arm.name, fmean(means.values()))
         return left / self.jobs
 
     def _stop(self) -> None:

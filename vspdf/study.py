@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -50,6 +51,11 @@ class Arm:
         except UserError as error:
             message = str(error)
             raise UserError(message if message.startswith(self.where) else f"{self.where}: {message}") from None
+
+    @cached_property
+    def steps(self) -> int:
+        """Of one run."""
+        return sum(phase.steps or 0 for phase in self.configure({}, 0).phases)
 
     def folder(self, root: Path, values: Values, seed: int) -> Path:
         """The run directory of one run."""
