@@ -166,10 +166,10 @@ class _Run:
         if not (self.folder / "config.yaml").exists():
             return
         stored = configuration.load(self.folder / "config.yaml")
-        stored.model.vocab_size = self.config.model.vocab_size
         changed = differences(configuration.to_dict(stored), configuration.to_dict(self.config))
         for key, (old, new) in changed.items():
-            if key not in FREE_TO_CHANGE:
+            left_open = new is None  # to the trainer, which wrote down what it took
+            if key not in FREE_TO_CHANGE and not left_open:
                 raise UserError(
                     f"'{self.folder}' was trained with {key} = {old}, the study says {new}: remove it, or give the "
                     "study another folder (--runs)."
