@@ -18,7 +18,7 @@ LEVELS = [
     {"compare"},
     {"evidence"},
     {"plan", "report"},
-    {"bench", "bleu"},
+    {"bench", "bleu", "harness"},
     {"train", "convert", "callback"},
     {"hub", "pairs", "phases"},
     {"evaluate", "checkpoint", "foreign", "generate", "info", "schedule", "study"},

@@ -145,40 +145,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
-@app.command(name="eval")
-def evaluate(
-    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run directory or one of its checkpoints.")],
-    as_json: Json = False,
-) -> None:
-    """Loss and bits per byte of a checkpoint on its run's held-out documents.
-
-    `vspdf eval runs/quickstart`
-    """
-    from vspdf import checkpoint, hub
-    from vspdf import config as configuration
-    from vspdf.data import prepare
-    from vspdf.evaluate import evaluate as run
-
-    folder = checkpoint.resolve(path)
-    settings = configuration.load(folder.parent.parent / "config.yaml")
-    model, _, state = hub.load(folder, settings.train.backend)
-    data = prepare(settings.data, model.shape.sequence_length, settings.seed)
-    if data.manifest["corpus"]["sha256"] != state["corpus"]["sha256"]:
-        raise UserError(f"the corpus '{settings.data.corpus}' has changed since {folder} was written.")
-    result = run(model, data, settings.train.micro_batch_size or 1, precision=settings.train.precision)
-    body = {
-        "checkpoint": str(folder),
-        "step": state["step"],
-        "val_loss": result.loss,
-        "val_bits_per_byte": result.bits_per_byte,
-    }
-    if as_json:
-        _emit(body)
-    else:
-        out.print(
-            f"{folder}: {result.loss:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte on all held-out text",
-            highlight=False,
-        )
+app.command(name="eval")(cli_tasks.evaluate)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from vspdf.allocator import keep_freed_memory
 from vspdf.console import Json, emit, err, out
@@ -183,6 +184,94 @@ class _Progress:
             rate = done / (now - self.started)
             minutes, seconds = divmod(round((self.total - done) / rate), 60)
             _say(f"{done:,}/{self.total:,} answers  {rate:.2f}/s  ETA {minutes}:{seconds:02}")
+
+
+def evaluate(
+    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run, a checkpoint, or a Hugging Face folder.")],
+    tasks: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Of lm-evaluation-harness, or cerebras7: the seven zero-shot tasks.")
+    ] = "",
+    task_folder: Annotated[Path | None, typer.Option(help="Task files (YAML) of your own, with their data.")] = None,
+    few_shot: Annotated[int | None, typer.Option(min=0, help="Examples first; default: what the task says.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Loss and bits per byte of a checkpoint on its run's held-out text, or its scores on tasks.
+
+    `vspdf eval runs/quickstart`
+
+    `vspdf eval cerebras-gpt-111m/ --tasks cerebras7`
+
+    `vspdf eval runs/mine --tasks my_task --task-folder tasks/`
+    """
+    from vspdf import hub
+
+    loaded = hub.load(path)
+    body: dict[str, Any] = {"checkpoint": str(path), "step": loaded.state["step"]}
+    names = [name for name in tasks.split(",") if name]
+    if not names and not task_folder:
+        _held_out(path, loaded, body)
+    else:
+        from vspdf.harness import evaluate_tasks
+
+        if not names:
+            raise UserError("--task-folder goes with --tasks: name the tasks in it.")
+        if loaded.tokenizer is None:
+            raise UserError(f"'{path}' has no tokenizer: put a tokenizer.json beside its weights.")
+        body |= evaluate_tasks(
+            loaded.model, loaded.tokenizer, names, folder=task_folder, few_shot=few_shot, limit=limit,
+            batch_size=batch_size, say=_say,
+        )  # fmt: skip
+    if as_json:
+        emit(body)
+    elif "val_loss" in body:
+        figures = f"{body['val_loss']:.4f} nats/token, {body['val_bits_per_byte']:.4f} bits/byte"
+        out.print(f"{body['checkpoint']}: {figures} on all held-out text", highlight=False, soft_wrap=True)
+    else:
+        _print_tasks(body)
+    if names and not body["tasks"]:
+        raise UserError("no task could be evaluated: see above which data could not be reached.")
+
+
+def _held_out(path: Path, loaded: Any, body: dict[str, Any]) -> None:
+    from vspdf import checkpoint, data, hub, pairs
+    from vspdf import config as configuration
+    from vspdf.evaluate import evaluate as run
+
+    if hub.kind(path) == "hugging-face":
+        raise UserError(f"'{path}' has no run with held-out text: give --tasks.")
+    folder = checkpoint.resolve(path)
+    settings = configuration.load(folder.parent.parent / "config.yaml")
+    held: data.Dataset | pairs.Pairs
+    if settings.start:
+        held = pairs.prepare(settings.data, settings.seed, loaded.tokenizer)
+    else:
+        held = data.prepare(settings.data, loaded.model.shape.sequence_length, settings.seed)
+    if held.manifest["corpus"]["sha256"] != loaded.state["corpus"]["sha256"]:
+        name = settings.data.path or settings.data.corpus
+        raise UserError(f"the corpus '{name}' has changed since {folder} was written.")
+    result = run(loaded.model, held, settings.train.micro_batch_size or 1, precision=settings.train.precision)
+    body |= {"checkpoint": str(folder), "val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
+
+
+def _print_tasks(body: dict[str, Any]) -> None:
+    table = Table(title=body["checkpoint"], title_justify="left")
+    for column in ("task", "metric", "value", "few-shot", "questions"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for name, row in body["tasks"].items():
+        for i, (metric, value) in enumerate(row["metrics"].items()):
+            cells = (f"{row['few_shot']}", f"{row['samples']:,}") if i == 0 and row["samples"] else ("", "")
+            table.add_row(name if i == 0 else "", metric, f"{value:.4f}", *cells)
+    for name in body["missing"]:
+        table.add_row(name, "", "not evaluated", "", "")
+    if body["average"] is not None:
+        table.add_section()
+        count = sum(row["acc"] is not None for row in body["tasks"].values())
+        table.add_row(f"average of {count}", "acc", f"{body['average']:.4f}", "", "", style="bold")
+    out.print(table)
+    for name, why in body["missing"].items():
+        out.print(f"{name} was not evaluated: {why}", markup=False, highlight=False, soft_wrap=True)
 
 
 def bleu(

@@ -1,0 +1,240 @@
+"""The whole life cycle, small, on real data: sparse and dense pre-training, conversion, fine-tuning on DART, BLEU.
+
+    python benchmarks/lifecycle.py DATA [--out FOLDER] [--until STAGE]
+
+DATA holds text/ (English *.txt files to pre-train on), dart/dart-v1.1.1-full-dev.json and dart/dart-v1.1.1-full-test.xml.
+Every stage is a `vspdf` command that is printed before it runs; a stage whose result is in FOLDER is not run again, so a
+stopped script goes on where it was. The dev triples stand in for DART's training split, a part of them held out, and the
+first 200 of the test set for all of it: the figures say whether the life cycle works, and compare with nothing published.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PRETRAIN = """
+name: lifecycle
+model: {n_layer: 3, d_model: 192, n_head: 6, sequence_length: 160, init_std: 0.036}
+data: {tokenizer: "bpe:2048", repeat: true}
+optimizer: {lr: 3.0e-3}
+train: {batch_size: 16, eval_every: 100, eval_tokens: 16384, checkpoint_every: 25, sample_tokens: 40}
+phases:
+  - {name: sparse, sparsity: 0.9, steps: 150, lr_multiple: 2}
+  - {name: dense, steps: 150}
+"""
+FINETUNE = [
+    "optimizer.lr=1.5e-3", "train.batch_size=16", "train.checkpoint_every=25", "phases.0.steps=900",
+    "phases.0.warmup_steps=90", "data.validation_fraction=0.1",
+]  # fmt: skip
+PASSAGE_WORDS = 30
+TEST_ITEMS = 200
+ANSWER_TOKENS = 48
+
+
+def vspdf(*arguments: object) -> dict[str, Any]:
+    """Runs a verb as a user would; returns what `--json` prints."""
+    words = [str(argument) for argument in arguments]
+    print("$ vspdf", *words, file=sys.stderr, flush=True)
+    command = [sys.executable, "-c", "from vspdf.cli import main; main()", *words, "--json"]
+    # In a session of its own: an interrupt reaches it once, through here, and it ends in its own way.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            text = process.communicate()[0]
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+    if process.returncode:
+        sys.exit(f"stopped with status {process.returncode}; the same command goes on from here.")
+    return json.loads(text)
+
+
+class Stages:
+    """Results by stage, kept in a file, with the seconds each took."""
+
+    def __init__(self, folder: Path, until: str | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.until = folder / "lifecycle.json", until
+        self.done: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def run(self, name: str, work: Any) -> dict[str, Any]:
+        if name not in self.done:
+            started = time.perf_counter()
+            result = work()
+            self.done[name] = {"seconds": time.perf_counter() - started, **result}
+            draft = self.path.with_suffix(".draft")
+            draft.write_text(json.dumps(self.done, indent=1))
+            draft.replace(self.path)
+        if name == self.until:
+            sys.exit(0)
+        return self.done[name]
+
+
+def passages(folder: Path, target: Path) -> None:
+    """Documents of one passage twice: a small model learns from them to copy names, which DART is about."""
+    with target.open("w") as stream:
+        for file in sorted(folder.glob("*.txt")):
+            words: list[str] = []
+            for word in re.findall(r"\S+\s*", file.read_text()):
+                words.append(word)
+                if len(words) == PASSAGE_WORDS:
+                    text = "".join(words).strip()
+                    stream.write(json.dumps({"text": f"{text}\n{text}"}) + "\n")
+                    words = []
+
+
+def pretrain(data: Path, out: Path) -> dict[str, Any]:
+    settings = out / "pretrain.yaml"
+    settings.write_text(PRETRAIN)
+    corpus = out / "passages.jsonl"
+    if not corpus.exists():
+        passages(data / "text", corpus)
+    resume = ["--resume"] if (out / "pretrain" / "config.yaml").exists() else []
+    summary = vspdf("train", settings, f"data.corpus={corpus}", f"run_dir={out / 'pretrain'}", *resume)
+    keys = ("model", "corpus", "phases", "flops", "val_loss", "val_bits_per_byte", "hardware", "versions")
+    return {key: summary[key] for key in keys}
+
+
+def convert(out: Path) -> dict[str, Any]:
+    """To Hugging Face and back; logits of all three on held-out-like text."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from vspdf import hub
+
+    for source, target in (("pretrain", "hugging-face"), ("hugging-face", "back")):
+        if not (out / target).exists():
+            vspdf("convert", out / source, out / target)
+    ours, back = hub.load(out / "pretrain").model.eval(), hub.load(out / "back").model.eval()
+    theirs = AutoModelForCausalLM.from_pretrained(out / "hugging-face").eval()
+    tokens = torch.randint(
+        ours.shape.vocab_size, (4, ours.shape.sequence_length), generator=torch.Generator().manual_seed(0)
+    )
+    with torch.no_grad():
+        exact = ours(tokens)
+        return {
+            "largest_logit": float(exact.abs().max()),
+            "difference_to_transformers": float((theirs(tokens).logits - exact).abs().max()),
+            "difference_after_the_way_back": float((back(tokens) - exact).abs().max()),
+        }
+
+
+def finetune(data: Path, out: Path) -> dict[str, Any]:
+    resume = ["--resume"] if (out / "dart" / "config.yaml").exists() else []
+    path = f"data.path={data / 'dart' / 'dart-v1.1.1-full-dev.json'}"
+    summary = vspdf("finetune", out / "back", "dart-small", path, f"run_dir={out / 'dart'}", *FINETUNE, *resume)
+    lines = [json.loads(line) for line in (out / "dart" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["val_loss"] for line in lines if "val_loss" in line]
+    keys = ("tokens", "val_loss", "val_bits_per_byte", "flops")
+    return {**{key: summary[key] for key in keys}, "steps": summary["phases"][0]["steps"], "val_losses": losses}
+
+
+def generate(data: Path, out: Path, start: str, answers: str) -> dict[str, Any]:
+    (out / answers).unlink(missing_ok=True)
+    test = data / "dart" / "dart-v1.1.1-full-test.xml"
+    how = ["--format", "dart", "--limit", TEST_ITEMS, "--tokens", ANSWER_TOKENS, "--overlong", "cut"]
+    body = vspdf("generate", out / start, "--input", test, "--output", out / answers, *how)
+    return {key: body[key] for key in ("answers", "tokens", "decoding")}
+
+
+def score(data: Path, out: Path) -> dict[str, Any]:
+    """BLEU of the answers, and of two ways to copy the triples."""
+    from vspdf import tasks
+    from vspdf.bleu import corpus_bleu
+
+    examples = tasks.read(data / "dart" / "dart-v1.1.1-full-test.xml")[:TEST_ITEMS]
+    contexts = [example.context for example in examples]
+    words = [
+        re.sub(r"\[TABLECONTEXT\]|\[TITLE\]|_", " ", text).replace(" : ", " ").replace(" | ", " . ")
+        for text in contexts
+    ]
+    texts = {
+        "triples copied": contexts,
+        "triples copied, separators and table marks taken out": words,
+        "before fine-tuning": tasks.read_lines(out / "before.txt"),
+        "after fine-tuning": tasks.read_lines(out / "after.txt"),
+    }
+    references = [example.references for example in examples]
+    result: dict[str, Any] = {"references": sum(map(len, references))}
+    for name, answers in texts.items():
+        result[name] = {p: corpus_bleu(answers, references, p).to_json() for p in ("lora", "multi-bleu")}
+    after, others = result["after fine-tuning"], list(texts)[:-1]
+    result["beats all"] = all(after[p]["bleu"] > result[name][p]["bleu"] for name in others for p in after)
+    result["examples"] = [
+        {"context": contexts[i], "answer": texts["after fine-tuning"][i], "reference": references[i][0]}
+        for i in range(0, TEST_ITEMS, TEST_ITEMS // 8)
+    ]
+    return result
+
+
+def table(done: dict[str, Any]) -> str:
+    pre, tuned, bleu = done["pretrain"], done["finetune"], done["bleu"]
+    model, versions = pre["model"], pre["versions"]
+    saved = 1 - pre["flops"]["executed"] / pre["flops"]["dense"]
+    steps = ", ".join(f"{phase['steps']} steps {phase['name']} ({phase['val_loss']:.3f})" for phase in pre["phases"])
+    rows = [
+        ("stage", "seconds", "result"),
+        ("---", "---:", "---"),
+        ("pre-train", f"{pre['seconds']:.0f}", f"{model['parameters'] / 1e6:.1f}M parameters; {steps}: validation loss; "
+         f"{saved:.1%} of FLOPs skipped"),
+        ("convert to Hugging Face and back", f"{done['convert']['seconds']:.0f}",
+         f"largest difference of a logit: transformers {done['convert']['difference_to_transformers']:.1e}, "
+         f"way back {done['convert']['difference_after_the_way_back']:.1e}"),
+        ("fine-tune on DART dev", f"{tuned['seconds']:.0f}", f"{tuned['steps']} steps, {tuned['tokens']:,} tokens; held-out loss "
+         f"{tuned['val_losses'][0]:.3f} -> {tuned['val_loss']:.3f}"),
+        ("generate, before and after", f"{done['before']['seconds'] + done['after']['seconds']:.0f}",
+         f"first {TEST_ITEMS} of the test set, beam search of 10, {done['after']['tokens'] / TEST_ITEMS:.1f} tokens an answer"),
+        ("all", f"{sum(stage['seconds'] for stage in done.values()):.0f}", ""),
+    ]  # fmt: skip
+    scores = [("BLEU", "LoRA protocol", "multi-bleu, case kept"), ("---", "---:", "---:")]
+    names = [name for name in bleu if isinstance(bleu[name], dict) and "lora" in bleu[name]]
+    scores += [(name, *(f"{bleu[name][p]['bleu']:.2f}" for p in ("lora", "multi-bleu"))) for name in names]
+    hardware = pre["hardware"]
+    notes = [
+        f"{hardware['cpu']}, {hardware['threads']} threads; Python {versions['python']}, torch {versions['torch']}, "
+        f"vspdf {versions['vspdf']}. Not comparable with published scores: dev triples in place of the training split, "
+        f"{TEST_ITEMS} of 5,097 test items, a model of some million parameters.",
+    ]
+    lines = ["| " + " | ".join(row) + " |" for row in rows], ["| " + " | ".join(row) + " |" for row in scores]
+    shown = [
+        f"    {item['context']}\n    -> {item['answer']}\n    (reference: {item['reference']})\n"
+        for item in bleu["examples"]
+    ]
+    return "\n".join([*lines[0], "", *lines[1], "", *notes, "", "Examples:", "", *shown])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="folder with text/ and dart/")
+    parser.add_argument("--out", type=Path, default=Path("runs/lifecycle"))
+    parser.add_argument("--until", help="stop after this stage: pretrain, convert, finetune, before, after or bleu")
+    options = parser.parse_args()
+    for needed in ("text", "dart/dart-v1.1.1-full-dev.json", "dart/dart-v1.1.1-full-test.xml"):
+        if not (options.data / needed).exists():
+            parser.error(f"'{options.data / needed}' not found")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    stages = Stages(options.out, options.until)
+    data, out = options.data, options.out
+    stages.run("pretrain", lambda: pretrain(data, out))
+    stages.run("convert", lambda: convert(out))
+    stages.run("before", lambda: generate(data, out, "back", "before.txt"))
+    stages.run("finetune", lambda: finetune(data, out))
+    stages.run("after", lambda: generate(data, out, "dart", "after.txt"))
+    stages.run("bleu", lambda: score(data, out))
+    text = table(stages.done)
+    (out / "lifecycle.md").write_text(text)
+    print(text)
+    if not stages.done["bleu"]["beats all"]:
+        sys.exit("the fine-tuned model does not beat every baseline.")
+
+
+if __name__ == "__main__":
+    main()
