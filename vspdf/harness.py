@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -78,22 +79,26 @@ def evaluate_tasks(
         raise UserError("tasks need a package: `pip install lm-eval`, or vspdf's extra `eval`.") from None
     if folder is not None and not any(folder.rglob("*.y*ml")):
         raise UserError(f"'{folder}' holds no task: expected a folder with task files (*.yaml).{near_path(folder)}")
-    manager = manager_class(include_path=str(folder.resolve()) if folder else None)
     names = list(dict.fromkeys(name for item in tasks for name in GROUPS.get(item, (item,))))
-    for name in names:
-        if name not in manager.all_tasks:
-            raise UserError(f"no task '{name}'.{did_you_mean(name, [*GROUPS, *manager.all_tasks])}")
+    local = manager_class(include_path=str(folder.resolve()), include_defaults=False) if folder else None
+    managers = {name: local for name in names if local and name in local.all_tasks}
+    if len(managers) < len(names):  # reading the harness's own thousands of task files takes seconds
+        known = _own_tasks(manager_class)
+        managers |= {name: known for name in names if name not in managers}
+        for name in names:
+            if name not in managers[name].all_tasks:
+                raise UserError(f"no task '{name}'.{did_you_mean(name, [*GROUPS, *managers[name].all_tasks])}")
     adapter = _adapter(model, tokenizer, batch_size, say)
     found: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for number, name in enumerate(names, 1):
         say(f"task {number}/{len(names)}: {name}")
-        for place in [None, folder] if folder else [None]:
+        for place in [None, folder] if managers[name] is local else [None]:
             try:
                 with _inside(place):
                     result = lm_eval.simple_evaluate(
                         model=adapter, tasks=[name], num_fewshot=few_shot, limit=limit, bootstrap_iters=0,
-                        log_samples=False, task_manager=manager, verbosity="ERROR",
+                        log_samples=False, task_manager=managers[name], verbosity="ERROR",
                     )  # fmt: skip
             except UserError:
                 raise
@@ -107,6 +112,11 @@ def evaluate_tasks(
             say(f"task {name} was not evaluated: {missing[name]}")
     main = [row["acc"] for row in found.values() if row["acc"] is not None]
     return {"tasks": found, "missing": missing, "average": sum(main) / len(main) if main else None}
+
+
+@cache
+def _own_tasks(manager_class: Any) -> Any:
+    return manager_class()
 
 
 def _scores(result: dict[str, Any], task: str, scores: dict[str, Any]) -> dict[str, Any]:
