@@ -1,0 +1,58 @@
+"""Markdown tables of results against the project's goals: geometric means over the shapes, by product and threads.
+
+    python benchmarks/tables.py benchmarks/results/linear-*.csv
+
+A cell shows the geometric mean and, in brackets, the least of the shapes. ** aim met, * must met: the mean reaches it,
+and no shape is below 0.8 of the must. Rounds in which dense ran below 60 % of the FMA peak are counted below the table.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import sys
+from pathlib import Path
+
+SPARSITIES = (0.5, 0.75, 0.9, 0.95, 0.99)
+SPMM = ((1.4, 1.7), (2.7, 3.5), (5, 7), (7, 10), (12, 15))
+GOALS = {  # must and aim by sparsity
+    "forward": SPMM,
+    "grad_input": SPMM,
+    "grad_values": ((1.1, 1.5), (2, 2.8), (4, 5.5), (6, 8), (9, 12)),
+    "layer": ((1.25, 1.6), (2.3, 3.2), (4.5, 6.2), (6.5, 9), (10, 13)),
+}
+NAMES = {"forward": "forward", "grad_input": "dX", "grad_values": "dW", "layer": "layer"}
+
+
+def cell(ratios: list[float], must: float, aim: float) -> str:
+    mean, least = statistics.geometric_mean(ratios), min(ratios)
+    met = "**" if mean >= aim and least >= 0.8 * must else "*" if mean >= must and least >= 0.8 * must else ""
+    return f"{mean:.2f}x ({least:.2f}){met and ' ' + met.replace('*', chr(92) + '*')}"
+
+
+def main() -> None:
+    for path in map(Path, sys.argv[1:]):
+        with path.open() as stream:
+            rows = list(csv.DictReader(stream))
+        print(f"\n{rows[0]['cpu']}, {path.name}\n")
+        print("| product | threads |" + "".join(f" {s:.0%} |" for s in SPARSITIES))
+        print("|---|---|" + "---|" * len(SPARSITIES))
+        for product, goals in GOALS.items():
+            for threads in sorted({row["threads"] for row in rows}):
+                cells = []
+                for s, (must, aim) in zip(SPARSITIES, goals, strict=True):
+                    ratios = [
+                        float(row["ratio_to_dense"])
+                        for row in rows
+                        if (row["candidate"], row["product"], row["threads"]) == ("vspdf", product, threads)
+                        and float(row["sparsity"]) == s
+                    ]
+                    cells.append(cell(ratios, must, aim))
+                print(f"| {NAMES[product]} | {threads} | " + " | ".join(cells) + " |")
+        mine = [row for row in rows if row["candidate"] == "vspdf" and row["product"] != "layer"]
+        disturbed = sum(int(row["disturbed_rounds"]) for row in mine)
+        print(f"\n{disturbed} of {sum(int(row['rounds']) for row in mine)} rounds were disturbed.")
+
+
+if __name__ == "__main__":
+    main()
