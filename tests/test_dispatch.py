@@ -87,6 +87,7 @@ def test_a_clear_choice_is_kept_for_later_processes(process, pattern, monkeypatc
 @pytest.mark.parametrize("why", ["close", "noisy"])
 def test_an_open_choice_is_measured_by_three_processes(process, pattern, monkeypatch, why, tmp_path):
     monkeypatch.setattr(dispatch, "NOISY", 1.0 if why == "noisy" else 100)
+    monkeypatch.setattr(dispatch, "CLEAR", 1.5 if why == "noisy" else 1000)
     calls = []
     for _ in range(5):
         process()
@@ -99,8 +100,8 @@ def test_an_open_choice_is_measured_by_three_processes(process, pattern, monkeyp
 
 
 def test_a_choice_made_on_a_busy_machine_is_mended(process, pattern, monkeypatch):
-    monkeypatch.setattr(dispatch, "NOISY", 100)
-    busy = {"cpu": 0.011, "dense": 0.009}
+    monkeypatch.setattr(dispatch, "NOISY", 1.0)
+    busy = {"cpu": 0.09, "dense": 0.009}
     assert choose(pattern, Work(busy)).path == "dense"
     process()
     assert "measures again" in choose(pattern).reason
@@ -108,12 +109,13 @@ def test_a_choice_made_on_a_busy_machine_is_mended(process, pattern, monkeypatch
 
 
 def test_a_choice_does_not_change_within_a_process(process, pattern):
-    assert choose(pattern, Work({"cpu": 0.004, "dense": 0.001})).path == "dense"
+    assert choose(pattern, Work({"cpu": 0.03, "dense": 0.001})).path == "dense"
     assert choose(pattern, Work(CLEAR), tokens=127).path == "dense"
 
 
-def test_pinned_choices_are_not_measured_again(process, pattern):
-    assert choose(pattern, Work({"cpu": 0.0025, "dense": 0.002})).path == "dense"
+def test_pinned_choices_are_not_measured_again(process, pattern, monkeypatch):
+    monkeypatch.setattr(dispatch, "NOISY", 1.0)
+    assert choose(pattern, Work({"cpu": 0.03, "dense": 0.002})).path == "dense"
     run = dispatch.choices()
     for _ in range(3):  # the cache comes to say the opposite
         process()
