@@ -317,16 +317,23 @@ def gpu_key(product: str, pattern: Pattern, tokens: int, dtype: torch.dtype) -> 
     )
 
 
-def tune(key: str, rounds: dict[str, list[float]]) -> Choice:
-    """Keeps the seconds of interleaved rounds, by path, in the user's cache; the choice that follows from them."""
+def _timing(rounds: dict[str, list[float]]) -> GpuTiming:
     dense = rounds["dense"]
-    timing = GpuTiming(
+    return GpuTiming(
         {path: statistics.median(column) for path, column in rounds.items()},
         {p: max(a / b for a, b in zip(column, dense, strict=True)) for p, column in rounds.items() if p != "dense"},
     )
+
+
+def best(rounds: dict[str, list[float]]) -> Choice:
+    """What the seconds of interleaved rounds, by path, speak for."""
+    return _timing(rounds).choice("measured")
+
+
+def tune(key: str, rounds: dict[str, list[float]]) -> None:
+    """Keeps them in the user's cache, for `choose`."""
     _gpu_table.load()
-    _gpu_table.add(key, timing)
-    return timing.choice("tuned here")
+    _gpu_table.add(key, _timing(rounds))
 
 
 def _choose_gpu(product: str, pattern: Pattern, tokens: int, dtype: torch.dtype, device: torch.device) -> Choice:

@@ -208,8 +208,9 @@ def sparse_linear(
         )
     if not x.is_floating_point():
         raise UserError(f"x is {x.dtype}: expected a floating-point tensor.")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
         x, values = x.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     for name, tensor in (("values", values), ("bias", bias)):

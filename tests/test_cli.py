@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import typer
 
 from vspdf import checkpoint, cli
@@ -288,11 +289,18 @@ USAGE = {
     "verb unknown": (["xyzzy"], "no such command 'xyzzy'. Known: train, eval,"),
     "verb of a group": (["bench", "linaer"], "Did you mean 'linear'?"),
     "option without its value": (["plan", "--model"], "option '--model' requires an argument."),
+    "tune on a CPU": (["bench", "linear", "--tune"], "--tune is for --device cuda"),
+    "unknown device": (["bench", "linear", "--device", "tpu"], "--device 'tpu' is not known: cpu or cuda."),
     "no number": (["plan", "--model", "gpt2-small", "--save", "much"], "invalid value for '--save'"),
     "too small": (["generate", "run", "--tokens", 0], "invalid value for '--tokens'"),
     "one argument too many": (["info", "more"], "unexpected extra argument(s) (more). Usage: vspdf info [OPTIONS]"),
     "nothing near": (["train", "x", "--no-such"], "no such option '--no-such'. Known: --resume, --json"),
 }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_gpu_timings_without_a_gpu_are_one_line(vspdf, tmp_path):
+    assert "torch sees no CUDA device here" in refused(vspdf, tmp_path, "bench", "linear", "--device", "cuda", "--tune")
 
 
 @pytest.mark.parametrize("arguments, message", USAGE.values(), ids=USAGE)

@@ -160,6 +160,8 @@ BAD_OVERRIDES = {
     "model.init_std=0": r"model.init_std must be positive, not 0",
     "train.precision=fp64": r"train.precision = 'fp64' is not known. Known: fp32, bf16",
     "train.backend=gpu": r"train.backend = 'gpu' is not known. Did you mean 'cpu'\?",
+    "train.backend=triton": r"train.backend = 'triton' does not run on train.device = 'cpu'",
+    "train.device=cuda0": r"train.device = 'cuda0' is not known. Did you mean 'cuda'\?",
     "train.batch_size=0": r"train.batch_size must be at least 1, not 0",
     "train.micro_batch_size=0": r"train.micro_batch_size must be at least 1, not 0",
     "train.micro_batch_size=3": r"train.micro_batch_size = 3 does not divide phases.0.batch_size = 8",

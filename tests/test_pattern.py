@@ -171,3 +171,58 @@ def test_two_ways_to_count_what_is_kept(numel, sparsity, rounded, truncated):
     assert kept_count(numel, sparsity) == rounded and kept_count(numel, sparsity, truncate=True) == truncated
     for make in (Pattern.random, Pattern.checkerboard):
         assert make((1, numel), sparsity, truncate=True).nnz == truncated
+
+
+# -- plan_24 ----------------------------------------------------------------------------------------------------------
+
+
+def permuted(pattern, plan):
+    """The mask with each panel's columns in the plan's order, [rows, groups, 4]; empty columns behind the real ones."""
+    mask = torch.nn.functional.pad(pattern.mask(), (0, -pattern.in_features % 4))
+    panels = [
+        rows[:, torch.from_numpy(order).long()] for rows, order in zip(mask.split(128), plan.columns, strict=True)
+    ]
+    return torch.cat(panels).unflatten(1, (-1, 4))
+
+
+@pytest.mark.parametrize("shape", [(128, 256), (300, 768), (129, 301), (5, 1024)], ids=lambda s: "{}x{}".format(*s))
+@pytest.mark.parametrize("density", [0.05, 0.2])
+def test_sparse_random_masks_become_exactly_24(shape, density):
+    pattern = Pattern.random(shape, 1 - density, seed=3)
+    plan = pattern.plan_24()
+    assert plan.rest.nnz == 0 and plan.residual == 0
+    assert permuted(pattern, plan).sum(2).max() <= 2
+
+
+@pytest.mark.parametrize("density, most", [(0.25, 5.5e-4), (0.5, 0.09), (1.0, 0.5)])
+def test_denser_masks_leave_a_residual_that_is_told(density, most):
+    pattern = Pattern.random((128, 512), 1 - density, seed=3)
+    plan = pattern.plan_24()
+    kept = permuted(pattern, plan).sum(2)
+    assert plan.rest.nnz == (kept - 2).clamp(min=0).sum() > 0
+    assert plan.residual <= most
+    assert pattern.issuperset(plan.rest)
+    rest = Pattern.from_mask(pattern.mask() & ~plan.rest.mask())
+    assert permuted(rest, plan).sum(2).max() <= 2
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (200, 7), (128, 4)], ids=lambda s: "{}x{}".format(*s))
+def test_orders_hold_every_column_once(shape):
+    plan = Pattern.random(shape, 0.3).plan_24(effort=50)
+    panels, width = -(-shape[0] // 128), -(-shape[1] // 4) * 4
+    assert plan.columns.shape == (panels, width)
+    assert (np.sort(plan.columns, axis=1) == np.arange(width)).all()
+
+
+def test_without_effort_columns_stay_and_the_seed_decides_whatever_the_threads():
+    pattern = Pattern.random((256, 256), 0.7, seed=1)
+    assert (pattern.plan_24(effort=0).columns == np.arange(256)).all()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = pattern.plan_24(seed=5, effort=20).columns
+        torch.set_num_threads(2)
+        assert (pattern.plan_24(seed=5, effort=20).columns == one).all()
+    finally:
+        torch.set_num_threads(before)
+    assert (pattern.plan_24(seed=6, effort=20).columns != one).any()

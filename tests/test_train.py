@@ -392,6 +392,25 @@ def test_a_finished_run_resumes_to_its_summary(tiny, tmp_path):
     assert {**again, "seconds": 0} == {**summary, "seconds": 0}
 
 
+def test_a_run_of_a_gpu_goes_on_without_one(tiny, tmp_path, uninterrupted, caplog):
+    """Checkpoints and metrics know no device: the first half is taken for one of a GPU."""
+    stop_after(tiny, 9, *RESUMABLE)
+    stored = tmp_path / "run" / "config.yaml"
+    stored.write_text(stored.read_text().replace("device: cpu", "device: cuda"))
+    _, lines = run(tiny, *RESUMABLE, resume=True)
+    assert lines == uninterrupted[1]
+    assert "resuming with train.device = cpu instead of cuda: results will differ in the last bits" in caplog.text
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7"])
+def test_a_gpu_that_is_not_here_is_named(tiny, tmp_path, device):
+    if torch.cuda.device_count() > (0 if device == "cuda" else 7):
+        pytest.skip("it is here")
+    with pytest.raises(UserError, match=rf"train.device = '{device}': torch sees .*; train.device=cpu runs anywhere"):
+        run(tiny, f"train.device={device}")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_half_written_line_of_metrics_is_dropped(tiny, tmp_path):
     phases = "phases=[{steps: 6}]"
     stop_after(tiny, 5, phases, "train.checkpoint_every=3")

@@ -77,7 +77,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition(":")
-        optimizer.state[parameters[parameter]][key] = tensor
+        optimizer.state[parameters[parameter]][key] = tensor.to(parameters[parameter].device)
 
 
 def save(

@@ -116,8 +116,9 @@ class TrainConfig:
     batch_size: int = 8  # sequences a step
     micro_batch_size: int | None = None  # sequences at a time (gradient accumulation); default batch_size
     precision: str = "fp32"  # "fp32" or "bf16" (autocast)
+    device: str = "cpu"  # or "cuda", "cuda:1"
     threads: int | None = None  # default: what torch uses
-    backend: str = "auto"  # of the sparse products: "auto", "cpu", "reference"
+    backend: str = "auto"  # of the sparse products: "auto", "cpu", "reference", "triton"
     log_every: int = 10  # steps
     eval_every: int = 100  # steps; 0: only at the end of each phase
     eval_tokens: int = 65536  # of the validation text; 0: all of it
@@ -363,7 +364,16 @@ def resolve(config: Config) -> None:
     resolve_model(config.model)
     train, optimizer = config.train, config.optimizer
     _one_of("train.precision", train.precision, ("fp32", "bf16"))
-    _one_of("train.backend", train.backend, ("auto", "cpu", "reference"))
+    _one_of("train.backend", train.backend, ("auto", "cpu", "reference", "triton"))
+    _require(
+        bool(re.fullmatch(r"cpu|cuda(:\d+)?", train.device)),
+        f"train.device = '{train.device}' is not known.{did_you_mean(train.device, ('cpu', 'cuda', 'cuda:1'))}",
+    )
+    for backend, device in (("cpu", "cuda"), ("triton", "cpu")):
+        _require(
+            train.backend != backend or not train.device.startswith(device),
+            f"train.backend = '{backend}' does not run on train.device = '{train.device}'.",
+        )
     train.micro_batch_size = train.batch_size if train.micro_batch_size is None else train.micro_batch_size
     for key in ("batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
         _require(getattr(train, key) >= 1, f"train.{key} must be at least 1, not {getattr(train, key)}.")

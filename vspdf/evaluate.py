@@ -24,9 +24,9 @@ class HeldOut(Protocol):
     def validation_batches(self, batch_size: int, max_tokens: int = 0) -> Iterator[ValidationBatch]: ...
 
 
-def autocast(precision: str) -> contextlib.AbstractContextManager:
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     """Context of a configured `train.precision`."""
-    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
 @torch.no_grad()
@@ -48,10 +48,11 @@ def evaluate(
     training = model.training
     model.eval()
     nats = tokens = text_bytes = 0.0
-    with autocast(precision):
+    device = next(model.parameters()).device
+    with autocast(precision, device):
         for inputs, targets, size in data.validation_batches(batch_size, max_tokens):
             count = int((targets >= 0).sum())  # below: no target
-            nats += float(model(inputs, targets)) * count
+            nats += float(model(inputs.to(device), targets.to(device))) * count
             tokens += count
             text_bytes += size
     model.train(training)

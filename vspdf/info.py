@@ -21,13 +21,14 @@ def hardware() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isas": list(extension.isas()) if extension else [],
         "openmp": bool(extension.openmp) if extension else False,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
 def versions() -> dict[str, str]:
     """Versions of what figures depend on."""
     found = {"python": platform.python_version()}
-    for package in ("vspdf", "torch", "numpy"):
+    for package in ("vspdf", "torch", "numpy", "triton"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -136,7 +136,12 @@ class SparseLinear(nn.Module):
 
 
 def explain(
-    target: nn.Module | Pattern, tokens: int, *, dtype: torch.dtype = torch.float32, backend: str = "auto"
+    target: nn.Module | Pattern,
+    tokens: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    device: torch.device | str = "cpu",
 ) -> str:
     """Which path each product takes here, and why.
 
@@ -145,6 +150,8 @@ def explain(
     target : Pattern, SparseLinear, or any module with sparse layers inside
     tokens : int
         Rows of the input, batch times sequence.
+    backend, device
+        Of a pattern; layers have their own.
 
     Returns
     -------
@@ -152,13 +159,13 @@ def explain(
         A line per product, under a line per layer where there are several.
     """
     if isinstance(target, Pattern):
-        return ops.explain(target, tokens, dtype, backend)
+        return ops.explain(target, tokens, dtype, backend, device)
     layers = sparse_layers(target)
     if not layers:
         return "no sparse layer: every product is torch's own."
     parts = []
     for name, layer in layers.items():
-        lines = ops.explain(layer.pattern, tokens, dtype, layer.backend)
+        lines = ops.explain(layer.pattern, tokens, dtype, layer.backend, layer.values.device)
         parts.append(f"{name}\n  " + lines.replace("\n", "\n  ") if name else lines)
     return "\n".join(parts)
 

@@ -127,6 +127,7 @@ class _Run:
     def __init__(self, config: Config, resume: bool, say: Callable[[str], None]) -> None:
         self.config, self.say = config, say
         self.folder = Path(config.run_dir or "")
+        self.device = _device(config.train.device)
         self._check_folder(resume)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
@@ -147,7 +148,7 @@ class _Run:
             begun[0]
             if begun
             else GPT(self.shape, config.model.init_std, seed=config.seed, activation=config.model.activation)
-        )
+        ).to(self.device)
         self.optimizer: torch.optim.Optimizer | None = None
         self.revived: RevivedWarmup | None = None
         self.phase, self.stage = -1, 0  # the ones whose form the model has
@@ -204,7 +205,7 @@ class _Run:
             for key, (old, new) in differences(
                 configuration.to_dict(stored), configuration.to_dict(self.config)
             ).items():
-                if key == "train.threads":
+                if key in ("train.threads", "train.device"):
                     log.warning(
                         "resuming with %s = %s instead of %s: results will differ in the last bits.", key, new, old
                     )
@@ -481,7 +482,8 @@ class _Run:
         batch = self.data.batch(self.first + samples, phase.batch_size)
         take = lambda: self._optimise(self.model, self.optimizer, phase, batch, lr, self.revived)  # noqa: E731
         with ledger.counting() as tally:
-            if phase_step == 1:  # the second step: plans are built, nothing else is special about it
+            # The second step: plans are built, nothing else is special about it. The profiler sees the CPU alone.
+            if phase_step == 1 and self.device.type == "cpu":
                 (loss, norm), record.parts = _profiled(take, self.shape.vocab_size)
             else:
                 loss, norm = take()
@@ -524,8 +526,8 @@ class _Run:
         all_targets, loss = int((targets >= 0).sum()), 0.0
         for x, y in zip(inputs.split(train.micro_batch_size), targets.split(train.micro_batch_size), strict=True):
             share = int((y >= 0).sum()) / all_targets
-            with autocast(train.precision):
-                part = model(x, y) * share
+            with autocast(train.precision, self.device):
+                part = model(x.to(self.device), y.to(self.device)) * share
             part.backward()
             loss += float(part.detach())
         self._require_finite("loss", loss)
@@ -539,6 +541,8 @@ class _Run:
         else:
             revived.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # so that a step's seconds hold all of it
         return loss, norm
 
     def _require_finite(self, what: str, value: float) -> None:
@@ -752,6 +756,23 @@ class _DenseTwin:
             return time.perf_counter() - start
         finally:
             torch.set_num_threads(current)
+
+
+def _device(name: str) -> torch.device:
+    """The device of `train.device`.
+
+    Raises
+    ------
+    UserError
+        If it is not here.
+    """
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            have = f"only {count} of them" if count else "no CUDA device"
+            raise UserError(f"train.device = '{name}': torch sees {have} here; train.device=cpu runs anywhere.")
+    return device
 
 
 def _adamw(model: nn.Module, config: Config, phase: PhaseConfig) -> torch.optim.AdamW:

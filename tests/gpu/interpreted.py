@@ -4,6 +4,11 @@
 The interpreter truncates when it rounds to bfloat16, a GPU does not: hence that tolerance.
 """
 
+import csv
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,8 +18,11 @@ from triton.runtime.interpreter import InterpreterBuilder
 import vspdf
 from vspdf import ledger
 from vspdf.errors import UserError
-from vspdf.kernels import gpu, reference
+from vspdf.kernels import dispatch, gpu, gpu_24, ops, reference
 from vspdf.pattern import Pattern
+
+sys.path.insert(0, str(Path(__file__).parent))
+from emulation import Emulation
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # of the largest value of the result
@@ -162,15 +170,14 @@ def test_offsets_of_64_bits(monkeypatch):
     assert_exact(pattern, *draw(pattern, 33, torch.float32))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_sides_above_65536(dtype):
+def test_sides_above_65536():
     """Column numbers of 17 bits: they do not fit beside a value of 16."""
     mask = torch.zeros(3, 65540, dtype=torch.bool)
     mask[0, 65539] = mask[0, 1] = mask[2, 65536] = True
     pattern = Pattern.from_mask(mask)
-    x, values, bias, _ = draw(pattern, 2, dtype)
+    x, values, bias, _ = draw(pattern, 2, torch.bfloat16)
     y, _ = gpu.forward(x, values, bias, pattern)
-    assert_close(y, reference.forward(x.double(), values.double(), bias.double(), pattern), dtype)
+    assert_close(y, reference.forward(x.double(), values.double(), bias.double(), pattern), torch.bfloat16)
 
 
 def test_few_weights_and_many_tokens_split_the_tokens(dtype):
@@ -272,3 +279,192 @@ def test_float64_is_refused_and_a_layer_learns():
         optimizer.step()
         optimizer.zero_grad()
     assert vspdf.explain(layer, tokens=5).count("triton chose triton: asked for") == 3
+
+
+# -- 2:4 --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 1.0])
+def test_24_and_its_residual_are_exact(sparsity, dtype):
+    library = Emulation()
+    pattern = Pattern.random((48, 64), sparsity)
+    for seed in (0, 1):  # new values go to places that were learnt before
+        x, values, bias, grad = draw(pattern, 13, dtype, seed)
+        values[: pattern.nnz // 3] = 0.0  # zeros among the kept weights keep their places
+        wide = [t.double() for t in (x, values, bias, grad)]
+        y, macs = gpu_24.forward(x, values, bias, pattern, library)
+        assert_close(y, reference.forward(*wide[:3], pattern), dtype)
+        dx, _ = gpu_24.grad_input(grad, values, pattern, library)
+        assert_close(dx, reference.grad_input(wide[3], wide[1], pattern), dtype)
+        assert macs >= 16 * pattern.numel // 2  # tokens are padded to 16, half of the positions are multiplied
+    assert len([key for key in pattern.plans if key.startswith("2:4") and str(dtype) in key]) == 2
+
+
+def test_24_learns_more_places_than_a_digit_holds():
+    library = Emulation()
+    pattern = Pattern.random((192, 256), 0.6)  # some 19,000 weights: three digits of 128
+    assert pattern.nnz > 128**2
+    layout = gpu_24.Layout(pattern, np.arange(pattern.nnz), torch.bfloat16, torch.device("cpu"), library)
+    values = torch.randn(pattern.nnz).bfloat16()
+    fits, rest = gpu_24.split(pattern)
+    expected = reference.materialise(values, pattern) * ~rest.mask()
+    assert torch.equal(library.expand(layout.compressed(values), 256), expected)
+    assert fits.sum() + rest.nnz == pattern.nnz
+
+
+@pytest.mark.parametrize("columns", [3, 8, 30])
+def test_24_takes_two_of_every_four_and_leaves_the_rest(columns):
+    pattern = Pattern.random((20, columns), 0.3)
+    fits, rest = gpu_24.split(pattern)
+    mask = pattern.mask()
+    taken = torch.zeros_like(mask)
+    taken[mask] = torch.from_numpy(fits)
+    groups = torch.nn.functional.pad(taken, (0, -columns % 4)).unflatten(1, (-1, 4)).sum(2)
+    kept = torch.nn.functional.pad(mask, (0, -columns % 4)).unflatten(1, (-1, 4)).sum(2)
+    assert torch.equal(groups, kept.clamp(max=2))
+    assert torch.equal(rest.mask(), mask & ~taken)
+
+
+def test_24_says_why_it_cannot_run():
+    pattern = Pattern.random((48, 64), 0.9)
+    assert "not fp32" in gpu_24.unavailable(pattern, "fp32")
+    assert "multiples of 16" in gpu_24.unavailable(Pattern.random((48, 65), 0.9), "bf16")
+    assert "cuSPARSELt is not part" in gpu_24.unavailable(pattern, "bf16")
+
+
+# -- which path runs, on a GPU that is not here -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def h200(monkeypatch, tmp_path):
+    """Dispatch as on an H200, with an empty user cache; returns the choice for a layer."""
+    monkeypatch.setenv("VSPDF_CACHE", str(tmp_path))
+    monkeypatch.setattr(gpu, "device_name", lambda device=None: "NVIDIA H200")
+    monkeypatch.setattr(dispatch, "_gpu_table", dispatch._Table(dispatch.GpuTiming, dispatch._gpu_machine))
+    monkeypatch.setattr(dispatch, "_told", set())
+
+    def choice(pattern, product="forward", tokens=16384, dtype=torch.bfloat16):
+        return dispatch._choose_gpu(product, pattern, tokens, dtype, torch.device("cpu"))
+
+    return choice
+
+
+def test_the_model_is_conservative(h200):
+    for sparsity, dtype, path in [
+        (0.5, torch.bfloat16, "dense"), (0.95, torch.bfloat16, "dense"), (0.998, torch.bfloat16, "triton"),
+        (0.5, torch.float32, "dense"), (0.98, torch.float32, "triton"),
+    ]:  # fmt: skip
+        choice = h200(Pattern.random((4096, 1024), sparsity), dtype=dtype)
+        assert choice.path == path and "modelled, not measured" in choice.reason
+    assert h200(Pattern.random((64, 64), 0.9), dtype=torch.float64) == (
+        "dense",
+        gpu.refusal(torch.float64, torch.device("cpu")),
+    )
+
+
+def test_an_unknown_device_runs_dense_until_it_is_tuned(h200, monkeypatch):
+    monkeypatch.setattr(gpu, "device_name", lambda device=None: "Unheard-of 9000")
+    choice = h200(Pattern.random((4096, 1024), 0.999))
+    assert choice.path == "dense" and "vspdf bench linear --device cuda --tune" in choice.reason
+
+
+def test_the_log_tells_each_choice_once(h200, caplog):
+    caplog.set_level("INFO", "vspdf")
+    pattern = Pattern.random((4096, 1024), 0.95)
+    for _ in range(3):
+        h200(pattern)
+    (line,) = caplog.messages
+    assert line.startswith("forward T=16384 in=1024 out=4096 sparsity=0.950 bf16: dense: modelled, not measured")
+
+
+@pytest.mark.parametrize(
+    "triton, path",
+    [([0.5, 0.5, 0.6], "triton"), ([0.5, 0.5, 0.98], "dense"), ([0.97, 0.97, 0.97], "triton"), ([2, 2, 2], "dense")],
+    ids=["faster", "one round is not", "just", "slower"],
+)
+def test_tuned_paths_must_win_every_round(h200, triton, path):
+    pattern = Pattern.random((4096, 1024), 0.95)
+    key = dispatch.gpu_key("forward", pattern, 16384, torch.bfloat16)
+    dispatch.tune(key, {"dense": [1.0, 1.0, 1.0], "triton": triton, "2:4": [1.1, 0.9, 1.0]})
+    assert h200(pattern).path == path and h200(pattern).reason.startswith("tuned here: triton")
+    assert h200(pattern, tokens=16000).path == path  # the same bucket
+    assert h200(pattern, tokens=100).reason.startswith("modelled")
+
+
+def test_the_cache_survives_and_overrules_the_shipped_table(h200, monkeypatch):
+    pattern = Pattern.random((4096, 1024), 0.95)
+    key = dispatch.gpu_key("forward", pattern, 16384, torch.bfloat16)
+    shipped = {"NVIDIA H200": {key: [{"dense": 1.0, "2:4": 0.8}, {"2:4": 0.85}]}}
+    monkeypatch.setattr(dispatch, "_shipped", lambda: shipped)
+    assert h200(pattern) == ("2:4", "shipped table: 2:4 1.25x (worst round 1.18x) against dense")
+    dispatch.tune(key, {"dense": [1.0], "triton": [0.5]})
+    fresh = dispatch._Table(dispatch.GpuTiming, dispatch._gpu_machine)
+    monkeypatch.setattr(dispatch, "_gpu_table", fresh)
+    assert h200(pattern).path == "triton"
+    stored = dispatch.choices()
+    assert stored[key] == [{"dense": 1.0, "triton": 0.5}, {"triton": 0.5}]
+    monkeypatch.setattr(dispatch, "_gpu_table", dispatch._Table(dispatch.GpuTiming, lambda: "another machine"))
+    dispatch.pin({key: [{"dense": 1.0, "sampled": 0.5}, {"sampled": 0.5}]})
+    assert h200(pattern).path == "sampled"
+
+
+def test_the_shipped_table_can_be_read():
+    assert isinstance(dispatch._shipped(), dict)
+    for table in dispatch._shipped().values():
+        for columns in table.values():
+            assert dispatch.GpuTiming(*columns).choice("shipped table").path in ops.PATHS
+
+
+# -- benchmarks/gpu.py ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """benchmarks/gpu.py on tiny layers: status of `main` with further arguments."""
+    spec = spec_from_file_location("gpu_benchmark", Path(__file__).parents[2] / "benchmarks" / "gpu.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "ORDER", ("bf16", "fp32"))
+    monkeypatch.setattr(module, "ODD", [(7, 20, 33, 0.8)])
+    monkeypatch.setattr(module, "SMOKE", [module.Cell("tiny", 8, 20, 33, 0.9)])
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path), *arguments])
+        return module.main()
+
+    main.module = module
+    return main
+
+
+def test_the_benchmark_writes_what_it_found(script, tmp_path, capsys):
+    assert script("--smoke") == 0
+    rows = list(csv.DictReader((tmp_path / "gpu.csv").open()))
+    assert {row["product"] for row in rows} == {"forward", "grad_input", "grad_values", "layer"}
+    assert {row["candidate"] for row in rows} == {"dense", "triton", "sampled", "cublas", "cusparse", "auto"}
+    checked = [row for row in rows if row["product"] != "layer" and row["candidate"] in ("triton", "sampled", "auto")]
+    assert checked and all(float(row["error"]) < 1e-2 for row in checked)
+    assert all(row["torch"] == torch.__version__ and row["device"] for row in rows)
+    assert (tmp_path / "gpu.png").stat().st_size > 5000
+    assert "the figures mean nothing" in capsys.readouterr().out
+
+
+def test_the_benchmark_finds_wrong_results(script, monkeypatch, capsys):
+    monkeypatch.setattr(script.module, "ORDER", ("bf16",))
+    right = ops.PATHS["triton"]["forward"]
+    monkeypatch.setitem(ops.PATHS["triton"], "forward", lambda *a: (right(*a)[0] + 1, 0))
+    assert script("--smoke") == 1
+    assert "WRONG: triton forward bf16" in capsys.readouterr().out
+
+
+def test_the_benchmark_keeps_to_its_time(script, capsys):
+    assert script("--smoke", "--seconds", "0") == 0
+    assert "skipped for lack of time: tiny bf16" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_the_benchmark_needs_a_gpu(script, capsys):
+    assert script() == 2
+    assert (
+        capsys.readouterr().err == "benchmarks/gpu.py: error: torch sees no CUDA device here; GPU timings need one.\n"
+    )
