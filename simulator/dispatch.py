@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vspdf.errors import UserError, did_you_mean
-from vspdf.simulator import fabric, pictures, programs, wafer
+from vspdf.simulator import estimates, fabric, pictures, programs, wafer
 from vspdf.simulator import machine as machines
 from vspdf.simulator.machine import Machine
 
@@ -200,6 +200,12 @@ def reduce(machine: Machine, pes: int, elements: int, group: int | str = "star",
 PROGRAMS: dict[str, Callable[..., Work]] = {"spmm": spmm, "gemm": gemm, "gemv": gemv, "reduce": reduce}
 
 
+ESTIMATES: dict[str, Callable[..., dict[str, Any]]] = {
+    "layer": estimates.layer_by_request,
+    "step": estimates.step_by_request,
+}
+
+
 def simulate(
     program: str, *, machine: str | Path | Machine = "cs2", settings: Iterable[str] | Mapping[str, Any] = (),
     level: str = "auto", trace: str | Path | None = None, plot: str | Path | None = None, **arguments: Any,
@@ -208,9 +214,9 @@ def simulate(
 
     Parameters
     ----------
-    program : {"spmm", "gemm", "gemv", "reduce"}
+    program : {"spmm", "gemm", "gemv", "reduce", "layer", "step"}
         Its arguments are those of `vspdf simulate PROGRAM` with underscores, e.g.
-        ``simulate("reduce", pes=512, elements=4096, group=32)``.
+        ``simulate("reduce", pes=512, elements=4096, group=32)``; of a layer ``in_features`` and ``out_features``.
     machine : str or path
         A machine by name, or a YAML file of one's own.
     settings : list of "key=value", or mapping
@@ -234,9 +240,16 @@ def simulate(
         For an unknown program, machine, parameter or argument, and for what does not fit the machine.
     """
     chosen = machines.load(machine, settings)
-    if program not in PROGRAMS:
-        raise UserError(f"unknown program '{program}'.{did_you_mean(program, PROGRAMS)}")
+    if program not in PROGRAMS and program not in ESTIMATES:
+        raise UserError(f"unknown program '{program}'.{did_you_mean(program, [*PROGRAMS, *ESTIMATES])}")
     _choice("--level", level, LEVELS)
+    if program in ESTIMATES:
+        if trace is not None or plot is not None:
+            raise UserError(f"a {program} has no events to draw: leave trace and plot away.")
+        try:
+            return ESTIMATES[program](chosen, level="aggregate" if level == "auto" else level, **arguments)
+        except TypeError as error:
+            raise UserError(f"simulate('{program}'): {str(error).split('()', 1)[-1].strip()}.") from None
     to_trace, to_plot = (None if path is None else Path(path) for path in (trace, plot))
     pictures.check_paths(to_trace, to_plot)
     drawn = trace is not None or plot is not None

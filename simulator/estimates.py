@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from vspdf.errors import UserError, did_you_mean, near_path
-from vspdf.ledger import Shape
+from vspdf.ledger import Shape, model_shape
 from vspdf.simulator import layer, step
 from vspdf.simulator.layer import Assumption, Cost, Weights
 from vspdf.simulator.machine import Machine
@@ -159,10 +160,8 @@ def simulate_layer(machine: Machine, weights: Weights, tokens: int, *, sensitivi
     Raises
     ------
     UserError
-        For sizes below 1, a layer that does not fit, or one without weights.
+        For a layer that does not fit, or one without weights.
     """
-    if min(weights.in_features, weights.out_features, tokens) < 1:
-        raise UserError("--in, --out and --tokens must be at least 1.")
     if not 0 < weights.nnz:
         raise UserError("a layer without a single weight has nothing to simulate: sparsity must be below 1.")
     whole = Weights(weights.out_features, weights.in_features)
@@ -188,6 +187,76 @@ def simulate_layer(machine: Machine, weights: Weights, tokens: int, *, sensitivi
             for name in layer.PRODUCTS
         },
     }
+
+
+EVENT_MACS = 3e8  # multiply-adds of a product that level 1 runs in a minute or so
+EVENT_SIDE = 32  # columns and rows of its region, at most
+
+
+def event_layer(machine: Machine, weights: Weights, tokens: int, seed: int = 0) -> dict[str, Any]:
+    """A small layer on level 1: our streaming programs on a region, dense and sparse, with level 2 beside each.
+
+    Raises
+    ------
+    UserError
+        If the layer is too large, or does not divide into a region.
+    """
+    from vspdf.simulator import programs, wafer
+
+    rows_out, rows_in = weights.out_features, weights.in_features
+    if weights.numel * tokens > EVENT_MACS:
+        raise UserError(
+            f"--level event runs layers of up to {EVENT_MACS:.0e} multiply-adds, this one has "
+            f"{weights.numel * tokens:.1e}: take fewer features or tokens, or --level aggregate."
+        )
+    columns = _divisor(math.gcd(rows_in, rows_out))
+    rows = _divisor(tokens // 4) if tokens % 4 == 0 else 0
+    if columns < 2 or rows < 1:
+        raise UserError(
+            f"--level event needs --in and --out with a common divisor and --tokens that are a multiple of 4, not "
+            f"{rows_in}, {rows_out} and {tokens}."
+        )
+    random = np.random.default_rng(seed)
+    kept = random.random((rows_out, rows_in)) < weights.density if weights.mask is None else weights.mask
+    w = (random.standard_normal((rows_out, rows_in)) * 0.1).astype(np.float32)
+    x, dy = ((random.standard_normal((n, tokens)) * 0.1).astype(np.float32) for n in (rows_in, rows_out))
+    local = tokens // rows
+    products: dict[str, Any] = {name: {} for name in layer.PRODUCTS}
+    for kind, mask in (("dense", np.ones_like(kept)), ("sparse", kept)):
+        counts, turned = (m.reshape(len(m), columns, -1).sum(2) for m in (mask, mask.T))
+        block, block_out = rows_in // columns, rows_out // columns
+        events = {
+            "forward": programs.stream_layer(machine, w, mask, x, columns, rows).cycles,
+            "delta": programs.stream_layer(machine, w.T, mask.T, dy, columns, rows).cycles,
+            "gradient": programs.stream_gradient(machine, mask, dy, x, columns, rows).cycles,
+        }
+        closed = {
+            "forward": wafer.stream_layer(machine, counts, block, local, rows),
+            "delta": wafer.stream_layer(machine, turned, block_out, local, rows),
+            "gradient": wafer.stream_gradient(machine, counts, block, local, rows),
+        }
+        for name in layer.PRODUCTS:
+            products[name][kind] = {"cycles": int(events[name]), "aggregate": round(closed[name])}
+    total = {k: sum(products[name][k]["cycles"] for name in layer.PRODUCTS) for k in ("dense", "sparse")}
+    speedup = total["dense"] / total["sparse"]
+    three = ("low", "central", "high")
+    return {
+        "tokens": tokens,
+        "in_features": rows_in,
+        "out_features": rows_out,
+        "sparsity": 1 - float(kept.mean()),
+        "machine": machine.name,
+        "level": "event",
+        "region": {"columns": columns, "rows": rows},
+        "cycles": {"dense": total["dense"], "sparse": dict.fromkeys(three, total["sparse"])},
+        "speedup": {**dict.fromkeys(three, speedup), "ideal": kept.size / kept.sum()},
+        "products": products,
+    }
+
+
+def _divisor(n: int) -> int:
+    """The largest one that is a side of a region; 0 where there is none but 1, and n is not 1."""
+    return max((d for d in range(1, EVENT_SIDE + 1) if n % d == 0), default=0)
 
 
 SWEEP = (
@@ -486,5 +555,75 @@ def compare_phases(
     return table
 
 
-def with_sequence(shape: Shape, sequence_length: int | None) -> Shape:
-    return shape if sequence_length is None else replace(shape, sequence_length=sequence_length)
+# ---- as asked for, on the command line or in Python ------------------------------------------------------------------
+
+
+def layer_by_request(
+    machine: Machine, *, tokens: int | None = None, in_features: int | None = None, out_features: int | None = None,
+    sparsity: float = 0.9, run: str | Path | None = None, layer: str | None = None, level: str = "aggregate",
+) -> dict[str, Any]:  # fmt: skip
+    """`simulate_layer`, or `event_layer` for ``level="event"``, by sizes or with the mask of a run's layer.
+
+    Raises
+    ------
+    UserError
+        For arguments that are missing or contradict each other, and as the two functions do.
+    """
+    if level not in ("aggregate", "event"):
+        raise UserError(f"--level {level}: expected event or aggregate.")
+    if run is not None:
+        if in_features or out_features:
+            raise UserError("--run gives the layer's size: leave --in and --out away.")
+        done = read_run(Path(run))
+        if layer is None:
+            raise UserError(f"--layer: which of {', '.join(done.patterns) or 'none: the run was dense'}?")
+        mask = done.mask(layer)
+        weights = Weights(mask.shape[0], mask.shape[1], float(mask.mean()), mask)
+        tokens = tokens or done.batch(done.first) * done.shape.sequence_length
+    elif tokens is None or in_features is None or out_features is None:
+        raise UserError("expected --tokens, --in and --out (e.g. 65536, 12288, 12288), or --run and --layer.")
+    else:
+        if not 0 <= sparsity < 1:
+            raise UserError(f"sparsity must lie in [0, 1), not {sparsity}.")
+        weights = Weights(out_features, in_features, 1 - sparsity)
+    if min(weights.in_features, weights.out_features, tokens) < 1:
+        raise UserError("--in, --out and --tokens must be at least 1.")
+    return event_layer(machine, weights, tokens) if level == "event" else simulate_layer(machine, weights, tokens)
+
+
+def step_by_request(
+    machine: Machine, *, model: str | Shape | None = None, run: str | Path | None = None, batch: int | None = None,
+    sequence: int | None = None, systems: int = 1, sparsity: float | None = None, level: str = "aggregate",
+) -> dict[str, Any]:  # fmt: skip
+    """`simulate_step` of a model (a name of `ledger.MODELS` or a shape) or of a finished run.
+
+    Without a `sparsity`, a run's own masks count, and a model is dense. ``comparison`` of a run holds `compare_phases`.
+
+    Raises
+    ------
+    UserError
+        For arguments that are missing or wrong, and as `simulate_step` does.
+    """
+    if level != "aggregate":
+        raise UserError(f"--level {level}: a training step is simulated at the aggregate level only.")
+    for name, value in (("--batch", batch), ("--sequence", sequence), ("--systems", systems)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}.")
+    if (model is None) == (run is None):
+        raise UserError("expected --model NAME or --run RUN, one of them.")
+    done = read_run(Path(run)) if run is not None else None
+    shape = done.shape if done else model_shape(model) if isinstance(model, str) else model
+    assert shape is not None
+    if sequence is not None:
+        shape = replace(shape, sequence_length=sequence)
+    if batch is None and done:
+        batch = done.batch(done.first)
+    if batch is None:
+        raise UserError("--batch: how many sequences does a step of this model have?")
+    if done and sparsity is None and done.patterns:
+        what = step.Model.of_patterns(shape, done.patterns, batch, systems)
+    else:
+        what = step.Model.uniform(shape, batch, sparsity or 0.0, systems)
+    result = simulate_step(machine, what)
+    result["comparison"] = compare_phases(machine, done.shape, done.patterns, done.summary["phases"]) if done else []
+    return result

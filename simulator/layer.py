@@ -273,15 +273,17 @@ class Mapping:
 
 
 def candidates(machine: Machine, features: int) -> list[int]:
-    """Numbers of columns worth trying: for every number of replicas the widest ring, less columns that `features` (the
-    smaller side) would leave without work; neighbours within 4 % are one."""
-    spread: list[int] = []
+    """Numbers of columns worth trying: for every number of replicas the widest ring, and the one of the same block of
+    `features` (the smaller side) that leaves no column idle; narrow ones that differ by less than 4 % are one."""
+    found: set[int] = set()
+    last = machine.width + 1
     for replicas in range(1, machine.width + 1):
         widest = min(machine.width // replicas, features)
-        columns = -(-features // -(-features // widest))
-        if not spread or 1 < columns < 0.96 * spread[-1]:
-            spread.append(columns)
-    return spread
+        if replicas > 12 and (widest >= 0.96 * last or widest < 2):
+            continue
+        found |= {widest, -(-features // -(-features // widest))}
+        last = widest
+    return sorted(found, reverse=True)
 
 
 @lru_cache(maxsize=4096)
@@ -291,21 +293,16 @@ def law(machine: Machine, start_up: float, tokens: int, product: str) -> Law:
     )
 
 
-def relay(machine: Machine) -> int:
-    """Cycles from one PE's arithmetic on a streamed element to its neighbour's."""
-    return 2 * machine.ramp_cycles + 1 + machine.hop_cycles
-
-
 @lru_cache(maxsize=4096)
 def fill(machine: Machine, mapping: Mapping) -> float:
     """From a layer's first weight at the edge to all PEs at work, and from the last weight to the last sum at home."""
     spread = (machine.width + mapping.rows) * machine.hop_cycles + 2 * machine.ramp_cycles
-    return spread + machine.reduce_startup + mapping.columns * relay(machine) + ceil(mapping.local / 2)
+    return spread + machine.reduce_startup + mapping.columns * machine.relay_cycles + ceil(mapping.local / 2)
 
 
 def product_cost(
     machine: Machine, clock: float, weights: Weights, mapping: Mapping, product: str, assumption: Assumption,
-    *, exact: bool = True, streamed: bool = True,
+    *, exact: bool = True,
 ) -> Cost:  # fmt: skip
     """One product of one layer.
 
@@ -317,8 +314,6 @@ def product_cost(
         The gradient rides on the delta's stream of weights and sends sums out (an assumption).
     exact : bool
         False: columns never wait for each other, a quick lower bound.
-    streamed : bool
-        False: the operand is on the wafer, no I/O.
     """
     transposed = product != "forward"
     rows, features = weights.sides(transposed)
@@ -334,7 +329,9 @@ def product_cost(
             slowest = measured_pace(assumption.policy, queue, weights.counts(mapping.columns, transposed))
         parts["imbalance"] = rows * max(0.0, rule(slowest) - rule(z))
     parts["fill"] = fill(machine, mapping)
-    io = _bytes(machine, weights, product) / machine.host_bandwidth * clock if streamed else 0.0
+    if product == "gradient":  # the last sums come down the columns
+        parts["fill"] += (mapping.rows - 1) * machine.relay_cycles
+    io = _bytes(machine, weights, product) / machine.host_bandwidth * clock
     return bounded(parts, weights.nnz * mapping.tokens, io)
 
 

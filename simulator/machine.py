@@ -75,6 +75,11 @@ class Machine:
     # What follows are quantities that several programs derive in the same way.
 
     @property
+    def relay_cycles(self) -> int:
+        """From one PE's arithmetic on a streamed element to its neighbour's: ramp, hop, ramp, a cycle of work."""
+        return 2 * self.ramp_cycles + 1 + self.hop_cycles
+
+    @property
     def clocks(self) -> dict[str, float]:
         """Hz by label; results are given at both."""
         return {f"{ghz:g}GHz": ghz * 1e9 for ghz in (self.clock_sdk, self.clock_hot_chips)}

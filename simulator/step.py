@@ -38,7 +38,7 @@ class Estimate:
     Attributes
     ----------
     parts : dict of str to Cost
-        Per part of the model ("projections and FFN", "attention", "elementwise", "vocabulary", "update") over the step.
+        Per part of the model ("linear layers", "attention", "elementwise", "vocabulary", "update") over the step.
     products : dict of str to Cost
         Forward, delta and gradient of the projections and the FFN; forward includes what is computed again.
     seconds : float
@@ -238,7 +238,7 @@ def estimate(
     linear = Cost()
     for cost in products.values():
         linear.add(cost)
-    parts = {"projections and FFN": linear}
+    parts = {"linear layers": linear}
     per_block = {
         "attention": attention(machine, model, place, assumption),
         "elementwise": elementwise(machine, model, place),

@@ -14,13 +14,7 @@ from vspdf.errors import UserError
 from vspdf.simulator import programs
 from vspdf.simulator.fabric import Code, vector_cycles
 from vspdf.simulator.machine import Machine
-
-# A stream passes a PE in ramp + one cycle of work + ramp, and a link in one hop.
-
-
-def relay(machine: Machine) -> int:
-    """Cycles from one PE's arithmetic on a streamed element to its neighbour's."""
-    return 2 * machine.ramp_cycles + 1 + machine.hop_cycles
+from vspdf.simulator.programs import streaming
 
 
 def start(machine: Machine) -> int:
@@ -126,7 +120,7 @@ def reduce(machine: Machine, pes: int, elements: int, group: int | str, everywhe
     else:
         leaders = -(-pes // int(group))
         if int(group) > 1:
-            cycles += elements + (int(group) - 1) * relay(machine)
+            cycles += elements + (int(group) - 1) * machine.relay_cycles
         if leaders > 1:
             # The first leader streams straight on and waits at the second's door: one step of the chain less.
             steps = leaders - (2 if int(group) > 1 else 1)
@@ -134,7 +128,7 @@ def reduce(machine: Machine, pes: int, elements: int, group: int | str, everywhe
                 machine.alu_cycles
                 + start(machine)
                 + elements
-                + steps * (relay(machine) + (int(group) - 1) * machine.hop_cycles)
+                + steps * (machine.relay_cycles + (int(group) - 1) * machine.hop_cycles)
             )
     if everywhere:
         cycles += machine.alu_cycles + machine.task_switch + _multicast(machine, elements, pes - 1)
@@ -216,7 +210,7 @@ def gemv(machine: Machine, pes: int, n: int, half: bool) -> dict[str, float]:
     for members, spread in ((group, 1), (len(roots), group)):
         if members > 1:
             sides = 2 if members > 2 else 1
-            chain = (members // 2) * (relay(machine) + (spread - 1) * machine.hop_cycles)
+            chain = (members // 2) * (machine.relay_cycles + (spread - 1) * machine.hop_cycles)
             cycles += machine.alu_cycles + start(machine) + chain + sides * words + (sides - 1) * machine.vector_startup
     top = roots[len(roots) // 2]
     cycles += machine.alu_cycles + machine.task_switch + _multicast(machine, words, max(top, pes - 1 - top))
@@ -224,8 +218,6 @@ def gemv(machine: Machine, pes: int, n: int, half: bool) -> dict[str, float]:
 
 
 # ---- weight streaming: one row of PEs stands for all -----------------------------------------------------------------
-
-POLICIES = ("lockstep", "queue", "decoupled")
 
 
 def _steady(times: list[float], rows: int) -> float:
@@ -237,91 +229,133 @@ def _steady(times: list[float], rows: int) -> float:
     return times[-1] + (rows - done) * (times[-1] - times[half - 1]) / (done - half)
 
 
+def _mean_cycles(machine: Machine, arith: str, at: int, dst: int, count: int, n: int) -> float:
+    """Of an operation on each of `count` feature rows of n fp16 tokens from byte 0 and one row at `at`."""
+    each = range(min(count, machine.banks))  # banks repeat
+    cycles = [
+        vector_cycles(machine, arith, (dst, 1), (at, 1), (2 * n * j, 1), length=n, half=True)
+        if arith == "fmac"
+        else vector_cycles(machine, arith, (dst, 1), (2 * n * j, 1), (at, 1), length=n, half=True)
+        for j in each
+    ]
+    return float(np.mean(cycles))
+
+
 def stream_layer(
-    machine: Machine, counts: np.ndarray, tokens: int, policy: str = "queue", rows: int | None = None
+    machine: Machine, counts: np.ndarray, block: int, tokens: int, height: int = 1, rows: int | None = None
 ) -> float:
-    """Cycles of `programs.stream_layer` (forward or delta) with `counts` [rows, columns] kept weights, `tokens` per PE.
+    """Cycles of `programs.stream_layer` (forward or delta).
 
-    "queue" follows every column's and every row's sum as level 1 does, a column being at most `slack_rows` (at least
-    one: the second buffer) ahead; "lockstep" waits for the fullest column in every row; "decoupled" never waits.
-    With fewer counts than `rows` the rest goes on at the steady pace.
+    Follows every column and row: AXPYs, the command, the sum's way around the ring, which may start when the column's
+    own part is ready and the one before it is gone, and takes turns with the next row's AXPYs on the datapath.
+
+    Parameters
+    ----------
+    counts : int array [rows, columns]
+        Kept weights. With fewer than `rows` of them the rest goes on at the steady pace.
+    block, tokens : int
+        Features and tokens of a PE.
+    height : int
+        PEs that share the tokens.
     """
-    total = rows or len(counts)
-    n_columns = counts.shape[1]
-    words, axpy = tokens // 2, machine.trigger_cycles + ceil(tokens / machine.fmac_fp16_rate)
-    command = _command_cost(machine, tokens)
-    if policy == "lockstep":
-        per_row = counts.max(1) * axpy + command + words
-        return float(per_row.mean() * total) + relay(machine) * n_columns
-    if policy == "decoupled":
-        return float((counts.sum(0).max() / len(counts) * axpy + command + words) * total) + relay(machine) * n_columns
-    order = programs.ring_order(n_columns, True)
-    fmac_time = counts[:, order] * axpy
-    hop = relay(machine) + (machine.hop_cycles if n_columns > 2 else 0)
-    lead = (
-        machine.reduce_startup
-        + 4 * machine.alu_cycles
-        + 2 * (machine.alu_cycles + machine.branch_cycles)
-        + machine.vector_startup
-    )
-    depth = machine.out_queue_depth[2] + machine.in_queue_depth[1] + 2 * machine.ramp_cycles + 2 * machine.router_buffer
-    free = np.zeros(n_columns)  # the datapath, per member
-    history = [np.zeros(n_columns)] * max(1, int(machine.slack_rows))  # when the sums of the last rows had left
-    distance = np.arange(n_columns) * hop
-    finished: list[float] = []
-    for row, work in enumerate(fmac_time):
-        owner = -row % n_columns
-        ready = np.maximum(free + work, history[0])
-        launch = ready + lead
-        ring = (owner - 1 - np.arange(n_columns)) % n_columns  # from the one that starts to the owner
-        arrive = np.maximum.accumulate(launch[ring] - distance) + distance
-        leave = arrive + words
-        # A sender also waits for the receiver, but for what the queues between them hold.
-        leave[:-1] = np.maximum(leave[:-1], arrive[1:] + max(0, words - depth))
-        done = np.empty(n_columns)
-        done[ring] = leave
-        history = [*history[1:], done]
-        free = ready + command + words
-        finished.append(float(done.max()))
-    return _steady(finished, total)
-
-
-def _command_cost(machine: Machine, tokens: int) -> float:
-    """Datapath cycles of a row's end, without its words: the command, clearing the next sum."""
-    clear = machine.vector_startup + ceil(tokens / 4)
+    total, columns = rows or len(counts), counts.shape[1]
+    words = -(-tokens // 2)
+    stream = streaming.Stream(columns, height, block * columns, len(counts), tokens * height)
+    at_acc, at_y = streaming.stream_layout(stream)
+    code = streaming.stream_code(machine, stream, at_acc, at_y, 2)
     test = machine.alu_cycles + machine.branch_cycles
-    return machine.reduce_startup + 11 * machine.alu_cycles + 3 * test + clear + machine.branch_cycles
+    axpy = machine.trigger_cycles + _mean_cycles(machine, "fmac", at_acc, at_acc, block, tokens)
+    axpy -= machine.accumulator_delay  # AXPYs into one sum follow each other: chained
+    clear = machine.vector_startup + vector_cycles(machine, "fill", (at_acc, 1), length=tokens, half=True)
+    command = machine.reduce_startup + code.costs["command"] + clear
+    lead = machine.reduce_startup + 2 * machine.alu_cycles + 2 * test + machine.vector_startup
+    order = programs.ring_order(columns, True)
+    work = counts[:, order] * axpy
+    hops = np.array([abs(order[m] - order[m - 1]) for m in range(columns)])
+    hop = 2 * machine.ramp_cycles + 1 + hops * machine.hop_cycles  # from member m to the next, m - 1
+    depth = machine.out_queue_depth[2] + machine.in_queue_depth[1] + 2 * machine.ramp_cycles + 2 * machine.router_buffer
+    free, gone = np.zeros(columns), np.zeros(columns)  # the datapath, and the column's last sum
+    free = free + machine.hop_cycles + 1
+    finished: list[float] = []
+    place = np.arange(columns)
+    for row in range(len(counts)):
+        owner = -row % columns
+        first = (owner - 1) % columns
+        ready = np.maximum(free + work[row], gone)
+        ring = (first - place) % columns  # members from the one that starts to the owner
+        launch = ready[ring] + lead
+        launch[-1] -= test - 2 * machine.alu_cycles
+        way = np.concatenate([[0.0], np.cumsum(hop[ring[:-1]])])
+        cost = np.full(columns, float(command))
+        cost[owner] -= test - 2 * machine.alu_cycles
+        cost[first] -= machine.branch_cycles
+        arrive = np.maximum.accumulate(launch - way) + way
+        after = ready + cost + (work[row + 1] if row + 1 < len(counts) else 0.0)
+        left = np.clip(after[ring] - arrive, 0, words)  # words that the next row's AXPYs take turns with
+        leave = arrive + words + left
+        leave = np.maximum.accumulate(leave - way) + way
+        leave[:-1] = np.maximum(leave[:-1], arrive[1:] + max(0, words - depth))
+        gone = np.empty(columns)
+        gone[ring] = leave
+        stolen = np.empty(columns)
+        stolen[ring] = left
+        free = ready + cost + stolen
+        finished.append(float(max(gone.max(), free.max())))
+    return _steady(finished, total) + (height - 1) * machine.hop_cycles
 
 
 def stream_gradient(
-    machine: Machine, counts: np.ndarray, tokens: int, policy: str = "queue", rows: int | None = None
+    machine: Machine, counts: np.ndarray, block: int, tokens: int, height: int = 1, rows: int | None = None
 ) -> float:
-    """Cycles of `programs.stream_gradient`: a row's dy arrives, dots at kept positions, the columns add up."""
-    total = rows or len(counts)
-    n_columns = counts.shape[1]
-    words, dot = tokens // 2, machine.trigger_cycles + ceil(tokens / machine.fmac_fp16_rate)
+    """Cycles of `programs.stream_gradient`: a row's dy arrives, dots at kept positions, the columns add up.
+
+    Parameters as those of `stream_layer`.
+    """
+    total, columns = rows or len(counts), counts.shape[1]
+    words = -(-tokens // 2)
+    stream = streaming.Stream(columns, height, block * columns, len(counts), tokens * height)
+    address = streaming.gradient_layout(stream)
+    code = streaming.gradient_code(machine, stream, *address, 0, height > 1, False)
+    at_buffer = address[0]
     test = machine.alu_cycles + machine.branch_cycles
-    row_task = machine.task_switch + machine.load_cycles + 2 * test + machine.branch_cycles + 2 * machine.alu_cycles
-    before = row_task + _multicast(machine, words, 0) + machine.task_switch + 2 * machine.alu_cycles
-    after = machine.reduce_startup + 12 * machine.alu_cycles + 2 * test + machine.vector_startup
-    work = counts * (dot + 1) + before + after
-    if policy == "lockstep":
-        return float(work.max(1).mean() * total) + n_columns
-    if policy == "decoupled":
-        return float(work.sum(0).max() / len(work) * total) + n_columns
-    order = programs.ring_order(n_columns, True)
-    depth = machine.in_queue_depth[1] + machine.ramp_cycles + 2 * machine.router_buffer
-    place = np.arange(n_columns)
-    begin = np.zeros(n_columns)
+    dot = machine.trigger_cycles + _mean_cycles(machine, "dot", at_buffer, 0, block, tokens)
+    root_task = machine.task_switch + machine.load_cycles + test + 4 * machine.alu_cycles
+    row_task = machine.task_switch + code.costs["row"]  # both ways around: one switch more, one descriptor less
+    passed_task = row_task - machine.branch_cycles
+    ready_task = machine.task_switch + code.costs["ready"]
+    command = machine.reduce_startup + code.costs["command"] + machine.alu_cycles
+    tail = 2 * test + 3 * machine.alu_cycles - machine.vector_startup  # of the command, beside the sums' first words
+    order = np.array(programs.ring_order(columns, True))
+    queue = machine.in_queue_depth[1] + machine.ramp_cycles
+    place = np.arange(columns)
+    begin = np.zeros(columns)
     finished: list[float] = []
+    before = np.sign(place - int(order[0]))
+    waits: list[np.ndarray] = []  # when columns were ready for a row's dy
     for row, kept in enumerate(counts):
-        root = order[-row % n_columns]
-        sent = begin[root] + row_task + machine.vector_startup
-        if words > depth:  # the multicast cannot end before everyone takes it
-            sent = max(sent, float(begin.max()) + row_task - depth)
-        there = np.maximum(
-            begin + row_task + machine.vector_startup, sent + 2 * machine.ramp_cycles + 1 + np.abs(place - root)
-        )
-        begin = there + words + machine.task_switch + 2 * machine.alu_cycles + kept * (dot + 1) + after
+        root = int(order[-row % columns])
+        own = np.where(place < root, row_task, passed_task).astype(float)
+        own[root] = root_task
+        ready = begin + own + machine.vector_startup
+        waits.append(ready)
+        # What holds up the row's multicast: routers that have not turned yet (the old root's, and those that the root
+        # has passed: they turn when their own PE begins the row), and columns whose queue is full of earlier rows.
+        away, side = np.abs(place - root), np.sign(place - root)
+        gate = np.where(side != before, begin + own - machine.alu_cycles, -np.inf)
+        if (behind := queue // words) <= row:
+            gate = np.maximum(gate, waits[row - behind] + behind * words - queue)
+        gate[root], before = -np.inf, side
+        sent = ready[root]
+        stall = float((gate - machine.router_buffer * (away - 1)).max())
+        gone = max(sent, stall - machine.router_buffer - machine.ramp_cycles - machine.out_queue_depth[2])
+        passed = np.full(columns, -np.inf)
+        for way in (place[root + 1 :], place[:root][::-1]):
+            far = away[way] * machine.hop_cycles
+            passed[way] = np.maximum.accumulate(gate[way] - far) + far if len(way) else 0
+        arrival = np.maximum(max(sent, stall) + machine.ramp_cycles + 1 + away * machine.hop_cycles, passed)
+        there = np.maximum(ready, arrival + machine.ramp_cycles)
+        there[root] = gone
+        begin = there + words + ready_task + kept * dot + command + kept + (kept > tail)
         finished.append(float(begin.max()))
-    return _steady(finished, total)
+    last = (height - 1) * machine.relay_cycles if counts[-1].any() else 0
+    return _steady(finished, total) + last

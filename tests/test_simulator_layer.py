@@ -139,16 +139,17 @@ def test_few_tokens_wait_for_the_host():
     assert result["seconds"]["1.1GHz"]["dense"] == pytest.approx(result["seconds"]["0.85GHz"]["dense"])
 
 
-def test_no_mapping_beats_the_one_found():
-    for density in (1.0, 0.1):
-        weights = big(1 - density)
-        found = layer.estimate_layer(CS2, CLOCK, weights, TOKENS, layer.central(CS2))
-        limit = CS2.activation_share * CS2.sram_bytes
-        for columns in layer.candidates(CS2, 12288):
-            mapping = Mapping.of(CS2, columns, TOKENS)
-            if layer.layer_bytes(mapping, weights) <= limit:
-                costs = layer.product_costs(CS2, CLOCK, weights, mapping, layer.central(CS2))
-                assert found.total.cycles <= sum(cost.cycles for cost in costs.values()) + 1e-6
+@pytest.mark.parametrize("assumption", [Assumption(5, "slack"), Assumption(0, "lock-step")], ids=lambda a: a.policy)
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.1, 0.01])
+def test_no_mapping_beats_the_one_found(density, assumption):
+    weights = big(1 - density)
+    found = layer.estimate_layer(CS2, CLOCK, weights, TOKENS, assumption)
+    limit = CS2.activation_share * CS2.sram_bytes
+    for columns in layer.candidates(CS2, 12288):
+        mapping = Mapping.of(CS2, columns, TOKENS)
+        if layer.layer_bytes(mapping, weights) <= limit:
+            costs = layer.product_costs(CS2, CLOCK, weights, mapping, assumption)
+            assert found.total.cycles <= sum(cost.cycles for cost in costs.values()) + 1e-6
 
 
 def test_dense_and_sparse_get_mappings_of_their_own():
@@ -261,9 +262,27 @@ def test_layer_on_the_command_line(vspdf, tmp_path):
     assert status == 0 and "Speed-up" in out and "which unknown moves" in out
 
 
+def test_a_small_layer_event_by_event(vspdf):
+    sizes = ("--tokens", 128, "--in", 64, "--out", 128, "--sparsity", 0.75, "--level", "event")
+    status, out, err = vspdf("simulate", "layer", *sizes, "--json")
+    assert status == 0, err
+    result = json.loads(out)
+    assert result["level"] == "event" and result["region"] == {"columns": 32, "rows": 32}
+    for pair in result["products"].values():
+        for kind in pair.values():
+            assert kind["aggregate"] == pytest.approx(kind["cycles"], rel=0.05)
+    assert 1 < result["speedup"]["central"] < result["speedup"]["ideal"]
+    status, out, _ = vspdf("simulate", "layer", *sizes)
+    assert status == 0 and "level 1 on 32x32 PEs" in out
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (("layer", "--tokens", 9, "--in", 9, "--out", 9, "--level", "event"), "a multiple of 4"),
+        (("layer", "--tokens", 4096, "--in", 4096, "--out", 4096, "--level", "event"), "fewer features or tokens"),
+        (("layer", "--tokens", 9, "--in", 9, "--out", 9, "--level", "evnt"), "expected event or aggregate"),
+        (("layer", "--tokens", 0, "--in", 9, "--out", 9), "must be at least 1"),
         (("layer",), "expected --tokens, --in and --out"),
         (("layer", "--tokens", 9, "--in", 9, "--out", 9, "--sparsity", 1), "sparsity must lie in"),
         (("layer", "--tokens", 9, "--in", 9, "--out", 9, "--set", "trigger_cycle=1"), "Did you mean 'trigger_cycles'"),

@@ -46,7 +46,7 @@ def test_parts_add_up():
     for kind, total in (("dense", result["cycles"]["dense"]), ("sparse", result["cycles"]["sparse"]["central"])):
         assert sum(part[kind]["cycles"] for part in result["parts"].values()) == pytest.approx(total, rel=1e-6)
         products = sum(product[kind]["cycles"] for product in result["products"].values())
-        assert products == pytest.approx(result["parts"]["projections and FFN"][kind]["cycles"], rel=1e-6)
+        assert products == pytest.approx(result["parts"]["linear layers"][kind]["cycles"], rel=1e-6)
         for part in result["parts"].values():
             assert sum(part[kind]["parts"].values()) == pytest.approx(part[kind]["cycles"], abs=10)
     seconds = result["seconds"]["0.85GHz"]["dense"]
@@ -88,7 +88,7 @@ def test_two_systems_halve_the_work_of_each():
 def test_a_small_batch_waits_for_weights():
     model = step.Model.uniform(model_shape("cerebras-gpt-13b"), 1)
     found = step.search(CS2, CLOCK, model, layer.central(CS2))
-    assert found.parts["projections and FFN"].io > 0.2 * found.total.cycles
+    assert found.parts["linear layers"].io > 0.2 * found.total.cycles
     slow = CS2.override({"host_bandwidth": 2e10})
     assert step.search(slow, CLOCK, model, layer.central(CS2)).total.bound_by == "I/O"
 
@@ -190,7 +190,8 @@ def test_train_compares_what_it_measured_with_the_wafer(vspdf, tiny, tmp_path):
     assert sparse["cpu"] == summary["phases"][0]["speedup"]
     assert sparse["ideal"] > half["ideal"] > 1 and sparse["cs2"]["central"] >= 1
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "CS-2, simulated with these masks" in page and f"{sparse['cs2']['central']:.2f}x" in page
+    assert "CS-2, simulated, these masks" in page and "CS-2, simulated, masks by chance" in page
+    assert f"{sparse['cs2']['central']:.2f}x" in page
 
 
 def test_broken_runs_are_one_clear_line(vspdf, tmp_path):
@@ -274,6 +275,17 @@ def test_step_on_the_command_line(vspdf):
 def test_errors_are_one_line(vspdf, arguments, message):
     status, _, err = vspdf("simulate", "step", *arguments)
     assert status == 2 and message in err and err.count("\n") == 1
+
+
+def test_the_same_from_python():
+    import vspdf
+
+    result = vspdf.simulate("step", model="gpt2-small", batch=8, sparsity=0.9, machine="cs2")
+    assert result["speedup"] == pytest.approx(simulate("gpt2-small", 8, 0.9)["speedup"])
+    layer_result = vspdf.simulate("layer", tokens=1024, in_features=512, out_features=512, sparsity=0.5)
+    assert layer_result["speedup"]["ideal"] == 2
+    with pytest.raises(UserError, match="unexpected keyword argument 'token'"):
+        vspdf.simulate("layer", token=3)
 
 
 def test_the_simulator_needs_no_torch():

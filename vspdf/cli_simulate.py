@@ -29,11 +29,6 @@ def _machine(name: str, settings: Sequence[str] | None) -> Any:
     return machine.load(name, settings or ())
 
 
-def _aggregate_only(level: str, what: str) -> None:
-    if level != "aggregate":
-        raise UserError(f"--level {level}: {what} is simulated at the aggregate level only.")
-
-
 # ---- layer -----------------------------------------------------------------------------------------------------------
 
 
@@ -58,32 +53,18 @@ def simulate_layer(
     `vspdf simulate layer --run runs/quickstart --layer blocks.0.mlp.c_fc`
     """
     from vspdf.simulator import estimates
-    from vspdf.simulator.layer import Weights
 
-    _aggregate_only(level, "a layer on the whole wafer")
     wafer = _machine(machine, settings)
-    if run is not None:
-        if n_in or n_out:
-            raise UserError("--run gives the layer's size: leave --in and --out away.")
-        done = estimates.read_run(run)
-        if layer is None:
-            raise UserError(f"--layer: which of {', '.join(done.patterns) or 'none: the run was dense'}?")
-        mask = done.mask(layer)
-        weights = Weights(mask.shape[0], mask.shape[1], float(mask.mean()), mask)
-        tokens = tokens or done.batch(done.first) * done.shape.sequence_length
-    elif not (tokens and n_in and n_out):
-        raise UserError("expected --tokens, --in and --out (e.g. 65536, 12288, 12288), or --run and --layer.")
-    else:
-        if not 0 <= sparsity < 1:
-            raise UserError(f"sparsity must lie in [0, 1), not {sparsity}.")
-        weights = Weights(n_out, n_in, 1 - sparsity)
-    result = estimates.simulate_layer(wafer, weights, tokens)
+    asked = {"tokens": tokens, "in_features": n_in, "out_features": n_out, "sparsity": sparsity}
+    result = estimates.layer_by_request(wafer, **asked, run=run, layer=layer, level=level)  # type: ignore[arg-type]
     if plot is not None:
-        rows = estimates.sweep_layer(wafer, weights.in_features, weights.out_features, tokens)
+        rows = estimates.sweep_layer(wafer, result["in_features"], result["out_features"], result["tokens"])
         estimates.plot_layer(wafer, rows, plot)
         err.print(f"wrote {plot}", markup=False, highlight=False, soft_wrap=True)
     if as_json:
         emit(result)
+    elif level == "event":
+        _print_event_layer(result)
     else:
         _print_layer(result)
 
@@ -92,11 +73,10 @@ def _print_layer(result: dict[str, Any]) -> None:
     positions = "the run's mask" if result["mask"] == "real" else "positions by chance"
     table = Table(
         title=f"{result['machine']}: {result['in_features']} -> {result['out_features']}, {result['tokens']:,} tokens, "
-        f"sparsity {result['sparsity']:.4g} ({positions}); {result['central']}",
+        f"sparsity {result['sparsity']:.4g} ({positions}); {result['central']}; cycles",
         title_justify="left",
     )
-    for column in ("product", "dense cycles", "bound by", "sparse cycles", "bound by", "speed-up", "not multiplying"):
-        table.add_column(column, justify="left" if column in ("product", "bound by") else "right")
+    _cost_columns(table, "product")
     for name, pair in result["products"].items():
         _cost_row(table, name, pair)
     total = {
@@ -125,6 +105,25 @@ def _print_layer(result: dict[str, Any]) -> None:
     _print_sensitivity(result)
 
 
+def _print_event_layer(result: dict[str, Any]) -> None:
+    region = result["region"]
+    table = Table(
+        title=f"{result['in_features']} -> {result['out_features']}, {result['tokens']:,} tokens, sparsity "
+        f"{result['sparsity']:.4g}: level 1 on {region['columns']}x{region['rows']} PEs",
+        title_justify="left",
+    )
+    table.add_column("product")
+    for column in ("dense cycles", "aggregate", "sparse cycles", "aggregate", "speed-up"):
+        table.add_column(column, justify="right")
+    for name, pair in result["products"].items():
+        dense, sparse = pair["dense"], pair["sparse"]
+        numbers = (dense["cycles"], dense["aggregate"], sparse["cycles"], sparse["aggregate"])
+        table.add_row(name, *(f"{n:,}" for n in numbers), f"{dense['cycles'] / sparse['cycles']:.2f}x")
+    out.print(table)
+    s = result["speedup"]
+    out.print(f"Speed-up {s['central']:.2f}x, ideal {s['ideal']:.2f}x.", highlight=False)
+
+
 # ---- step ------------------------------------------------------------------------------------------------------------
 
 
@@ -149,37 +148,15 @@ def simulate_step(
 
     `vspdf simulate step --run runs/quickstart`
     """
+    from vspdf.plan import model_and_batch
     from vspdf.simulator import estimates
-    from vspdf.simulator.step import Model
 
-    _aggregate_only(level, "a training step")
     wafer = _machine(machine, settings)
-    for name, value in (("--batch", batch), ("--sequence", sequence), ("--systems", systems)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}.")
-    comparison: list[dict[str, Any]] = []
     if (model is None) == (run is None):
         raise UserError("expected --model NAME or --run RUN, one of them.")
-    if run is not None:
-        done = estimates.read_run(run)
-        shape = estimates.with_sequence(done.shape, sequence)
-        size = batch or done.batch(done.first)
-        if sparsity is None and done.patterns:
-            what = Model.of_patterns(shape, done.patterns, size, systems)
-        else:
-            what = Model.uniform(shape, size, sparsity or 0.0, systems)
-        comparison = estimates.compare_phases(wafer, done.shape, done.patterns, done.summary["phases"])
-    else:
-        from vspdf.plan import model_and_batch
-
-        shape, known = model_and_batch(str(model))
-        shape = estimates.with_sequence(shape, sequence)
-        batch = batch or known
-        if batch is None:
-            raise UserError(f"--batch: how many sequences does a step of {model} have?")
-        what = Model.uniform(shape, batch, sparsity or 0.0, systems)
-    result = estimates.simulate_step(wafer, what)
-    result["comparison"] = comparison
+    shape, known = model_and_batch(model) if model else (None, None)
+    asked = {"sequence": sequence, "systems": systems, "sparsity": sparsity, "level": level}
+    result = estimates.step_by_request(wafer, model=shape, run=run, batch=known if batch is None else batch, **asked)  # type: ignore[arg-type]
     result["name"] = model or str(run)
     if as_json:
         emit(result)
@@ -191,14 +168,13 @@ def _print_step(result: dict[str, Any]) -> None:
     systems = f"{result['systems']} systems" if result["systems"] > 1 else "one system"
     table = Table(
         title=f"{result['name']} on {result['machine']}, {systems}: {result['batch']} sequences of "
-        f"{result['sequence_length']} tokens a step, sparsity {result['sparsity']:.4g}; {result['central']}",
+        f"{result['sequence_length']} tokens a step, sparsity {result['sparsity']:.4g}; {result['central']}; cycles",
         title_justify="left",
     )
-    for column in ("part", "dense cycles", "bound by", "sparse cycles", "bound by", "speed-up", "not multiplying"):
-        table.add_column(column, justify="left" if column in ("part", "bound by") else "right")
+    _cost_columns(table, "part")
     for name, pair in result["parts"].items():
         _cost_row(table, name, pair)
-        if name == "projections and FFN":
+        if name == "linear layers":
             for product, costs in result["products"].items():
                 _cost_row(table, f"  {product}", costs)
     table.add_section()
@@ -263,13 +239,26 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> Table:
 # ---- shared ----------------------------------------------------------------------------------------------------------
 
 
+def _cost_columns(table: Table, first: str) -> None:
+    for column in (first, "dense", "bound by", "sparse", "bound by", "speed-up", "overhead"):
+        left = column in (first, "bound by")
+        table.add_column(column, justify="left" if left else "right", no_wrap=left)
+
+
 def _cost_row(table: Table, name: str, pair: dict[str, Any]) -> None:
     dense, sparse = pair["dense"], pair["sparse"]
     ratio = f"{dense['cycles'] / sparse['cycles']:.2f}x" if sparse["cycles"] else "-"
     table.add_row(
-        name, f"{dense['cycles']:,}", dense["bound_by"], f"{sparse['cycles']:,}", sparse["bound_by"], ratio,
+        name, _cycles(dense["cycles"]), dense["bound_by"], _cycles(sparse["cycles"]), sparse["bound_by"], ratio,
         f"{sparse['overhead']:.0%}",
     )  # fmt: skip
+
+
+def _cycles(n: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.3g}{unit}" if n < 999.5 * size else f"{n / size:.0f}{unit}"
+    return f"{n:g}"
 
 
 def _band(result: dict[str, Any]) -> str:
@@ -287,7 +276,11 @@ def _where(pairs: Any) -> str:
             parts[name] = parts.get(name, 0) + cycles
     total = sum(parts.values())
     shares = sorted(parts.items(), key=lambda item: -item[1])
-    return "Sparse time: " + ", ".join(f"{name} {c / total:.0%}" for name, c in shares if c / total >= 0.005) + "."
+    return (
+        "Overhead is all but multiplying. Sparse time: "
+        + ", ".join(f"{name} {c / total:.0%}" for name, c in shares if c / total >= 0.005)
+        + "."
+    )
 
 
 def _clocks(result: dict[str, Any]) -> str:

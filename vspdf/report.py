@@ -497,7 +497,8 @@ def _speed(run: Run) -> str:
         for other in run.summary.get("comparison", ()):
             if other["phase"] == phase["name"]:
                 wafer = other["cs2"]
-                rows.insert(1, ("CS-2, simulated with these masks", wafer["central"], 2, (wafer["low"], wafer["high"])))
+                masks = "these masks" if other["mask"] == "real" else "masks by chance"
+                rows.insert(1, (f"CS-2, simulated, {masks}", wafer["central"], 2, (wafer["low"], wafer["high"])))
         bars = [Bar(name, [(name, value, colour)], f"{value:.2f}x", span) for name, value, colour, span in rows]
         seconds = f"{phase['dense_step_seconds_median']:.3g} s"
         chart = bar_chart(bars, title=f"Step speed-up, {phase['name']}")

@@ -54,6 +54,20 @@ def _weights(w: np.ndarray, mask: np.ndarray, columns: slice) -> tuple[np.ndarra
     return np.concatenate(words), np.concatenate(flags)
 
 
+def stream_layout(s: Stream) -> tuple[int, int]:
+    """Byte addresses of both sums and of the outputs; features start at 0."""
+    at_acc = align(2 * s.block * s.local)
+    return at_acc, align(at_acc + 4 * s.local)
+
+
+def gradient_layout(s: Stream) -> tuple[int, int, int, int]:
+    """Byte addresses of the row of dy that came in, of the own rows, of a row's sums and of the owners' order."""
+    at_buffer = align(2 * s.block * s.local) + 8
+    at_dy = align(at_buffer + 2 * s.local) + 8
+    at_sums = align(at_dy + 2 * s.local * -(-s.outputs // s.columns))
+    return at_buffer, at_dy, at_sums, align(at_sums + 4 * s.block)
+
+
 def stream_layer(machine: Machine, w: np.ndarray, mask: np.ndarray, x: np.ndarray, columns: int, rows: int) -> Run:
     """y = W·x in fp16: the kept weights of W [outputs, features] stream past the activations x [features, tokens].
 
@@ -65,13 +79,12 @@ def stream_layer(machine: Machine, w: np.ndarray, mask: np.ndarray, x: np.ndarra
     s = Stream(columns, rows, features, outputs, x.shape[1])
     n = s.local
     per_owner = -(-outputs // columns)
-    at_acc = align(2 * s.block * n)
-    at_y = align(at_acc + 4 * n)
+    at_acc, at_y = stream_layout(s)
     check_memory(machine, at_y + 2 * per_owner * n)
     order = ring_order(columns, True)
     colours = [2 + c for c in ring_colours(order)]
     region = Region(machine, columns, rows)
-    codes = {colour: region.add(_stream_code(machine, s, at_acc, at_y, colour)) for colour in set(colours)}
+    codes = {colour: region.add(stream_code(machine, s, at_acc, at_y, colour)) for colour in set(colours)}
     _ring_routes(region, order, colours)
     x16 = x.astype(np.float16)
     for member, px in enumerate(order):
@@ -107,7 +120,7 @@ def _ring_routes(region: Region, order: Sequence[int], colours: Sequence[int]) -
             region.queue(v, py, colours[member], 1)
 
 
-def _stream_code(machine: Machine, s: Stream, at_acc: int, at_y: int, colour: int) -> Code:
+def stream_code(machine: Machine, s: Stream, at_acc: int, at_y: int, colour: int) -> Code:
     """Registers: r2 the row's owner, r3 this member, r5 the owner's predecessor (which starts), r7 and r8 offsets of
     the sum in use and of the other one, r9 of the next own output."""
     n = s.local
@@ -166,10 +179,7 @@ def stream_gradient(machine: Machine, mask: np.ndarray, dy: np.ndarray, x: np.nd
     outputs, features = mask.shape
     s = Stream(columns, rows, features, outputs, x.shape[1])
     n, per_owner = s.local, -(-outputs // columns)
-    at_buffer = align(2 * s.block * n) + 8
-    at_dy = align(at_buffer + 2 * n) + 8
-    at_sums = align(at_dy + 2 * n * per_owner)
-    at_order = align(at_sums + 4 * s.block)
+    at_buffer, at_dy, at_sums, at_order = gradient_layout(s)
     check_memory(machine, at_order + 4 * columns)
     order = np.asarray(ring_order(columns, True), np.int32)
     region = Region(machine, columns, rows)
@@ -180,7 +190,7 @@ def stream_gradient(machine: Machine, mask: np.ndarray, dy: np.ndarray, x: np.nd
         for py in range(rows):
             role = (py % 2, py > 0, py < rows - 1)
             if role not in codes:
-                codes[role] = region.add(_gradient_code(machine, s, at_buffer, at_dy, at_sums, at_order, *role))
+                codes[role] = region.add(gradient_code(machine, s, at_buffer, at_dy, at_sums, at_order, *role))
             region.route(px, py, 0, "N", "R" + ("S" if py < rows - 1 else ""))
             region.queue(px, py, 0, 0)
             region.bind(px, py, 0, 1)
@@ -216,7 +226,7 @@ def stream_gradient(machine: Machine, mask: np.ndarray, dy: np.ndarray, x: np.nd
     return Run(cycles, region.stats["busy"], gradient, region)
 
 
-def _gradient_code(
+def gradient_code(
     machine: Machine,
     s: Stream,
     at_buffer: int,
