@@ -25,7 +25,7 @@ config = transformers.GPT2Config(
 
 model = transformers.GPT2LMHeadModel(config)  # or .from_pretrained("gpt2"), with a tokenizer
 vspdf.sparsify(model, 0.9)
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
 for step, batch in zip(range(steps), batches, strict=False):
     if step == steps * 5 // 6:
         vspdf.densify(model, optimizer)  # masked weights are zeros that learn; moments are carried over
