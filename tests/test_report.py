@@ -402,7 +402,7 @@ def test_what_chromium_draws(browser, runs, tmp_path):
     )
     fractions = [sum(phase["time_fractions"].values()) for phase in summary["phases"]]
     assert sum(parts) == pytest.approx(sum(fractions) * (svg.WIDTH - 4), rel=0.01)
-    assert found("Step speed-up", "section.querySelectorAll('.whisker').length") == 1
+    assert found("Step speed-up", "section.querySelectorAll('.whisker').length") == 2  # measured pairs, the CS-2's band
     assert found("Masks", "[...section.querySelectorAll('img')].map(i => i.naturalWidth)") == [32, 32, 32, 96]
     assert found("Revived weights", "section.querySelectorAll('path.line').length") == 2
     small = page.evaluate(
