@@ -278,6 +278,6 @@ def simulate(
             if to_plot is not None:
                 pictures.plot(run.region, to_plot, title)
     else:
-        body = dict(work.aggregate)
+        body = {key: round(x) if key.startswith("cycles") else x for key, x in work.aggregate.items()}
     seconds = {label: cycles / hertz for label, hertz in chosen.clocks.items()}
     return {"program": program, "machine": chosen.name, "level": level, "why": why, **body, "seconds": seconds}
