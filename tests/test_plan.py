@@ -308,6 +308,11 @@ BAD = {
     "phases": (["--phases", "0.9-100"], "--phases '0.9-100': expected SPARSITY:STEPS"),
     "phases that grow sparser": (["--phases", "0.5:9,0.9:9"], "weights are only ever added"),
     "phases of no step": (["--phases", "0.5:-1"], "phases.0.steps must be at least 1, not -1"),
+    "phases and how to split": (
+        ["--phases", "0.5:9", "--split", "add-on"],
+        "phases leave nothing to split",
+        "'add-on'",
+    ),
     "phases and split": (["--phases", "0.5:9", "--sparsity", 0.5], "phases leave nothing to split"),
     "two wishes": (["--save", 0.5, "--memory", 3], "one wish at a time: save and memory"),
     "wish and effective": (["--save", 0.5, "--effective", 0.3], "effective sparsity is what save finds"),

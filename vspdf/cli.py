@@ -229,7 +229,7 @@ def plan(
     model: Annotated[str, typer.Option(help="A named model, a configuration, or a Hugging Face folder.")],
     sparsity: Annotated[float | None, typer.Option(help="Of the first stage; alone, of the whole run.")] = None,
     effective: Annotated[float | None, typer.Option(help="Weight-FLOPs to save against the dense run.")] = None,
-    split: Annotated[str, typer.Option(help="add-on (as published) or fixed-budget.")] = "add-on",
+    split: Annotated[str | None, typer.Option(help="add-on (as published, the default) or fixed-budget.")] = None,
     phases: Annotated[str, typer.Option(metavar="S:STEPS,...", help="Explicit stages, any number.")] = "",
     steps: Annotated[int | None, typer.Option(help="Of the dense run to compare with.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step, for models without a config.")] = None,

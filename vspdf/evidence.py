@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vspdf import config as configuration
-from vspdf import info, ledger, report
+from vspdf import info, ledger, report, schedule
 from vspdf.errors import UserError
 from vspdf.files import write_whole
 from vspdf.study import Arm, Study, Tuning, Values, tuning
@@ -225,12 +225,12 @@ def _run(folder: Path) -> dict[str, Any]:
 _LOSSES = ("val_loss", "val_bits_per_byte", "test_loss", "test_bits_per_byte")
 
 
-def _stages_until(config: configuration.Config, tokens: int) -> list[tuple[float, float]]:
-    """(sparsity, tokens) of the phases of a run until it had read so many tokens."""
+def _stages_until(config: configuration.Config, tokens: float) -> list[tuple[float, float]]:
+    """(sparsity, tokens) of the stretches of a run until it had read so many tokens."""
     stages: list[tuple[float, float]] = []
-    for phase in config.phases:
-        here = min(tokens, phase.tokens or 0)
-        stages.append((phase.sparsity, float(here)))
+    for sparsity, size in schedule.amounts(config):
+        here = min(tokens, size)
+        stages.append((sparsity, here))
         tokens -= here
     return stages
 

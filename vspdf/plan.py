@@ -186,7 +186,7 @@ def plan(
     *,
     sparsity: float | None = None,
     effective: float | None = None,
-    split: str = "add-on",
+    split: str | None = None,
     phases: Sequence[tuple[float, int]] | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
@@ -211,7 +211,8 @@ def plan(
     effective : float
         Weight-FLOPs to save against the dense run; the second stage, dense, takes what is left.
     split : {"add-on", "fixed-budget"}
-        As many sparse steps as the dense run has and dense ones on top (published), or the dense run's steps in all.
+        As many sparse steps as the dense run has and dense ones on top (published, the default), or the dense run's
+        steps in all.
     phases : sequence of (sparsity, steps)
         Explicit stages, any number, each at most as sparse as the one before.
     steps, batch_size : int
@@ -237,6 +238,9 @@ def plan(
         For an unknown model, contradicting arguments, impossible values, or a wish that cannot come true; the message
         names the nearest that can.
     """
+    if split is not None and phases is not None:
+        raise UserError(f"phases leave nothing to split: give them, or split = '{split}'.")
+    split = "add-on" if split is None else split
     _check_arguments(sparsity, effective, split, phases, save, memory, hours, steps, batch_size)
     name, config = _source(model)
     shape = _shape(config)

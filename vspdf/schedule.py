@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vspdf.config import PhaseConfig
+from vspdf.config import Config, PhaseConfig, mean_sparsity
 from vspdf.errors import UserError
 
 
@@ -54,6 +54,15 @@ def stages(phase: PhaseConfig) -> list[Stage]:
         else:
             found.append(Stage(start, steps, amount))
     return found
+
+
+def amounts(config: Config) -> list[tuple[float, float]]:
+    """(sparsity over all weights of the layers, tokens) of every stretch of a run, in order."""
+    return [
+        (mean_sparsity(config.model, phase, stage.sparsity), stage.steps * (phase.tokens or 0) / (phase.steps or 1))
+        for phase in config.phases
+        for stage in stages(phase)
+    ]
 
 
 def stage_at(phase: PhaseConfig, step: int) -> int:

@@ -661,12 +661,7 @@ class _Run:
             for phase, record, end in zip(self.config.phases, self.records, ends, strict=True)
         ]
         last = self.records[-1]
-        stages = [
-            (configuration.mean_sparsity(self.config.model, phase, stage.sparsity),
-             stage.steps * (phase.tokens or 0) / (phase.steps or 1))
-            for phase in self.config.phases
-            for stage in schedule.stages(phase)
-        ]  # fmt: skip
+        stages = schedule.amounts(self.config)
         tokens = sum(n for _, n in stages)
         summary = {
             "name": self.config.name,
