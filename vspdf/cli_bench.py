@@ -203,8 +203,8 @@ def bench_step(
         "s/step",
         "quartiles",
         "speed-up",
-        "training state, sparsified layers",
-        "whole model",
+        "state of its layers",
+        "of the model",
     ):
         table.add_column(column, justify="right")
     for row in result["rows"]:
@@ -214,6 +214,6 @@ def bench_step(
         )
         table.add_row(
             f"{row['sparsity']:.0%}", str(row["threads"]), f"{row['seconds_median']:.3f}",
-            f"{row['seconds_low']:.3f}-{row['seconds_high']:.3f}", f"{row['ratio_to_dense']:.2f}x", *shares,
+            f"{row['seconds_low']:.2f}-{row['seconds_high']:.2f}", f"{row['ratio_to_dense']:.2f}x", *shares,
         )  # fmt: skip
     out.print(table)
