@@ -6,7 +6,7 @@ import json
 import pytest
 import yaml
 
-from vspdf import cerebras, config, hub
+from vspdf import cerebras, config, data, hub
 from vspdf.errors import UserError
 from vspdf.pattern import kept_count
 from vspdf.sparse import sparse_layers
@@ -98,8 +98,19 @@ def test_a_whole_file_is_read_as_it_is(tmp_path, form):
 def test_without_a_sparsity_block_it_is_dense_and_text_must_be_named(tmp_path):
     found = loaded(older(), tmp_path)
     assert found.phases[0].sparsity == 0 and found.phases[0].name == "dense"
-    with pytest.raises(UserError, match=r"whose data files are not read here: give the text and its tokenizer"):
-        config.load(tmp_path / "theirs.yaml")
+    unnamed = config.load(tmp_path / "theirs.yaml")  # enough to plan a run
+    with pytest.raises(UserError, match=r"the text is not named: give data.corpus=FILE and data.tokenizer=gpt2:FOLDER"):
+        data.prepare(unnamed.data, 16, 0)
+
+
+def test_settings_of_the_model_that_say_nothing_here_are_named(tmp_path, caplog):
+    loaded(edited(older(), "model.backbone", "wafer"), tmp_path)
+    assert "settings of the model that are not read here: backbone." in caplog.text
+
+
+@pytest.mark.parametrize("form, key", [("older", "runconfig.seed"), ("current", "trainer.init.seed")])
+def test_their_seed_is_ours(tmp_path, form, key):
+    assert loaded(edited(WHOLE[form], key, 7), tmp_path).seed == 7
 
 
 def edited(body, path, value):
@@ -127,6 +138,10 @@ UNLIKE = {
         {**NORMAL, "std": 0.02},
         r"std = 0.02 is not offered",
     ),
+    "embeddings": ("model.embedding_initializer", {**NORMAL, "std": 0.1}, r"embedding_initializer.std = 0.1 is not"),
+    "loss": ("model.loss_scaling", "batch_size", r"loss_scaling = 'batch_size' with loss_weight = 1.0 is not offered"),
+    "post-norm": ("model.norm_first", False, r"model.norm_first = False is not offered; expected True"),
+    "length": ("train_input.max_sequence_length", 8, r"max_sequence_length = 8 is not offered beside max_position_emb"),
     "optimizer": ("optimizer.optimizer_type", "SGD", r"optimizer 'SGD' is not offered; expected AdamW"),
     "scheduler": ("optimizer.learning_rate", [{"scheduler": "CyclicLR"}], r"scheduler 'CyclicLR' is not offered"),
     "another length": ("runconfig.max_steps", 9000, r"schedule covers 8 steps, the run has 9,000"),
@@ -210,31 +225,52 @@ def test_a_block_beside_our_own_settings(tiny):
 
 # -- a recipe in three files ------------------------------------------------------------------------------------------
 
+TINY = [
+    "model.n_layer=2", "model.d_model=32", "model.n_head=4", "model.d_ff=128", "model.sequence_length=64",
+    "model.vocab_size=257", "phases.0.steps=4", "phases.0.warmup_steps=1", "train.batch_size=8", "train.eval_every=0",
+    "train.measure_dense=0", "train.sample_tokens=0",
+]  # fmt: skip
+
 
 def test_stage_1_stage_2_and_dart_run_from_three_files(tmp_path, corpus, vspdf):
-    stages = {
-        "stage1": current(
-            {"sparsity": 0.9, "init_method": "random", "param_filter": FILTERS}, steps=6, max_position_embeddings=64
-        ),
-        "stage2": older(steps=4, max_position_embeddings=64),
-        "dart": older(steps=3, warmup=1, decay="CosineDecay", peak=1e-3, end=0.0, max_position_embeddings=64),
-    }
-    for name, body in stages.items():
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(body))
-    towns = ("Rome", "Oslo", "Bonn", "Lima", "Cork", "Kiel", "Pisa", "York", "Nice", "Bern")
-    triples = [{"tripleset": [["Al", "from", t]], "annotations": [{"text": f"Al is from {t}."}]} for t in towns]
+    """The shipped files themselves, made small on the command line."""
+    towns = ("Rome", "Oslo", "Bonn", "Lima", "Cork", "Kiel", "Pisa", "York", "Nice", "Bern") * 5
+    triples = [{"tripleset": [[f"Al {i}", "from", t]], "annotations": [{"text": t}]} for i, t in enumerate(towns)]
     (tmp_path / "dart.json").write_text(json.dumps(triples))
-    text = [f"data.corpus={corpus}", "data.tokenizer=bytes", "train.measure_dense=0", "train.sample_tokens=0"]
+    text = [*TINY, f"data.corpus={corpus}", "data.tokenizer=bytes"]
     one, two, three = (f"run_dir={tmp_path / name}" for name in ("one", "two", "three"))
-    status, out, err = vspdf("train", tmp_path / "stage1.yaml", *text, one, "--json")
+    status, out, err = vspdf("train", "cerebras-6.7b-stage1", *text, one, "--json")
     assert status == 0, err
     assert json.loads(out)["phases"][0]["sparsity"] == 0.9
-    for layer in sparse_layers(hub.load(tmp_path / "one").model).values():
-        assert layer.pattern.nnz == kept_count(layer.pattern.numel, 0.9, truncate=True)
-    status, out, err = vspdf("train", tmp_path / "stage2.yaml", *text, two, f"init_from={tmp_path / 'one'}", "--json")
+    layers = sparse_layers(hub.load(tmp_path / "one").model).values()
+    assert len(layers) == 8 and all(x.pattern.nnz == kept_count(x.pattern.numel, 0.9) for x in layers)
+    status, out, err = vspdf("train", "cerebras-6.7b-stage2", *text, two, f"init_from={tmp_path / 'one'}", "--json")
     assert status == 0, err
-    assert "with moments, its data from sequence 48" in err and not sparse_layers(hub.load(tmp_path / "two").model)
-    arguments = [f"data.path={tmp_path / 'dart.json'}", "data.overlong=cut", "data.repeat=true", three]
-    status, out, err = vspdf("finetune", tmp_path / "two", tmp_path / "dart.yaml", *arguments, "--json")
+    assert "with moments, its data from sequence 32" in err and not sparse_layers(hub.load(tmp_path / "two").model)
+    pairs = [*TINY, f"data.path={tmp_path / 'dart.json'}", "data.length=64", three]
+    status, out, err = vspdf("finetune", tmp_path / "two", "cerebras-6.7b-dart", *pairs, "--json")
     assert status == 0, err
-    assert json.loads(out)["phases"][0]["steps"] == 3 and hub.load(tmp_path / "three").state["step"] == 3
+    assert json.loads(out)["phases"][0]["steps"] == 4 and hub.load(tmp_path / "three").state["step"] == 4
+
+
+def test_the_three_files_are_the_published_recipe():
+    ours, start = config.load("cerebras-gpt-6.7b-variable"), config.ModelConfig("cerebras-gpt-6.7b", vocab_size=50257)
+    config.resolve_model(start)
+    files = [config.load(f"cerebras-6.7b-stage{i}") for i in (1, 2)]
+    files.append(config.load("cerebras-6.7b-dart", ["data.path=x"], start=("stage2", start)))
+    phases = [*ours.phases, config.load("dart-6.7b", ["data.path=x"], start=("stage2", start)).phases[0]]
+    for file, phase in zip(files, phases, strict=True):
+        (theirs,) = file.phases
+        for key in (
+            "sparsity",
+            "steps",
+            "tokens",
+            "batch_size",
+            "warmup_steps",
+            "lr_end",
+            "decay",
+            "weight_decay",
+            "beta2",
+        ):
+            assert getattr(theirs, key) == getattr(phase, key), key
+        assert theirs.lr == pytest.approx(phase.lr * phase.lr_multiple) and file.data.length in (None, 512)

@@ -75,6 +75,7 @@ def test_saved_and_loaded_again_it_is_the_same(load, tmp_path):
 
 SHIPPED = sorted(path.stem for path in config.shipped())
 FINE_TUNING = [name for name in SHIPPED if name.startswith("dart")]
+A_STAGE_A_FILE = [name for name in SHIPPED if name.startswith("cerebras-6.7b")]  # tests/test_cerebras.py
 
 
 @pytest.mark.parametrize("name", FINE_TUNING)
@@ -90,7 +91,7 @@ def test_shipped_fine_tuning_wants_a_model_and_a_task(name):
         config.load(name)
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in FINE_TUNING])
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in FINE_TUNING + A_STAGE_A_FILE])
 def test_shipped_configurations_load_and_plan(name):
     settings = config.load(name)
     shape = config.model_shape(settings.model, vocab_size=257)

@@ -6,6 +6,7 @@ The current form nests everything under ``trainer``; the older one has ``model``
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections import Counter
@@ -14,6 +15,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from vspdf.errors import UserError, did_you_mean
+
+log = logging.getLogger("vspdf")
 
 # Our layers, and the weights of theirs that make up each.
 _ROLES = {
@@ -40,7 +43,13 @@ _MODEL = {
     "dropout_rate": (0.0,), "attention_dropout_rate": (0.0,), "embedding_dropout_rate": (0.0,),
     "residual_dropout_rate": (0.0,), "nonlinearity": ("gelu",), "layer_norm_epsilon": (1e-5,),
     "norm_type": ("layernorm",), "attention_type": ("scaled_dot_product",), "embedding_layer_norm": (False,),
+    "use_position_embedding": (True,), "norm_first": (True,), "fixed_sparse_attention": (None,), "moe_params": (None,),
+    "attention_inner_dim": (None,), "attention_sliding_window_length": (None,), "use_untied_layer_norm": (False,),
 }  # fmt: skip
+# What speaks of their machine and its numbers, or is read elsewhere.
+_MODEL_BESIDE = ("name", "mixed_precision", "fp16_type", "use_bfloat16", "attention_module", "attention_softmax_fp32",
+                 "attention_kernel", "compute_eval_metrics", "loss_scaling", "loss_weight", "initializer",
+                 "embedding_initializer", "output_layer_initializer")  # fmt: skip
 _MUP = ("mup_base_hidden_size", "mup_base_filter_size", "embeddings_scale", "output_logits_scale",
         "output_logits_alpha", "scale_qk_dot_by_d", "attention_logits_alpha", "adjust_learning_rate")  # fmt: skip
 
@@ -53,8 +62,17 @@ def is_cerebras(body: Any) -> bool:
     return "trainer" in body or "runconfig" in body or (isinstance(model, dict) and "hidden_size" in model)
 
 
-def translate(body: Mapping[str, Any], where: str) -> dict[str, Any]:
+def translate(body: Mapping[str, Any], where: str, fine_tuning: bool = False) -> dict[str, Any]:
     """A configuration of ours, as YAML would hold it, without the text: theirs lies in files that are not read here.
+
+    Parameters
+    ----------
+    body : mapping
+        What the file holds.
+    where : str
+        For messages.
+    fine_tuning : bool
+        On pairs, of up to ``max_sequence_length`` tokens, instead of text.
 
     Raises
     ------
@@ -64,21 +82,29 @@ def translate(body: Mapping[str, Any], where: str) -> dict[str, Any]:
     init = _mapping(_mapping(body.get("trainer"), "trainer", where).get("init"), "trainer.init", where)
     now = "trainer" in body
     model = _mapping(init.get("model") if now else body.get("model"), "model", where)
-    steps, batch, extra = _current(body, init, where) if now else _older(body, where)
+    steps, data, extra = _current(body, init, where) if now else _older(body, where)
+    batch, length = _whole(data.get("batch_size"), "batch_size", where), data.get("max_sequence_length")
     optimizer, rates = _optimizer(init if now else body, now, where)
     n_layer = model.get("num_hidden_layers")
     block = init.get("sparsity") if now else body.get("sparsity")
     found = sparsity(block, n_layer if isinstance(n_layer, int) else 0, where, older=not now)
     seed = found.pop("seed", None)
     phase = {"steps": steps, **_rates(rates, steps, where), **found}
+    ours = _model(model, where)
+    if not fine_tuning and length not in (None, ours["sequence_length"]):
+        raise UserError(
+            f"{where}: train_input.max_sequence_length = {length} is not offered beside max_position_embeddings = "
+            f"{ours['sequence_length']}: text fills the model's window."
+        )
     config = {
-        "model": _model(model, where),
+        "model": ours,
         "optimizer": optimizer,
         "phases": [phase],
-        "data": {"corpus": "", "tokenizer": ""},
+        "data": {"length": length} if fine_tuning else {"corpus": "", "tokenizer": ""},
         "train": {"batch_size": batch, "micro_batch_size": math.gcd(batch, 8), **extra},
     }
-    seed = body.get("seed", init.get("seed")) if seed is None else seed
+    seeds = (seed, body.get("seed"), init.get("seed"), _mapping(body.get("runconfig"), "runconfig", where).get("seed"))
+    seed = next((found for found in seeds if found is not None), None)
     return config if seed is None else config | {"seed": seed}
 
 
@@ -243,8 +269,14 @@ def _model(model: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(value, int) or isinstance(value, bool):
             raise UserError(f"{where}: model.{theirs} must be a whole number, not {value!r}.")
         found[ours] = value
+    known = (*_MODEL, *_MUP, *_MODEL_BESIDE, *_SIZES)
+    if ignored := [str(key) for key in model if key not in known]:
+        log.warning("%s: settings of the model that are not read here: %s.", where, ", ".join(ignored))
+    _check_loss(model, found["sequence_length"], where)
     if (std := _std(model, "initializer", where)) is not None:
         found["init_std"] = std
+        if (embedding := _std(model, "embedding_initializer", where)) not in (None, std):
+            raise UserError(f"{where}: model.embedding_initializer.std = {embedding} is not offered; expected {std}.")
         output = _std(model, "output_layer_initializer", where)
         wanted = std / math.sqrt(2 * found["n_layer"])
         if output is not None and not math.isclose(output, wanted, rel_tol=0.01):
@@ -253,6 +285,17 @@ def _model(model: Mapping[str, Any], where: str) -> dict[str, Any]:
                 "initializer's over the root of twice the layers."
             )
     return found
+
+
+def _check_loss(model: Mapping[str, Any], length: int, where: str) -> None:
+    """The loss is the mean over the targets here; of a batch of full windows, theirs by batch size may be the same."""
+    scaling, weight = model.get("loss_scaling", "num_tokens"), model.get("loss_weight", 1.0)
+    mean = {"num_tokens": 1.0, "batch_size": 1 / length}
+    if scaling not in mean or not isinstance(weight, int | float) or not math.isclose(weight, mean[scaling]):
+        raise UserError(
+            f"{where}: model.loss_scaling = {scaling!r} with loss_weight = {weight!r} is not offered; the loss is the "
+            f"mean over the targets: 'num_tokens' with 1.0, or 'batch_size' with 1 / {length}."
+        )
 
 
 def _std(model: Mapping[str, Any], key: str, where: str) -> float | None:
@@ -268,7 +311,8 @@ def _std(model: Mapping[str, Any], key: str, where: str) -> float | None:
     return value["std"]
 
 
-def _current(body: Mapping[str, Any], init: Mapping[str, Any], where: str) -> tuple[int, int, dict[str, Any]]:
+def _current(body: Mapping[str, Any], init: Mapping[str, Any], where: str) -> tuple[int, Mapping, dict[str, Any]]:
+    """Steps, where the data come from, and how often what is done."""
     loop = _mapping(init.get("loop"), "trainer.init.loop", where)
     fit = _mapping(_mapping(body["trainer"], "trainer", where).get("fit"), "trainer.fit", where)
     data = _mapping(fit.get("train_dataloader"), "trainer.fit.train_dataloader", where)
@@ -279,19 +323,18 @@ def _current(body: Mapping[str, Any], init: Mapping[str, Any], where: str) -> tu
     }
     return (
         _whole(loop.get("max_steps"), "trainer.init.loop.max_steps", where),
-        _whole(data.get("batch_size"), "trainer.fit.train_dataloader.batch_size", where),
+        data,
         {key: value for key, value in every.items() if value is not None},
     )
 
 
-def _older(body: Mapping[str, Any], where: str) -> tuple[int, int, dict[str, Any]]:
+def _older(body: Mapping[str, Any], where: str) -> tuple[int, Mapping, dict[str, Any]]:
     run = _mapping(body.get("runconfig"), "runconfig", where)
     every = {"checkpoint_every": run.get("checkpoint_steps"), "eval_every": run.get("eval_frequency"),
              "log_every": run.get("log_steps")}  # fmt: skip
-    data = _mapping(body.get("train_input"), "train_input", where)
     return (
         _whole(run.get("max_steps"), "runconfig.max_steps", where),
-        _whole(data.get("batch_size"), "train_input.batch_size", where),
+        _mapping(body.get("train_input"), "train_input", where),
         {key: value for key, value in every.items() if value is not None},
     )
 
@@ -313,7 +356,7 @@ def _optimizer(body: Mapping[str, Any], now: bool, where: str) -> tuple[dict[str
         stated_rate = settings.get("learning_rate")
         rates = [_flat_rate(item) for item in (stated_rate if isinstance(stated_rate, list) else [stated_rate])]
     found = {"beta1": betas[0], "beta2": betas[1], "eps": settings.get("eps", 1e-6), "clip": clip or 0.0,
-             "weight_decay": settings.get("weight_decay", 0.0)}  # fmt: skip
+             "weight_decay": settings.get("weight_decay", settings.get("weight_decay_rate", 0.0))}  # fmt: skip
     stretches = [_stretch(rate, where) for rate in rates]
     found["lr"] = max(max(s["start"], s["end"]) for s in stretches)
     return found, stretches

@@ -187,10 +187,7 @@ def build(
     body: Any, where: str, overrides: Sequence[str] = (), *, start: tuple[str, ModelConfig] | None = None
 ) -> Config:
     """As `load`, from what a file holds; `where` begins error messages."""
-    theirs = cerebras.is_cerebras(body)
-    body = _from_cerebras(body, where)
-    if theirs and start is not None:
-        del body["data"]
+    body = _from_cerebras(body, where, fine_tuning=start is not None)
     try:
         _check_form(body, Config, "", where)
         tree = OmegaConf.merge(OmegaConf.structured(Config), body)
@@ -221,19 +218,14 @@ def build(
             if key != "init_std" and mine not in (None, value, getattr(ModelConfig(), key)):
                 raise UserError(f"model.{key} = {mine}, but the model to start from has {value}: leave it out.")
         config.model = shape
-    elif theirs and not (config.data.corpus and config.data.tokenizer):
-        raise UserError(
-            f"{where} is a configuration of the Cerebras stack, whose data files are not read here: give the text and "
-            "its tokenizer, data.corpus=FILE data.tokenizer=gpt2:FOLDER."
-        )
     resolve(config)
     return config
 
 
-def _from_cerebras(body: Any, where: str) -> Any:
+def _from_cerebras(body: Any, where: str, fine_tuning: bool) -> Any:
     """A whole file of the Cerebras stack, or its ``sparsity`` block beside our settings, as settings of ours."""
     if cerebras.is_cerebras(body):
-        return {"name": re.sub(r"[^\w.-]", "-", Path(where).stem)} | cerebras.translate(body, where)
+        return {"name": re.sub(r"[^\w.-]", "-", Path(where).stem)} | cerebras.translate(body, where, fine_tuning)
     if not isinstance(body, dict) or "sparsity" not in body:
         return body
     body = dict(body)

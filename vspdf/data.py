@@ -469,6 +469,11 @@ def prepare(config: DataConfig, sequence_length: int, seed: int) -> Dataset:
     UserError
         If corpus or tokenizer are missing or unfit, the corpus is shorter than a sequence, or the cache not writable.
     """
+    if not config.corpus or not config.tokenizer:
+        raise UserError(
+            "the text is not named: give data.corpus=FILE and data.tokenizer=gpt2:FOLDER (a configuration of the "
+            "Cerebras stack names files that are not read here)."
+        )
     if sequence_length < 1:
         raise UserError(f"model.sequence_length is {sequence_length}: expected at least 1.")
     if seed < 0:
