@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def finished(tmp_path_factory, written):
         [*command, "--jobs", "2"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
     )
     checkpoints = root / "variable" / "seed-0" / "checkpoints"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(checkpoints.glob("step-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -162,6 +163,41 @@ def test_files_say_the_same(finished):
     page = (root / "comparison.html").read_text()
     assert f"{results['paired'][0]['mean']:+.4f}" in page and "Whether the machinery works." in page
     assert not re.search(r"https?:|//[a-z]|<link|@import|url\(", page)
+
+
+def test_time_is_that_of_the_one_thread_where_all_runs_counted_it(finished):
+    _, root, results, _ = finished
+    run = arm(results, "variable")["runs"][0]
+    lines = [json.loads(line) for line in (root / "variable" / "seed-0" / "metrics.jsonl").read_text().splitlines()]
+    assert run["threads"] == 1 and run["cpu_seconds"] == lines[-1]["training_cpu_seconds"]
+    clock = [point["cpu_seconds"] for point in run["curve"]]
+    assert clock == sorted(clock) and 0 < clock[-1] == run["cpu_seconds"] <= run["seconds"] * 1.1
+    assert evidence.time_axis(results["arms"]) is evidence.CPU
+    assert evidence.CPU.name in results["paired"][0]["at_equal"]
+    assert any("CPU time of a run's one thread" in note for note in evidence.notes(results))
+    for key, value in (("cpu_seconds", None), ("threads", 2)):
+        arms = [{"runs": [run, run | {key: value}]}]
+        assert evidence.time_axis(arms) is evidence.WALL, "one run without is enough"
+
+
+def test_a_seed_that_was_tuned_on_is_not_trained_twice(finished, written, tmp_path):
+    _, done, results, _ = finished
+    root = tmp_path / "runs"
+    shutil.copytree(done, root)
+    chosen = root / "dense" / "optimizer.lr=0.003" / "seed-0"
+    known = evidence.evaluation(chosen)
+    trial = {key: known[key] for key in ("val_loss", "val_bits_per_byte")}
+    (chosen / "evaluation.json").write_text(json.dumps(trial))
+    trained = (chosen / "summary.json").stat().st_mtime_ns
+    said = []
+    again = compare.run(written(tmp_path, ("tuning_seeds: [7]", "tuning_seeds: [0]")), root, jobs=2, say=said.append)
+    assert said[0].startswith("mine: 5 runs, 4 of them done")
+    assert any("seed 0: chosen by tuning, so a result as it is" in line for line in said)
+    assert (chosen / "summary.json").stat().st_mtime_ns == trained and evidence.evaluation(chosen) == {**trial, **{
+        key: known[key] for key in ("test_loss", "test_bits_per_byte")
+    }}  # fmt: skip
+    assert arm(again, "dense")["test_loss"] == arm(results, "dense")["test_loss"]
+    assert any("Seed 0 was tuned on" in note for note in evidence.notes(again))
 
 
 def test_what_is_done_is_kept(finished, vspdf, monkeypatch):
@@ -259,7 +295,7 @@ def test_quantiles_of_student_t(degrees):
 def results_of(*losses):
     curve = [{"tokens": 1, "flops": {"executed": 1}, "seconds": 1, "val_loss": 1}]
     runs = [[{"seed": s, "test_loss": loss, "curve": curve} for s, loss in enumerate(one)] for one in losses]
-    return evidence._paired({"name": "a", "runs": runs[0]}, {"name": "b", "runs": runs[1]})
+    return evidence._paired({"name": "a", "runs": runs[0]}, {"name": "b", "runs": runs[1]}, evidence.main_axes([]))
 
 
 @pytest.mark.parametrize(

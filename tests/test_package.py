@@ -16,6 +16,7 @@ LEVELS = [
     {"cli"},
     {"cli_simulate", "cli_tasks", "cli_programs", "cli_compare", "cli_bench"},
     {"compare"},
+    {"evidence_page"},
     {"evidence"},
     {"plan", "report"},
     {"bench", "bench_gpu", "bleu", "harness"},

@@ -21,11 +21,11 @@ from vspdf.ledger import CONVENTIONS
 from vspdf.model import GPT
 from vspdf.pattern import Pattern, kept_count
 from vspdf.sparse import sparse_layers
-from vspdf.train import train
+from vspdf.train import PhaseRecord, train
 
 LAYERS = [f"h.{i}.{name}" for i in range(2) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
 # Wall clock; everything else in a line of metrics must be equal from run to run.
-CLOCK = {"seconds", "training_seconds", "step_seconds", "tokens_per_second"}
+CLOCK = {"seconds", "training_seconds", "training_cpu_seconds", "step_seconds", "tokens_per_second"}
 
 
 def run(path, *overrides, resume=False):
@@ -382,6 +382,22 @@ def test_killed_twice(tiny, tmp_path, uninterrupted):
         train(settings, resume=True, say=say)
     _, lines = run(tiny, *RESUMABLE, resume=True)
     assert lines == uninterrupted[1]
+
+
+def test_cpu_seconds_add_up_over_a_resumption(tiny, tmp_path):
+    stop_after(tiny, 9, *RESUMABLE)
+    summary, _ = run(tiny, *RESUMABLE, resume=True)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    clock = [json.loads(line)["training_cpu_seconds"] for line in lines]
+    assert clock == sorted(set(clock)) and clock[0] > 0, "it never starts again"
+    assert summary["cpu_seconds"] == clock[-1] == pytest.approx(sum(p["cpu_seconds"] for p in summary["phases"]))
+
+
+def test_a_checkpoint_older_than_the_count_of_cpu_seconds_makes_them_unknown():
+    body = PhaseRecord(seconds=3.0, cpu_seconds=2.0).to_json()
+    assert PhaseRecord.from_json(body).cpu_seconds == 2.0
+    del body["cpu_seconds"]
+    assert PhaseRecord.from_json(body).cpu_seconds is None
 
 
 def test_a_finished_run_resumes_to_its_summary(tiny, tmp_path):

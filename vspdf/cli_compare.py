@@ -30,7 +30,7 @@ def compare(
     `vspdf compare my-study.yaml --jobs 2`
     """
     from vspdf import compare as runner
-    from vspdf import evidence
+    from vspdf import evidence, evidence_page
     from vspdf import study as studies
 
     if results:
@@ -40,7 +40,7 @@ def compare(
             study, runs, jobs, say=lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True)
         )
     if plot:
-        evidence.plot(body, plot)
+        evidence_page.plot(body, plot)
         err.print(f"wrote {plot}", markup=False, highlight=False, soft_wrap=True)
     if as_json:
         emit(body)
@@ -50,28 +50,32 @@ def compare(
 
 def _print(body: dict[str, Any]) -> None:
     from vspdf import evidence
+    from vspdf.evidence_page import between, number
 
+    clock = evidence.time_axis(body["arms"])
+    key, seconds = ("cpu_seconds", "CPU s") if clock is evidence.CPU else ("seconds", "seconds")
     table = Table(title=f"{body['study']}: test loss, nats a token", title_justify="left")
     table.add_column("arm")
-    for column in ("test loss", "± 95 %", "seeds", "tokens", "weight-FLOPs", "executed"):
+    for column in ("test loss", "± 95 %", "seeds", "tokens", "weight-FLOPs", "executed", seconds):
         table.add_column(column, justify="right")
     for arm in body["arms"]:
         loss, runs = arm["test_loss"], arm["runs"]
         table.add_row(
-            arm["name"], evidence.number(loss["mean"]),
-            evidence.number(None if loss["low"] is None else loss["high"] - loss["mean"]),
+            arm["name"], number(loss["mean"]),
+            number(None if loss["low"] is None else loss["high"] - loss["mean"]),
             f"{len(runs)}/{len(body['seeds'])}", f"{runs[0]['tokens']:,}" if runs else "–",
-            *(evidence.number((arm["relative_flops"] or {}).get(name), ".1%") for name in ("linear", "executed")),
+            *(number((arm["relative_flops"] or {}).get(name), ".1%") for name in ("linear", "executed")),
+            number(sum(run[key] for run in runs) / len(runs) if runs else None, ".0f"),
         )  # fmt: skip
     out.print(table)
     if body["paired"]:
         table = Table(title="paired differences of test losses, a − b", title_justify="left")
-        for column in ("a", "b", "mean", "95 % interval", "seeds", "a is"):
+        for column in ("a", "b", "mean", "95 % interval", "seeds", "a is", "at equal time"):
             table.add_column(column, justify="left" if column in ("a", "b", "a is") else "right")
         for pair in body["paired"]:
             table.add_row(
-                pair["a"], pair["b"], evidence.number(pair["mean"], "+.4f"), evidence.between(pair, "+.4f"),
-                str(len(pair["seeds"])), pair["verdict"],
+                pair["a"], pair["b"], number(pair["mean"], "+.4f"), between(pair, "+.4f"), str(len(pair["seeds"])),
+                pair["verdict"], number(pair["at_equal"].get(clock.name, {}).get("mean"), "+.4f"),
             )  # fmt: skip
         out.print(table)
     for line in evidence.notes(body):

@@ -28,7 +28,7 @@ from typing import IO, Any
 import torch
 
 from vspdf import config as configuration
-from vspdf import evidence, hub, study
+from vspdf import evidence, evidence_page, hub, study
 from vspdf.config import Config
 from vspdf.data import prepare
 from vspdf.errors import Diverged, Interrupted, UserError
@@ -85,7 +85,7 @@ def run(source: str | Path, root: Path | None = None, jobs: int | None = None, s
             runner.go()
         finally:
             results = evidence.collect(wanted, root, jobs)
-            evidence.write(results, root)
+            evidence_page.write(results, root)
     return results
 
 
@@ -147,6 +147,7 @@ class _Run:
     process: subprocess.Popen[str] | None = None
     errors: IO[str] | None = None
     started: float = 0.0
+    from_tuning: bool = False  # it was trained before its test loss was asked for
 
     @cached_property
     def config(self) -> Config:
@@ -157,9 +158,13 @@ class _Run:
         return ", ".join([self.arm.name, *(f"{key} = {v}" for key, v in self.values.items()), f"seed {self.seed}"])
 
     @property
+    def trained(self) -> bool:
+        return bool({"diverged", "val_loss"} & evaluation(self.folder).keys())
+
+    @property
     def done(self) -> bool:
         known = evaluation(self.folder)
-        return "diverged" in known or ("val_loss" in known and ("test_loss" in known or not self.test))
+        return self.trained and (not self.test or bool({"diverged", "test_loss"} & known.keys()))
 
     def check(self) -> None:
         """A run of an older version of the study must not pass for one of this."""
@@ -227,6 +232,8 @@ def _train_and_evaluate(config: Config, test: bool) -> None:
         model = hub.load(folder, config.train.backend).model
         data = prepare(config.data, config.model.sequence_length or 0, config.seed)
         for part, text in {"val": data, **({"test": data.for_test()} if test else {})}.items():
+            if f"{part}_loss" in result:  # of a trial that is now a result
+                continue
             found = evaluate(model, text, config.train.micro_batch_size or 1, precision=config.train.precision)
             result[f"{part}_loss"], result[f"{part}_bits_per_byte"] = found
     except Diverged as error:
@@ -284,7 +291,8 @@ class _Runner:
             elif all(run.done for run in trials if run.arm is arm):
                 raise UserError(f"{arm.where}: every value of 'tune' diverged; try smaller ones.")
         finals.sort(key=lambda run: self.study.seeds.index(run.seed))
-        return trials + finals
+        # A seed that was tuned on has its run already: the trial that was chosen.
+        return list({run.folder: run for run in trials + finals}.values())
 
     def _missing(self) -> list[_Run]:
         return [run for run in self._known() if not run.done]
@@ -294,6 +302,7 @@ class _Runner:
 
     def _start(self, run: _Run) -> None:
         run.check()
+        run.from_tuning = run.trained
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -327,6 +336,9 @@ class _Runner:
     def _note(self, run: _Run) -> None:
         known = evaluation(run.folder)
         loss = known["diverged"] if "diverged" in known else f"validation loss {known['val_loss']:.4f}"
+        if run.from_tuning:
+            self.say(f"{run.name}: chosen by tuning, so a result as it is; test loss {known['test_loss']:.4f}")
+            return
         took = time.monotonic() - run.started
         eta = self._eta()
         self.say(
@@ -335,7 +347,7 @@ class _Runner:
         )
 
     def _done(self) -> int:
-        return sum(run.done for run in self._known())
+        return sum(run.trained for run in self._known())
 
     def _eta(self) -> float | None:
         """Seconds left, from what finished runs of each arm took; arms not seen yet as the mean of the others."""
@@ -349,7 +361,7 @@ class _Runner:
         means = {name: fmean(seconds) for name, seconds in paces.items()}
         left = 0.0
         for arm in self.study.arms.values():
-            open_ = study.planned(arm, self.study) - sum(run.done for run in known if run.arm is arm)
+            open_ = study.planned(arm, self.study) - sum(run.trained for run in known if run.arm is arm)
             under_way = sum(run.step() for run in self.running if run.arm is arm)
             left += max(0, open_ * arm.steps - under_way) * means.get(arm.name, fmean(means.values()))
         return left / self.jobs

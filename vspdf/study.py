@@ -72,7 +72,7 @@ class Study:
     seeds : tuple of int
         Of the runs that are reported.
     tuning_seeds : tuple of int
-        Of the runs that settings are chosen by.
+        Of the runs that settings are chosen by. Where one is among `seeds`, the run that was chosen is reported.
     pairs : tuple of (str, str)
         Arms whose difference is reported.
     """
@@ -241,5 +241,6 @@ def tuning(arm: Arm, seeds: Sequence[int], loss: Callable[[Values, int], float |
 
 
 def planned(arm: Arm, study: Study) -> int:
-    """How many runs an arm takes in all: trials, and one for each seed."""
-    return sum(map(len, arm.tune.values())) * len(study.tuning_seeds) + len(study.seeds)
+    """How many trainings an arm takes in all: trials, and one for each seed that no trial was of."""
+    trials = sum(map(len, arm.tune.values())) * len(study.tuning_seeds)
+    return trials + len(set(study.seeds) - set(study.tuning_seeds if arm.tune else ()))

@@ -58,6 +58,7 @@ class PhaseRecord:
     """What one phase has done so far."""
 
     seconds: float = 0.0  # in steps
+    cpu_seconds: float | None = 0.0  # of all threads, in steps; None: it began before they were counted
     tally: Tally = field(default_factory=Tally)
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=512))
     paired_seconds: list[tuple[float, float]] = field(default_factory=list)  # (this step, dense step on the same batch)
@@ -76,7 +77,8 @@ class PhaseRecord:
 
     @classmethod
     def from_json(cls, body: dict[str, Any]) -> PhaseRecord:
-        record = cls(**{k: v for k, v in body.items() if k not in ("tally", "step_seconds", "paired_seconds")})
+        plain = {k: v for k, v in body.items() if k not in ("tally", "step_seconds", "paired_seconds")}
+        record = cls(**{"cpu_seconds": None, **plain})
         record.tally = Tally({name: Count(**count) for name, count in body["tally"].items()})
         record.step_seconds.extend(body["step_seconds"])
         record.paired_seconds = [(a, b) for a, b in body["paired_seconds"]]
@@ -478,7 +480,7 @@ class _Run:
     def _train_step(self, phase: PhaseConfig, record: PhaseRecord, phase_step: int, samples: int) -> dict[str, Any]:
         assert self.optimizer is not None and phase.batch_size is not None
         lr = schedule.learning_rate(phase, phase_step)
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         batch = self.data.batch(self.first + samples, phase.batch_size)
         take = lambda: self._optimise(self.model, self.optimizer, phase, batch, lr, self.revived)  # noqa: E731
         with ledger.counting() as tally:
@@ -487,11 +489,12 @@ class _Run:
                 (loss, norm), record.parts = _profiled(take, self.shape.vocab_size)
             else:
                 loss, norm = take()
-        seconds = time.perf_counter() - start
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         shape = dataclasses.replace(self.shape, sequence_length=batch[0].shape[1])
         for name, count in {**tally.products, **_dense_counts(self.model, shape, batch[0].numel())}.items():
             record.tally.add(name, count)
         record.seconds += seconds
+        record.cpu_seconds = None if record.cpu_seconds is None else record.cpu_seconds + cpu_seconds
         record.loss = loss
         if phase_step > 1 or phase.steps in (1, 2):  # the first builds plans, the second is profiled
             record.step_seconds.append(seconds)
@@ -594,6 +597,7 @@ class _Run:
         line["flops"] = total.flops()
         line["seconds"] = self.seconds
         line["training_seconds"] = sum(record.seconds for record in self.records)
+        line["training_cpu_seconds"] = self._cpu_seconds()
         try:
             with (self.folder / "metrics.jsonl").open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
@@ -631,6 +635,11 @@ class _Run:
         for record in self.records:
             total.add(record.tally.total)
         return total
+
+    def _cpu_seconds(self) -> float | None:
+        """Of all threads, in steps; None where a part of the run did not count them."""
+        counted = [record.cpu_seconds for record in self.records]
+        return None if None in counted else math.fsum(counted)  # type: ignore[arg-type]
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -670,6 +679,7 @@ class _Run:
             "tokenizer": self.data.manifest["tokenizer"],
             "tokens": self._tokens(self.total_steps),
             "seconds": self.seconds,
+            "cpu_seconds": self._cpu_seconds(),
             "val_loss": last.val_loss,
             "val_bits_per_byte": last.val_bits_per_byte,
             "phases": phases,
@@ -706,6 +716,7 @@ class _Run:
             "steps": phase.steps,
             "tokens": tokens,
             "seconds": record.seconds,
+            "cpu_seconds": record.cpu_seconds,
             "step_seconds_median": statistics.median(record.step_seconds),
             "loss": record.loss,
             "val_loss": record.val_loss,
