@@ -1,15 +1,18 @@
 """Every program on level 1 (event by event) against level 2 (closed form), on a ladder of grids.
 
-    python benchmarks/ladder.py                      # 8, 16, 32, 64, then 128 where level 1 reaches it: several minutes
+    python benchmarks/ladder.py                      # 8, 16, 32, 64: several minutes
+    python benchmarks/ladder.py --sizes 128          # products of matrices take level 1 minutes each there
     python benchmarks/ladder.py --sizes 8,16 --only meshgemm,forward
 
-Writes `benchmarks/results/ladder.csv`. Level 2 never runs level 1. tests/test_simulator_ladder.py holds small rungs.
+Each rung replaces its line of `benchmarks/results/ladder.csv` when it is done, the other lines stay. Level 2 never runs
+level 1. tests/test_simulator_ladder.py holds small rungs.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,18 +20,19 @@ from pathlib import Path
 
 import numpy as np
 
+from vspdf.files import write_whole
 from vspdf.simulator import machine as machines
 from vspdf.simulator import programs, wafer
 from vspdf.simulator.machine import Machine
 
 RESULTS = Path(__file__).parent / "results" / "ladder.csv"
-TOO_LONG = 128  # on this side, the products of matrices take level 1 more than ten minutes
+KEY = ("program", "case", "grid")
 Rung = tuple[str, str, Callable[[], float], Callable[[], float]]  # program, case, level 1, level 2
 
 
 def rungs(machine: Machine, side: int) -> Iterator[Rung]:
     """Cases on a grid of side x side, or on a line of `side` PEs where a program runs on a line."""
-    random = np.random.default_rng(side)
+    random = np.random.default_rng(side)  # values, which cost nothing; positions have generators of their own
 
     def normal(*shape: int) -> np.ndarray:
         return random.standard_normal(shape).astype(np.float32)
@@ -70,14 +74,14 @@ def rungs(machine: Machine, side: int) -> Iterator[Rung]:
             lambda half=half, n=n: programs.mesh_gemv(machine, normal(n, n), normal(n), side, half).cycles,
             lambda half=half, n=n: wafer.gemv(machine, side, n, half)["cycles"],
         )  # fmt: skip
-    yield from _sparse(machine, side, random)
-    yield from _streams(machine, side, random, normal)
+    yield from _sparse(machine, side)
+    yield from _streams(machine, side, normal)
 
 
-def _sparse(machine: Machine, side: int, random: np.random.Generator) -> Iterator[Rung]:
+def _sparse(machine: Machine, side: int) -> Iterator[Rung]:
     tile, m = 8, 16
     n = tile * side
-    mask = random.random((n, n)) < 0.3
+    mask = np.random.default_rng(side).random((n, n)) < 0.3
     counts = mask.reshape(side, tile, side, tile).sum((1, 3))
     slots = int(mask.reshape(n, side, tile).sum(2).max())
     for fmt in programs.FORMATS:
@@ -96,42 +100,32 @@ def _sparse(machine: Machine, side: int, random: np.random.Generator) -> Iterato
     )  # fmt: skip
 
 
-def _streams(
-    machine: Machine, side: int, random: np.random.Generator, normal: Callable[..., np.ndarray]
-) -> Iterator[Rung]:
-    outputs, block = 48, 16
-    for density, local in ((1.0, 16), (0.5, 4), (0.1, 4), (0.1, 32)):
-        features, tokens = block * side, local * side
-        mask = random.random((outputs, features)) < density
-        counts = mask.reshape(outputs, side, block).sum(2)
+def _streams(machine: Machine, side: int, normal: Callable[..., np.ndarray]) -> Iterator[Rung]:
+    block, streamed = 16, 48  # features of a column, rows of the matrix
+    narrow = max(2, 48 // side)  # features of a column in the delta, which streams a matrix of another shape
+    for number, (density, local) in enumerate(((1.0, 16), (0.5, 4), (0.1, 4), (0.1, 32))):
+        positions = np.random.default_rng((side, number))
+        mask, turned = (positions.random((streamed, side * n)) < density for n in (block, narrow))
         case = f"density {density:g}, {local} tokens a PE"
-        yield (
-            "forward", case,
-            lambda mask=mask, f=features, t=tokens: programs.stream_layer(
-                machine, normal(outputs, f) * 0.1, mask, normal(f, t) * 0.1, side, side
-            ).cycles,
-            lambda counts=counts, local=local: wafer.stream_layer(machine, counts, block, local, side),
-        )  # fmt: skip
-        # The delta: the same program with the transposed matrix.
-        turned = mask[:, :outputs].T if features >= outputs else None
-        if turned is not None and outputs % side == 0 and outputs // side >= 1:
-            delta_block = outputs // side
-            delta_counts = turned.reshape(outputs, side, delta_block).sum(2)
+        for name, kept, of_column in (("forward", mask, block), ("delta", turned, narrow)):
+            # The delta is the same program with the transposed matrix.
             yield (
-                "delta", case,
-                lambda mask=turned, t=tokens: programs.stream_layer(
-                    machine, normal(outputs, outputs) * 0.1, mask, normal(outputs, t) * 0.1, side, side
+                name, case,
+                lambda kept=kept, t=local * side: programs.stream_layer(
+                    machine, normal(*kept.shape) * 0.1, kept, normal(kept.shape[1], t) * 0.1, side, side
                 ).cycles,
-                lambda counts=delta_counts, b=delta_block, local=local: wafer.stream_layer(
-                    machine, counts, b, local, side
+                lambda kept=kept, n=of_column, local=local: wafer.stream_layer(
+                    machine, kept.reshape(streamed, side, n).sum(2), n, local, side
                 ),
             )  # fmt: skip
         yield (
             "gradient", case,
-            lambda mask=mask, f=features, t=tokens: programs.stream_gradient(
-                machine, mask, normal(outputs, t) * 0.1, normal(f, t) * 0.1, side, side
+            lambda kept=mask, t=local * side: programs.stream_gradient(
+                machine, kept, normal(streamed, t) * 0.1, normal(kept.shape[1], t) * 0.1, side, side
             ).cycles,
-            lambda counts=counts, local=local: wafer.stream_gradient(machine, counts, block, local, side),
+            lambda kept=mask, local=local: wafer.stream_gradient(
+                machine, kept.reshape(streamed, side, block).sum(2), block, local, side
+            ),
         )  # fmt: skip
 
 
@@ -139,7 +133,7 @@ def climb(machine: Machine, sides: list[int], only: set[str] = frozenset()) -> I
     """Runs the rungs; a row for each."""
     for side in sides:
         for program, case, event, aggregate in rungs(machine, side):
-            if (only and program not in only) or (side >= TOO_LONG and program in ("summa", "cannon", "meshgemm")):
+            if only and program not in only:
                 continue
             start = time.perf_counter()
             cycles = event()
@@ -152,23 +146,39 @@ def climb(machine: Machine, sides: list[int], only: set[str] = frozenset()) -> I
             }  # fmt: skip
 
 
+def keep(path: Path, row: dict[str, object]) -> None:
+    """Puts a rung into the table: in its old line's place, or after the last line of its grid."""
+    rows: list[dict[str, object]] = []
+    if path.exists():
+        with path.open(newline="") as stream:
+            rows.extend(csv.DictReader(stream))
+    key = [row[name] for name in KEY]
+    old = [i for i, other in enumerate(rows) if [other[name] for name in KEY] == key]
+    mates = [i for i, other in enumerate(rows) if other["grid"] == row["grid"]]
+    if old:
+        rows[old[0]] = row
+    else:
+        rows.insert(mates[-1] + 1 if mates else len(rows), row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, row, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--sizes", default="8,16,32,64,128")
+    parser.add_argument("--sizes", default="8,16,32,64")
     parser.add_argument("--only", default="")
     parser.add_argument("--csv", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    rows, worst = [], 0.0
+    rungs, worst = 0, 0.0
     only = {name for name in arguments.only.split(",") if name}
     for row in climb(machines.load("cs2"), [int(n) for n in arguments.sizes.split(",")], only):
-        rows.append(row)
-        worst = max(worst, abs(float(str(row["error"]))))
+        keep(arguments.csv, row)
+        rungs, worst = rungs + 1, max(worst, abs(float(str(row["error"]))))
         print("  ".join(str(value) for value in row.values()), file=sys.stderr, flush=True)
-    with arguments.csv.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {arguments.csv}: {len(rows)} rungs, at most {worst:.1%} apart")
+    print(f"wrote {rungs} rungs to {arguments.csv}, at most {worst:.1%} apart")
 
 
 if __name__ == "__main__":

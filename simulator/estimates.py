@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -187,76 +186,6 @@ def simulate_layer(machine: Machine, weights: Weights, tokens: int, *, sensitivi
             for name in layer.PRODUCTS
         },
     }
-
-
-EVENT_MACS = 3e8  # multiply-adds of a product that level 1 runs in a minute or so
-EVENT_SIDE = 32  # columns and rows of its region, at most
-
-
-def event_layer(machine: Machine, weights: Weights, tokens: int, seed: int = 0) -> dict[str, Any]:
-    """A small layer on level 1: our streaming programs on a region, dense and sparse, with level 2 beside each.
-
-    Raises
-    ------
-    UserError
-        If the layer is too large, or does not divide into a region.
-    """
-    from vspdf.simulator import programs, wafer
-
-    rows_out, rows_in = weights.out_features, weights.in_features
-    if weights.numel * tokens > EVENT_MACS:
-        raise UserError(
-            f"--level event runs layers of up to {EVENT_MACS:.0e} multiply-adds, this one has "
-            f"{weights.numel * tokens:.1e}: take fewer features or tokens, or --level aggregate."
-        )
-    columns = _divisor(math.gcd(rows_in, rows_out))
-    rows = _divisor(tokens // 4) if tokens % 4 == 0 else 0
-    if columns < 2 or rows < 1:
-        raise UserError(
-            f"--level event needs --in and --out with a common divisor and --tokens that are a multiple of 4, not "
-            f"{rows_in}, {rows_out} and {tokens}."
-        )
-    random = np.random.default_rng(seed)
-    kept = random.random((rows_out, rows_in)) < weights.density if weights.mask is None else weights.mask
-    w = (random.standard_normal((rows_out, rows_in)) * 0.1).astype(np.float32)
-    x, dy = ((random.standard_normal((n, tokens)) * 0.1).astype(np.float32) for n in (rows_in, rows_out))
-    local = tokens // rows
-    products: dict[str, Any] = {name: {} for name in layer.PRODUCTS}
-    for kind, mask in (("dense", np.ones_like(kept)), ("sparse", kept)):
-        counts, turned = (m.reshape(len(m), columns, -1).sum(2) for m in (mask, mask.T))
-        block, block_out = rows_in // columns, rows_out // columns
-        events = {
-            "forward": programs.stream_layer(machine, w, mask, x, columns, rows).cycles,
-            "delta": programs.stream_layer(machine, w.T, mask.T, dy, columns, rows).cycles,
-            "gradient": programs.stream_gradient(machine, mask, dy, x, columns, rows).cycles,
-        }
-        closed = {
-            "forward": wafer.stream_layer(machine, counts, block, local, rows),
-            "delta": wafer.stream_layer(machine, turned, block_out, local, rows),
-            "gradient": wafer.stream_gradient(machine, counts, block, local, rows),
-        }
-        for name in layer.PRODUCTS:
-            products[name][kind] = {"cycles": int(events[name]), "aggregate": round(closed[name])}
-    total = {k: sum(products[name][k]["cycles"] for name in layer.PRODUCTS) for k in ("dense", "sparse")}
-    speedup = total["dense"] / total["sparse"]
-    three = ("low", "central", "high")
-    return {
-        "tokens": tokens,
-        "in_features": rows_in,
-        "out_features": rows_out,
-        "sparsity": 1 - float(kept.mean()),
-        "machine": machine.name,
-        "level": "event",
-        "region": {"columns": columns, "rows": rows},
-        "cycles": {"dense": total["dense"], "sparse": dict.fromkeys(three, total["sparse"])},
-        "speedup": {**dict.fromkeys(three, speedup), "ideal": kept.size / kept.sum()},
-        "products": products,
-    }
-
-
-def _divisor(n: int) -> int:
-    """The largest one that is a side of a region; 0 where there is none but 1, and n is not 1."""
-    return max((d for d in range(1, EVENT_SIDE + 1) if n % d == 0), default=0)
 
 
 SWEEP = (
@@ -561,8 +490,11 @@ def compare_phases(
 def layer_by_request(
     machine: Machine, *, tokens: int | None = None, in_features: int | None = None, out_features: int | None = None,
     sparsity: float = 0.9, run: str | Path | None = None, layer: str | None = None, level: str = "aggregate",
+    plot: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """`simulate_layer`, or `event_layer` for ``level="event"``, by sizes or with the mask of a run's layer.
+    """`simulate_layer`, or `layer_events.event_layer` for ``level="event"``, by sizes or with a run's layer's mask.
+
+    `plot` draws speed-up over sparsity, or at the event level heat maps and a time line.
 
     Raises
     ------
@@ -588,7 +520,14 @@ def layer_by_request(
         weights = Weights(out_features, in_features, 1 - sparsity)
     if min(weights.in_features, weights.out_features, tokens) < 1:
         raise UserError("--in, --out and --tokens must be at least 1.")
-    return event_layer(machine, weights, tokens) if level == "event" else simulate_layer(machine, weights, tokens)
+    if level == "event":
+        from vspdf.simulator.layer_events import event_layer  # needs the compiled core
+
+        return event_layer(machine, weights, tokens, plot)
+    result = simulate_layer(machine, weights, tokens)
+    if plot is not None:
+        plot_layer(machine, sweep_layer(machine, weights.in_features, weights.out_features, tokens), plot)
+    return result
 
 
 def step_by_request(

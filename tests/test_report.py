@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from vspdf import config as configuration
 from vspdf import report, svg
 from vspdf.errors import UserError
+from vspdf.simulator import layer_events, machine
 from vspdf.train import train
 
 SWITCH = "phases=[{name: sparse, sparsity: 0.9, steps: 12}, {steps: 8}]"
@@ -85,10 +86,25 @@ def test_figures_are_those_of_the_summary(runs):
 
 
 def test_the_file_stands_alone(runs):
-    page = page_of(runs / "sparse-0", runs / "dense-0")
-    assert not re.search(r"https?:|//[a-z]|<link|@import|url\(", page)
-    assert all(source.startswith('src="data:image/png') for source in re.findall(r'src="[^"]*"', page))
-    assert "default-src 'none'" in page
+    for page in (page_of(runs / "sparse-0"), page_of(runs / "sparse-0", runs / "dense-0")):
+        assert not re.search(r"https?:|//[a-z]|<link|@import|url\(", re.sub(r'base64,[^"]*', "", page))
+        assert all(source.startswith("data:image/png") for source in re.findall(r'(?:src|href)="([^"]*)"', page))
+        assert "default-src 'none'" in page
+
+
+def test_the_wafer_at_work_on_the_runs_own_mask(runs):
+    (run,) = report.read([runs / "sparse-0"])
+    page = page_of(runs / "sparse-0")
+    name, pattern = next(iter(run.patterns.items()))
+    part = layer_events.corner(machine.load(), pattern.mask().numpy())
+    assert f"{name} at work, event by event" in page and f"({part.density:.1%} kept)" in page
+    assert f"{part.cycles:,} cycles, {part.dense_cycles:,} with every weight kept" in page
+    assert f'alt="heat map of busy over {part.region.width} x {part.region.height} PEs' in page
+    assert f'aria-label="time line of 32 PEs over {part.region.cycles:,} cycles"' in page
+    row = run.summary["comparison"][0]
+    assert f"{row['cs2']['low']:.2f}x to {row['cs2']['high']:.2f}x this run's" in text(page)
+    several = page_of(runs / "sparse-0", runs / "dense-0")  # the estimates, but nothing that takes a while
+    assert "at work" not in several and "this run's" in text(several) and "On a CS-2" not in page_of(runs / "dense-0")
 
 
 def test_phases_of_an_unfinished_run_agree_with_those_of_the_finished_one(copy):

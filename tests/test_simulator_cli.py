@@ -1,6 +1,9 @@
 """`vspdf simulate` and `vspdf validate`: figures, keys that scripts rely on, both levels, pictures, clear errors."""
 
+import base64
+import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from vspdf.errors import UserError
 from vspdf.simulator import dispatch, pictures, programs, validate
 from vspdf.simulator import machine as machines
 from vspdf.simulator.fabric import tracing
+from vspdf.svg import rgba_png
 
 CS2 = machines.load("cs2")
 
@@ -94,7 +98,7 @@ def test_seeds(vspdf):
         (["gemv", "--grid", "4x4", "--n", 8, "--level", "exact"], "--level 'exact': expected one of"),
         (["gemv", "--grid", "4x4", "--n", 8, "--set", "hop=3"], "unknown machine parameter 'hop'"),
         (["gemv", "--grid", "4x4", "--n", 8, "--machine", "cs9"], "no machine 'cs9'"),
-        (["gemv", "--grid", "4x4", "--n", 8, "--plot", "x.txt"], "ending in .png"),
+        (["gemv", "--grid", "4x4", "--n", 8, "--plot", "x.txt"], "ending in .html or .png"),
         (["gemv", "--grid", "4x4", "--n", 8, "--trace", "no/x.json"], "there is no folder no"),
         (["gemv", "--grid", "4x4", "--n", 8, "--trace", "x.json", "--level", "aggregate"], "show events"),
         (["spmm", "--format", "coo", "--grid", "3x3", "--n", 8, "--k", 9, "--m", 4], "--n 8 must be a multiple"),
@@ -141,6 +145,52 @@ def test_heat_maps_are_fractions_that_add_up():
     maps = pictures.heat_maps(run.region)
     np.testing.assert_allclose(sum(maps[k] for k in ("busy", "waiting for data", "held up by the fabric", "idle")), 1)
     assert maps["traffic"].shape == (1, 6)
+
+
+@pytest.mark.parametrize("drawn", ["gemm", "layer"])
+def test_a_page_stands_alone_and_says_what_it_shows(vspdf, tmp_path, drawn):
+    page = tmp_path / "page.html"
+    layer = ["layer", "--tokens", 16, "--in", 8, "--out", 8, "--sparsity", 0.5, "--level", "event"]
+    status, out, err = vspdf("simulate", *(layer if drawn == "layer" else VERBS["gemm"]), "--plot", page, "--json")
+    assert status == 0 and f"wrote {page}" in err and json.loads(out)["level"] == "event"
+    text = page.read_text()
+    assert not re.search(r"https?:|//[a-z]|<link|@import|url\(", re.sub(r'base64,[^"]*', "", text))
+    assert all(source.startswith("data:image/png") for source in re.findall(r'(?:src|href)="([^"]*)"', text))
+    alts = re.findall(r'<img[^>]*alt="([^"]*)"', text)
+    assert len(alts) == text.count("<img") == 8 and text.count("<image") == 1
+    for name in ("busy", "waiting for data", "held up by the fabric", "traffic"):
+        assert any(alt.startswith(f"heat map of {name} over") for alt in alts), name
+    assert 'aria-label="time line of' in text and "streaming operation" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_a_heat_map_survives_its_png():
+    values = np.linspace(0, 1, 12).reshape(3, 4)
+    pixels = pictures._ramp(values)
+    assert (pixels[0, 0] == [*pictures.RAMP[0], 255]).all() and (pixels[-1, -1] == [*pictures.RAMP[-1], 255]).all()
+    assert len(np.unique(pixels.reshape(-1, 4), axis=0)) == 12  # no two values look the same
+    from matplotlib.image import imread
+
+    stored = io.BytesIO(base64.b64decode(rgba_png(pixels).split(",")[1]))
+    np.testing.assert_array_equal((imread(stored, format="png") * 255).round(), pixels)
+
+
+@pytest.mark.parametrize("side", [2, 7], ids=["every PE", "some PEs, cycles binned"])
+def test_the_time_line_covers_what_events_cover(side):
+    n = 9 * side
+    with tracing():
+        region = programs.summa(CS2, np.ones((n, n), np.float32), np.ones((n, n), np.float32), side).region
+    labels, pixels = pictures.time_line(region)
+    assert len(labels) == min(side * side, pictures.MOST_LINES) == len(pixels) / 4
+    assert labels[0] == "(0, 0)" and labels[-1] == f"({side - 1}, {side - 1})"
+    assert pixels.shape[1] == min(region.cycles, pictures.MOST_BINS)
+    events = region.trace_events()
+    last = events[events[:, 0] == side * side - 1]
+    task = last[last[:, 3] != 2]
+    filled = pixels[-3, :, 3].mean() / 255
+    assert filled == pytest.approx((task[:, 2] - task[:, 1]).sum() / region.cycles, abs=2e-3)
+    np.testing.assert_array_equal(pixels[-3], pixels[-2])  # a task's stripe is two lines
+    assert not pixels[-1].any() and pixels[-4].any()
 
 
 def test_events_of_one_pe_do_not_overlap():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vspdf.errors import UserError
-from vspdf.simulator import estimates, layer
+from vspdf.simulator import estimates, layer, layer_events
 from vspdf.simulator import machine as machines
 from vspdf.simulator.layer import PRODUCTS, Assumption, Law, Mapping, Weights
 
@@ -274,6 +274,23 @@ def test_a_small_layer_event_by_event(vspdf):
     assert 1 < result["speedup"]["central"] < result["speedup"]["ideal"]
     status, out, _ = vspdf("simulate", "layer", *sizes)
     assert status == 0 and "level 1 on 32x32 PEs" in out
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (96, 300), (3, 17)], ids=["fewer inputs than PEs", "large", "odd"])
+def test_a_corner_of_a_mask_at_work(shape):
+    mask = np.random.default_rng(0).random(shape) < 0.3
+    part = layer_events.corner(CS2, mask)
+    kept = mask[: part.outputs, : part.features]
+    assert part.outputs == min(96, shape[0]) and part.features <= min(256, shape[1]) < part.features + 16
+    assert part.density == kept.mean() and part.cycles < part.dense_cycles
+    stats = part.region.stats
+    assert stats["fmacs"].sum() == kept.sum() * layer_events.ROWS * layer_events.LOCAL
+    assert len(part.region.trace_events())
+
+
+def test_a_layer_of_one_input_has_no_corner():
+    with pytest.raises(UserError, match="nothing to share"):
+        layer_events.corner(CS2, np.ones((4, 1), bool))
 
 
 @pytest.mark.parametrize(

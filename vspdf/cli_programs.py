@@ -20,7 +20,7 @@ Level = Annotated[
 Grid = Annotated[str, typer.Option(metavar="WxH", help="PEs, width x height.")]
 Dtype = Annotated[str, typer.Option(help="fp32 or fp16.")]
 Trace = Annotated[Path | None, typer.Option(help="Write a Chrome (Perfetto) trace here: .json.")]
-Plot = Annotated[Path | None, typer.Option(help="Draw heat maps per PE and a time line here: .png.")]
+Plot = Annotated[Path | None, typer.Option(help="Draw heat maps per PE and a time line here: .html or .png.")]
 Seed = Annotated[int, typer.Option(help="Of matrices and positions.")]
 
 

@@ -40,7 +40,10 @@ def simulate_layer(
     sparsity: Annotated[float, typer.Option(help="In [0, 1); positions by chance.")] = 0.9,
     run: Annotated[Path | None, typer.Option(help="Take a layer's real mask from this run.")] = None,
     layer: Annotated[str | None, typer.Option(help="Which one, by its name in the run.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw speed-up over sparsity into this file.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw speed-up over sparsity here: .png; at level event, heat maps: .html, .png."),
+    ] = None,
     machine: MachineName = "cs2",
     settings: Settings = None,
     level: Level = "aggregate",
@@ -56,10 +59,8 @@ def simulate_layer(
 
     wafer = _machine(machine, settings)
     asked = {"tokens": tokens, "in_features": n_in, "out_features": n_out, "sparsity": sparsity}
-    result = estimates.layer_by_request(wafer, **asked, run=run, layer=layer, level=level)  # type: ignore[arg-type]
+    result = estimates.layer_by_request(wafer, **asked, run=run, layer=layer, level=level, plot=plot)  # type: ignore[arg-type]
     if plot is not None:
-        rows = estimates.sweep_layer(wafer, result["in_features"], result["out_features"], result["tokens"])
-        estimates.plot_layer(wafer, rows, plot)
         err.print(f"wrote {plot}", markup=False, highlight=False, soft_wrap=True)
     if as_json:
         emit(result)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 from zipfile import BadZipFile
 
@@ -26,7 +25,10 @@ from safetensors import SafetensorError, safe_open
 from vspdf import checkpoint
 from vspdf import config as configuration
 from vspdf.config import Config
-from vspdf.errors import UserError, near_path
+from vspdf.errors import BackendUnavailable, UserError, near_path
+from vspdf.page import figure as figure
+from vspdf.page import page as page
+from vspdf.page import section as section
 from vspdf.pattern import Pattern
 from vspdf.svg import Band, Bar, Series, bar_chart, legend, line_chart, mask_png, scaled
 from vspdf.train import FREE_TO_CHANGE
@@ -264,7 +266,7 @@ def render(runs: Sequence[Run]) -> str:
         body.append(_comparison(arms))
     body.append(_table(runs))
     if len(runs) == 1:
-        body.extend(_parts_of(runs[0]))
+        body.extend(_parts_of(runs[0], drawn=True))
     else:
         for run in runs:
             inside = "".join(_parts_of(run))
@@ -272,14 +274,9 @@ def render(runs: Sequence[Run]) -> str:
     return page(title, body)
 
 
-def page(title: str, body: Sequence[str]) -> str:
-    """A whole page, styles and all, around the HTML of its sections."""
-    template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    return template.substitute(title=escape(title), body="\n".join(body))
-
-
-def _parts_of(run: Run) -> list[str]:
-    return [_flops(run), _time(run), _speed(run), _masks(run), _revived(run), _facts(run)]
+def _parts_of(run: Run, drawn: bool = False) -> list[str]:
+    """`drawn`: with what a simulated wafer does, which takes a moment."""
+    return [_flops(run), _time(run), _speed(run), _wafer(run, drawn), _masks(run), _revived(run), _facts(run)]
 
 
 @dataclass
@@ -312,17 +309,6 @@ def _arms(runs: Sequence[Run]) -> list[Arm]:
 
 
 # -- sections ---------------------------------------------------------------------------------------------------------
-
-
-def section(title: str, content: str, note: str = "") -> str:
-    """A part of a page: heading, HTML, and a note in small print."""
-    note = f'<p class="note">{note}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{content}{note}</section>"
-
-
-def figure(svg: str, caption: str = "") -> str:
-    """A chart with its caption."""
-    return f"<figure>{svg}{f'<figcaption>{caption}</figcaption>' if caption else ''}</figure>"
 
 
 def _status(run: Run) -> str:
@@ -505,18 +491,54 @@ def _speed(run: Run) -> str:
         charts.append(figure(chart, f"{escape(phase['name'])}; a dense step takes {seconds}"))
     return section(
         "Step speed-up", f'<div class="grid2">{"".join(charts)}</div>',
-        "Measured beside a dense step on the same batch, at its best thread count; the whisker spans all pairs. "
-        + _wafer_note(run),
+        "Measured beside a dense step on the same batch, at its best thread count; the whisker spans all pairs.",
     )  # fmt: skip
 
 
-def _wafer_note(run: Run) -> str:
-    table = run.summary.get("comparison")
-    if not table:
-        return ""
+def _wafer(run: Run, drawn: bool) -> str:
+    """The finished run on a CS-2: its steps as estimated, and a corner of its first mask at work, event by event."""
+    table = run.summary.get("comparison") or ()
+    content, notes = "", []
+    if table:
+        head = ("phase", "sparsity", "CPU, measured", "ideal", "CS-2, simulated", "band", "positions", "bound by")
+        rows = [
+            (
+                row["phase"], f"{row['sparsity']:.4g}", f"{row['cpu']['median']:.2f}x" if row["cpu"] else "–",
+                f"{row['ideal']:.2f}x", f"{row['cs2']['central']:.2f}x",
+                f"{row['cs2']['low']:.2f}x to {row['cs2']['high']:.2f}x",
+                "this run's" if row["mask"] == "real" else "by chance", row["bound_by"],
+            )
+            for row in table
+        ]  # fmt: skip
+        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        heads = "".join(f"<th>{name}</th>" for name in head)
+        content = f'<div class="scroll"><table><tr>{heads}</tr>{body}</table></div>'
+        notes.append(
+            f"A step on a whole wafer, sparse against dense; central case {escape(table[0]['central'])}, the band "
+            "spans what is not known of the machine. docs/simulator.md says how far to trust it."
+        )
+    if drawn and run.summary and run.patterns:
+        content += _at_work(run, notes)
+    return section("On a CS-2", content, " ".join(notes)) if content else ""
+
+
+def _at_work(run: Run, notes: list[str]) -> str:
+    name, pattern = next(iter(run.patterns.items()))
+    try:  # what follows needs the compiled core
+        from vspdf.simulator import layer_events, machine, pictures
+
+        part = layer_events.corner(machine.load(), pattern.mask().numpy())
+    except (UserError, BackendUnavailable) as error:
+        return f"<p>Not drawn at work: {escape(str(error))}</p>"
+    region = part.region
+    notes.extend((pictures.MAPS_NOTE, pictures.TIME_NOTE))
     return (
-        f"CS-2: this step on a whole wafer, central case {escape(table[0]['central'])}; its whisker spans what is not "
-        f"known of it. Bound by {escape(table[0]['bound_by'])} there; docs/simulator.md says how far to trust it."
+        f"<h3>{escape(name)} at work, event by event</h3>"
+        f"<p>The first {part.outputs} outputs and {part.features} inputs of its mask ({part.density:.1%} kept), "
+        f"streamed past {layer_events.LOCAL} tokens a PE on {region.width} x {region.height} PEs: {part.cycles:,} "
+        f"cycles, {part.dense_cycles:,} with every weight kept, {part.dense_cycles / part.cycles:.2f}x.</p>"
+        + pictures.maps_html(region)
+        + pictures.time_line_html(region)
     )
 
 

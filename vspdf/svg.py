@@ -1,4 +1,4 @@
-"""Charts as inline SVG, and masks as tiny PNGs: what a report draws with, so that it needs no plotting library.
+"""Charts as inline SVG, masks and maps as tiny PNGs: what a report draws with, so that it needs no plotting library.
 
 Colours are CSS classes `c0` to `c7` of the page (they set `color`), so that one picture serves light and dark.
 """
@@ -248,16 +248,28 @@ def mask_png(mask: np.ndarray, rgb: tuple[int, int, int]) -> str:
     """A boolean matrix as a ``data:`` URI of a PNG: `rgb` where true, transparent elsewhere; one bit a pixel."""
     rows, columns = mask.shape
     packed = np.packbits(mask, axis=1)  # PNG has the first pixel in the highest bit
-    lines = b"".join(b"\0" + line.tobytes() for line in packed)
+    palette = ((b"PLTE", bytes((0, 0, 0, *rgb))), (b"tRNS", bytes((0, 255))))
+    return _png(columns, rows, depth=1, kind=3, lines=packed, before=palette)
+
+
+def rgba_png(pixels: np.ndarray) -> str:
+    """Colours uint8 [row, column, (red, green, blue, alpha)] as a ``data:`` URI of a PNG."""
+    rows, columns, _ = pixels.shape
+    return _png(columns, rows, depth=8, kind=6, lines=pixels)
+
+
+def _png(
+    columns: int, rows: int, *, depth: int, kind: int, lines: np.ndarray, before: Sequence[tuple[bytes, bytes]] = ()
+) -> str:
+    content = b"".join(b"\0" + line.tobytes() for line in lines)
     chunks = (
-        (b"IHDR", struct.pack(">IIBBBBB", columns, rows, 1, 3, 0, 0, 0)),
-        (b"PLTE", bytes((0, 0, 0, *rgb))),
-        (b"tRNS", bytes((0, 255))),
-        (b"IDAT", zlib.compress(lines, 9)),
+        (b"IHDR", struct.pack(">IIBBBBB", columns, rows, depth, kind, 0, 0, 0)),
+        *before,
+        (b"IDAT", zlib.compress(content, 9)),
         (b"IEND", b""),
     )
     body = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     )
     return "data:image/png;base64," + base64.b64encode(body).decode()
 
