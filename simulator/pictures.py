@@ -208,7 +208,7 @@ def _ramp(values: np.ndarray) -> np.ndarray:
     return np.stack([*channels, np.full(values.shape, 255)], -1).round().astype(np.uint8)
 
 
-WIDTH, LEFT, LINE = 760, 54, 11  # of the time line's drawing, of its labels, of a PE
+WIDTH, LEFT, LINE = 760, 54, 12  # of the time line's drawing, of its labels, of a PE
 
 
 def time_line_html(region: Region) -> str:
@@ -227,7 +227,7 @@ def time_line_html(region: Region) -> str:
     )
     for line, label in enumerate(labels):
         out.append(
-            f'<text class="muted" font-size="9" x="{LEFT - 5}" y="{LINE * line + 7}" text-anchor="end">{label}</text>'
+            f'<text class="muted" font-size="10" x="{LEFT - 5}" y="{LINE * line + 8}" text-anchor="end">{label}</text>'
         )
     out.append(f'<path class="axis" d="M{LEFT} {bottom}H{right}"/>')
     middle = (LEFT + right) / 2
