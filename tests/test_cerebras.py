@@ -113,6 +113,18 @@ def test_their_seed_is_ours(tmp_path, form, key):
     assert loaded(edited(WHOLE[form], key, 7), tmp_path).seed == 7
 
 
+def test_names_of_earlier_releases_are_read_too(tmp_path):
+    body = older()
+    o = body["optimizer"]
+    del o["betas"]
+    o |= {"beta1": 0.8, "beta2": 0.98, "weight_decay_rate": o.pop("weight_decay")}
+    for stretch in o["learning_rate"]:
+        stretch["steps"] = stretch.pop("total_iters")
+    found = loaded(body, tmp_path)
+    assert (found.optimizer.beta1, found.optimizer.beta2, found.optimizer.weight_decay) == (0.8, 0.98, 0.1)
+    assert found.phases[0].warmup_steps == 2
+
+
 def edited(body, path, value):
     body = copy.deepcopy(body)
     *way, last = path.split(".")
@@ -145,6 +157,11 @@ UNLIKE = {
     "optimizer": ("optimizer.optimizer_type", "SGD", r"optimizer 'SGD' is not offered; expected AdamW"),
     "scheduler": ("optimizer.learning_rate", [{"scheduler": "CyclicLR"}], r"scheduler 'CyclicLR' is not offered"),
     "another length": ("runconfig.max_steps", 9000, r"schedule covers 8 steps, the run has 9,000"),
+    "no bias correction": (
+        "optimizer.correct_bias",
+        False,
+        r"optimizer.correct_bias = False is not offered; expected T",
+    ),
     "no steps": ("runconfig.max_steps", None, r"runconfig.max_steps must be a whole number of at least 1, not None"),
     "no mapping": ("runconfig", [1], r"runconfig must be a mapping, not \[1\]"),
 }

@@ -174,6 +174,28 @@ def test_answers_to_a_task_file(vspdf, files, tuned, tmp_path):
     assert status == 2 and "exists already" in err and content(tmp_path) == before
 
 
+def test_relations_are_in_lower_case_where_the_fine_tuning_had_them_so(vspdf, files, tmp_path):
+    rows = [{"tripleset": [[name, "IS NEAR", "Rome"]], "annotations": [{"text": name}]} for name in "abcdefgh"]
+    (tmp_path / "dart.json").write_text(json.dumps(rows))
+    more = ["data.lower_relations=true", "phases.0.steps=1", "phases.0.warmup_steps=0", "phases.0.decay=constant"]
+    path, target = f"data.path={tmp_path / 'dart.json'}", f"run_dir={tmp_path / 'low'}"
+    status, _, err = vspdf("finetune", files / "run", files / "fine.yaml", path, target, *more)
+    assert status == 0, err
+    how = ["--tokens", 8, "--beams", 2, "--json"]
+    said = "relations of triples are in lower case, as in the fine-tuning"
+    status, out, err = vspdf("generate", tmp_path / "low", "--prompt", "A : IS NEAR : Rome | just Text", *how)
+    assert status == 0 and said in err
+    answer = json.loads(out)["texts"][0]
+    assert answer.startswith("A : is near : Rome | just Text")
+    (tmp_path / "lines.txt").write_text("A : IS NEAR : Rome | just Text\n")
+    status, out, err = vspdf("generate", tmp_path / "low", "--input", tmp_path / "lines.txt", *how)
+    assert status == 0 and said in err and answer.split()[9:] == json.loads(out)["texts"][0].split()
+    status, out, err = vspdf("generate", tmp_path / "low", "--prompt", "no Triple : here", *how)
+    assert status == 0 and said not in err and json.loads(out)["texts"][0].startswith("no Triple : here")
+    status, out, err = vspdf("generate", files / "run", "--prompt", "A : IS NEAR : Rome", "--tokens", 2, "--json")
+    assert status == 0 and said not in err and json.loads(out)["texts"][0].startswith("A : IS NEAR : Rome")
+
+
 def test_overlong_prompts(vspdf, tuned, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("short\n" + "x" * 80 + "\n")

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from vspdf import hub
 from vspdf.harness import CEREBRAS7, evaluate_tasks, score_continuations
 from vspdf.ledger import Shape
 from vspdf.model import GPT
@@ -166,4 +167,54 @@ def test_a_hugging_face_folder_has_no_held_out_text(vspdf, tiny, tmp_path):
     assert vspdf("train", tiny, "phases=[{steps: 1}]")[0] == 0
     assert vspdf("convert", tmp_path / "run", tmp_path / "hf")[0] == 0
     status, _, err = vspdf("eval", tmp_path / "hf")
-    assert status == 2 and "has no run with held-out text: give --tasks" in err
+    assert status == 2 and "has no run with held-out text: give --text FILE, or --tasks" in err
+
+
+def test_a_text_of_ones_own_on_a_run_and_on_a_hugging_face_folder(vspdf, tiny, tmp_path):
+    assert vspdf("train", tiny, "phases=[{sparsity: 0.5, steps: 2}]")[0] == 0
+    assert vspdf("convert", tmp_path / "run", tmp_path / "hf")[0] == 0
+    text = "Grüße, said she.\n\nAnd again, at some length: nothing.\n"
+    (tmp_path / "own.txt").write_text(text)
+    bodies = []
+    for place in ("run", "hf"):
+        status, out, err = vspdf("eval", tmp_path / place, "--text", tmp_path / "own.txt", "--json")
+        assert status == 0 and "tokens" in err.splitlines()[-1] and "ETA 0:00" in err
+        bodies.append(json.loads(out))
+    size = len(text.encode())
+    assert bodies[0]["text"] == bodies[1]["text"]
+    assert (bodies[0]["text"]["documents"], bodies[0]["text"]["bytes"], bodies[0]["text"]["tokens"]) == (
+        1,
+        size,
+        size + 1,
+    )
+    assert bodies[0]["val_loss"] == pytest.approx(bodies[1]["val_loss"], rel=1e-5)
+    # By hand: every byte and the end of the document is a target once, in windows of 16.
+    model, words, _ = hub.load(tmp_path / "hf")
+    ids = torch.tensor([words.end_of_document, *words.encode(text).tolist(), words.end_of_document])
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 16):
+            window = ids[start : start + 17][None]
+            nats += float(model(window[:, :-1], window[:, 1:])) * (window.shape[1] - 1)
+    assert bodies[1]["val_loss"] == pytest.approx(nats / (size + 1), rel=1e-5)
+    assert bodies[1]["val_bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "own.tx"], "Did you mean 'own.txt'?"),
+        (["--text", "empty.txt"], "'empty.txt' is empty: expected text."),
+        (["--text", "own.txt", "--tasks", "piqa"], "--text and --tasks are two evaluations: give one of them."),
+        (["--text", "own.txt", "--device", "cuda:7"], "--device = 'cuda:7': torch sees "),
+        (["--text", "own.txt", "--device", "gpu"], "--device = 'gpu' is not known."),
+    ],
+    ids=["missing", "empty", "text and tasks", "no such device", "no device"],
+)
+def test_texts_that_cannot_be_scored(vspdf, tiny, tmp_path, monkeypatch, arguments, message):
+    assert vspdf("train", tiny, "phases=[{steps: 1}]")[0] == 0
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.txt").write_text("Text.")
+    (tmp_path / "empty.txt").write_text(" \n")
+    status, out, err = vspdf("eval", "run", *arguments)
+    assert (status, out) == (2, "") and message in err.splitlines()[-1]

@@ -25,6 +25,17 @@ _ROLES = {
     "mlp.c_fc": ["ffn.ffn.0.linear_layer"],
     "mlp.c_proj": ["ffn.ffn.1.linear_layer"],
 }
+_LAYERS = "transformer_decoder.layers."
+# Modules of theirs in a state dict, and ours; releases since 2.1 put `embed` behind the positions' name.
+_MODULES = {
+    "embedding_layer.word_embeddings": "wte", "embedding_layer.position_embeddings": "wpe",
+    "embedding_layer.position_embeddings.embed": "wpe", "transformer_decoder.norm": "ln_f", "ln_f": "ln_f",
+    "lm_head": "lm_head",
+}  # fmt: skip
+_IN_LAYER = {
+    "norm1": ("ln_1", 0), "norm3": ("ln_2", 0),
+    **{part: (ours, i) for ours, parts in _ROLES.items() for i, part in enumerate(parts)},
+}  # fmt: skip
 _NEVER_SPARSE = (
     "embedding_layer.word_embeddings.weight",
     "lm_head.weight",
@@ -40,12 +51,12 @@ _SIZES = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "num_heads":
 _MODEL = {
     "position_embedding_type": ("learned",), "share_embedding_weights": (True,), "use_ffn_bias": (True,),
     "use_projection_bias_in_attention": (True,), "use_ffn_bias_in_attention": (True,), "use_bias_in_output": (False,),
-    "dropout_rate": (0.0,), "attention_dropout_rate": (0.0,), "embedding_dropout_rate": (0.0,),
-    "residual_dropout_rate": (0.0,), "nonlinearity": ("gelu",), "layer_norm_epsilon": (1e-5,),
+    "nonlinearity": ("gelu",), "layer_norm_epsilon": (1e-5,),
     "norm_type": ("layernorm",), "attention_type": ("scaled_dot_product",), "embedding_layer_norm": (False,),
     "use_position_embedding": (True,), "norm_first": (True,), "fixed_sparse_attention": (None,), "moe_params": (None,),
     "attention_inner_dim": (None,), "attention_sliding_window_length": (None,), "use_untied_layer_norm": (False,),
 }  # fmt: skip
+_DROPOUT = ("dropout_rate", "attention_dropout_rate", "embedding_dropout_rate", "residual_dropout_rate")
 # What speaks of their machine and its numbers, or is read elsewhere.
 _MODEL_BESIDE = ("name", "mixed_precision", "fp16_type", "use_bfloat16", "attention_module", "attention_softmax_fp32",
                  "attention_kernel", "compute_eval_metrics", "loss_scaling", "loss_weight", "initializer",
@@ -81,7 +92,7 @@ def translate(body: Mapping[str, Any], where: str, fine_tuning: bool = False) ->
     """
     init = _mapping(_mapping(body.get("trainer"), "trainer", where).get("init"), "trainer.init", where)
     now = "trainer" in body
-    model = _mapping(init.get("model") if now else body.get("model"), "model", where)
+    model = _model_block(body, where)
     steps, data, extra = _current(body, init, where) if now else _older(body, where)
     batch, length = _whole(data.get("batch_size"), "batch_size", where), data.get("max_sequence_length")
     optimizer, rates = _optimizer(init if now else body, now, where)
@@ -106,6 +117,40 @@ def translate(body: Mapping[str, Any], where: str, fine_tuning: bool = False) ->
     seeds = (seed, body.get("seed"), init.get("seed"), _mapping(body.get("runconfig"), "runconfig", where).get("seed"))
     seed = next((found for found in seeds if found is not None), None)
     return config if seed is None else config | {"seed": seed}
+
+
+def tensor_name(theirs: str) -> tuple[str, int] | None:
+    """Our name of a tensor of the Cerebras stack's GPT, and which part of ours it is (Q, K and V: 0, 1, 2), or None.
+
+    Without the ``model.`` that some releases put before the names.
+    """
+    module, _, kind = theirs.rpartition(".")
+    if kind not in ("weight", "bias"):
+        return None
+    if module in _MODULES:
+        return f"{_MODULES[module]}.{kind}", 0
+    number, _, role = module.removeprefix(_LAYERS).partition(".")
+    if not module.startswith(_LAYERS) or not number.isdigit() or role not in _IN_LAYER:
+        return None
+    name, part = _IN_LAYER[role]
+    return f"h.{number}.{name}.{kind}", part
+
+
+def architecture(body: Mapping[str, Any], where: str) -> tuple[dict[str, int], str, dict[str, Any]]:
+    """Sizes of the model of a configuration under our names, its activation, and its settings of µP.
+
+    Raises
+    ------
+    UserError
+        Naming the setting, if it asks for what our GPT does not have.
+    """
+    model = _model_block(body, where)
+    return _sizes(model, where), str(model.get("nonlinearity", "gelu")), {k: model[k] for k in _MUP if k in model}
+
+
+def _model_block(body: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    init = _mapping(_mapping(body.get("trainer"), "trainer", where).get("init"), "trainer.init", where)
+    return _mapping(init.get("model") if "trainer" in body else body.get("model"), "model", where)
 
 
 def sparsity(block: Any, n_layer: int, where: str, older: bool = False) -> dict[str, Any]:
@@ -259,19 +304,10 @@ def _model(model: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(
             f"{where}: model.dropout_rate is not set, which means 0.1 there; no dropout is offered: set it to 0."
         )
-    for key, allowed in _MODEL.items():
-        value = model.get(key, allowed[0])
-        if value is not None and value not in allowed:
-            raise UserError(f"{where}: model.{key} = {value!r} is not offered; expected {allowed[0]!r}.")
-    found: dict[str, Any] = {}
-    for theirs, ours in _SIZES.items():
-        value = model.get(theirs)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise UserError(f"{where}: model.{theirs} must be a whole number, not {value!r}.")
-        found[ours] = value
-    known = (*_MODEL, *_MUP, *_MODEL_BESIDE, *_SIZES)
-    if ignored := [str(key) for key in model if key not in known]:
-        log.warning("%s: settings of the model that are not read here: %s.", where, ", ".join(ignored))
+    for key in _DROPOUT:
+        if model.get(key) not in (None, 0):
+            raise UserError(f"{where}: model.{key} = {model[key]!r} is not offered; expected 0.0.")
+    found: dict[str, Any] = _sizes(model, where)
     _check_loss(model, found["sequence_length"], where)
     if (std := _std(model, "initializer", where)) is not None:
         found["init_std"] = std
@@ -284,6 +320,24 @@ def _model(model: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"{where}: model.output_layer_initializer.std = {output} is not offered; expected {wanted:.4g}, the "
                 "initializer's over the root of twice the layers."
             )
+    return found
+
+
+def _sizes(model: Mapping[str, Any], where: str) -> dict[str, int]:
+    """Sizes of a model that computes what our GPT does."""
+    for key, allowed in _MODEL.items():
+        value = model.get(key, allowed[0])
+        if value is not None and value not in allowed:
+            raise UserError(f"{where}: model.{key} = {value!r} is not offered; expected {allowed[0]!r}.")
+    found: dict[str, int] = {}
+    for theirs, ours in _SIZES.items():
+        value = model.get(theirs)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UserError(f"{where}: model.{theirs} must be a whole number, not {value!r}.")
+        found[ours] = value
+    known = (*_MODEL, *_DROPOUT, *_MUP, *_MODEL_BESIDE, *_SIZES)
+    if ignored := [str(key) for key in model if key not in known]:
+        log.warning("%s: settings of the model that are not read here: %s.", where, ", ".join(ignored))
     return found
 
 
@@ -346,7 +400,10 @@ def _optimizer(body: Mapping[str, Any], now: bool, where: str) -> tuple[dict[str
     if str(kind).lower() != "adamw":
         raise UserError(f"{where}: optimizer '{kind}' is not offered; expected AdamW.")
     settings = _mapping(stated[kind], f"optimizer.{kind}", where) if now else stated
-    betas = settings.get("betas", [0.9, 0.999])
+    for key, expected in (("correct_bias", True), ("adjust_learning_rate", None)):
+        if settings.get(key, expected) not in (None, expected):
+            raise UserError(f"{where}: optimizer.{key} = {settings[key]!r} is not offered; expected {expected!r}.")
+    betas = settings.get("betas") or [settings.get("beta1", 0.9), settings.get("beta2", 0.999)]
     clip = (_mapping(body.get("precision"), "precision", where) if now else settings).get("max_gradient_norm")
     if now:
         listed = body.get("schedulers") or []
@@ -386,7 +443,7 @@ def _stretch(rate: Mapping[str, Any], where: str) -> dict[str, Any]:
     for value in (start, end):
         if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
             raise UserError(f"{where}: a learning rate must be a number of at least 0, not {value!r}.")
-    return {"kind": kind, "start": float(start), "end": float(end), "steps": rate.get("total_iters")}
+    return {"kind": kind, "start": float(start), "end": float(end), "steps": rate.get("total_iters", rate.get("steps"))}
 
 
 def _rates(stretches: list[dict[str, Any]], steps: int, where: str) -> dict[str, Any]:

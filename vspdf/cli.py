@@ -209,6 +209,7 @@ def convert(
     kinds = {
         "checkpoint": "a checkpoint of vspdf",
         "hugging-face": "a Hugging Face folder",
+        "cerebras": "a checkpoint of the Cerebras stack",
         "file": "a file of tensors",
     }
     name = f" ({found['model']})" if found["model"] else ""

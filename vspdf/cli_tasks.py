@@ -60,6 +60,9 @@ def _say(line: str) -> None:
     err.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
+
+
 def generate(
     path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run, a checkpoint, or a Hugging Face folder.")],
     prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "def ",
@@ -75,6 +78,7 @@ def generate(
     overlong: Annotated[str, typer.Option(help="Prompts that leave no room for an answer: refuse or cut.")] = "refuse",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 16,
     seed: int = 0,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Text from a checkpoint, sparse or dense: sampled after a prompt, or by beam search for a task file.
@@ -93,17 +97,20 @@ def generate(
         raise UserError(f"'{output}' exists already: nothing is overwritten; name another or move it away.")
     if output and not input:
         raise UserError("--output goes with --input; text after --prompt goes to stdout.")
-    model, tokenizer, state = hub.load(path)
+    model, tokenizer, state = hub.load(path, device=device)
     if tokenizer is None:
         raise UserError(f"'{path}' has no tokenizer: put a tokenizer.json beside its weights.")
     # A model that was fine-tuned here, and a task file, have an end of document between context and answer.
     task = state.get("task")
+    lower = bool(task and task["lower_relations"])
+    if lower and (input or tasks.lowered(prompt) != prompt):
+        _say("relations of triples are in lower case, as in the fine-tuning (data.lower_relations)")
     if input:
-        examples = tasks.read(input, format, lower_relations=bool(task and task["lower_relations"]))[:limit]
+        examples = tasks.read(input, format, lower_relations=lower)[:limit]
         answering = bool(task) or any(example.references for example in examples) or format not in ("auto", "lines")
         texts = [example.context for example in examples]
     else:
-        answering, texts = bool(task), [prompt]
+        answering, texts = bool(task), [tasks.lowered(prompt) if lower else prompt]
     decoding = Decoding(
         max_tokens=tokens or (64 if input else 200), beams=beams or (10 if input and answering else 1),
         length_penalty=length_penalty, no_repeat_ngram=no_repeat_ngram,
@@ -123,7 +130,7 @@ def generate(
     try:
         answers = run(
             model, prompts, decoding, tokenizer.end_of_document, batch_size,
-            progress=_Progress(len(prompts), started) if input else lambda done: None,
+            progress=_Progress(len(prompts), "answers") if input else lambda done: None,
         )  # fmt: skip
     except KeyboardInterrupt:
         raise Interrupted("stopped; no answer was written.") from None
@@ -131,7 +138,7 @@ def generate(
     if input:
         lines = [" ".join(tokenizer.decode(answer).split()) for answer in answers]
     else:
-        lines = [prompt + (" " if answering else "") + tokenizer.decode(answers[0]).lstrip(" " if answering else "")]
+        lines = [texts[0] + (" " if answering else "") + tokenizer.decode(answers[0]).lstrip(" " if answering else "")]
     if output:
         from vspdf.files import write_whole
 
@@ -172,10 +179,11 @@ def _fitted(prompts: list[list[int]], room: int, overlong: str, keep_end: bool) 
 
 
 class _Progress:
-    """A line now and then: answers done, and how long the rest will take at the present speed."""
+    """A line now and then: how much is done, and how long the rest will take at the present speed."""
 
-    def __init__(self, total: int, started: float) -> None:
-        self.total, self.started, self.said = total, started, started
+    def __init__(self, total: int, what: str) -> None:
+        self.total, self.what = total, what
+        self.started = self.said = time.perf_counter()
 
     def __call__(self, done: int) -> None:
         now = time.perf_counter()
@@ -183,7 +191,7 @@ class _Progress:
             self.said = now
             rate = done / (now - self.started)
             minutes, seconds = divmod(round((self.total - done) / rate), 60)
-            _say(f"{done:,}/{self.total:,} answers  {rate:.2f}/s  ETA {minutes}:{seconds:02}")
+            _say(f"{done:,}/{self.total:,} {self.what}  {rate:,.2f}/s  ETA {minutes}:{seconds:02}")
 
 
 def evaluate(
@@ -191,15 +199,21 @@ def evaluate(
     tasks: Annotated[
         str, typer.Option(metavar="NAME,...", help="Of lm-evaluation-harness, or cerebras7: the seven zero-shot tasks.")
     ] = "",
+    text: Annotated[
+        str, typer.Option(metavar="FILE", help="Text of your own instead: a file, a folder, or FILE.jsonl.")
+    ] = "",
     task_folder: Annotated[Path | None, typer.Option(help="Task files (YAML) of your own, with their data.")] = None,
     few_shot: Annotated[int | None, typer.Option(min=0, help="Examples first; default: what the task says.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 8,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Loss and bits per byte of a checkpoint on its run's held-out text, or its scores on tasks.
+    """Loss and bits per byte of a checkpoint on its run's held-out text or on a text of yours, or its scores on tasks.
 
     `vspdf eval runs/quickstart`
+
+    `vspdf eval cerebras-gpt-111m/ --text wikitext-2-test.txt`
 
     `vspdf eval cerebras-gpt-111m/ --tasks cerebras7`
 
@@ -207,18 +221,21 @@ def evaluate(
     """
     from vspdf import hub
 
-    loaded = hub.load(path)
-    body: dict[str, Any] = {"checkpoint": str(path), "step": loaded.state["step"]}
     names = [name for name in tasks.split(",") if name]
-    if not names and not task_folder:
-        _held_out(path, loaded, body)
+    if task_folder and not names:
+        raise UserError("--task-folder goes with --tasks: name the tasks in it.")
+    if text and names:
+        raise UserError("--text and --tasks are two evaluations: give one of them.")
+    loaded = hub.load(path, device=device)
+    if loaded.tokenizer is None and (text or names):
+        raise UserError(f"'{path}' has no tokenizer: put a tokenizer.json beside its weights.")
+    body: dict[str, Any] = {"checkpoint": str(path), "step": loaded.state["step"]}
+    if not names:
+        _on_text(path, loaded, text, batch_size, body)
     else:
         from vspdf.harness import evaluate_tasks
 
-        if not names:
-            raise UserError("--task-folder goes with --tasks: name the tasks in it.")
-        if loaded.tokenizer is None:
-            raise UserError(f"'{path}' has no tokenizer: put a tokenizer.json beside its weights.")
+        assert loaded.tokenizer is not None
         body |= evaluate_tasks(
             loaded.model, loaded.tokenizer, names, folder=task_folder, few_shot=few_shot, limit=limit,
             batch_size=batch_size, say=_say,
@@ -227,31 +244,45 @@ def evaluate(
         emit(body)
     elif "val_loss" in body:
         figures = f"{body['val_loss']:.4f} nats/token, {body['val_bits_per_byte']:.4f} bits/byte"
-        out.print(f"{body['checkpoint']}: {figures} on all held-out text", highlight=False, soft_wrap=True)
+        where = "all held-out text"
+        if text:
+            where = "{name} ({documents:,} documents, {bytes:,} bytes, {tokens:,} tokens)".format(**body["text"])
+        out.print(f"{body['checkpoint']}: {figures} on {where}", markup=False, highlight=False, soft_wrap=True)
     else:
         _print_tasks(body)
     if names and not body["tasks"]:
         raise UserError("no task could be evaluated: see above which data could not be reached.")
 
 
-def _held_out(path: Path, loaded: Any, body: dict[str, Any]) -> None:
+def _on_text(path: Path, loaded: Any, text: str, batch_size: int, body: dict[str, Any]) -> None:
+    """Adds loss and bits per byte on `text`, or on what the run held out."""
     from vspdf import checkpoint, data, hub, pairs
     from vspdf import config as configuration
     from vspdf.evaluate import evaluate as run
 
-    if hub.kind(path) == "hugging-face":
-        raise UserError(f"'{path}' has no run with held-out text: give --tasks.")
-    folder = checkpoint.resolve(path)
-    settings = configuration.load(folder.parent.parent / "config.yaml")
+    window = loaded.model.shape.sequence_length
+    if text:
+        own = data.Text.read(text, loaded.tokenizer, window)
+        result = run(loaded.model, own, batch_size, progress=_Progress(own.source["tokens"], "tokens"))
+        body |= {"text": own.source, "val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
+        return
+    folder = checkpoint.resolve(path) if hub.kind(path) == "checkpoint" else path
+    file = folder.parent.parent / "config.yaml"
+    if hub.kind(path) != "checkpoint" or not file.is_file():
+        raise UserError(f"'{path}' has no run with held-out text: give --text FILE, or --tasks.")
+    settings = configuration.load(file)
     held: data.Dataset | pairs.Pairs
+    progress = lambda done: None  # noqa: E731
     if settings.start:
         held = pairs.prepare(settings.data, settings.seed, loaded.tokenizer)
     else:
-        held = data.prepare(settings.data, loaded.model.shape.sequence_length, settings.seed)
+        held = data.prepare(settings.data, window, settings.seed)
+        progress = _Progress(held.manifest["validation"]["tokens"], "tokens")
     if held.manifest["corpus"]["sha256"] != loaded.state["corpus"]["sha256"]:
         name = settings.data.path or settings.data.corpus
         raise UserError(f"the corpus '{name}' has changed since {folder} was written.")
-    result = run(loaded.model, held, settings.train.micro_batch_size or 1, precision=settings.train.precision)
+    batch_size = settings.train.micro_batch_size or 1
+    result = run(loaded.model, held, batch_size, precision=settings.train.precision, progress=progress)
     body |= {"checkpoint": str(folder), "val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
 
 

@@ -338,6 +338,12 @@ def _one_of(key: str, value: str, known: Iterable[str]) -> None:
     _require(value in known, f"{key} = '{value}' is not known.{did_you_mean(value, known)}")
 
 
+def check_device(key: str, name: str) -> None:
+    """Whether a device has a name that is known, be it here or not."""
+    known = bool(re.fullmatch(r"cpu|cuda(:\d+)?", name))
+    _require(known, f"{key} = '{name}' is not known.{did_you_mean(name, ('cpu', 'cuda', 'cuda:1'))}")
+
+
 def model_shape(model: ModelConfig, vocab_size: int | None = None) -> ledger.Shape:
     """Shape of the configured model; `vocab_size` is the tokenizer's, for where the configuration leaves it open."""
     vocab_size = model.vocab_size or vocab_size
@@ -357,10 +363,7 @@ def resolve(config: Config) -> None:
     train, optimizer = config.train, config.optimizer
     _one_of("train.precision", train.precision, ("fp32", "bf16"))
     _one_of("train.backend", train.backend, ("auto", "cpu", "reference", "triton"))
-    _require(
-        bool(re.fullmatch(r"cpu|cuda(:\d+)?", train.device)),
-        f"train.device = '{train.device}' is not known.{did_you_mean(train.device, ('cpu', 'cuda', 'cuda:1'))}",
-    )
+    check_device("train.device", train.device)
     for backend, device in (("cpu", "cuda"), ("triton", "cpu")):
         _require(
             train.backend != backend or not train.device.startswith(device),

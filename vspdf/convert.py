@@ -26,8 +26,8 @@ def convert(
     Parameters
     ----------
     source : path
-        A run directory, a step folder, a Hugging Face GPT-2 folder, or a single file of tensors (safetensors, or a
-        pickle of tensors and plain values).
+        A run directory, a step folder, a Hugging Face GPT-2 folder, a folder with a checkpoint of the Cerebras stack
+        and its YAML, or a single file of tensors (safetensors, or a pickle of tensors and plain values).
     target : path
         Of what is written; must not exist.
     to : {"hugging-face", "dense", "sparse"}, optional
@@ -57,7 +57,7 @@ def convert(
         if to is not None:
             raise UserError(
                 f"'{source}' is a file: it becomes a file with zeros for masked weights. For --to {to} give the folder "
-                "that holds it and its config.json."
+                "that holds it and its config.json, or its YAML of the Cerebras stack."
             )
         return _finalize_file(source, target)
     kind = hub.kind(source)

@@ -654,15 +654,7 @@ class Dataset(Samples):
         UserError
             If the data end before that and `repeat` is off.
         """
-        return self._windows(self._tokens.train, self.window_ids(start, count))
-
-    def _windows(self, stream: np.ndarray, windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        t = self.sequence_length
-        both = np.empty((len(windows), t + 1), np.int64)
-        for row, window in zip(both, windows, strict=True):
-            row[:] = stream[window * t : window * t + t + 1]
-        tensor = torch.from_numpy(both)
-        return tensor[:, :-1].contiguous(), tensor[:, 1:].contiguous()
+        return _windows(self._tokens.train, self.window_ids(start, count), self.sequence_length)
 
     def for_test(self) -> Dataset:
         """The same with the test's documents in the place of those for validation.
@@ -679,7 +671,64 @@ class Dataset(Samples):
         return other
 
     def validation_batches(self, batch_size: int, max_tokens: int = 0) -> Iterator[ValidationBatch]:
-        """Held-out text in a fixed order, every token of it a target once.
+        """Held-out text in a fixed order; see `Text.validation_batches`."""
+        held = Text(self._tokens.validation, self.tokenizer, self.sequence_length)
+        return held.validation_batches(batch_size, max_tokens)
+
+
+def _windows(stream: np.ndarray, windows: np.ndarray, t: int) -> tuple[torch.Tensor, torch.Tensor]:
+    both = np.empty((len(windows), t + 1), np.int64)
+    for row, window in zip(both, windows, strict=True):
+        row[:] = stream[window * t : window * t + t + 1]
+    tensor = torch.from_numpy(both)
+    return tensor[:, :-1].contiguous(), tensor[:, 1:].contiguous()
+
+
+class Text:
+    """Text to be scored: documents one after the other, with an end of document before, between and after them.
+
+    Parameters
+    ----------
+    stream : ndarray of integers
+        Their tokens.
+    tokenizer : Tokenizer
+    sequence_length : int
+        Tokens of a window.
+    source : dict
+        What it is: `name`, `sha256`, `documents`, `bytes`.
+    """
+
+    def __init__(
+        self, stream: np.ndarray, tokenizer: Tokenizer, sequence_length: int, source: dict[str, Any] | None = None
+    ) -> None:
+        self.stream, self.tokenizer, self.sequence_length = stream, tokenizer, sequence_length
+        self.source = {**(source or {}), "tokens": len(stream) - 1}
+
+    @classmethod
+    def read(cls, source: str, tokenizer: Tokenizer, sequence_length: int) -> Text:
+        """All of a corpus, as `load_documents` knows them; a file of text is one document.
+
+        Raises
+        ------
+        UserError
+            If it is missing, empty or no text, or the tokenizer alters it.
+        """
+        corpus, path = load_documents(DataConfig(corpus=source)), Path(source).expanduser()
+        if path.is_file() and path.suffix.lower() not in JSON_LINES_ENDINGS:
+            corpus = Corpus(source, lambda: iter([Document(path.name, _read_text(path))]))
+        texts = [text for _, text in corpus]
+        if not texts:
+            raise UserError(f"'{source}' is empty: expected text.")
+        end = [tokenizer.end_of_document]
+        parts = [part for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True) for part in (ids, end)]
+        stream, size = np.concatenate([end, *parts]), sum(len(text.encode()) for text in texts)
+        if int(tokenizer.bytes_per_token[stream].sum()) != size:
+            raise UserError(f"tokenizer {tokenizer.name} alters the text of '{source}': expected one that keeps it.")
+        what = {"name": source, "sha256": _Survey.of(corpus).sha256, "documents": len(texts), "bytes": size}
+        return cls(stream, tokenizer, sequence_length, what)
+
+    def validation_batches(self, batch_size: int, max_tokens: int = 0) -> Iterator[ValidationBatch]:
+        """The text in order, every token of it a target once.
 
         Parameters
         ----------
@@ -687,14 +736,14 @@ class Dataset(Samples):
         max_tokens : int
             Where above 0, about so many tokens only (at least one sequence), in windows spread evenly over the text.
         """
-        t, stream = self.sequence_length, self._tokens.validation
+        t, stream = self.sequence_length, self.stream
         n_full, tail = divmod(len(stream) - 1, t)
         windows = np.arange(n_full)
         if 0 < max_tokens < len(stream) - 1 and n_full:
             wanted = min(max(max_tokens // t, 1), n_full)
             windows, tail = (np.arange(wanted) * n_full) // wanted, 0
         for start in range(0, len(windows), batch_size):
-            yield self._validation_batch(*self._windows(stream, windows[start : start + batch_size]))
+            yield self._validation_batch(*_windows(stream, windows[start : start + batch_size], t))
         if tail:
             last = torch.from_numpy(stream[n_full * t :].astype(np.int64))[None]
             yield self._validation_batch(last[:, :-1].contiguous(), last[:, 1:].contiguous())

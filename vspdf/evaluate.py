@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 
+from vspdf.config import check_device
 from vspdf.data import ValidationBatch
+from vspdf.errors import UserError
 
 
 class Evaluation(NamedTuple):
@@ -24,6 +26,24 @@ class HeldOut(Protocol):
     def validation_batches(self, batch_size: int, max_tokens: int = 0) -> Iterator[ValidationBatch]: ...
 
 
+def device(name: str, key: str = "--device") -> torch.device:
+    """The device of that name; `key` is the setting that named it.
+
+    Raises
+    ------
+    UserError
+        If the name is not known, or the device not here.
+    """
+    check_device(key, name)
+    found = torch.device(name)
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (found.index or 0) >= count:
+            have = f"only {count} of them" if count else "no CUDA device"
+            raise UserError(f"{key} = '{name}': torch sees {have} here; cpu runs anywhere.")
+    return found
+
+
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     """Context of a configured `train.precision`."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
@@ -31,7 +51,12 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: HeldOut, batch_size: int, max_tokens: int = 0, precision: str = "fp32"
+    model: nn.Module,
+    data: HeldOut,
+    batch_size: int,
+    max_tokens: int = 0,
+    precision: str = "fp32",
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Mean loss of a model over the held-out documents, the same ones at every call.
 
@@ -39,21 +64,25 @@ def evaluate(
     ----------
     model : nn.Module
         ``model(tokens, targets)`` gives the mean cross-entropy in nats per token.
-    data : Dataset or Pairs
+    data : Dataset, Text or Pairs
     batch_size : int
         Sequences at a time.
     max_tokens : int
         Stop after about this many; 0: all.
+    precision : {"fp32", "bf16"}
+    progress : callable
+        Called with the number of tokens done.
     """
     training = model.training
     model.eval()
     nats = tokens = text_bytes = 0.0
-    device = next(model.parameters()).device
-    with autocast(precision, device):
+    where = next(model.parameters()).device
+    with autocast(precision, where):
         for inputs, targets, size in data.validation_batches(batch_size, max_tokens):
             count = int((targets >= 0).sum())  # below: no target
-            nats += float(model(inputs.to(device), targets.to(device))) * count
+            nats += float(model(inputs.to(where), targets.to(where))) * count
             tokens += count
             text_bytes += size
+            progress(int(tokens))
     model.train(training)
     return Evaluation(nats / tokens, nats / math.log(2) / text_bytes)

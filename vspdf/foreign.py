@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vspdf import cerebras
 from vspdf.errors import UserError, near_path
 
 PICKLES = (".pt", ".pth", ".bin", ".mdl", ".ckpt")
@@ -71,14 +73,15 @@ def read(file: Path) -> Any:
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """Tensors by name of a Hugging Face folder: safetensors before pickles, whole or in shards.
+    """Tensors by name of a Hugging Face folder: safetensors before pickles, whole or in shards; else of its one .mdl.
 
     Raises
     ------
     UserError
         If there are none, a shard is missing or a file is damaged.
     """
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    theirs = sorted(file.name for file in folder.glob("*.mdl"))
+    for name in ("model.safetensors", "pytorch_model.bin", *theirs):
         index = folder / f"{name}.index.json"
         if index.is_file():
             try:
@@ -88,6 +91,8 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
             if outside := [file for file in files if Path(file).name != file]:
                 raise UserError(f"{index} names '{outside[0]}': expected files of its own folder.")
         elif (folder / name).is_file():
+            if name in theirs[:-1]:
+                raise UserError(f"'{folder}' holds {len(theirs)} checkpoints ({', '.join(theirs[:3])}): expected one.")
             files = [name]
         else:
             continue
@@ -96,6 +101,42 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
             tensors.update(flatten(read(folder / file)))
         return tensors
     raise UserError(f"'{folder}' holds no model.safetensors and no pytorch_model.bin.")
+
+
+def from_cerebras(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Tensors of a GPT of the Cerebras stack under GPT-2's names and in its layout: Q, K and V of a layer become one.
+
+    Of a whole checkpoint the model alone is taken. Tensors with other names come back as they are.
+
+    Raises
+    ------
+    UserError
+        If only some of the names are known, parts of Q, K and V are missing, or the two names of the last norm differ.
+    """
+    whole = {name: t for name, t in tensors.items() if name.startswith("model.")} or tensors
+    theirs = {re.sub(r"^(model\.)+", "", name): tensor for name, tensor in whole.items()}
+    if not any(name.startswith("transformer_decoder.") for name in theirs):
+        return dict(tensors)
+    parts: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in theirs.items():
+        known = cerebras.tensor_name(name.removesuffix(_MASK))
+        if known is None:
+            raise UserError(
+                f"{where}: '{name}' is no tensor of a GPT of the Cerebras stack that is known here; convert it to a "
+                "Hugging Face folder with its own converter first."
+            )
+        ours, part = known[0] + (_MASK if name.endswith(_MASK) else ""), known[1]
+        found = parts.setdefault(ours, {})
+        if part in found and not torch.equal(found[part], tensor):
+            raise UserError(f"{where}: '{name}' differs from its other name's tensor, and one is kept here.")
+        found[part] = tensor
+    if "lm_head.weight" in parts:  # tied: some releases store it once
+        parts.setdefault("wte.weight", parts["lm_head.weight"])
+    for name, found in parts.items():
+        if missing := [x for i, x in enumerate("QKV") if name.split(".")[-2] == "c_attn" and i not in found]:
+            raise UserError(f"{where}: '{name}' lacks its part for {' and '.join(missing)}.")
+    merged = {name: torch.cat([found[i] for i in sorted(found)]) for name, found in parts.items()}
+    return {name: t.T if name.startswith("h.") and t.dim() == 2 else t for name, t in merged.items()}
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -231,6 +231,7 @@ def score_continuations(
     window = model.shape.sequence_length
     training = model.training
     model.eval()
+    device = next(model.parameters()).device
     results: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
     for start in range(0, len(order), batch_size):
@@ -240,9 +241,9 @@ def score_continuations(
         tokens = torch.zeros((len(batch), longest), dtype=torch.long)
         for row, ids in enumerate(inputs):
             tokens[row, : len(ids)] = torch.tensor(ids)
-        hidden = model.hidden(tokens)
+        hidden = model.hidden(tokens.to(device))
         for row, i in enumerate(batch):
-            targets = torch.tensor(list(rows[i][1])[-len(inputs[row]) :], dtype=torch.long)
+            targets = torch.tensor(list(rows[i][1])[-len(inputs[row]) :], dtype=torch.long, device=device)
             if not len(targets):
                 continue
             logits = model.logits(hidden[row, len(inputs[row]) - len(targets) : len(inputs[row])]).float()

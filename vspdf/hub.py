@@ -18,8 +18,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vspdf import checkpoint, foreign
+from vspdf import cerebras, checkpoint, foreign
+from vspdf.config import read_yaml
 from vspdf.errors import UserError, near_path
+from vspdf.evaluate import device as find_device
 from vspdf.ledger import MODELS, Shape
 from vspdf.model import GPT
 from vspdf.pattern import Pattern
@@ -56,7 +58,7 @@ class Loaded(NamedTuple):
 
 
 def kind(path: Path) -> str:
-    """What a path holds: "checkpoint" (a run directory of ours or one of its step folders) or "hugging-face".
+    """What a path holds: "checkpoint" (of ours: a run directory or a step folder), "hugging-face" or "cerebras".
 
     Raises
     ------
@@ -69,14 +71,16 @@ def kind(path: Path) -> str:
         return "checkpoint"
     if (path / "config.json").is_file():
         return "hugging-face"
+    if path.is_dir() and any(path.glob("*.mdl")):
+        return "cerebras"
     raise UserError(
-        f"no checkpoint in '{path}': expected a run directory, one of its checkpoints/step-N folders, or a "
-        "Hugging Face folder (config.json)."
+        f"no checkpoint in '{path}': expected a run directory, one of its checkpoints/step-N folders, a Hugging Face "
+        "folder (config.json), or a folder with a checkpoint of the Cerebras stack (.mdl) and its YAML."
     )
 
 
-def load(path: str | Path, backend: str = "auto", tokenizer: Tokenizer | None = None) -> Loaded:
-    """Model, tokenizer and state of any checkpoint: a run directory, a step folder or a Hugging Face GPT-2 folder.
+def load(path: str | Path, backend: str = "auto", tokenizer: Tokenizer | None = None, device: str = "cpu") -> Loaded:
+    """Model, tokenizer and state of any checkpoint: of ours, a Hugging Face GPT-2 folder, or the Cerebras stack's.
 
     Parameters
     ----------
@@ -86,19 +90,21 @@ def load(path: str | Path, backend: str = "auto", tokenizer: Tokenizer | None = 
         Of sparse layers.
     tokenizer : Tokenizer, optional
         Instead of the stored one.
+    device : str
+        "cpu", "cuda" or "cuda:1".
 
     Raises
     ------
     UserError
-        If there is no checkpoint, it is damaged, it is of a model that our GPT does not cover, or the tokenizer does
-        not match the model.
+        If there is no checkpoint, it is damaged, it is of a model that our GPT does not cover, the tokenizer does not
+        match the model, or the device is not here.
     """
-    path = Path(path)
-    if kind(path) == "hugging-face":
-        loaded, masks = read_hugging_face(path, tokenizer)
+    where, path = find_device(device), Path(path)
+    if kind(path) != "checkpoint":
+        loaded, masks = read_theirs(path, tokenizer)
         if masks:
             sparsify(loaded.model, masks, backend=backend)
-        return loaded
+        return loaded._replace(model=loaded.model.to(where))
     folder = checkpoint.resolve(path)
     state, tensors, _ = checkpoint.read(folder)
     state.setdefault("activation", "gelu")
@@ -109,7 +115,7 @@ def load(path: str | Path, backend: str = "auto", tokenizer: Tokenizer | None = 
         tokenizer = Tokenizer.load(file)
     if tokenizer is not None and tokenizer.vocab_size > model.shape.vocab_size:
         raise _mismatch(tokenizer, f"the model of {folder} has {model.shape.vocab_size}")
-    return Loaded(model, tokenizer, state)
+    return Loaded(model.to(where), tokenizer, state)
 
 
 def shape_of(path: str | Path) -> tuple[Shape, str]:
@@ -121,8 +127,8 @@ def shape_of(path: str | Path) -> tuple[Shape, str]:
         As `load`, as far as it can be known without the weights.
     """
     path = Path(path)
-    if kind(path) == "hugging-face":
-        return read_configuration(foreign.read_json(path / "config.json"), str(path / "config.json"))[:2]
+    if kind(path) != "checkpoint":
+        return read_configuration(*_configuration(path))[:2]
     state = checkpoint.read_state(checkpoint.resolve(path))
     return Shape(**state["model"]), state.get("activation", "gelu")
 
@@ -191,6 +197,22 @@ def read_configuration(config: Mapping[str, Any], where: str = "config.json") ->
     return shape, ACTIVATIONS[activation], _scales(config, shape, where)
 
 
+def _configuration(folder: Path) -> tuple[dict[str, Any], str]:
+    """Content of a folder's config.json, or what it would be for the Cerebras stack's YAML there; and the file read."""
+    if (folder / "config.json").is_file():
+        return foreign.read_json(folder / "config.json"), str(folder / "config.json")
+    bodies = {file: read_yaml(file) for file in sorted(folder.glob("*.y*ml"))}
+    files = [file for file, body in bodies.items() if cerebras.is_cerebras(body)]
+    if len(files) != 1:
+        raise UserError(
+            f"'{folder}' holds {len(files)} YAML files of the Cerebras stack: expected one beside the .mdl, with the "
+            "model that was trained."
+        )
+    sizes, activation, scales = cerebras.architecture(bodies[files[0]], str(files[0]))
+    named = {_SIZES[key]: value for key, value in sizes.items()}
+    return {"model_type": "gpt2", **named, "activation_function": activation, **scales}, str(files[0])
+
+
 def _scales(config: Mapping[str, Any], shape: Shape, where: str) -> Scales:
     """µP (arXiv:2203.03466) as Cerebras's configurations spell it, in three generations of names."""
     known: set[str] = {"mup_base_hidden_size", "mup_base_filter_size"}  # speak of initialisation and learning rate
@@ -231,26 +253,25 @@ def known_name(shape: Shape, activation: str = "gelu") -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From Hugging Face
+# From others
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_hugging_face(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Loaded, dict[str, Pattern]]:
-    """A dense model from a Hugging Face folder, and the patterns that NaN or ``_mask`` tensors told, by layer.
+def read_theirs(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Loaded, dict[str, Pattern]]:
+    """A dense model from a folder of others, and the patterns that NaN or ``_mask`` tensors told, by layer.
 
     Raises
     ------
     UserError
         As `load`.
     """
-    config = foreign.read_json(folder / "config.json")
-    where = str(folder / "config.json")
+    config, where = _configuration(folder)
     shape, activation, scales = read_configuration(config, where)
     if tokenizer is None:
         tokenizer = _tokenizer(folder)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, shape, config.get("eos_token_id"), str(folder))
-    tensors, masks = foreign.finalize(foreign.read_folder(folder), str(folder))
+    tensors, masks = foreign.finalize(foreign.from_cerebras(foreign.read_folder(folder), str(folder)), str(folder))
     model, patterns = from_tensors(shape, activation, tensors, masks, scales, str(folder))
     state = {"step": 0, "model": asdict(shape), "activation": activation}
     return Loaded(model, tokenizer, state), patterns

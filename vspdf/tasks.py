@@ -42,7 +42,8 @@ def read(path: str | Path, format: str = "auto", *, lower_relations: bool = Fals
         them), "lines" one context a line. "auto" goes by the name's ending and, for text, by ``||`` in its first line.
         Where the pairs of one context follow each other, they are one example.
     lower_relations : bool
-        Lower-case the relations of triples, as the preparation script of the LoRA paper does for DART.
+        Lower-case the relations of triples, as the preparation script of the LoRA paper does for DART; in a context
+        that is text already, what `lowered` takes for them.
 
     Raises
     ------
@@ -74,7 +75,17 @@ def read(path: str | Path, format: str = "auto", *, lower_relations: bool = Fals
         examples = [Example(line, ()) for line in lines_of(text)]
     if not examples:
         raise UserError(f"'{path}' holds no example (read as {format}).")
+    if lower_relations and format in ("jsonl", "lines"):
+        return [example._replace(context=lowered(example.context)) for example in examples]
     return examples
+
+
+def lowered(context: str) -> str:
+    """A context ``s : r : o | s : r : o`` with its relations in lower case; all else as it is."""
+    parts = [part.split(" : ") for part in context.split(" | ")]
+    return " | ".join(
+        " : ".join([fields[0], fields[1].lower(), fields[2]] if len(fields) == 3 else fields) for fields in parts
+    )
 
 
 def lines_of(text: str) -> list[str]:

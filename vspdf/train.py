@@ -32,7 +32,7 @@ from vspdf import config as configuration
 from vspdf.config import Config, PhaseConfig
 from vspdf.data import Dataset, prepare
 from vspdf.errors import Diverged, Interrupted, UserError
-from vspdf.evaluate import Evaluation, autocast, evaluate
+from vspdf.evaluate import Evaluation, autocast, device, evaluate
 from vspdf.files import write_whole
 from vspdf.generate import Decoding, generate
 from vspdf.kernels import dispatch
@@ -129,7 +129,7 @@ class _Run:
     def __init__(self, config: Config, resume: bool, say: Callable[[str], None]) -> None:
         self.config, self.say = config, say
         self.folder = Path(config.run_dir or "")
-        self.device = _device(config.train.device)
+        self.device = device(config.train.device, "train.device")
         self._check_folder(resume)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
@@ -254,7 +254,7 @@ class _Run:
                 f"init_from '{source}' was trained with the tokenizer {loaded.tokenizer.name}, whose vocabulary is not "
                 f"that of data.tokenizer = '{config.data.tokenizer}'."
             )
-        self.model = loaded.model
+        self.model = loaded.model.to(self.device)
         if hub.kind(Path(source)) == "checkpoint":
             _, _, moments = checkpoint.read(checkpoint.resolve(Path(source)))
             moments = {name: t for name, t in moments.items() if not name.startswith("revived:")}
@@ -762,23 +762,6 @@ class _DenseTwin:
             return time.perf_counter() - start
         finally:
             torch.set_num_threads(current)
-
-
-def _device(name: str) -> torch.device:
-    """The device of `train.device`.
-
-    Raises
-    ------
-    UserError
-        If it is not here.
-    """
-    device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            have = f"only {count} of them" if count else "no CUDA device"
-            raise UserError(f"train.device = '{name}': torch sees {have} here; train.device=cpu runs anywhere.")
-    return device
 
 
 def _adamw(model: nn.Module, config: Config, phase: PhaseConfig) -> torch.optim.AdamW:
