@@ -1,5 +1,6 @@
 """Conversion to and from Hugging Face's layout, and the loader of any checkpoint."""
 
+import dataclasses
 import json
 import shutil
 
@@ -381,6 +382,18 @@ def test_a_tokenizer_of_another_size_does_not_match(folder, corpus):
     Tokenizer.train([corpus.read_text()], 400).save(folder / "tokenizer.json")
     with pytest.raises(UserError, match=r"'tokenizer.json' does not match the model: it has 400 tokens, .* has 257"):
         hub.load(folder)
+
+
+def test_a_model_may_have_rows_to_spare(trained, tmp_path):
+    """As a preset's vocabulary under a tokenizer of one's own: the same end of document tells that the two belong."""
+    model, words, _ = hub.load(trained)
+    wide = GPT(dataclasses.replace(model.shape, vocab_size=1000))
+    hub.write_hugging_face(wide, words, tmp_path / "hf")
+    assert hub.load(tmp_path / "hf").tokenizer.vocab_size == 257
+    body = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(body | {"eos_token_id": None}))
+    with pytest.raises(UserError, match=r"does not match the model: it has 257 tokens, .* has 1000"):
+        hub.load(tmp_path / "hf")
 
 
 def test_a_tokenizer_that_ends_documents_otherwise_does_not_match(folder, corpus):

@@ -1,6 +1,7 @@
 """The verbs after pre-training, from start to answers: fine-tuning, generation, and what they refuse."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from vspdf import cli_tasks, hub
 from vspdf.sparse import sparse_layers
+from vspdf.tokenizer import Tokenizer
 
 RELATIONS = {"is blue": "colour : blue", "is old": "age : old", "is near": "place : near"}
 FINETUNE = """
@@ -174,6 +176,20 @@ def test_answers_to_a_task_file(vspdf, files, tuned, tmp_path):
     assert status == 2 and "exists already" in err and content(tmp_path) == before
 
 
+def test_a_start_without_a_tokenizer_takes_one_that_fits(vspdf, files, tmp_path):
+    shutil.copytree(files / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    path, more = f"data.path={files / 'pairs.jsonl'}", ["phases.0.steps=1", "phases.0.warmup_steps=0"]
+    how = ["finetune", tmp_path / "hf", files / "fine.yaml", path, f"run_dir={tmp_path / 'run'}", *more]
+    status, _, err = vspdf(*how)
+    assert status == 2 and "has no tokenizer: put a tokenizer.json beside its weights" in err
+    Tokenizer.train(["some words of a text"], 260).save(tmp_path / "wrong.json")
+    status, _, err = vspdf(*how, f"data.tokenizer={tmp_path / 'wrong.json'}")
+    assert status == 2 and "tokenizer 'wrong.json' does not match the model: it has 260 tokens" in err
+    status, _, err = vspdf(*how, f"data.tokenizer={files / 'hf' / 'tokenizer.json'}")
+    assert status == 0, err
+
+
 def test_relations_are_in_lower_case_where_the_fine_tuning_had_them_so(vspdf, files, tmp_path):
     rows = [{"tripleset": [[name, "IS NEAR", "Rome"]], "annotations": [{"text": name}]} for name in "abcdefgh"]
     (tmp_path / "dart.json").write_text(json.dumps(rows))
@@ -205,7 +221,7 @@ def test_overlong_prompts(vspdf, tuned, tmp_path):
     assert status == 0 and "1 of 2 prompts are cut to 53 tokens: their beginning is kept" in err
     assert len(json.loads(out)["texts"]) == 2
     status, _, err = vspdf("generate", tuned[0], "--input", prompts, "--tokens", 70, "--overlong", "cut")
-    assert status == 2 and "no room for a prompt" in err
+    assert status == 2 and "no room for a prompt in the model's window: lower it by at least 8." in err
 
 
 def test_a_stopped_generation_writes_nothing(vspdf, files, tuned, tmp_path, monkeypatch):

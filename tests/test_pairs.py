@@ -118,8 +118,8 @@ def test_overlong_pairs_are_cut_or_dropped_and_that_is_said(tmp_path, caplog, ov
 def test_what_teaches_nothing_is_left_out_and_counted(tmp_path, caplog):
     rows = [("", "x"), (" ", "y"), ("a", []), ("b", ["", "z"]), ("c", "w")]
     data = pairs.prepare(config(write(tmp_path, rows)), 0, TOKENIZER)
-    assert "2 of 5 examples have not a context and are left out" in caplog.text
-    assert "1 of 5 examples have not a reference and are left out" in caplog.text
+    assert "2 of 5 examples have no context and are left out" in caplog.text
+    assert "1 of 5 examples have no reference and are left out" in caplog.text
     assert data.manifest["train"]["documents"] + data.manifest["validation"]["documents"] == 2
     with pytest.raises(UserError, match="no example with both a context and a reference"):
         pairs.prepare(config(write(tmp_path, rows[:3])), 0, TOKENIZER)
@@ -135,7 +135,9 @@ def test_running_out_of_pairs(tmp_path):
 
 def test_the_tokenizer_is_the_models(tmp_path):
     assert pairs.tokenizer_for(DataConfig(), TOKENIZER, "run") is TOKENIZER
-    with pytest.raises(UserError, match=r"'folder' has no tokenizer: give data.tokenizer"):
+    with pytest.raises(
+        UserError, match=r"'folder' has no tokenizer: put a tokenizer.json beside its weights, or give data.t"
+    ):
         pairs.tokenizer_for(DataConfig(), None, "folder")
     with pytest.raises(UserError, match="would learn a new one"):
         pairs.tokenizer_for(DataConfig(tokenizer="bpe:300"), None, "folder")

@@ -228,7 +228,10 @@ def test_what_does_not_fit_is_refused(tmp_path, tiny_config):
     for override, message in (
         ("model.d_ff=64", r"init_from '.*one': its model.d_ff is 128, here it is 64"),
         ("model.activation=gelu_tanh", r"needs model.activation=gelu"),
-        ("data.tokenizer=bpe:300", r"its model.vocab_size is 257, here it is 300"),
+        (
+            "data.tokenizer=bpe:300",
+            r"trained with the tokenizer bytes, whose vocabulary is not that of data.tokenizer = 'bpe:300'",
+        ),
         (f"init_from={tmp_path / 'nowhere'}", r"'.*nowhere' not found"),
         ("data.first_sequence=-1", r"data.first_sequence must not be negative"),
         ("data.first_sequence=100000", r"enough|unseen|samples|sequences"),

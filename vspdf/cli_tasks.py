@@ -165,7 +165,7 @@ def generate(
 def _fitted(prompts: list[list[int]], room: int, overlong: str, keep_end: bool) -> list[list[int]]:
     """Prompts of at most `room` tokens."""
     if room < 1:
-        raise UserError(f"--tokens leaves no room for a prompt: the model's window is {room} tokens too short.")
+        raise UserError(f"--tokens leaves no room for a prompt in the model's window: lower it by at least {1 - room}.")
     long = sum(len(ids) > room for ids in prompts)
     if long and overlong == "refuse":
         raise UserError(
@@ -191,7 +191,8 @@ class _Progress:
             self.said = now
             rate = done / (now - self.started)
             minutes, seconds = divmod(round((self.total - done) / rate), 60)
-            _say(f"{done:,}/{self.total:,} {self.what}  {rate:,.2f}/s  ETA {minutes}:{seconds:02}")
+            speed = f"{rate:,.0f}" if rate >= 100 else f"{rate:.2f}"
+            _say(f"{done:,}/{self.total:,} {self.what}  {speed}/s  ETA {minutes}:{seconds:02}")
 
 
 def evaluate(
@@ -246,7 +247,7 @@ def evaluate(
         figures = f"{body['val_loss']:.4f} nats/token, {body['val_bits_per_byte']:.4f} bits/byte"
         where = "all held-out text"
         if text:
-            where = "{name} ({documents:,} documents, {bytes:,} bytes, {tokens:,} tokens)".format(**body["text"])
+            where = "{name} ({bytes:,} bytes, {tokens:,} tokens; documents: {documents:,})".format(**body["text"])
         out.print(f"{body['checkpoint']}: {figures} on {where}", markup=False, highlight=False, soft_wrap=True)
     else:
         _print_tasks(body)

@@ -413,7 +413,6 @@ def _resolve_task(config: Config) -> None:
         return
     _require(config.init_from is None, "init_from is for pre-training; fine-tuning names its checkpoint first.")
     _require(config.start is not None, "data.path is for fine-tuning: vspdf finetune CHECKPOINT CONFIG data.path=FILE.")
-    _require(config.init_from is None, "init_from is for pre-training: fine-tuning starts from what it is given.")
     _one_of("data.format", data.format, ("auto", "dart", "webnlg", "e2e", "jsonl"))
     _one_of("data.overlong", data.overlong, ("refuse", "cut", "drop"))
     assert longest is not None

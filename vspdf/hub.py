@@ -270,7 +270,7 @@ def read_theirs(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Loade
     if tokenizer is None:
         tokenizer = _tokenizer(folder)
     if tokenizer is not None:
-        _check_tokenizer(tokenizer, shape, config.get("eos_token_id"), str(folder))
+        check_tokenizer(tokenizer, shape, str(folder), config.get("eos_token_id"))
     tensors, masks = foreign.finalize(foreign.from_cerebras(foreign.read_folder(folder), str(folder)), str(folder))
     model, patterns = from_tensors(shape, activation, tensors, masks, scales, str(folder))
     state = {"step": 0, "model": asdict(shape), "activation": activation}
@@ -346,9 +346,17 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
     return None
 
 
-def _check_tokenizer(tokenizer: Tokenizer, shape: Shape, end: Any, where: str) -> None:
-    """A vocabulary may be padded, by less than 256 tokens."""
-    if not shape.vocab_size - 256 < tokenizer.vocab_size <= shape.vocab_size:
+def check_tokenizer(tokenizer: Tokenizer, shape: Shape, where: str, end: Any = None) -> None:
+    """Whether a tokenizer fits a model; `end` is the token that ends documents where that is known.
+
+    Raises
+    ------
+    UserError
+        If it has more tokens than the model, or ends documents otherwise; where their end is not known, if it has fewer
+        tokens than padding explains.
+    """
+    padded = shape.vocab_size - 256 < tokenizer.vocab_size or end == tokenizer.end_of_document
+    if not padded or tokenizer.vocab_size > shape.vocab_size:
         raise _mismatch(tokenizer, f"the model of {where} has {shape.vocab_size}")
     if isinstance(end, int) and end < shape.vocab_size and end != tokenizer.end_of_document:
         raise UserError(

@@ -99,11 +99,11 @@ def _usable(path: Path, config: DataConfig) -> list[Example]:
         if example.context.strip()
     ]
     for count, what in (
-        (len(examples) - len(kept), "a context"),
-        (sum(not example.references for example in kept), "a reference"),
+        (len(examples) - len(kept), "context"),
+        (sum(not example.references for example in kept), "reference"),
     ):
         if count:
-            log.warning("%s: %d of %d examples have not %s and are left out.", path, count, len(examples), what)
+            log.warning("%s: %d of %d examples have no %s and are left out.", path, count, len(examples), what)
     kept = [example for example in kept if example.references]
     if not kept:
         raise UserError(f"'{path}' has no example with both a context and a reference.")
@@ -156,7 +156,10 @@ def tokenizer_for(config: DataConfig, found: Tokenizer | None, start: str) -> To
     """
     if config.tokenizer == DataConfig.tokenizer:  # the default: not asked for
         if found is None:
-            raise UserError(f"'{start}' has no tokenizer: give data.tokenizer=gpt2:FOLDER or a tokenizer.json.")
+            raise UserError(
+                f"'{start}' has no tokenizer: put a tokenizer.json beside its weights, or give data.tokenizer="
+                "gpt2:FOLDER or data.tokenizer=FILE.json."
+            )
         return found
     if config.tokenizer.startswith("bpe:"):
         raise UserError(f"data.tokenizer = {config.tokenizer} would learn a new one: leave it out for '{start}'.")

@@ -276,6 +276,10 @@ def sparsify(
         if _is_linear(module) and not _matches(name, UNEMBEDDINGS)
     }
     if not linears:
+        if already := len(sparse_layers(model)):
+            raise UserError(
+                f"sparsify found no layer: {already} are sparse already; set_sparsity adds weights to them."
+            )
         raise UserError("sparsify found no layer: the model has no nn.Linear or Conv1D beside unembeddings.")
     include, exclude = _globs(include), _globs(exclude)
     for glob in (*rules, *include):

@@ -186,7 +186,10 @@ class _Run:
             )
             densify(model)
             self.say(f"'{self.config.start}' keeps {kept:.1%} of {len(sparse)} layers: densified, every weight learns")
-        return model, pairs.tokenizer_for(self.config.data, tokenizer, self.config.start)
+        words = pairs.tokenizer_for(self.config.data, tokenizer, self.config.start)
+        if tokenizer is None:
+            hub.check_tokenizer(words, model.shape, self.config.start)
+        return model, words
 
     # -- the run directory -------------------------------------------------------------------------------------------
 
@@ -242,11 +245,6 @@ class _Run:
         config = self.config
         loaded = hub.load(source, config.train.backend)
         old = loaded.state
-        for key, value in asdict(self.shape).items():
-            if (theirs := old["model"][key]) != value:
-                raise UserError(f"init_from '{source}': its model.{key} is {theirs}, here it is {value}.")
-        if old["activation"] != config.model.activation:
-            raise UserError(f"init_from '{source}' needs model.activation={old['activation']}.")
         if loaded.tokenizer is None:
             log.warning("init_from '%s' has no tokenizer: data.tokenizer is taken to be its own.", source)
         elif not loaded.tokenizer.same_vocabulary(self.data.tokenizer):
@@ -254,6 +252,11 @@ class _Run:
                 f"init_from '{source}' was trained with the tokenizer {loaded.tokenizer.name}, whose vocabulary is not "
                 f"that of data.tokenizer = '{config.data.tokenizer}'."
             )
+        for key, value in asdict(self.shape).items():
+            if (theirs := old["model"][key]) != value:
+                raise UserError(f"init_from '{source}': its model.{key} is {theirs}, here it is {value}.")
+        if old["activation"] != config.model.activation:
+            raise UserError(f"init_from '{source}' needs model.activation={old['activation']}.")
         self.model = loaded.model.to(self.device)
         if hub.kind(Path(source)) == "checkpoint":
             _, _, moments = checkpoint.read(checkpoint.resolve(Path(source)))
