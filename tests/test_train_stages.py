@@ -16,7 +16,7 @@ from vspdf.pattern import Pattern, kept_count
 from vspdf.sparse import sparse_layers
 from vspdf.train import train
 
-CLOCK = {"seconds", "training_seconds", "step_seconds", "tokens_per_second"}
+CLOCK = {"seconds", "training_seconds", "training_cpu_seconds", "step_seconds", "tokens_per_second"}
 
 
 def changed(path, name, **settings):
