@@ -248,9 +248,10 @@ class _Run:
         if loaded.tokenizer is None:
             log.warning("init_from '%s' has no tokenizer: data.tokenizer is taken to be its own.", source)
         elif not loaded.tokenizer.same_vocabulary(self.data.tokenizer):
+            name = (old.get("tokenizer") or {}).get("name", loaded.tokenizer.name)
             raise UserError(
-                f"init_from '{source}' was trained with the tokenizer {loaded.tokenizer.name}, whose vocabulary is not "
-                f"that of data.tokenizer = '{config.data.tokenizer}'."
+                f"init_from '{source}' was trained with the tokenizer {name}, whose vocabulary is not that of "
+                f"data.tokenizer = '{config.data.tokenizer}'."
             )
         for key, value in asdict(self.shape).items():
             if (theirs := old["model"][key]) != value:
