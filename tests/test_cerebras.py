@@ -103,9 +103,10 @@ def test_without_a_sparsity_block_it_is_dense_and_text_must_be_named(tmp_path):
         data.prepare(unnamed.data, 16, 0)
 
 
-def test_settings_of_the_model_that_say_nothing_here_are_named(tmp_path, caplog):
-    loaded(edited(older(), "model.backbone", "wafer"), tmp_path)
-    assert "settings of the model that are not read here: backbone." in caplog.text
+def test_settings_that_say_nothing_here_are_named(tmp_path, caplog):
+    loaded(edited(edited(older(), "model.backbone", "wafer"), "optimizer.amsgrad", True), tmp_path)
+    assert "settings that are not read here: optimizer.amsgrad." in caplog.text
+    assert "settings that are not read here: model.backbone." in caplog.text
 
 
 @pytest.mark.parametrize("form, key", [("older", "runconfig.seed"), ("current", "trainer.init.seed")])
@@ -157,6 +158,12 @@ UNLIKE = {
     "optimizer": ("optimizer.optimizer_type", "SGD", r"optimizer 'SGD' is not offered; expected AdamW"),
     "scheduler": ("optimizer.learning_rate", [{"scheduler": "CyclicLR"}], r"scheduler 'CyclicLR' is not offered"),
     "another length": ("runconfig.max_steps", 9000, r"schedule covers 8 steps, the run has 9,000"),
+    "misspelt": (
+        "model.hidden_sise",
+        1,
+        r"model.hidden_size must be a whole number, not None. Did you mean 'hidden_sise'",
+    ),
+    "one beta": ("optimizer.betas", 0.9, r"optimizer.betas must be two numbers, not 0.9"),
     "no bias correction": (
         "optimizer.correct_bias",
         False,
@@ -169,8 +176,11 @@ UNLIKE = {
 
 @pytest.mark.parametrize("path, value, message", UNLIKE.values(), ids=UNLIKE)
 def test_what_our_trainer_does_otherwise_is_refused_by_name(tmp_path, path, value, message):
+    body = edited(older(), path, value)
+    if path == "model.hidden_sise":
+        del body["model"]["hidden_size"]
     with pytest.raises(UserError, match=message):
-        loaded(edited(older(), path, value), tmp_path)
+        loaded(body, tmp_path)
 
 
 # -- the block --------------------------------------------------------------------------------------------------------

@@ -220,6 +220,21 @@ def test_from_a_hugging_face_folder_by_topk(tmp_path, tiny_config, vspdf):
         assert layer.pattern is Pattern.topk(dense.get_submodule(name).weight, 0.8)
 
 
+def test_zeros_of_a_hugging_face_folder_become_masks_again(tmp_path, tiny_config, vspdf):
+    path = tiny_config(tmp_path)
+    one, _, _, _ = run(changed(path, "one", phases=[{"sparsity": 0.8, "steps": 2}]))
+    assert vspdf("convert", one, tmp_path / "hf")[0] == 0
+    zeros = {"steps": 1, "init_method": "from_zeros"}
+    two, _, _, _ = run(changed(path, "two", phases=[zeros | {"sparsity": 0.8}], init_from=str(tmp_path / "hf")))
+    before, after = (sparse_layers(hub.load(folder).model) for folder in (one, two))
+    assert len(after) == 8 and all(after[name].pattern == layer.pattern for name, layer in before.items())
+    with pytest.raises(UserError, match=r"'h.0.attn.c_attn' has 80.01% of them, its sparsity is to be 90.00%"):
+        run(changed(path, "up", phases=[zeros | {"sparsity": 0.9}], init_from=str(tmp_path / "hf")))
+    with pytest.raises(UserError, match=r"from_zeros takes zeros for masked: 'h.0.attn.c_attn' has 0.00% of them"):
+        run(changed(path, "new", phases=[zeros | {"sparsity": 0.8}]))
+    assert not (tmp_path / "new").exists() and not (tmp_path / "up").exists()
+
+
 def test_what_does_not_fit_is_refused(tmp_path, tiny_config):
     path = tiny_config(tmp_path)
     one, _, _, _ = run(changed(path, "one", phases=[{"steps": 1}]))

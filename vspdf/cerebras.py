@@ -10,7 +10,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -63,6 +63,11 @@ _MODEL_BESIDE = ("name", "mixed_precision", "fp16_type", "use_bfloat16", "attent
                  "embedding_initializer", "output_layer_initializer")  # fmt: skip
 _MUP = ("mup_base_hidden_size", "mup_base_filter_size", "embeddings_scale", "output_logits_scale",
         "output_logits_alpha", "scale_qk_dot_by_d", "attention_logits_alpha", "adjust_learning_rate")  # fmt: skip
+
+
+_OPTIMIZER = ("optimizer_type", "betas", "beta1", "beta2", "eps", "weight_decay", "weight_decay_rate", "learning_rate",
+              "max_gradient_norm", "correct_bias", "adjust_learning_rate", "log_summaries", "loss_scaling_factor",
+              "initial_loss_scale", "steps_per_increase", "min_loss_scale", "max_loss_scale")  # fmt: skip
 
 
 def is_cerebras(body: Any) -> bool:
@@ -333,12 +338,17 @@ def _sizes(model: Mapping[str, Any], where: str) -> dict[str, int]:
     for theirs, ours in _SIZES.items():
         value = model.get(theirs)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise UserError(f"{where}: model.{theirs} must be a whole number, not {value!r}.")
+            near = "" if theirs in model else did_you_mean(theirs, map(str, model))
+            raise UserError(f"{where}: model.{theirs} must be a whole number, not {value!r}.{near}")
         found[ours] = value
     known = (*_MODEL, *_DROPOUT, *_MUP, *_MODEL_BESIDE, *_SIZES)
-    if ignored := [str(key) for key in model if key not in known]:
-        log.warning("%s: settings of the model that are not read here: %s.", where, ", ".join(ignored))
+    _name_ignored("model", model, known, where)
     return found
+
+
+def _name_ignored(what: str, block: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    if ignored := [f"{what}.{key}" for key in block if key not in known]:
+        log.warning("%s: settings that are not read here: %s.", where, ", ".join(ignored))
 
 
 def _check_loss(model: Mapping[str, Any], length: int, where: str) -> None:
@@ -403,7 +413,10 @@ def _optimizer(body: Mapping[str, Any], now: bool, where: str) -> tuple[dict[str
     for key, expected in (("correct_bias", True), ("adjust_learning_rate", None)):
         if settings.get(key, expected) not in (None, expected):
             raise UserError(f"{where}: optimizer.{key} = {settings[key]!r} is not offered; expected {expected!r}.")
+    _name_ignored("optimizer", settings, _OPTIMIZER, where)
     betas = settings.get("betas") or [settings.get("beta1", 0.9), settings.get("beta2", 0.999)]
+    if not isinstance(betas, list) or len(betas) != 2:
+        raise UserError(f"{where}: optimizer.betas must be two numbers, not {betas!r}.")
     clip = (_mapping(body.get("precision"), "precision", where) if now else settings).get("max_gradient_norm")
     if now:
         listed = body.get("schedulers") or []
@@ -423,8 +436,9 @@ def _flat(entry: Any) -> list[dict[str, Any]]:
     """``{LinearLR: {...}}`` as ``{scheduler: Linear, ...}``; a SequentialLR as its parts."""
     name, settings = next(iter(entry.items())) if isinstance(entry, dict) and entry else ("", {})
     if name == "SequentialLR":
-        return [item for part in settings.get("schedulers", []) for item in _flat(part)]
-    return [{"scheduler": str(name).removesuffix("LR"), **(settings or {})}]
+        parts = settings.get("schedulers") if isinstance(settings, dict) else None
+        return [item for part in parts for item in _flat(part)] if isinstance(parts, list) else [{}]
+    return [{"scheduler": str(name).removesuffix("LR"), **(settings if isinstance(settings, dict) else {})}]
 
 
 def _flat_rate(rate: Any) -> dict[str, Any]:

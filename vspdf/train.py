@@ -161,8 +161,10 @@ class _Run:
         self.saved_step: int | None = None
         self.stop_signal: int | None = None
         self._twin: _DenseTwin | None = None
-        if config.init_from and not checkpoint.checkpoints(self.folder / "checkpoints"):
-            self._begin_from(config.init_from)
+        if not checkpoint.checkpoints(self.folder / "checkpoints"):
+            if config.init_from:
+                self._begin_from(config.init_from)
+            self._check_zeros()
         self.first = config.data.first_sequence = config.data.first_sequence or 0
         self.data.check(self.first + schedule.position(config.phases, self.total_steps).samples)
         if resume:
@@ -275,6 +277,19 @@ class _Run:
         self.say(
             f"starting from {source} (step {old['step']}), {'with' if self.optimizer else 'without'} moments{where}"
         )
+
+    def _check_zeros(self) -> None:
+        """Zeros that are to become masks must be there: figures go by the configured sparsity."""
+        phase = self.config.phases[0]
+        if phase.init_method != "from_zeros" or sparse_layers(self.model):
+            return
+        for name, amount in configuration.layer_sparsities(self.config.model, phase).items():
+            zeros = float((self.model.get_submodule(name).weight == 0).float().mean())  # type: ignore[union-attr]
+            if amount and abs(zeros - amount) > 0.005:
+                raise UserError(
+                    f"phases.0.init_method = from_zeros takes zeros for masked: '{name}' has {zeros:.2%} of them, "
+                    f"its sparsity is to be {amount:.2%}. Start from a model that has (init_from), or give what it has."
+                )
 
     def _restore(self) -> None:
         folder = self.folder / "checkpoints"
