@@ -12,6 +12,7 @@ import textwrap
 import time
 
 import pytest
+import torch
 from scipy import stats
 
 from vspdf import compare, config, evidence, hub, study
@@ -257,6 +258,35 @@ def test_results_that_ship_are_shown_without_running(vspdf, monkeypatch, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def on_a_cpu(corpus):
+    """What makes the study for a GPU one of seconds without it."""
+    return [
+        f"common.data.corpus={corpus}", "common.train.device=cpu", "common.train.precision=fp32",
+        "common.train.batch_size=4", "common.train.threads=1", "common.model.n_layer=1", "common.model.d_model=16",
+        "common.model.sequence_length=16", "arms={dense: {phases: [{steps: 4}]}}", "pairs=[]", "seeds=[0]",
+    ]  # fmt: skip
+
+
+def test_a_study_for_a_gpu_goes_on_over_calls_of_limited_time(on_a_cpu, tmp_path, vspdf):
+    first = vspdf("compare", "gpu", *on_a_cpu, "--runs", tmp_path, "--minutes", "0", "--json")
+    assert first[0] == 0 and "time is up; the same command goes on" in first[2]
+    body = json.loads(first[1])
+    assert not body["complete"] and not body["arms"][0]["runs"]
+    status, out, _ = vspdf("compare", "gpu", *on_a_cpu, "--runs", tmp_path, "--minutes", "10", "--json")
+    body = json.loads(out)
+    assert status == 0 and body["complete"] and body["arms"][0]["runs"][0]["test_loss"] > 0
+    assert "common.train.device=cpu" in body["command"]
+
+
+def test_a_study_for_a_gpu_says_that_there_is_none(on_a_cpu, tmp_path, vspdf):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    changes = [change for change in on_a_cpu if "device" not in change]
+    status, _, err = vspdf("compare", "gpu", *changes, "--runs", tmp_path)
+    assert status == 2 and "common.train.device = 'cuda': torch sees no CUDA device here" in " ".join(err.split())
+
+
 # -- choosing, and telling apart --------------------------------------------------------------------------------------
 
 
@@ -295,7 +325,9 @@ def test_quantiles_of_student_t(degrees):
 def results_of(*losses):
     curve = [{"tokens": 1, "flops": {"executed": 1}, "seconds": 1, "val_loss": 1}]
     runs = [[{"seed": s, "test_loss": loss, "curve": curve} for s, loss in enumerate(one)] for one in losses]
-    return evidence._paired({"name": "a", "runs": runs[0]}, {"name": "b", "runs": runs[1]}, evidence.main_axes([]))
+    return evidence._paired(
+        {"name": "a", "runs": runs[0]}, {"name": "b", "runs": runs[1]}, "test_loss", evidence.main_axes([])
+    )
 
 
 @pytest.mark.parametrize(

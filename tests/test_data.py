@@ -1,3 +1,4 @@
+import inspect
 import json
 import logging
 import os
@@ -5,6 +6,7 @@ import platform
 import random
 import subprocess
 import sys
+import textwrap
 from itertools import pairwise
 
 import numpy as np
@@ -69,6 +71,26 @@ def test_standard_library_is_its_sources(settings_for):
     assert dataset.n_samples > 10_000
     share = dataset.manifest["validation"]["bytes"] / dataset.manifest["corpus"]["bytes"]
     assert 0.045 < share <= 0.05
+
+
+def test_all_of_the_standard_library_is_more_than_its_top(settings_for):
+    whole, top = ({name for name, _ in load_documents(settings_for(name))} for name in ("stdlib-all", "stdlib"))
+    assert top < whole and "json/decoder.py" in whole
+    assert not any("site-packages" in name or name.startswith("_sysconfigdata") for name in whole)
+
+
+def test_documentation_of_the_standard_library_is_english(settings_for):
+    found = dict(load_documents(settings_for("stdlib-docs")))
+    assert inspect.getdoc(textwrap.dedent) in found["textwrap.py"] and "import re" not in found["textwrap.py"]
+    assert "topic lambda" in found and not any("test" in name.split("/") for name in found)
+
+
+def test_several_corpora_are_one_after_the_other(text_file, tmp_path, settings_for, refused):
+    (tmp_path / "b.txt").write_text("bee")
+    both = settings_for(f"{text_file} + {tmp_path / 'b.txt'}")
+    assert texts(both) == [*texts(settings_for(text_file)), "bee"]
+    assert load_documents(both).python is None and load_documents(settings_for(f"{text_file} + stdlib")).python
+    assert "Corpus 'nothing.txt' not found" in refused(f"{text_file} + nothing.txt")
 
 
 def test_a_file_is_cut_into_whole_paragraphs(text_file, settings_for):

@@ -127,6 +127,26 @@ def test_what_teaches_nothing_is_left_out_and_counted(tmp_path, caplog):
         pairs.prepare(config(write(tmp_path, [("a", "x"), ("a", "y")])), 0, TOKENIZER)
 
 
+def test_a_part_for_the_test_leaves_validation_as_it_is(tmp_path):
+    rows = [(f"context {i // 2}", f"answer {i}") for i in range(80)]
+    path, other = write(tmp_path, rows), write(tmp_path, ROWS, "other.jsonl")
+    contexts = lambda some: {example.context for example in some}  # noqa: E731
+    without = pairs.parts(config(path))
+    found = pairs.parts(config(path, test_fraction=0.2))
+    assert found["validation"] == without["validation"] and "test" not in without
+    assert contexts(without["train"]) == contexts(found["train"]) | contexts(found["test"])
+    assert 5 <= len(contexts(found["test"])) <= 8 and not contexts(found["train"]) & contexts(found["test"])
+    beside = pairs.parts(config(path, validation_path=other, test_fraction=0.2))
+    assert len(beside["validation"]) == len(ROWS) and len(contexts(beside["train"])) >= 32
+    data = pairs.prepare(config(path, test_fraction=0.2), 0, TOKENIZER)
+    assert data.manifest["test"]["documents"] == len(found["test"]) == sum(1 for _ in data.for_test()._validation) // 2
+    with pytest.raises(UserError, match=r"no test pairs: data.test_fraction is 0"):
+        pairs.prepare(config(path), 0, TOKENIZER).for_test()
+    two = write(tmp_path, [("a", "x"), ("b", "y")], "two.jsonl")
+    with pytest.raises(UserError, match="has 2 contexts: expected at least 3, one to train on and one to hold out and"):
+        pairs.parts(config(two, test_fraction=0.2))
+
+
 def test_running_out_of_pairs(tmp_path):
     data = pairs.prepare(config(write(tmp_path, ROWS)), 0, TOKENIZER)
     with pytest.raises(UserError, match=r"'pairs.jsonl' has \d pairs, the run wants 100.*data.repeat=true"):

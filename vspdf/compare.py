@@ -10,33 +10,29 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import IO, Any
 
-import torch
-
 from vspdf import config as configuration
-from vspdf import evidence, evidence_page, hub, study
+from vspdf import evidence, evidence_page, study
 from vspdf.config import Config
 from vspdf.data import prepare
-from vspdf.errors import Diverged, Interrupted, UserError
-from vspdf.evaluate import evaluate
-from vspdf.evidence import evaluation, tuned
-from vspdf.files import write_whole
-from vspdf.study import Arm, Study, Values
-from vspdf.train import FREE_TO_CHANGE, differences, train
+from vspdf.errors import Interrupted, UserError
+from vspdf.evaluate import device
+from vspdf.study import Arm, Study, Values, evaluation, tuned
+from vspdf.train import FREE_TO_CHANGE, differences
 
 log = logging.getLogger("vspdf")
 
@@ -44,7 +40,15 @@ Say = Callable[[str], None]
 _PATIENCE = 20.0  # seconds to wait for workers of a process that was killed: they finish their step and save
 
 
-def run(source: str | Path, root: Path | None = None, jobs: int | None = None, say: Say = log.info) -> dict[str, Any]:
+def run(
+    source: str | Path,
+    root: Path | None = None,
+    jobs: int | None = None,
+    *,
+    changes: Sequence[str] = (),
+    minutes: float | None = None,
+    say: Say = log.info,
+) -> dict[str, Any]:
     """Runs what is missing of a study, and writes `results.json`, `results.csv` and `comparison.html`.
 
     Parameters
@@ -54,6 +58,10 @@ def run(source: str | Path, root: Path | None = None, jobs: int | None = None, s
         Folder of its runs; default `runs/NAME`.
     jobs : int, optional
         Runs at a time; default: as many as the cores allow, with `train.threads` each.
+    changes : sequence of "key=value"
+        Settings of the study to change, by dotted keys.
+    minutes : float, optional
+        Stop after so long, as after Ctrl-C but without its error: the results say that they are not complete.
     say : callable
         Receives progress, a line at a time.
 
@@ -69,7 +77,8 @@ def run(source: str | Path, root: Path | None = None, jobs: int | None = None, s
     Interrupted
         After Ctrl-C or SIGTERM: running trainings wrote a checkpoint, results so far were written.
     """
-    wanted = study.load(source)
+    until = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    wanted = study.load(source, changes)
     root = root or Path("runs") / wanted.name
     _check_data(wanted)
     threads = next(iter(wanted.arms.values())).configure({}, 0).train.threads or os.cpu_count() or 1
@@ -79,7 +88,7 @@ def run(source: str | Path, root: Path | None = None, jobs: int | None = None, s
     except OSError as error:
         raise UserError(f"'{root}' cannot be made: {error.strerror}.") from None
     with _alone(root) as lock, _signals() as stopped:
-        runner = _Runner(wanted, root, jobs, lock, say, stopped)
+        runner = _Runner(wanted, root, jobs, lock, say, stopped, until)
         runner.check()
         try:
             runner.go()
@@ -90,9 +99,12 @@ def run(source: str | Path, root: Path | None = None, jobs: int | None = None, s
 
 
 def _check_data(wanted: Study) -> None:
-    """Enough text for every arm, and tokens in the cache before several processes look for them."""
+    """Task files, enough text for every arm, and tokens in the cache before several processes look for them."""
+    for task in wanted.tasks.values():
+        _ = task.parts
     for arm in wanted.arms.values():
         config = arm.configure({}, wanted.seeds[0])
+        device(config.train.device, "common.train.device")
         data = prepare(config.data, config.model.sequence_length or 0, config.seed)
         try:
             data.check(sum((phase.steps or 0) * (phase.batch_size or 0) for phase in config.phases))
@@ -142,7 +154,7 @@ class _Run:
     arm: Arm
     values: Values
     seed: int
-    test: bool  # whether its test loss is wanted: tuning never asks for it
+    test: bool  # whether its test part is wanted, loss or answers: tuning never asks for it
     folder: Path
     process: subprocess.Popen[str] | None = None
     errors: IO[str] | None = None
@@ -155,7 +167,11 @@ class _Run:
 
     @property
     def name(self) -> str:
-        return ", ".join([self.arm.name, *(f"{key} = {v}" for key, v in self.values.items()), f"seed {self.seed}"])
+        return ", ".join([self.arm.title, *(f"{key} = {v}" for key, v in self.values.items()), f"seed {self.seed}"])
+
+    @property
+    def steps(self) -> int:
+        return 0 if self.arm.untrained else sum(phase.steps or 0 for phase in self.config.phases)
 
     @property
     def trained(self) -> bool:
@@ -174,7 +190,8 @@ class _Run:
         changed = differences(configuration.to_dict(stored), configuration.to_dict(self.config))
         for key, (old, new) in changed.items():
             left_open = new is None  # to the trainer, which wrote down what it took
-            if key not in FREE_TO_CHANGE and not left_open:
+            # What it starts from is the study's own, wherever the study lies.
+            if key not in FREE_TO_CHANGE | {"start"} and not left_open:
                 raise UserError(
                     f"'{self.folder}' was trained with {key} = {old}, the study says {new}: remove it, or give the "
                     "study another folder (--runs)."
@@ -198,59 +215,21 @@ class _Run:
             return None
 
 
-def work() -> None:
-    """A worker: trains and evaluates the one run that the first line of its input tells of."""
-    order = json.loads(sys.stdin.readline())
-    threading.Thread(target=_stop_at_the_end_of_input, daemon=True).start()
-    from vspdf.allocator import keep_freed_memory
-
-    keep_freed_memory()
-    try:
-        _train_and_evaluate(configuration.build(order["config"], "the study"), order["test"])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except Interrupted:
-        sys.exit(130)
-
-
-def _stop_at_the_end_of_input() -> None:
-    while os.read(0, 4096):  # not sys.stdin: its lock would be held when the interpreter ends
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _train_and_evaluate(config: Config, test: bool) -> None:
-    folder = Path(config.run_dir or "")
-    result = evaluation(folder)
-    if config.train.threads:  # the trainer sets it back when it is done
-        torch.set_num_threads(config.train.threads)
-    try:
-        if not (folder / "summary.json").exists():
-            train(config, resume=(folder / "config.yaml").exists(), say=lambda line: None)
-            result["load_average"] = os.getloadavg()[0]
-        model = hub.load(folder, config.train.backend).model
-        data = prepare(config.data, config.model.sequence_length or 0, config.seed)
-        for part, text in {"val": data, **({"test": data.for_test()} if test else {})}.items():
-            if f"{part}_loss" in result:  # of a trial that is now a result
-                continue
-            found = evaluate(model, text, config.train.micro_batch_size or 1, precision=config.train.precision)
-            result[f"{part}_loss"], result[f"{part}_bits_per_byte"] = found
-    except Diverged as error:
-        result = {"diverged": str(error)}
-    write_whole(folder / "evaluation.json", json.dumps(result))
-
-
 # -- all runs ---------------------------------------------------------------------------------------------------------
 
 
 class _Runner:
     """Keeps `jobs` workers busy until nothing is missing."""
 
-    def __init__(self, wanted: Study, root: Path, jobs: int, lock: int, say: Say, stopped: Callable[[], bool]) -> None:
+    def __init__(
+        self, wanted: Study, root: Path, jobs: int, lock: int, say: Say, stopped: Callable[[], bool],
+        until: float,
+    ) -> None:  # fmt: skip
         self.study, self.root, self.jobs, self.lock, self.say, self.stopped = wanted, root, jobs, lock, say, stopped
+        self.until = until  # by the monotonic clock
         self.running: list[_Run] = []
-        self.total = sum(study.planned(arm, wanted) for arm in wanted.arms.values())
+        fine = sum(study.planned(arm, wanted) for arm in wanted.fine_tunings.values())
+        self.total = sum(study.planned(arm, wanted) + fine for arm in wanted.arms.values())
 
     def check(self) -> None:
         """No run in the folder may be one of another version of the study."""
@@ -271,28 +250,53 @@ class _Runner:
                 while not self._reap():
                     if self.stopped():
                         raise Interrupted("stopped; the same command goes on.")
+                    if time.monotonic() > self.until:
+                        self.say("time is up; the same command goes on.")
+                        return
                     if time.monotonic() - said > 30:
                         said = time.monotonic()
-                        self.say("; ".join(f"{run.name}: step {run.step()} of {run.arm.steps}" for run in self.running))
+                        self.say("; ".join(f"{run.name}: step {run.step()} of {run.steps}" for run in self.running))
                     time.sleep(0.05)
         finally:
             self._stop()
 
     def _known(self) -> list[_Run]:
-        """Runs that are done or can start now: trials first, so that all arms are tuned; then seed by seed."""
+        """Runs that are done or can start now: trials first, so that all arms are tuned; then seed by seed.
+
+        Fine-tuning comes after pre-training, in the same order, each run as soon as what it begins with is done.
+        """
+        found: list[_Run] = []
+        arms = list(self.study.arms.values())
+        self._add(arms, found)
+        begun = {run.folder for run in found if run.done and "diverged" not in evaluation(run.folder)}
+        fine: list[Arm] = []
+        for arm in arms:
+            if (chosen := tuned(self.study, self.root, arm).chosen) is not None:
+                fine.extend(self.study.fine_tuning(arm, task, self.root, chosen) for task in self.study.tasks)
+        self._add(fine, found, lambda arm, seed: bool({arm.begin(seed), arm.begin(seed).parent} & begun))
+        return found
+
+    def _add(
+        self, arms: Sequence[Arm], found: list[_Run], may: Callable[[Arm, int], bool] = lambda arm, seed: True
+    ) -> None:
         trials: list[_Run] = []
         finals: list[_Run] = []
-        for arm in self.study.arms.values():
+        for arm in arms:
             state = tuned(self.study, self.root, arm)
-            for trial in state.trials:
-                trials.extend(self._run(arm, trial.values, seed, test=False) for seed in self.study.tuning_seeds)
+            mine = [
+                self._run(arm, trial.values, seed, test=False)
+                for trial in state.trials
+                for seed in self.study.tuning_seeds
+                if may(arm, seed)
+            ]
+            trials.extend(mine)
             if state.chosen is not None:
-                finals.extend(self._run(arm, state.chosen, seed, test=True) for seed in self.study.seeds)
-            elif all(run.done for run in trials if run.arm is arm):
+                finals.extend(self._run(arm, state.chosen, s, test=True) for s in self.study.seeds if may(arm, s))
+            elif mine and all(run.done for run in mine):
                 raise UserError(f"{arm.where}: every value of 'tune' diverged; try smaller ones.")
         finals.sort(key=lambda run: self.study.seeds.index(run.seed))
         # A seed that was tuned on has its run already: the trial that was chosen.
-        return list({run.folder: run for run in trials + finals}.values())
+        found.extend({run.folder: run for run in trials + finals}.values())
 
     def _missing(self) -> list[_Run]:
         return [run for run in self._known() if not run.done]
@@ -310,12 +314,17 @@ class _Runner:
         run.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         # A session of its own: Ctrl-C reaches this process alone, which stops the workers once and in order.
         run.process = subprocess.Popen(
-            [sys.executable, "-c", "from vspdf.compare import work; work()"], stdin=subprocess.PIPE,
+            [sys.executable, "-c", "from vspdf.worker import work; work()"], stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL, stderr=run.errors, text=True, pass_fds=[self.lock], start_new_session=True,
         )  # fmt: skip
         run.started = time.monotonic()
         assert run.process.stdin is not None
-        run.process.stdin.write(json.dumps({"config": configuration.to_dict(run.config), "test": run.test}) + "\n")
+        task = run.arm.task
+        order = {
+            "config": configuration.to_dict(run.config), "test": run.test, "untrained": run.arm.untrained,
+            "task": {"protocol": task.protocol, "decoding": asdict(task.decoding)} if task else None,
+        }  # fmt: skip
+        run.process.stdin.write(json.dumps(order) + "\n")
         run.process.stdin.flush()
         self.running.append(run)
 
@@ -336,9 +345,11 @@ class _Runner:
     def _note(self, run: _Run) -> None:
         known = evaluation(run.folder)
         loss = known["diverged"] if "diverged" in known else f"validation loss {known['val_loss']:.4f}"
+        score = f"BLEU {known['bleu']['bleu']:.2f}" if "bleu" in known else f"test loss {known.get('test_loss', 0):.4f}"
         if run.from_tuning:
-            self.say(f"{run.name}: chosen by tuning, so a result as it is; test loss {known['test_loss']:.4f}")
+            self.say(f"{run.name}: chosen by tuning, so a result as it is; {score}")
             return
+        loss += f", {score}" if run.test and run.arm.task else ""
         took = time.monotonic() - run.started
         eta = self._eta()
         self.say(
@@ -350,20 +361,25 @@ class _Runner:
         return sum(run.trained for run in self._known())
 
     def _eta(self) -> float | None:
-        """Seconds left, from what finished runs of each arm took; arms not seen yet as the mean of the others."""
-        known = self._known()
-        paces: dict[str, list[float]] = {}
-        for run in known:
-            if (took := run.seconds()) is not None:
-                paces.setdefault(run.arm.name, []).append(took / run.arm.steps)
-        if not paces:
+        """Seconds left, from what finished runs of each arm took a step; arms not seen yet: the mean of the others."""
+        runs: dict[str, list[_Run]] = {}
+        for run in self._known():
+            runs.setdefault(run.arm.title, []).append(run)
+        took = {name: sum(run.seconds() or 0.0 for run in some) for name, some in runs.items()}
+        steps = {name: sum(run.steps for run in some if run.seconds()) for name, some in runs.items()}
+        if not sum(steps.values()):
             return None
-        means = {name: fmean(seconds) for name, seconds in paces.items()}
+        pace = {name: took[name] / steps[name] for name in runs if steps[name]}
+        usual = fmean(pace.values())
+        each = fmean(fmean(run.steps for run in some) for some in runs.values())
         left = 0.0
         for arm in self.study.arms.values():
-            open_ = study.planned(arm, self.study) - sum(run.trained for run in known if run.arm is arm)
-            under_way = sum(run.step() for run in self.running if run.arm is arm)
-            left += max(0, open_ * arm.steps - under_way) * means.get(arm.name, fmean(means.values()))
+            for name, of in [(arm.name, arm), *((f"{arm.name} on {t}", a) for t, a in self.study.fine_tunings.items())]:
+                some = runs.get(name, [])
+                open_ = study.planned(of, self.study) - sum(run.trained for run in some)
+                size = fmean(run.steps for run in some) if some else each
+                under_way = sum(run.step() for run in self.running if run.arm.title == name)
+                left += max(0.0, open_ * size - under_way) * pace.get(name, usual)
         return left / self.jobs
 
     def _stop(self) -> None:

@@ -46,7 +46,9 @@ class ModelConfig:
 class DataConfig:
     """Text, its tokenizer and its order."""
 
-    # "stdlib" (the Python standard library's sources), a file, a folder, FILE.jsonl, or "hf:DATASET[:CONFIG]"
+    # A file, a folder, FILE.jsonl, "hf:DATASET[:CONFIG]", or of the Python that runs this: "stdlib" (sources of
+    # top-level modules), "stdlib-all" (all sources, tests included), "stdlib-docs" (docstrings and help topics:
+    # English); several with " + " between them
     corpus: str = "stdlib"
     text_field: str = "text"  # of JSONL lines and Hugging Face rows
     # "bytes", "bpe:VOCAB_SIZE" (trained on the corpus), "gpt2:FOLDER" (vocab.json, merges.txt) or a tokenizer.json
@@ -194,16 +196,11 @@ def build(
     except OmegaConfBaseException as error:
         raise _explained(error, where) from None
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"override '{override}' is not of the form key=value.")
+        key, value = parse_override(override)
         try:
-            value = OmegaConf.create(f"value: {text}") if text else OmegaConf.create({"value": ""})
             _check_path(tree, key)
             _check_form(OmegaConf.to_container(value)["value"], _hint(key), key, f"override '{override}'")  # type: ignore[call-overload,index]
             OmegaConf.update(tree, re.sub(r"\.(\d+)", r"[\1]", key), value.value)
-        except YAMLError:
-            raise UserError(f"override '{override}': its value is not valid YAML.") from None
         except OmegaConfBaseException as error:
             raise _explained(error, f"override '{override}'") from None
     try:
@@ -220,6 +217,25 @@ def build(
         config.model = shape
     resolve(config)
     return config
+
+
+def parse_override(override: str) -> tuple[str, DictConfig | ListConfig]:
+    """The dotted key of ``key=value``, and its value under "value".
+
+    Raises
+    ------
+    UserError
+        If it is not of that form, or the value is no YAML.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override '{override}' is not of the form key=value.")
+    try:
+        return key, OmegaConf.create(f"value: {text}") if text else OmegaConf.create({"value": ""})
+    except YAMLError:
+        raise UserError(f"override '{override}': its value is not valid YAML.") from None
+    except OmegaConfBaseException as error:
+        raise _explained(error, f"override '{override}'") from None
 
 
 def _from_cerebras(body: Any, where: str, fine_tuning: bool) -> Any:

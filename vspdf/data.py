@@ -1,9 +1,9 @@
 """Text, held-out documents, the token cache, and one deterministic order of training samples.
 
-A corpus is a list of documents. Some whole documents are held out for validation, and for a test where one is asked
-for, chosen by their content, so every seed sees the same split. Tokens are made once and kept in a memory-mapped cache
-file. Training windows come in an order that depends on the seed and on one global sample index alone, so batch size,
-phases and resumption do not alter it.
+A corpus is a list of documents (`vspdf.corpora`). Some whole documents are held out for validation, and for a test
+where one is asked for, chosen by their content, so every seed sees the same split. Tokens are made once and kept in a
+memory-mapped cache file. Training windows come in an order that depends on the seed and on one global sample index
+alone, so batch size, phases and resumption do not alter it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,12 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import secrets
 import struct
-import sys
-import sysconfig
 import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,184 +27,13 @@ import torch
 
 from vspdf.cache import user_cache
 from vspdf.config import DataConfig
-from vspdf.errors import UserError, did_you_mean, near_path
+from vspdf.corpora import Corpus, load_documents
+from vspdf.errors import UserError
 from vspdf.tokenizer import Tokenizer, tokenizer_maker
 
 log = logging.getLogger("vspdf")
 
-TEXT_ENDINGS = (".txt", ".text", ".md", ".rst", ".tex", ".py")  # read from a folder, beside JSON lines
-JSON_LINES_ENDINGS = (".jsonl", ".ndjson")
-_EXPECTED = '"stdlib", a text file, a folder, FILE.jsonl or "hf:DATASET[:CONFIG]"'
 _MEBIBYTE = 1 << 20
-
-
-# --- Corpora ---------------------------------------------------------------------------------------------------------
-
-
-class Document(NamedTuple):
-    """`name` is the same wherever the corpus lies."""
-
-    name: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Documents, read anew on each iteration, always in the same order; none is blank."""
-
-    name: str
-    read: Callable[[], Iterator[Document]]
-    python: str | None = None  # version whose standard library this is
-
-    def __iter__(self) -> Iterator[Document]:
-        return (document for document in self.read() if document.text and not document.text.isspace())
-
-
-def load_documents(config: DataConfig) -> Corpus:
-    """The corpus that `config` names. Nothing is read yet, but what is missing is found out.
-
-    A file of text is cut at blank lines into about a hundred documents; in a folder each file is a document, in JSON
-    lines and Hugging Face datasets each row.
-
-    Raises
-    ------
-    UserError
-        If the corpus does not exist or is empty; while iterating, if a file is no UTF-8 or a line lacks the field.
-    """
-    name = config.corpus
-    if name == "stdlib":
-        return Corpus(name, _standard_library, platform.python_version())
-    if name.startswith("hf:"):
-        return Corpus(name, _hugging_face(name, config.text_field))
-    path = Path(name).expanduser()
-    if path.is_dir():
-        files = _text_files(path)
-        return Corpus(name, lambda: _folder(path, files, config.text_field))
-    if not path.is_file():
-        raise UserError(f"Corpus '{name}' not found: expected {_EXPECTED}.{near_path(path, ['stdlib'])}")
-    if path.suffix.lower() in JSON_LINES_ENDINGS:
-        return Corpus(name, lambda: _json_lines(path, config.text_field))
-    return Corpus(name, lambda: _sections(path))
-
-
-def _standard_library() -> Iterator[Document]:
-    """Top-level modules. What a build generates or a site adds (`_sysconfigdata_*`, `sitecustomize`) is left out."""
-    folder = Path(sysconfig.get_path("stdlib"))
-    files = sorted(file for file in folder.glob("*.py") if file.stem in sys.stdlib_module_names)
-    if not files:
-        raise UserError(
-            f"Corpus 'stdlib': this Python has no sources in '{folder}': expected *.py files; give a text file."
-        )
-    return (Document(file.name, _read_text(file)) for file in files)
-
-
-def _text_files(folder: Path) -> list[Path]:
-    visible = sorted(
-        (Path(parent) / file).relative_to(folder)
-        for parent, _, files in os.walk(folder)
-        for file in files
-        if not any(part.startswith(".") for part in (Path(parent) / file).relative_to(folder).parts)
-    )
-    endings = TEXT_ENDINGS + JSON_LINES_ENDINGS
-    chosen = [file for file in visible if file.suffix.lower() in endings]
-    others = [file.suffix or "no ending" for file in visible if file.suffix.lower() not in endings]
-    kinds = ", ".join(sorted(set(others)))
-    if not chosen:
-        found = f"; found {kinds}" if others else ""
-        raise UserError(f"Corpus folder '{folder}' has no text: expected files in {', '.join(endings)}{found}.")
-    if others:
-        log.warning("Corpus folder '%s': %d other files ignored (%s).", folder, len(others), kinds)
-    return chosen
-
-
-def _folder(folder: Path, files: list[Path], text_field: str) -> Iterator[Document]:
-    for file in files:
-        if file.suffix.lower() in JSON_LINES_ENDINGS:
-            for line, text in _json_lines(folder / file, text_field):
-                yield Document(f"{file.as_posix()} {line}", text)
-        else:
-            yield Document(file.as_posix(), _read_text(folder / file))
-
-
-def _sections(path: Path) -> Iterator[Document]:
-    """One file as documents of about a hundredth of it, cut after blank lines, or between lines where none is near."""
-    enough = min(max(path.stat().st_size // 100, 256), 64 * 1024)
-    section: list[str] = []
-    size = count = 0
-    for _, line in _lines(path, limit=max(2 * enough, 16 * 1024)):  # the limit is for files without line ends
-        if not line.isspace() and (size >= 2 * enough or (size >= enough and section[-1].isspace())):
-            yield Document(f"section {count}", "".join(section))
-            section, size, count = [], 0, count + 1
-        section.append(line)
-        size += len(line)
-    yield Document(f"section {count}", "".join(section))
-
-
-def _json_lines(path: Path, text_field: str) -> Iterator[Document]:
-    for number, line in _lines(path):
-        if line.isspace():
-            continue
-        where = f"'{path}' line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is no JSON ({error.msg}): expected one object a line.") from None
-        if not isinstance(row, dict):
-            raise UserError(f'{where} is no object: expected {{"{text_field}": "..."}}.')
-        yield Document(f"line {number}", _field(row, text_field, where))
-
-
-def _hugging_face(name: str, text_field: str) -> Callable[[], Iterator[Document]]:
-    _, dataset, *config = name.split(":", 2)
-    try:
-        load_dataset = import_module("datasets").load_dataset
-    except ImportError:
-        raise UserError(f"Corpus '{name}' needs a package: `pip install datasets`, or give a file instead.") from None
-    try:
-        rows = load_dataset(dataset, *config, split="train")
-    except Exception as error:  # the library's errors have no common base
-        why = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"Cannot load corpus '{name}' ({why}): expected a dataset that can be reached or was downloaded before; "
-            "or give a file instead."
-        ) from None
-
-    def read() -> Iterator[Document]:
-        for number, row in enumerate(rows):
-            yield Document(f"row {number}", _field(row, text_field, f"'{name}' row {number}"))
-
-    return read
-
-
-def _field(row: dict[str, Any], field: str, where: str) -> str:
-    if field not in row:
-        raise UserError(f"{where} has no field '{field}' (data.text_field).{did_you_mean(field, map(str, row))}")
-    if not isinstance(row[field], str):
-        raise UserError(f"{where}: field '{field}' is {type(row[field]).__name__}, expected text (data.text_field).")
-    try:
-        row[field].encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: field '{field}' holds half a surrogate pair, expected valid Unicode.") from None
-    return row[field]
-
-
-def _read_text(path: Path) -> str:
-    return "".join(line for _, line in _lines(path))
-
-
-def _lines(path: Path, limit: int = -1) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their ends as they are; pieces of at most `limit` characters where lines are longer."""
-    number = 1
-    try:
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
-            while line := file.readline(limit):
-                yield number, line
-                number += line.endswith("\n")
-    except UnicodeDecodeError as error:  # the decoder reads ahead: the line is not known exactly
-        byte = error.object[error.start]
-        raise UserError(f"'{path}' is not UTF-8 (byte 0x{byte:02x}, line {number} or later): expected text.") from None
-    except OSError as error:
-        raise UserError(f"Cannot read '{path}' ({error.strerror}): expected a readable text file.") from None
 
 
 @dataclass(frozen=True)
@@ -713,9 +538,7 @@ class Text:
         UserError
             If it is missing, empty or no text, or the tokenizer alters it.
         """
-        corpus, path = load_documents(DataConfig(corpus=source)), Path(source).expanduser()
-        if path.is_file() and path.suffix.lower() not in JSON_LINES_ENDINGS:
-            corpus = Corpus(source, lambda: iter([Document(path.name, _read_text(path))]))
+        corpus = load_documents(DataConfig(corpus=source), cut=False)
         texts = [text for _, text in corpus]
         if not texts:
             raise UserError(f"'{source}' is empty: expected text.")

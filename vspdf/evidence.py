@@ -8,6 +8,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 from vspdf import config as configuration
 from vspdf import info, ledger, report, schedule
 from vspdf.errors import UserError
-from vspdf.study import Arm, Study, Tuning, Values, tuning
+from vspdf.study import Arm, Study, Tuning, evaluation, tuned
 
 LEVEL = 0.95  # of confidence intervals
 COLUMNS = ("dense", "useful", "executed")
@@ -98,26 +99,6 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 # -- what finished runs say -------------------------------------------------------------------------------------------
 
 
-def evaluation(folder: Path) -> dict[str, Any]:
-    """What is known of a finished run: losses on all of the held-out text, or why it diverged; empty before that."""
-    try:
-        return json.loads((folder / "evaluation.json").read_text())
-    except FileNotFoundError:
-        return {}
-    except (ValueError, OSError) as error:
-        raise UserError(f"{folder / 'evaluation.json'} cannot be read: {error}.") from None
-
-
-def tuned(study: Study, root: Path, arm: Arm) -> Tuning:
-    """What the finished trials of an arm say about its values."""
-
-    def loss(values: Values, seed: int) -> float | None:
-        known = evaluation(arm.folder(root, values, seed))
-        return math.inf if "diverged" in known else known.get("val_loss")
-
-    return tuning(arm, study.tuning_seeds, loss)
-
-
 def collect(study: Study, root: Path, jobs: int | None = None) -> dict[str, Any]:
     """Results of a study, from whatever runs are finished in `root`.
 
@@ -126,36 +107,43 @@ def collect(study: Study, root: Path, jobs: int | None = None) -> dict[str, Any]
     dict
         `arms` (`name`, `phases`, `tuned`, `trials`, `runs` with `seed`, `val_loss`, `test_loss`, `seconds`, `flops` and
         the `curve` of evaluations while training, ...), `paired` (`a`, `b`, `mean`, `low`, `high` of a − b on the test
-        text, `seeds`, `verdict`), `complete`, and what the figures depend on.
+        text, `seeds`, `verdict`), `tasks` (`arms` with the `bleu` of their `runs`, `paired`), `complete`, and what the
+        figures depend on.
 
     Raises
     ------
     UserError
         If runs of a seed did not read the same tokens in the same order.
     """
-    arms = [_arm(study, root, arm) for arm in study.arms.values()]
-    for seed in study.seeds:
-        orders = {run["order"]: arm["name"] for arm in arms for run in arm["runs"] if run["seed"] == seed}
-        if len(orders) > 1:
-            raise UserError(f"runs of seed {seed} in '{root}' read different data ({', '.join(orders.values())}).")
+    arms = [_arm(study, root, arm) for arm in study.arms.values() if not arm.untrained]
+    tasks = [_task(study, root, task) for task in study.tasks]
+    for some in (arms, *(task["arms"] for task in tasks)):
+        for seed in study.seeds:
+            orders = {run["order"]: arm["name"] for arm in some for run in arm["runs"] if run["seed"] == seed}
+            if len(orders) > 1:
+                raise UserError(f"runs of seed {seed} in '{root}' read different data ({', '.join(orders.values())}).")
     first, axes = arms[0], main_axes(arms)
     for arm in arms:
         if arm["flops"] and first["flops"]:
             arm["relative_flops"] = {name: total / first["flops"][name] for name, total in arm["flops"].items()}
     runs = [run for arm in arms for run in arm["runs"]]
+    trained = [pair for pair in study.pairs if not any(study.arms[name].untrained for name in pair)]
     machines = [run.pop("machine") for run in runs]
     corpora = [run.pop("corpus") for run in runs]
     return {
         "study": study.name,
         "about": study.about,
-        "complete": all(len(arm["runs"]) == len(study.seeds) for arm in arms),
+        "complete": all(
+            len(arm["runs"]) == len(study.seeds) for some in (arms, *(task["arms"] for task in tasks)) for arm in some
+        ),
         "seeds": list(study.seeds),
         "tuning_seeds": list(study.tuning_seeds),
         "arms": arms,
-        "paired": [_paired(_named(arms, a), _named(arms, b), axes) for a, b in study.pairs],
+        "paired": [_paired(_named(arms, a), _named(arms, b), "test_loss", axes) for a, b in trained],
+        "tasks": tasks,
         "corpus": corpora[0] if corpora else None,
         "jobs": jobs,
-        "command": f"vspdf compare {study.path.stem}",
+        "command": study.command,
         # Of the first run, as all of them are meant to have; of this process where none is finished.
         **(machines[0] if machines else {"hardware": info.hardware(), "versions": info.versions()}),
         "same_machine": all(machine == machines[0] for machine in machines),
@@ -174,8 +162,6 @@ def _arm(study: Study, root: Path, arm: Arm) -> dict[str, Any]:
         folders = [arm.folder(root, state.chosen, seed) for seed in study.seeds]
         runs = [_run(folder) for folder in folders if {"test_loss", "diverged"} & evaluation(folder).keys()]
     whole = [run for run in runs if run["test_loss"] is not None]
-    test = [run["test_loss"] for run in whole]
-    around = interval(test)
     return {
         "name": arm.name,
         "phases": [
@@ -184,15 +170,21 @@ def _arm(study: Study, root: Path, arm: Arm) -> dict[str, Any]:
         "tuned": state.chosen,
         "at_the_edge": state.at_the_edge(arm),
         "trials": [{"values": trial.values, "val_loss": _finite(trial.losses)} for trial in state.trials],
-        "test_loss": {
-            "mean": statistics.fmean(test) if test else None,
-            "std": statistics.stdev(test) if len(test) > 1 else None,
-            "low": around[0] if around else None,
-            "high": around[1] if around else None,
-        },
+        "test_loss": _spread([run["test_loss"] for run in whole]),
         "flops": {**whole[0]["flops"], **whole[0]["flops_by_convention"]} if whole else None,
         "relative_flops": None,  # to the first arm's, by convention and column
         "runs": runs,
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean, standard deviation and interval of the mean."""
+    around = interval(values)
+    return {
+        "mean": statistics.fmean(values) if values else None,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "low": around[0] if around else None,
+        "high": around[1] if around else None,
     }
 
 
@@ -248,15 +240,58 @@ def _stages_until(config: configuration.Config, tokens: float) -> list[tuple[flo
     return stages
 
 
-def _paired(a: dict[str, Any], b: dict[str, Any], axes: Sequence[Axis]) -> dict[str, Any]:
-    """The difference a − b of the test losses, seed by seed, on the seeds that both have finished.
+def _task(study: Study, root: Path, name: str) -> dict[str, Any]:
+    """What every arm scores on a task after fine-tuning."""
+    task, arms, sizes = study.tasks[name], [], {}
+    copied = None
+    for arm in study.arms.values():
+        runs: list[dict[str, Any]] = []
+        chosen, state = tuned(study, root, arm).chosen, Tuning(None, [])
+        if chosen is not None:
+            fine = study.fine_tuning(arm, name, root, chosen)
+            state = tuned(study, root, fine)
+            for seed in study.seeds if state.chosen is not None else ():
+                folder = fine.folder(root, state.chosen or {}, seed)
+                if {"bleu", "diverged"} & (known := evaluation(folder)).keys():
+                    manifest = json.loads((folder / "manifest.json").read_text())
+                    runs.append({"seed": seed, **_fine_tuned(folder, known), "order": manifest["order"]})
+                    sizes = {key: manifest[key] for key in ("corpus", "samples", "train", "validation", "test")}
+                    copied = known.get("bleu_of_contexts", copied)
+        whole = [run for run in runs if run["bleu"] is not None]
+        arms.append({
+            "name": arm.name, "tuned": state.chosen, "at_the_edge": state.at_the_edge(study.fine_tunings[name]),
+            "trials": [{"values": trial.values, "val_loss": _finite(trial.losses)} for trial in state.trials],
+            "bleu": _spread([run["bleu"] for run in whole]),
+            "test_loss": _spread([run["test_loss"] for run in whole]), "runs": runs,
+        })  # fmt: skip
+    return {
+        "name": name, "protocol": task.protocol, "decoding": asdict(task.decoding), "sizes": sizes,
+        "bleu_of_contexts": copied, "arms": arms,
+        "paired": [_paired(_named(arms, a), _named(arms, b), "bleu") for a, b in study.pairs],
+    }  # fmt: skip
+
+
+def _fine_tuned(folder: Path, known: dict[str, Any]) -> dict[str, Any]:
+    if "diverged" in known:
+        return {"diverged": known["diverged"], **dict.fromkeys(("bleu", "test_loss", "val_loss"))}
+    summary = json.loads((folder / "summary.json").read_text())
+    keys = ("bleu", "brevity_penalty", "hypothesis_length", "reference_length")
+    return {
+        **{key: known["bleu"][key] for key in keys}, **{key: known[key] for key in ("test_loss", "val_loss")},
+        "steps": summary["phases"][0]["steps"], "tokens": summary["tokens"],
+        "seconds": summary["phases"][0]["seconds"], "cpu_seconds": summary["cpu_seconds"],
+    }  # fmt: skip
+
+
+def _paired(a: dict[str, Any], b: dict[str, Any], key: str, axes: Sequence[Axis] = ()) -> dict[str, Any]:
+    """The difference a − b of `key` on the test part, seed by seed, on the seeds that both have finished.
 
     `at_equal` has the differences of validation losses while training, where both had spent what the shorter one spent
     in all, between evaluations.
     """
-    theirs = {run["seed"]: run for run in b["runs"] if run["test_loss"] is not None}
-    both = [(run, theirs[run["seed"]]) for run in a["runs"] if run["test_loss"] is not None and run["seed"] in theirs]
-    differences = [mine["test_loss"] - other["test_loss"] for mine, other in both]
+    theirs = {run["seed"]: run for run in b["runs"] if run[key] is not None}
+    both = [(run, theirs[run["seed"]]) for run in a["runs"] if run[key] is not None and run["seed"] in theirs]
+    differences = [mine[key] - other[key] for mine, other in both]
     around = interval(differences)
     if not both:
         verdict = "not run yet"
@@ -329,6 +364,26 @@ def table(results: dict[str, Any]) -> str:
                 "order": run["order"][:16], "jobs": results["jobs"], "cpu": results["hardware"]["cpu"],
                 **results["versions"],
             })  # fmt: skip
+    return _csv(rows)
+
+
+def task_table(results: dict[str, Any]) -> str:
+    """A line of CSV for each fine-tuning; empty where there is none."""
+    keys = (
+        "seed", "bleu", "brevity_penalty", "test_loss", "val_loss", "steps", "tokens", "seconds", "cpu_seconds",
+    )  # fmt: skip
+    rows = [
+        {
+            "study": results["study"], "task": task["name"], "protocol": task["protocol"], "arm": arm["name"],
+            "tuned": " ".join(f"{key}={value}" for key, value in (arm["tuned"] or {}).items()),
+            **{key: run.get(key) for key in keys}, "cpu": results["hardware"]["cpu"], **results["versions"],
+        }
+        for task in results.get("tasks", []) for arm in task["arms"] for run in arm["runs"]
+    ]  # fmt: skip
+    return _csv(rows)
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
     stream = io.StringIO()
     if rows:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
@@ -340,11 +395,19 @@ def table(results: dict[str, Any]) -> str:
 def notes(results: dict[str, Any]) -> list[str]:
     """What a reader must know beside the figures."""
     said = []
+    tasks = results.get("tasks", [])
+    every = [results["arms"], *(task["arms"] for task in tasks)]
     if not results["complete"]:
-        done = sum(len(arm["runs"]) for arm in results["arms"])
+        done, wanted = sum(len(arm["runs"]) for some in every for arm in some), sum(map(len, every))
         said.append(
-            f"Not complete: {done} of {len(results['arms']) * len(results['seeds'])} runs are done; means are over "
-            "the seeds that are."
+            f"Not complete: {done} of {wanted * len(results['seeds'])} runs are done; means are over the seeds that "
+            "are."
+        )
+    for task in tasks:
+        held = f", {task['sizes']['test']['documents']} contexts held out" if task["sizes"] else ""
+        said.append(
+            f"BLEU on {task['name']}: protocol {task['protocol']}{held}. Learning rate and epochs were chosen for each "
+            "arm by the loss on other held-out contexts. Not comparable with published scores."
         )
     if chosen := {arm["name"]: arm["tuned"] for arm in results["arms"] if arm["tuned"]}:
         words = (f"{name} {', '.join(f'{k}={v}' for k, v in values.items())}" for name, values in chosen.items())
@@ -359,15 +422,13 @@ def notes(results: dict[str, Any]) -> list[str]:
         "difference, over the differences of runs that read the same tokens in the same order. Each interval stands "
         "for itself: of twenty, one is expected to miss."
     )
-    for arm in results["arms"]:
-        if arm["at_the_edge"]:
-            said.append(
-                f"{arm['name']}: the best {', '.join(arm['at_the_edge'])} was the least or greatest tried; a better "
-                "one may lie outside."
-            )
-        for run in arm["runs"]:
-            if "diverged" in run:
-                said.append(f"{arm['name']}, seed {run['seed']}: {run['diverged']}")
+    titled = [(arm["name"], arm) for arm in results["arms"]]
+    titled += [(f"{arm['name']} on {task['name']}", arm) for task in tasks for arm in task["arms"]]
+    edges = [f"{title} ({', '.join(arm['at_the_edge'])})" for title, arm in titled if arm["at_the_edge"]]
+    if edges:
+        said.append(f"Best at the least or greatest value tried, so a better one may lie outside: {'; '.join(edges)}.")
+    for title, arm in titled:
+        said.extend(f"{title}, seed {run['seed']}: {run['diverged']}" for run in arm["runs"] if "diverged" in run)
     loads = [run["load_average"] for arm in results["arms"] for run in arm["runs"] if run["load_average"] is not None]
     if not results["same_machine"]:
         said.append("The runs were made on different machines or with different versions: seconds do not compare.")

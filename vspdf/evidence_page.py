@@ -9,20 +9,115 @@ import statistics
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vspdf import report
 from vspdf.errors import UserError
-from vspdf.evidence import CPU, OTHER_AXES, Axis, main_axes, notes, table, time_axis
+from vspdf.evidence import CPU, OTHER_AXES, Axis, main_axes, notes, table, task_table, time_axis
 from vspdf.files import write_whole
+from vspdf.page import figure, page, section
 from vspdf.svg import Series, interval_chart, legend, line_chart
 
 
 def write(results: dict[str, Any], root: Path) -> None:
-    """Writes `results.json`, `results.csv` and `comparison.html`."""
+    """Writes `results.json`, `results.csv`, for tasks `tasks.csv`, and `comparison.html`."""
     write_whole(root / "results.json", json.dumps(results, indent=1) + "\n")
     write_whole(root / "results.csv", table(results))
+    if results["tasks"]:
+        write_whole(root / "tasks.csv", task_table(results))
     write_whole(root / "comparison.html", render(results))
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+class Table(NamedTuple):
+    """Of text; the first column names the rows."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def markdown(self) -> str:
+        lines = [self.head, ("---", *("---:" for _ in self.head[1:])), *self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: float | None, form: str = ".4f") -> str:
+    """A figure in words; a dash where it is not known."""
+    return "–" if value is None else f"{value:{form}}"
+
+
+def between(body: dict[str, Any], form: str = ".4f") -> str:
+    """The interval of a mean in words."""
+    return "–" if body["low"] is None else f"{body['low']:{form}} to {body['high']:{form}}"
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    """The tables of a study: scores of tasks first, where there are any, then losses of pre-training."""
+    return [*_task_tables(results), *_loss_tables(results)]
+
+
+def _loss_tables(results: dict[str, Any]) -> list[Table]:
+    title, key = _clocks(results)[0]
+    clock = time_axis(results["arms"]).name
+    rows: list[tuple[str, ...]] = []
+    for arm in results["arms"]:
+        loss, runs = arm["test_loss"], arm["runs"]
+        relative = arm["relative_flops"] or {}
+        rows.append((
+            arm["name"], number(loss["mean"]), number(None if loss["low"] is None else loss["high"] - loss["mean"]),
+            f"{len(runs)}/{len(results['seeds'])}", f"{runs[0]['tokens']:,}" if runs else "–",
+            *(number(relative.get(name), ".1%") for name in ("linear", "executed")), number(_mean(arm, key), ".0f"),
+        ))  # fmt: skip
+    head = ("test loss", "± 95 %", "seeds", "tokens", "weight-FLOPs", "executed", title)
+    found = [Table("test loss, nats a token", ("arm", *head), rows)]
+    if results["paired"]:
+        rows = [
+            (
+                f"{pair['a']} − {pair['b']}", number(pair["mean"], "+.4f"), between(pair, "+.4f"),
+                str(len(pair["seeds"])), pair["verdict"],
+                number(pair["at_equal"].get(clock, {}).get("mean"), "+.4f"),
+            )
+            for pair in results["paired"]
+        ]  # fmt: skip
+        pair_head = ("a − b", "mean", "95 % interval", "seeds", "a is", "at equal time")
+        found.append(Table("paired differences of test losses", pair_head, rows))
+    return found
+
+
+def _task_tables(results: dict[str, Any]) -> list[Table]:
+    tasks = results.get("tasks", [])
+    if not tasks:
+        return []
+    spread = lambda body: f"{number(body['mean'], '.2f')} ± {number(body['std'], '.2f')}"  # noqa: E731
+    names = [arm["name"] for arm in tasks[0]["arms"]]
+    rows = [
+        (
+            name, *(spread(task["arms"][i]["bleu"]) for task in tasks),
+            *(number(task["arms"][i]["test_loss"]["mean"], ".3f") for task in tasks),
+            f"{min(len(task['arms'][i]['runs']) for task in tasks)}/{len(results['seeds'])}",
+        )
+        for i, name in enumerate(names)
+    ]  # fmt: skip
+    blank = [""] * (len(tasks) + 1)
+    rows.append(("contexts as they are", *(number(task["bleu_of_contexts"], ".2f") for task in tasks), *blank))
+    head = [f"{task['name']} BLEU" for task in tasks] + [f"{task['name']} loss" for task in tasks]
+    found = [Table("BLEU after fine-tuning, mean ± standard deviation", ("arm", *head, "seeds"), rows)]
+    rows = [
+        (
+            f"{task['name']}: {pair['a']} − {pair['b']}", number(pair["mean"], "+.2f"), between(pair, "+.2f"),
+            str(len(pair["seeds"])), pair["verdict"],
+        )
+        for task in tasks
+        for pair in task["paired"]
+    ]  # fmt: skip
+    if rows:
+        found.append(Table("paired differences of BLEU", ("a − b", "mean", "95 % interval", "seeds", "a is"), rows))
+    return found
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
 
 
 def render(results: dict[str, Any]) -> str:
@@ -34,11 +129,12 @@ def render(results: dict[str, Any]) -> str:
         f'<p><span class="badge {badge[0]}">{badge[1]}</span> {len(results["arms"])} arms, {done} runs, '
         f"seeds {escape(', '.join(map(str, results['seeds'])))}</p><p>{escape(results['about'])}</p></header>"
     )
-    sections = [_losses(results), _differences(results)]
+    sections = [_tasks(results)] if results.get("tasks") else []
+    sections += [_losses(results), _differences(results)]
     if any(run["curve"] for arm in results["arms"] for run in arm["runs"]):
         sections.append(_curves(results))
     sections += [_tuning(results), _runs(results), _facts(results)]
-    return report.page(results["study"], [head, *sections])
+    return page(results["study"], [head, *sections])
 
 
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]], attributes: str = "") -> str:
@@ -47,14 +143,14 @@ def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]], attributes: 
     return f'<div class="scroll"><table{attributes}><tr>{heads}</tr>{body}</table></div>'
 
 
-def number(value: float | None, form: str = ".4f") -> str:
-    """A figure in words; a dash where it is not known."""
-    return "–" if value is None else f"{value:{form}}"
-
-
-def between(body: dict[str, Any], form: str = ".4f") -> str:
-    """The interval of a mean in words."""
-    return "–" if body["low"] is None else f"{body['low']:{form}} to {body['high']:{form}}"
+def _tasks(results: dict[str, Any]) -> str:
+    drawn = [
+        f"<h3>{escape(table.title)}</h3>"
+        + _html_table(table.head, [[escape(cell) for cell in row] for row in table.rows])
+        for table in _task_tables(results)
+    ]
+    return section("After fine-tuning", "".join(drawn), "A verdict is given only where the interval leaves out "
+                          "zero. `answers.txt` in each run's folder holds the texts that were scored.")  # fmt: skip
 
 
 def _losses(results: dict[str, Any]) -> str:
@@ -75,7 +171,7 @@ def _losses(results: dict[str, Any]) -> str:
         "test bits/byte", "seeds", "tokens", "weight-FLOPs", "all FLOPs (spdf)", "executed",
         *(name for name, _ in clocks),
     )  # fmt: skip
-    return report.section("Losses", _html_table(head, rows), escape(" ".join(notes(results))))
+    return section("Losses", _html_table(head, rows), escape(" ".join(notes(results))))
 
 
 def _clocks(results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -92,7 +188,7 @@ def _mean(arm: dict[str, Any], key: str) -> float | None:
 def _differences(results: dict[str, Any]) -> str:
     pairs = [pair for pair in results["paired"] if pair["mean"] is not None]
     if not pairs:
-        return report.section("Paired differences", "<p>No two arms have finished runs of the same seed yet.</p>")
+        return section("Paired differences", "<p>No two arms have finished runs of the same seed yet.</p>")
     axes = main_axes(results["arms"])
     rows, bars = [], []
     for pair in pairs:
@@ -107,8 +203,8 @@ def _differences(results: dict[str, Any]) -> str:
     head = ["pair", "test loss, mean", "95 % interval", "seeds", "verdict"]
     head += [f"at equal {axis.name}" for axis in axes]
     chart = interval_chart(bars, title="Paired differences", x_label="difference of test losses (nats a token)")
-    return report.section(
-        "Paired differences", f'<div class="grid2">{report.figure(chart)}</div>{_html_table(head, rows)}',
+    return section(
+        "Paired differences", f'<div class="grid2">{figure(chart)}</div>{_html_table(head, rows)}',
         "Below zero: the first of the two has the lower loss. A verdict is given only where the interval leaves out "
         "zero. At equal tokens, FLOPs or time: validation loss while training, where both had spent what the shorter "
         "run spent in all; the longer one is in the middle of its learning rate schedule there.",
@@ -118,14 +214,12 @@ def _differences(results: dict[str, Any]) -> str:
 def _curves(results: dict[str, Any]) -> str:
     arms = results["arms"]
     head = legend([(arm["name"], i) for i, arm in enumerate(arms)])
-    main, other = (
-        "".join(report.figure(_chart(arms, axis)) for axis in axes) for axes in (main_axes(arms), OTHER_AXES)
-    )
+    main, other = ("".join(figure(_chart(arms, axis)) for axis in axes) for axes in (main_axes(arms), OTHER_AXES))
     more = (
         "<details><summary>Against other counts of FLOPs</summary>"
         f'{head}<div class="grid3">{other}</div></details>'
     )  # fmt: skip
-    return report.section(
+    return section(
         "Loss while training", f'{head}<div class="grid3">{main}</div>{more}',
         "Validation loss on a part of the validation text, means over seeds. Time is that of the training steps alone.",
     )  # fmt: skip
@@ -157,18 +251,20 @@ def _chart(arms: Sequence[dict[str, Any]], axis: Axis) -> str:
 
 def _tuning(results: dict[str, Any]) -> str:
     rows = []
-    for arm in results["arms"]:
+    titled = [(arm["name"], arm) for arm in results["arms"]]
+    titled += [(f"{arm['name']} on {task['name']}", arm) for task in results.get("tasks", []) for arm in task["arms"]]
+    for title, arm in titled:
         for trial in arm["trials"]:
             values = ", ".join(f"{key} = {value}" for key, value in trial["values"].items())
             losses = ", ".join(number(loss) for loss in trial["val_loss"])
             chosen = arm["tuned"] is not None and all(arm["tuned"][k] == v for k, v in trial["values"].items())
-            rows.append((escape(arm["name"]), escape(values), losses, "chosen" if chosen else ""))
+            rows.append((escape(title), escape(values), losses, "chosen" if chosen else ""))
     if not rows:
         return ""
-    return report.section(
+    return section(
         "Tuning", _html_table(("arm", "tried", "validation loss", ""), rows),
-        f"On the validation text, seeds {', '.join(map(str, results['tuning_seeds']))}; one setting after the other. "
-        "The test text was not read.",
+        f"On the validation text, seeds {', '.join(map(str, results['tuning_seeds']))}; one setting after the other, "
+        "of a task all combinations. The test text was not read.",
     )  # fmt: skip
 
 
@@ -179,7 +275,7 @@ def _runs(results: dict[str, Any]) -> str:
     keep = [i for i, name in enumerate(lines[0]) if name not in ("study", "cpu", *results["versions"])]
     head, *rows = ([escape(line[i]) for i in keep] for line in lines)
     body = _html_table(head, rows, ' id="figures"') + '<button id="copy" type="button">Copy table</button>'
-    return report.section("All runs", f"<details><summary>{len(rows)} runs</summary>{body}</details>")
+    return section("All runs", f"<details><summary>{len(rows)} runs</summary>{body}</details>")
 
 
 def _facts(results: dict[str, Any]) -> str:
@@ -197,7 +293,7 @@ def _facts(results: dict[str, Any]) -> str:
     orders = {run["seed"]: run["order"][:16] for arm in results["arms"] for run in arm["runs"]}
     facts |= {f"data order of seed {seed}": order for seed, order in orders.items()}
     rows = [(escape(str(key)), escape(_words(value))) for key, value in facts.items()]
-    return report.section("Details", _html_table((), rows, ' class="facts"'))
+    return section("Details", _html_table((), rows, ' class="facts"'))
 
 
 def _words(value: Any) -> str:

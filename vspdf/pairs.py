@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from vspdf.config import DataConfig
-from vspdf.data import Samples, ValidationBatch, held_out
+from vspdf.data import TEST, Samples, ValidationBatch, held_out, split
 from vspdf.errors import UserError
 from vspdf.tasks import Example, read
 from vspdf.tokenizer import Tokenizer, tokenizer_maker
@@ -30,6 +31,41 @@ class Pair(NamedTuple):
     begin: int
 
 
+def parts(config: DataConfig) -> dict[str, list[Example]]:
+    """Examples of a task file by part: "train", "validation" and, where one is held out, "test".
+
+    Contexts are held out whole: equal ones are in the same part.
+
+    Raises
+    ------
+    UserError
+        If a file is missing or unfit, or has too few contexts.
+    """
+    assert config.path is not None
+    examples = _usable(Path(config.path), config)
+    content = [json.dumps([example.context]).encode() for example in examples]
+    keys = np.array([int.from_bytes(hashlib.sha256(c).digest()[:8], "little") for c in content], np.uint64)
+    sizes = np.array([sum(map(len, example.references)) for example in examples], np.int64)
+    held = [] if config.validation_path is not None else ["one to hold out"]
+    held += ["one for the test"] if config.test_fraction else []
+    if (distinct := len(set(keys.tolist()))) <= len(held):
+        raise UserError(
+            f"'{config.path}' has {'a single context' if distinct == 1 else f'{distinct} contexts'}: expected at least "
+            f"{len(held) + 1}, one to train on and {' and '.join(held)}, or data.validation_path."
+        )
+    if config.validation_path is None:
+        of = split(keys, sizes, config.validation_fraction, config.test_fraction)
+    else:
+        of = TEST * (held_out(keys, sizes, config.test_fraction) if config.test_fraction else np.zeros(len(keys), bool))
+    found = {
+        name: [example for example, part in zip(examples, of.tolist(), strict=True) if part == number]
+        for number, name in enumerate(("train", "validation", "test"))
+    }
+    if config.validation_path is not None:
+        found["validation"] = _usable(Path(config.validation_path), config)
+    return {name: some for name, some in found.items() if some}
+
+
 def prepare(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Pairs:
     """Training pairs of a task file, one for each reference, and held-out ones.
 
@@ -42,22 +78,7 @@ def prepare(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Pairs:
         If a file is missing or unfit, nothing is left to train on or to hold out, or a pair is too long.
     """
     assert config.path is not None and config.length is not None
-    examples = _usable(Path(config.path), config)
-    if config.validation_path is not None:
-        validation = _usable(Path(config.validation_path), config)
-    else:
-        content = [json.dumps([example.context]).encode() for example in examples]  # equal contexts on the same side
-        keys = np.array([int.from_bytes(hashlib.sha256(c).digest()[:8], "little") for c in content], np.uint64)
-        sizes = np.array([sum(map(len, example.references)) for example in examples], np.int64)
-        if len(set(keys.tolist())) < 2:
-            raise UserError(
-                f"'{config.path}' has a single context: expected at least two, one to train on and one to hold out, or "
-                "data.validation_path."
-            )
-        held = held_out(keys, sizes, config.validation_fraction)
-        validation = [example for example, out in zip(examples, held, strict=True) if out]
-        examples = [example for example, out in zip(examples, held, strict=True) if not out]
-    sides = {"train": examples, "validation": validation}
+    sides = parts(config)
     pairs = {side: _pairs(some, config, tokenizer, side) for side, some in sides.items()}
     order = hashlib.sha256(json.dumps([config.length, seed]).encode())
     for pair in pairs["train"]:
@@ -66,7 +87,7 @@ def prepare(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Pairs:
         "corpus": {
             "name": Path(config.path).name,
             "sha256": _digest(config.path, config.validation_path),
-            "documents": len(examples) + len(validation),
+            "documents": sum(map(len, sides.values())),
             "bytes": sum(len(text.encode()) for some in sides.values() for item in some for text in item.references),
         },
         "tokenizer": {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size},
@@ -81,7 +102,7 @@ def prepare(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Pairs:
         "samples": len(pairs["train"]),
         "order": order.hexdigest(),
     }
-    return Pairs(pairs["train"], pairs["validation"], tokenizer, manifest, seed, config.repeat)
+    return Pairs(pairs, tokenizer, manifest, seed, config.repeat)
 
 
 def _digest(*paths: str | None) -> str:
@@ -176,14 +197,22 @@ class Pairs(Samples):
     """
 
     def __init__(
-        self, train: list[Pair], validation: list[Pair], tokenizer: Tokenizer, manifest: dict[str, Any], seed: int,
-        repeat: bool,
-    ) -> None:  # fmt: skip
-        super().__init__(f"'{manifest['corpus']['name']}' has {len(train)} pairs", len(train), seed, repeat)
+        self, sides: dict[str, list[Pair]], tokenizer: Tokenizer, manifest: dict[str, Any], seed: int, repeat: bool
+    ) -> None:
+        self._train, self._validation, self._test = (sides.get(side, []) for side in ("train", "validation", "test"))
+        what = f"'{manifest['corpus']['name']}' has {len(self._train)} pairs"
+        super().__init__(what, len(self._train), seed, repeat)
         self.tokenizer, self.vocab_size, self.manifest = tokenizer, tokenizer.vocab_size, manifest
         self.end: int | None = tokenizer.end_of_document
-        self._train, self._validation = train, validation
         self._cumulated: dict[int, np.ndarray] = {}
+
+    def for_test(self) -> Pairs:
+        """The same with the test's pairs in the place of those for validation."""
+        if not self._test:
+            raise UserError("there are no test pairs: data.test_fraction is 0.")
+        other = copy.copy(self)
+        other._validation = self._test
+        return other
 
     def tokens(self, samples: int) -> int:
         """Tokens in the first `samples` samples, filler not counted."""
