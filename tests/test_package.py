@@ -22,7 +22,7 @@ LEVELS = [
     {"study"},
     {"bench", "bench_gpu", "bleu", "harness"},
     {"train", "convert", "callback"},
-    {"hub", "pairs", "phases"},
+    {"hub", "pairs", "phases", "records"},
     {"evaluate", "checkpoint", "foreign", "generate", "info", "schedule"},
     {"data", "sparse", "tasks"},
     {"corpora"},

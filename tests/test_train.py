@@ -20,8 +20,9 @@ from vspdf.errors import UserError
 from vspdf.ledger import CONVENTIONS
 from vspdf.model import GPT
 from vspdf.pattern import Pattern, kept_count
+from vspdf.records import PhaseRecord
 from vspdf.sparse import sparse_layers
-from vspdf.train import PhaseRecord, train
+from vspdf.train import train
 
 LAYERS = [f"h.{i}.{name}" for i in range(2) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
 # Wall clock; everything else in a line of metrics must be equal from run to run.

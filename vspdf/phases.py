@@ -1,4 +1,4 @@
-"""Phases of sparsity on a training of your own, in any loop."""
+"""Phases of sparsity: on a training of your own, in any loop, and on our trainer's GPT."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from vspdf import schedule
-from vspdf.config import ModelConfig, PhaseConfig, resolve_amounts
+from vspdf.config import Config, ModelConfig, PhaseConfig, layer_sparsities, resolve_amounts
 from vspdf.errors import UserError
-from vspdf.sparse import RevivedWarmup, adopt, densify, set_sparsity, sparsify
+from vspdf.pattern import Pattern, kept_count
+from vspdf.sparse import RevivedWarmup, adopt, densify, set_sparsity, sparse_layers, sparsify
 
 log = logging.getLogger("vspdf")
 
@@ -152,3 +153,82 @@ class Phases:
 
     def _stage(self, step: int) -> int:
         return sum(start <= step for start, _ in self.stages) - 1
+
+
+# What follows takes our own GPT through the phases of a configuration, layer by layer; the trainer uses it.
+
+
+def begin(model: nn.Module, config: Config, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Brings a dense model into the form of the first phase."""
+    phase = config.phases[0]
+    amounts = layer_sparsities(config.model, phase)
+    if wanted := {name: amount for name, amount in amounts.items() if amount}:
+        sparsify(
+            model, wanted, seed=config.seed, init_method=phase.init_method, truncate=phase.count == "truncate",
+            rescale=phase.s_mu_par and not config.init_from, backend=config.train.backend, optimizer=optimizer,
+        )  # fmt: skip
+
+
+def check_zeros(model: nn.Module, config: Config) -> None:
+    """Zeros that are to become masks must be there: figures go by the configured sparsity.
+
+    Raises
+    ------
+    UserError
+        Naming a layer that has more or fewer.
+    """
+    phase = config.phases[0]
+    if phase.init_method != "from_zeros" or sparse_layers(model):
+        return
+    for name, amount in layer_sparsities(config.model, phase).items():
+        zeros = float((model.get_submodule(name).weight == 0).float().mean())  # type: ignore[union-attr]
+        if amount and abs(zeros - amount) > 0.005:
+            raise UserError(
+                f"phases.0.init_method = from_zeros takes zeros for masked: '{name}' has {zeros:.2%} of them, "
+                f"its sparsity is to be {amount:.2%}. Start from a model that has (init_from), or give what it has."
+            )
+
+
+def grow(
+    model: nn.Module, config: Config, index: int, stage: int, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, Pattern]:
+    """Adds positions until the model has the sparsities of a stage of a phase; returns the patterns before.
+
+    Raises
+    ------
+    UserError
+        If that would drop weights.
+    """
+    phase = config.phases[index]
+    amount = schedule.stages(phase)[stage].sparsity
+    layers = sparse_layers(model)
+    amounts = layer_sparsities(config.model, phase, amount)
+    if not any(amounts.values()):
+        return densify(model, optimizer)
+    wanted = {}
+    for name, layer in layers.items():  # one weight more or less is a matter of how kept ones are counted
+        missing = kept_count(layer.pattern.numel, amounts[name]) - layer.pattern.nnz
+        if missing < -1:
+            raise UserError(
+                f"phase '{phase.name}': layer '{name}' has sparsity {layer.pattern.sparsity:.4g} and would go to "
+                f"{amounts[name]:.4g}: weights are only ever added."
+            )
+        if missing > 1:
+            wanted[name] = amounts[name]
+    if dense := [name for name, amount in amounts.items() if amount and name not in layers]:
+        raise UserError(
+            f"phase '{phase.name}': layer '{dense[0]}' is dense already and would go to {amounts[dense[0]]:.4g}: "
+            "weights are only ever added."
+        )
+    seed = config.seed + index + 1_000_003 * stage
+    return set_sparsity(model, wanted, optimizer, seed=seed) if wanted else {}
+
+
+def form(model: nn.Module) -> str:
+    """How much of a model is trained, in words."""
+    layers = sparse_layers(model)
+    kept = sum(layer.pattern.nnz for layer in layers.values())
+    numel = sum(layer.pattern.numel for layer in layers.values())
+    if not layers:
+        return "every weight is trained"
+    return f"{len(layers)} sparse layers keep {kept:,} of {numel:,} weights"

@@ -16,10 +16,9 @@ import os
 import signal
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vspdf import checkpoint, hub, info, ledger, pairs, schedule
+from vspdf import checkpoint, hub, info, ledger, pairs, phases, schedule
 from vspdf import config as configuration
 from vspdf.config import Config, PhaseConfig
 from vspdf.data import Dataset, prepare
@@ -36,11 +35,12 @@ from vspdf.evaluate import Evaluation, autocast, device, evaluate
 from vspdf.files import write_whole
 from vspdf.generate import Decoding, generate
 from vspdf.kernels import dispatch
-from vspdf.ledger import Count, Tally
+from vspdf.ledger import Count
 from vspdf.model import GPT
-from vspdf.pattern import Pattern, kept_count
+from vspdf.pattern import Pattern
+from vspdf.records import PhaseRecord, dense_counts, profiled
 from vspdf.simulator import estimates, machine
-from vspdf.sparse import RevivedWarmup, build_plans, densify, set_sparsity, sparse_layers, sparsify
+from vspdf.sparse import RevivedWarmup, build_plans, densify, sparse_layers
 from vspdf.tokenizer import Tokenizer
 
 log = logging.getLogger("vspdf")
@@ -51,38 +51,6 @@ FREE_TO_CHANGE = {
     "train.log_every", "train.eval_every", "train.eval_tokens", "train.sample_tokens", "train.checkpoint_every",
     "train.keep_checkpoints", "train.measure_dense", "train.tensorboard",
 }  # fmt: skip
-
-
-@dataclass
-class PhaseRecord:
-    """What one phase has done so far."""
-
-    seconds: float = 0.0  # in steps
-    cpu_seconds: float | None = 0.0  # of all threads, in steps; None: it began before they were counted
-    tally: Tally = field(default_factory=Tally)
-    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=512))
-    paired_seconds: list[tuple[float, float]] = field(default_factory=list)  # (this step, dense step on the same batch)
-    dense_threads: int | None = None
-    parts: dict[str, float] = field(default_factory=dict)  # fraction of a step's time
-    val_loss: float | None = None
-    val_bits_per_byte: float | None = None
-    loss: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **{k: v for k, v in vars(self).items() if k not in ("tally", "step_seconds")},
-            "tally": {name: asdict(count) for name, count in self.tally.products.items()},
-            "step_seconds": list(self.step_seconds),
-        }
-
-    @classmethod
-    def from_json(cls, body: dict[str, Any]) -> PhaseRecord:
-        plain = {k: v for k, v in body.items() if k not in ("tally", "step_seconds", "paired_seconds")}
-        record = cls(**{"cpu_seconds": None, **plain})
-        record.tally = Tally({name: Count(**count) for name, count in body["tally"].items()})
-        record.step_seconds.extend(body["step_seconds"])
-        record.paired_seconds = [(a, b) for a, b in body["paired_seconds"]]
-        return record
 
 
 def train(
@@ -164,7 +132,7 @@ class _Run:
         if not checkpoint.checkpoints(self.folder / "checkpoints"):
             if config.init_from:
                 self._begin_from(config.init_from)
-            self._check_zeros()
+            phases.check_zeros(self.model, config)
         self.first = config.data.first_sequence = config.data.first_sequence or 0
         self.data.check(self.first + schedule.position(config.phases, self.total_steps).samples)
         if resume:
@@ -278,19 +246,6 @@ class _Run:
             f"starting from {source} (step {old['step']}), {'with' if self.optimizer else 'without'} moments{where}"
         )
 
-    def _check_zeros(self) -> None:
-        """Zeros that are to become masks must be there: figures go by the configured sparsity."""
-        phase = self.config.phases[0]
-        if phase.init_method != "from_zeros" or sparse_layers(self.model):
-            return
-        for name, amount in configuration.layer_sparsities(self.config.model, phase).items():
-            zeros = float((self.model.get_submodule(name).weight == 0).float().mean())  # type: ignore[union-attr]
-            if amount and abs(zeros - amount) > 0.005:
-                raise UserError(
-                    f"phases.0.init_method = from_zeros takes zeros for masked: '{name}' has {zeros:.2%} of them, "
-                    f"its sparsity is to be {amount:.2%}. Start from a model that has (init_from), or give what it has."
-                )
-
     def _restore(self) -> None:
         folder = self.folder / "checkpoints"
         if not checkpoint.checkpoints(folder):
@@ -362,17 +317,11 @@ class _Run:
     def _enter(self, index: int) -> None:
         """Brings the model into the form of a phase."""
         phase, first = self.config.phases[index], self.phase < 0
+        before: dict[str, Pattern] = {}
         if first and not sparse_layers(self.model):
-            amounts = configuration.layer_sparsities(self.config.model, phase)
-            if wanted := {name: amount for name, amount in amounts.items() if amount}:
-                sparsify(
-                    self.model, wanted, seed=self.config.seed, init_method=phase.init_method,
-                    truncate=phase.count == "truncate", rescale=phase.s_mu_par and not self.config.init_from,
-                    backend=self.config.train.backend, optimizer=self.optimizer,
-                )  # fmt: skip
-            before: dict[str, Pattern] = {}
+            phases.begin(self.model, self.config, self.optimizer)
         else:
-            before = self._grow(phase, index, 0)
+            before = phases.grow(self.model, self.config, index, 0, self.optimizer)
         if first and sparse_layers(self.model):
             self._export_patterns()
         if self.optimizer is not None and phase.moments == "reset":
@@ -390,35 +339,10 @@ class _Run:
 
     def _densify_to(self, phase: PhaseConfig, stage: int) -> None:
         """A step of densification within a phase; positions are added, kept values and moments stay."""
-        before = self._grow(phase, self.phase, stage)
+        before = phases.grow(self.model, self.config, self.phase, stage, self.optimizer)
         self.stage = stage
         self._renew(phase, before)
-        self.say(f"densified to sparsity {self._sparsity():.4g}: {self._form()}")
-
-    def _grow(self, phase: PhaseConfig, index: int, stage: int) -> dict[str, Pattern]:
-        """Adds positions until the model has the sparsities of a stage; returns the patterns before."""
-        amount = schedule.stages(phase)[stage].sparsity
-        layers = sparse_layers(self.model)
-        amounts = configuration.layer_sparsities(self.config.model, phase, amount)
-        if not any(amounts.values()):
-            return densify(self.model, self.optimizer)
-        wanted = {}
-        for name, layer in layers.items():  # one weight more or less is a matter of how kept ones are counted
-            missing = kept_count(layer.pattern.numel, amounts[name]) - layer.pattern.nnz
-            if missing < -1:
-                raise UserError(
-                    f"phase '{phase.name}': layer '{name}' has sparsity {layer.pattern.sparsity:.4g} and would go to "
-                    f"{amounts[name]:.4g}: weights are only ever added."
-                )
-            if missing > 1:
-                wanted[name] = amounts[name]
-        if dense := [name for name, amount in amounts.items() if amount and name not in layers]:
-            raise UserError(
-                f"phase '{phase.name}': layer '{dense[0]}' is dense already and would go to {amounts[dense[0]]:.4g}: "
-                "weights are only ever added."
-            )
-        seed = self.config.seed + index + 1_000_003 * stage
-        return set_sparsity(self.model, wanted, self.optimizer, seed=seed) if wanted else {}
+        self.say(f"densified to sparsity {self._sparsity():.4g}: {phases.form(self.model)}")
 
     def _renew(self, phase: PhaseConfig, before: dict[str, Pattern]) -> None:
         """An optimizer over the model's present parameters with the state of the old one."""
@@ -435,17 +359,9 @@ class _Run:
         phase = self.config.phases[self.phase]
         return configuration.mean_sparsity(self.config.model, phase, schedule.stages(phase)[self.stage].sparsity)
 
-    def _form(self) -> str:
-        layers = sparse_layers(self.model)
-        kept = sum(layer.pattern.nnz for layer in layers.values())
-        numel = sum(layer.pattern.numel for layer in layers.values())
-        if not layers:
-            return "every weight is trained"
-        return f"{len(layers)} sparse layers keep {kept:,} of {numel:,} weights"
-
     def _describe(self, phase: PhaseConfig) -> str:
         tokens = self._tokens(self.step + (phase.steps or 0)) - self._tokens(self.step)
-        return f"phase '{phase.name}': {phase.steps:,} steps, {tokens:,} tokens; {self._form()}"
+        return f"phase '{phase.name}': {phase.steps:,} steps, {tokens:,} tokens; {phases.form(self.model)}"
 
     def _new_optimizer(self, phase: PhaseConfig) -> torch.optim.Optimizer:
         return _adamw(self.model, self.config, phase)
@@ -505,12 +421,12 @@ class _Run:
         with ledger.counting() as tally:
             # The second step: plans are built, nothing else is special about it. The profiler sees the CPU alone.
             if phase_step == 1 and self.device.type == "cpu":
-                (loss, norm), record.parts = _profiled(take, self.shape.vocab_size)
+                (loss, norm), record.parts = profiled(take, self.shape.vocab_size)
             else:
                 loss, norm = take()
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         shape = dataclasses.replace(self.shape, sequence_length=batch[0].shape[1])
-        for name, count in {**tally.products, **_dense_counts(self.model, shape, batch[0].numel())}.items():
+        for name, count in {**tally.products, **dense_counts(self.model, shape, batch[0].numel())}.items():
             record.tally.add(name, count)
         record.seconds += seconds
         record.cpu_seconds = None if record.cpu_seconds is None else record.cpu_seconds + cpu_seconds
@@ -587,11 +503,11 @@ class _Run:
         record.paired_seconds.append((seconds, self._twin.step(samples)))
         if len(record.paired_seconds) == wanted:
             self._twin = None
-            mine, dense = (statistics.median(column) for column in zip(*record.paired_seconds, strict=True))
-            low, high = min(b / a for a, b in record.paired_seconds), max(b / a for a, b in record.paired_seconds)
+            mine, dense, ratios = record.beside_dense()
             self.say(
                 f"measured beside each other: a step takes {mine:.3f} s, a dense step {dense:.3f} s "
-                f"({record.dense_threads} threads): {dense / mine:.2f}x faster (pairs {low:.2f}-{high:.2f})"
+                f"({record.dense_threads} threads): {dense / mine:.2f}x faster (pairs {min(ratios):.2f}-"
+                f"{max(ratios):.2f})"
             )
 
     def _evaluate(self, record: PhaseRecord, line: dict[str, Any]) -> Evaluation:
@@ -685,7 +601,7 @@ class _Run:
     def _summarise(self) -> dict[str, Any]:
         ends = np.cumsum([phase.steps for phase in self.config.phases]).tolist()
         phases = [
-            self._phase_summary(phase, record, self._tokens(end) - self._tokens(end - (phase.steps or 0)))
+            record.summary(self.config.model, phase, self._tokens(end) - self._tokens(end - (phase.steps or 0)))
             for phase, record, end in zip(self.config.phases, self.records, ends, strict=True)
         ]
         last = self.records[-1]
@@ -726,32 +642,6 @@ class _Run:
         except UserError as error:
             self.say(f"no CS-2 estimate: {error}")
             return []
-
-    def _phase_summary(self, phase: PhaseConfig, record: PhaseRecord, tokens: int) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "name": phase.name,
-            "sparsity": configuration.mean_sparsity(self.config.model, phase),
-            "stages": [stage._asdict() for stage in schedule.stages(phase)],
-            "steps": phase.steps,
-            "tokens": tokens,
-            "seconds": record.seconds,
-            "cpu_seconds": record.cpu_seconds,
-            "step_seconds_median": statistics.median(record.step_seconds),
-            "loss": record.loss,
-            "val_loss": record.val_loss,
-            "val_bits_per_byte": record.val_bits_per_byte,
-            "flops": record.tally.total.flops(),
-            "products": {name: asdict(count) for name, count in record.tally.products.items()},
-            "time_fractions": record.parts,
-        }
-        if record.paired_seconds:
-            mine, dense = (statistics.median(column) for column in zip(*record.paired_seconds, strict=True))
-            ratios = [b / a for a, b in record.paired_seconds]
-            body["dense_step_seconds_median"] = dense
-            body["paired_step_seconds_median"] = mine
-            body["speedup"] = {"median": dense / mine, "low": min(ratios), "high": max(ratios)}
-            body["dense_threads"] = record.dense_threads
-        return body
 
 
 class _DenseTwin:
@@ -796,40 +686,6 @@ def _adamw(model: nn.Module, config: Config, phase: PhaseConfig) -> torch.optim.
         [{"params": p, "weight_decay": decay, "lr_scale": scale} for (decay, scale), p in groups.items()],
         lr=0.0, betas=(o.beta1, phase.beta2 or 0.0), eps=o.eps, fused=True,
     )  # fmt: skip
-
-
-def _dense_counts(model: nn.Module, shape: ledger.Shape, tokens: int) -> dict[str, Count]:
-    """What torch itself multiplies in a step, forward and backward: nothing is skipped there, the columns agree."""
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    macs = {"dense_linear": linear, "attention": shape.attention, "vocabulary": shape.vocabulary}
-    flops = {name: 6 * tokens * n for name, n in macs.items() if n}
-    return {name: Count(n, n, n) for name, n in flops.items()}
-
-
-def _profiled(step: Callable[[], Any], vocab_size: int) -> tuple[Any, dict[str, float]]:
-    """Runs a step under torch's profiler; returns its result and the fraction of its time by part."""
-    with torch.autograd.profiler_legacy.profile(record_shapes=True) as profile:  # the newer one writes to stderr
-        result = step()
-    times: dict[str, float] = {}
-    for event in profile.key_averages(group_by_input_shape=True):
-        part = _part(event.key, event.input_shapes, vocab_size)
-        times[part] = times.get(part, 0.0) + event.self_cpu_time_total
-    total = sum(times.values())
-    return result, {part: seconds / total for part, seconds in sorted(times.items())}
-
-
-def _part(key: str, shapes: Any, vocab_size: int) -> str:
-    if "vspdf::" in key:
-        return "sparse products"
-    if "scaled_dot_product" in key or "flash_attention" in key:
-        return "attention"
-    if "AdamW" in key or "adamw" in key or "_foreach_" in key or "Optimizer" in key:
-        return "optimizer"
-    if any(vocab_size in shape for shape in shapes if isinstance(shape, list)):
-        return "vocabulary"
-    if key in ("aten::mm", "aten::addmm", "aten::linear", "aten::matmul"):
-        return "dense products"
-    return "rest"
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
