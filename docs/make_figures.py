@@ -1,12 +1,16 @@
-"""Draws the figures of these pages with vspdf itself: `python docs/make_figures.py`. One of them trains: half a minute.
+"""Draws the figures of these pages with vspdf itself: `python docs/make_figures.py [NAME ...]`, all without a name.
 
-Transparent, in colours that read on white and on dark pages.
+Transparent, in colours that read on white and on dark pages. `switch` trains: half a minute. `evidence` also fills in
+the tables that pages take from the results of studies.
 """
 
 from __future__ import annotations
 
+import re
+import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -16,7 +20,9 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 
 import vspdf
-from vspdf import config, ledger, report
+from vspdf import config, evidence_page, ledger, report, study
+from vspdf import evidence as results_of
+from vspdf.errors import UserError
 from vspdf.plan import plan
 from vspdf.train import train
 
@@ -26,6 +32,7 @@ LARGE = "cerebras-gpt-6.7b"
 
 plt.rcParams.update({
     "svg.hashsalt": "vspdf",  # the same figure is the same file
+    "savefig.transparent": True,
     "font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "lines.linewidth": 1.6, "axes.prop_cycle": plt.cycler(color=[BLUE, ORANGE, GREEN, PINK]),
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color",
@@ -133,8 +140,50 @@ def switch() -> None:
     save(figure, "switch")
 
 
+# A study's results between two comments: all of them ("results"), or the first tables with a picture ("summary").
+PLACE = re.compile(r"(<!-- (results|summary): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = (Path(__file__).parent / "evidence.md", Path(__file__).parents[1] / "README.md")
+
+
+def kept(name: str | Path) -> dict[str, Any] | None:
+    """Results of a study, if there are runs among them."""
+    try:
+        results = results_of.read(study.load(name))
+    except UserError:
+        return None
+    return results if any(arm["runs"] for arm in results["arms"]) else None
+
+
+def filled(page: Path) -> str:
+    """A page with its places filled from the results that are kept; with a line where there are none."""
+
+    def fill(place: re.Match[str]) -> str:
+        begin, what, name, end = place.groups()
+        results = kept(name)
+        if results is None:
+            return f"{begin}No results are kept of this study yet.\n{end}"
+        image = "" if page.parent.name == "docs" else "docs/"
+        picture = f"![Losses and differences of study {name}]({image}images/study-{name}.svg)\n"
+        if what == "results":
+            return f"{begin}{evidence_page.markdown(results)}\n{picture}{end}"
+        tables = "\n\n".join(table.markdown() for table in evidence_page.tables(results)[:2])
+        return f"{begin}{tables}\n\n{picture}{end}"
+
+    return PLACE.sub(fill, page.read_text())
+
+
+def evidence() -> None:
+    """Losses and paired differences of the studies whose results are kept; their tables in the pages."""
+    for path in config.shipped("studies"):
+        if results := kept(path):
+            evidence_page.plot(results, IMAGES / f"study-{path.stem}.svg")
+    for page in PAGES:
+        page.write_text(filled(page))
+
+
 if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
-    for draw in (stages, products, savings, switch):
-        draw()
-        print(f"{IMAGES / draw.__name__}.svg: {draw.__doc__}")
+    drawings = {draw.__name__: draw for draw in (stages, products, savings, switch, evidence)}
+    for name in sys.argv[1:] or drawings:
+        drawings[name]()
+        print(f"{name}: {drawings[name].__doc__}")

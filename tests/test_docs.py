@@ -56,6 +56,14 @@ def test_commands_in_pages_exist():
             assert verb in verbs, f"{page}: vspdf {verb}"
 
 
+def test_tables_of_studies_are_those_of_the_results_that_are_kept():
+    """`python docs/make_figures.py evidence` fills them in."""
+    script = runpy.run_path(str(ROOT / "docs" / "make_figures.py"))
+    for page in script["PAGES"]:
+        assert script["filled"](page) == page.read_text(), f"{page.name}: run docs/make_figures.py evidence"
+    assert script["PLACE"].search((ROOT / "docs" / "evidence.md").read_text())
+
+
 # -- the site ---------------------------------------------------------------------------------------------------------
 
 

@@ -37,6 +37,7 @@ EXECUTED = Axis("executed FLOPs", "FLOP", lambda point: point["flops"]["executed
 # second almost alone, so that several may run side by side.
 WALL = Axis("training time", "s", lambda point: point["seconds"])
 CPU = Axis("CPU time of one thread", "s", lambda point: point["cpu_seconds"])
+WEIGHTS = Axis("weight-FLOPs", "FLOP", lambda point: point["flops_by_convention"]["linear"])
 OTHER_AXES = (
     Axis("FLOPs as if dense", "FLOP", lambda point: point["flops"]["dense"]),
     Axis("useful FLOPs", "FLOP", lambda point: point["flops"]["useful"]),
@@ -52,6 +53,13 @@ def time_axis(arms: Sequence[dict[str, Any]]) -> Axis:
     runs = [run for arm in arms for run in arm["runs"]]
     counted = all(run.get("threads") == 1 and run.get("cpu_seconds") is not None for run in runs)
     return CPU if runs and counted else WALL
+
+
+def undisturbed(results: dict[str, Any]) -> bool:
+    """Whether times may be quoted: CPU time, or wall-clock time of one machine with no more to do than it has cores."""
+    loads = [run["load_average"] for arm in results["arms"] for run in arm["runs"] if run["load_average"] is not None]
+    quiet = not loads or max(loads) <= (results["hardware"]["cores"] or 1) + 0.5
+    return results["same_machine"] and (quiet or time_axis(results["arms"]) is CPU)
 
 
 def main_axes(arms: Sequence[dict[str, Any]]) -> tuple[Axis, ...]:
@@ -429,18 +437,17 @@ def notes(results: dict[str, Any]) -> list[str]:
         said.append(f"Best at the least or greatest value tried, so a better one may lie outside: {'; '.join(edges)}.")
     for title, arm in titled:
         said.extend(f"{title}, seed {run['seed']}: {run['diverged']}" for run in arm["runs"] if "diverged" in run)
-    loads = [run["load_average"] for arm in results["arms"] for run in arm["runs"] if run["load_average"] is not None]
     if not results["same_machine"]:
         said.append("The runs were made on different machines or with different versions: seconds do not compare.")
-    cores = results["hardware"]["cores"] or 1
     if time_axis(results["arms"]) is CPU:
         said.append(
             "Time is CPU time of a run's one thread in training steps, which is what they take on a quiet core but for "
             "memory and caches shared with what ran beside; wall-clock seconds are in the results too."
         )
-    elif loads and max(loads) > cores + 0.5:
+    elif not undisturbed(results):
+        busiest = max(run["load_average"] or 0.0 for arm in results["arms"] for run in arm["runs"])
         said.append(
-            f"The machine was busy with other work (load up to {max(loads):.1f} on {cores} cores): losses do not "
-            "depend on it, seconds do, and are not to be quoted."
+            f"The machine was busy with other work (load up to {busiest:.1f} on {results['hardware']['cores']} cores): "
+            "losses do not depend on it, seconds do, and are not shown in the tables."
         )
     return said

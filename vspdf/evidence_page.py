@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from vspdf import report
 from vspdf.errors import UserError
-from vspdf.evidence import CPU, OTHER_AXES, Axis, main_axes, notes, table, task_table, time_axis
+from vspdf.evidence import CPU, OTHER_AXES, WEIGHTS, Axis, main_axes, notes, table, task_table, time_axis, undisturbed
 from vspdf.files import write_whole
 from vspdf.page import figure, page, section
 from vspdf.svg import Series, interval_chart, legend, line_chart
@@ -61,6 +61,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
 def _loss_tables(results: dict[str, Any]) -> list[Table]:
     title, key = _clocks(results)[0]
     clock = time_axis(results["arms"]).name
+    timed = undisturbed(results)
     rows: list[tuple[str, ...]] = []
     for arm in results["arms"]:
         loss, runs = arm["test_loss"], arm["runs"]
@@ -68,20 +69,21 @@ def _loss_tables(results: dict[str, Any]) -> list[Table]:
         rows.append((
             arm["name"], number(loss["mean"]), number(None if loss["low"] is None else loss["high"] - loss["mean"]),
             f"{len(runs)}/{len(results['seeds'])}", f"{runs[0]['tokens']:,}" if runs else "–",
-            *(number(relative.get(name), ".1%") for name in ("linear", "executed")), number(_mean(arm, key), ".0f"),
+            *(number(relative.get(name), ".1%") for name in ("linear", "executed")),
+            *([number(_mean(arm, key), ".0f")] if timed else []),
         ))  # fmt: skip
-    head = ("test loss", "± 95 %", "seeds", "tokens", "weight-FLOPs", "executed", title)
+    head = ("test loss", "± 95 %", "seeds", "tokens", "weight-FLOPs", "executed", *([title] if timed else []))
     found = [Table("test loss, nats a token", ("arm", *head), rows)]
     if results["paired"]:
         rows = [
             (
                 f"{pair['a']} − {pair['b']}", number(pair["mean"], "+.4f"), between(pair, "+.4f"),
                 str(len(pair["seeds"])), pair["verdict"],
-                number(pair["at_equal"].get(clock, {}).get("mean"), "+.4f"),
+                *([number(pair["at_equal"].get(clock, {}).get("mean"), "+.4f")] if timed else []),
             )
             for pair in results["paired"]
         ]  # fmt: skip
-        pair_head = ("a − b", "mean", "95 % interval", "seeds", "a is", "at equal time")
+        pair_head = ("a − b", "mean", "95 % interval", "seeds", "a is", *(["at equal time"] if timed else []))
         found.append(Table("paired differences of test losses", pair_head, rows))
     return found
 
@@ -115,6 +117,31 @@ def _task_tables(results: dict[str, Any]) -> list[Table]:
     if rows:
         found.append(Table("paired differences of BLEU", ("a − b", "mean", "95 % interval", "seeds", "a is"), rows))
     return found
+
+
+def _tuning_table(results: dict[str, Any]) -> Table:
+    titled = [(arm["name"], arm) for arm in results["arms"]]
+    titled += [(f"{arm['name']} on {task['name']}", arm) for task in results.get("tasks", []) for arm in task["arms"]]
+    rows: list[tuple[str, ...]] = []
+    for title, arm in titled:
+        for trial in arm["trials"]:
+            values = ", ".join(f"{key} = {value}" for key, value in trial["values"].items())
+            losses = ", ".join(number(loss) for loss in trial["val_loss"])
+            chosen = arm["tuned"] is not None and all(arm["tuned"][k] == v for k, v in trial["values"].items())
+            rows.append((title, values, losses, "chosen" if chosen else ""))
+    return Table("tuning", ("arm", "tried", "validation loss", ""), rows)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """A part of a document: the tables, what they depend on, and what a reader must know beside them."""
+    hardware, versions = results["hardware"], results["versions"]
+    made = (
+        f"`{results['command']}`, {results['jobs']} at a time; {hardware['gpu'] or hardware['cpu']}, "
+        f"{hardware['cores']} cores; {', '.join(f'{name} {version}' for name, version in versions.items())}."
+    )
+    found = [table for table in (*tables(results), _tuning_table(results)) if table.rows]
+    drawn = [f"{table.title[0].upper()}{table.title[1:]}:\n\n{table.markdown()}" for table in found]
+    return "\n\n".join([*drawn, made, "\n".join(f"- {note}" for note in notes(results))]) + "\n"
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -250,19 +277,11 @@ def _chart(arms: Sequence[dict[str, Any]], axis: Axis) -> str:
 
 
 def _tuning(results: dict[str, Any]) -> str:
-    rows = []
-    titled = [(arm["name"], arm) for arm in results["arms"]]
-    titled += [(f"{arm['name']} on {task['name']}", arm) for task in results.get("tasks", []) for arm in task["arms"]]
-    for title, arm in titled:
-        for trial in arm["trials"]:
-            values = ", ".join(f"{key} = {value}" for key, value in trial["values"].items())
-            losses = ", ".join(number(loss) for loss in trial["val_loss"])
-            chosen = arm["tuned"] is not None and all(arm["tuned"][k] == v for k, v in trial["values"].items())
-            rows.append((escape(title), escape(values), losses, "chosen" if chosen else ""))
-    if not rows:
+    tried = _tuning_table(results)
+    if not tried.rows:
         return ""
     return section(
-        "Tuning", _html_table(("arm", "tried", "validation loss", ""), rows),
+        "Tuning", _html_table(tried.head, [[escape(cell) for cell in row] for row in tried.rows]),
         f"On the validation text, seeds {', '.join(map(str, results['tuning_seeds']))}; one setting after the other, "
         "of a task all combinations. The test text was not read.",
     )  # fmt: skip
@@ -301,7 +320,7 @@ def _words(value: Any) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Mean validation loss over tokens, executed FLOPs and time, and the paired differences, as a picture.
+    """Mean validation loss over tokens, executed FLOPs and time (or weight-FLOPs), and the paired differences.
 
     Raises
     ------
@@ -318,7 +337,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
     pairs = [pair for pair in results["paired"] if pair["mean"] is not None]
     drawing, grid = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
     *panels, last = grid.flat
-    for axis, panel in zip(main_axes(results["arms"]), panels, strict=True):
+    shown_axes = main_axes(results["arms"])
+    if not undisturbed(results):  # times that are not to be quoted are not to be read off either
+        shown_axes = (*shown_axes[:2], WEIGHTS)
+    for axis, panel in zip(shown_axes, panels, strict=True):
         shown = []
         for arm in results["arms"]:
             xs, ys = _mean_curve(arm, axis)
@@ -336,11 +358,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
         if pair["low"] is not None:
             last.plot((pair["low"], pair["high"]), (i, i), color=tone)
         last.plot(pair["mean"], i, "o", color=tone)
-    last.axvline(0, color="black", linewidth=0.8, linestyle="--")
+    last.axvline(0, color="gray", linewidth=0.8, linestyle="--")
     last.set_yticks(range(len(pairs)), [f"{pair['a']} − {pair['b']}" for pair in reversed(pairs)], fontsize=8)
     last.set(xlabel="difference of test losses, 95 % interval")
     try:
-        drawing.savefig(path, dpi=130)
+        drawing.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
     except (OSError, ValueError) as error:
         raise UserError(f"the plot cannot be written to '{path}': {error}.") from None
     finally:
