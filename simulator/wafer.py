@@ -184,7 +184,6 @@ def gemm(machine: Machine, algorithm: str, pes: int, n: int, half: bool) -> dict
         else:
             joins = 4 * (machine.task_switch + machine.alu_cycles)
             cycles = pes * (product + 4 * words + machine.task_switch + joins + 6 * machine.alu_cycles + test)
-            cycles += pes * machine.hop_cycles
     return {"cycles": cycles, "ideal": pes * lean, "compute": pes * product}
 
 
@@ -294,7 +293,8 @@ def stream_layer(
         left = np.clip(after[ring] - arrive, 0, words)  # words that the next row's AXPYs take turns with
         leave = arrive + words + left
         leave = np.maximum.accumulate(leave - way) + way
-        leave[:-1] = np.maximum(leave[:-1], arrive[1:] + max(0, words - depth))
+        if words > depth:  # the rest goes as the next one takes words
+            leave[:-1] = np.maximum(leave[:-1], arrive[1:] + words - depth)
         gone = np.empty(columns)
         gone[ring] = leave
         stolen = np.empty(columns)

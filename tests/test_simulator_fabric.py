@@ -59,6 +59,19 @@ def test_a_hop_takes_a_cycle_and_the_ramp_two():
     assert line(1, m=CS2.override({"ramp_cycles": 5})) - first == 6  # up and down
 
 
+@pytest.mark.parametrize("hop", [1, 3])
+def test_the_hosts_stream_takes_hops_like_any_other(hop):
+    region = Region(CS2.override({"hop_cycles": hop}), 1, 4)
+    for y in range(4):
+        region.route(0, y, 0, "N", "S")
+    region.source(0, 0, "N", 0, np.arange(5))
+    region.sink(0, 3, "S", 0)
+    region.run()
+    cycles, values = region.sunk(0, 3, "S", 0)
+    np.testing.assert_array_equal(cycles, 4 * hop + np.arange(5))
+    np.testing.assert_array_equal(values, np.arange(5))
+
+
 def test_a_stream_flows_at_a_word_a_cycle():
     assert line(5, 300) - line(5, 100) == 200
 
