@@ -48,10 +48,33 @@ Machine machine(const py::dict& d) {
     return m;
 }
 
-Array<int64_t> per_pe(const Fabric& f, int64_t PeStats::* field) {
-    Array<int64_t> out({f.height(), f.width()});
-    for (int p = 0; p < f.width() * f.height(); ++p) out.mutable_data()[p] = f.stats(p).*field;
-    return out;
+// What every PE did, all in all or (slot >= 0) until its stamp.
+py::dict statistics(const Fabric& f, int slot) {
+    static constexpr std::pair<const char*, int64_t PeStats::*> fields[] = {
+        {"busy", &PeStats::busy},
+        {"wait_data", &PeStats::wait_data},
+        {"back_pressure", &PeStats::back_pressure},
+        {"idle", &PeStats::idle},
+        {"vector", &PeStats::vector},
+        {"bank_stall", &PeStats::bank_stall},
+        {"scalar", &PeStats::scalar},
+        {"task_switch", &PeStats::task_switch},
+        {"fmacs", &PeStats::fmacs},
+        {"adds", &PeStats::adds},
+        {"sent", &PeStats::sent},
+        {"received", &PeStats::received},
+        {"forwarded", &PeStats::forwarded},
+    };
+    if (slot >= Fabric::kStamps) throw std::invalid_argument("no such stamp.");
+    py::dict all;
+    for (const auto& [name, field] : fields) {
+        Array<int64_t> out({f.height(), f.width()});
+        for (int p = 0; p < f.width() * f.height(); ++p) {
+            out.mutable_data()[p] = (slot < 0 ? f.stats(p) : f.stats_at(p, slot)).*field;
+        }
+        all[name] = out;
+    }
+    return all;
 }
 
 }  // namespace
@@ -188,24 +211,7 @@ void bind_fabric(py::module_& module) {
                  for (int p = 0; p < f.width() * f.height(); ++p) out.mutable_data()[p] = f.stamp(p, slot);
                  return out;
              })
-        .def("stats",
-             [](const Fabric& f) {
-                 py::dict d;
-                 d["busy"] = per_pe(f, &PeStats::busy);
-                 d["wait_data"] = per_pe(f, &PeStats::wait_data);
-                 d["back_pressure"] = per_pe(f, &PeStats::back_pressure);
-                 d["idle"] = per_pe(f, &PeStats::idle);
-                 d["vector"] = per_pe(f, &PeStats::vector);
-                 d["bank_stall"] = per_pe(f, &PeStats::bank_stall);
-                 d["scalar"] = per_pe(f, &PeStats::scalar);
-                 d["task_switch"] = per_pe(f, &PeStats::task_switch);
-                 d["fmacs"] = per_pe(f, &PeStats::fmacs);
-                 d["adds"] = per_pe(f, &PeStats::adds);
-                 d["sent"] = per_pe(f, &PeStats::sent);
-                 d["received"] = per_pe(f, &PeStats::received);
-                 d["forwarded"] = per_pe(f, &PeStats::forwarded);
-                 return d;
-             })
+        .def("stats", &statistics, py::arg("slot") = -1)
         .def_property_readonly("cycles", &Fabric::cycles)
         .def_property_readonly("events", &Fabric::events)
         .def_property_readonly("sent", &Fabric::sent)

@@ -1005,7 +1005,9 @@ void Fabric::execute(int p, Pe& e) {
                 } else if (i.op == Op::kActivate) {
                     e.active[i.a] = 1;
                 } else if (i.op == Op::kStamp) {
+                    count_to(e, now_);
                     e.stamps[i.a] = now_;
+                    e.stats_at[i.a] = e.stats;
                 } else {
                     e.task = -1;
                     if (!i.cycles) return;

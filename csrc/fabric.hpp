@@ -206,6 +206,7 @@ class Fabric {
     int height() const { return height_; }
     int64_t cycles() const { return now_; }
     const PeStats& stats(int p) const { return pes_[p].stats; }
+    const PeStats& stats_at(int p, int slot) const { return pes_[p].stats_at[slot]; }  // when the stamp was set
     int64_t stamp(int p, int slot) const { return pes_[p].stamps[slot]; }
     const std::array<int64_t, 64>& sent() const { return sent_; }
     const std::array<int64_t, 64>& delivered() const { return delivered_; }
@@ -237,6 +238,7 @@ class Fabric {
         int reason = 0;  // of not being busy: 0 idle, 1 data, 2 back-pressure
         std::array<int64_t, kStamps> stamps{};
         PeStats stats;
+        std::array<PeStats, kStamps> stats_at{};
     };
     struct Router {
         std::vector<Channel> channels;

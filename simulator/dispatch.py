@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from vspdf.errors import UserError, did_you_mean
-from vspdf.simulator import estimates, fabric, pictures, programs, wafer
+from vspdf.simulator import fabric, pictures, programs, runs, wafer
 from vspdf.simulator import machine as machines
 from vspdf.simulator.machine import Machine
 
 LEVELS = ("auto", "event", "aggregate")
 SECONDS = 20  # that the event level may take where nobody asked for it
-# Tile-cycles per second of the event level on one slow core (benchmarks/README.md): vectors in SRAM, busy routers.
-VECTOR_SPEED, ROUTER_SPEED = 4e6, 1.5e6
+# Tile-cycles per second of the event level: half of the slowest program's in benchmarks/results/simulator.csv.
+VECTOR_SPEED, ROUTER_SPEED = 12e6, 6e6
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,8 @@ PROGRAMS: dict[str, Callable[..., Work]] = {"spmm": spmm, "gemm": gemm, "gemv": 
 
 
 ESTIMATES: dict[str, Callable[..., dict[str, Any]]] = {
-    "layer": estimates.layer_by_request,
-    "step": estimates.step_by_request,
+    "layer": runs.layer_by_request,
+    "step": runs.step_by_request,
 }
 
 

@@ -341,6 +341,10 @@ class Region:
         """
         return self._fabric.stats()
 
+    def stats_at(self, slot: int) -> dict[str, np.ndarray]:
+        """`stats` of every PE until the cycle of its stamp."""
+        return self._fabric.stats(slot)
+
     @property
     def cycles(self) -> int:
         return self._fabric.cycles

@@ -33,6 +33,7 @@ LEVELS = [
     {"kernels.gpu_kernels"},
     {"simulator.validate"},
     {"simulator.dispatch"},
+    {"simulator.runs"},
     {"simulator.estimates"},
     {"simulator.step", "simulator.layer_events"},
     {"simulator.layer"},

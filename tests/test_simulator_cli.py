@@ -46,6 +46,10 @@ def test_both_levels_say_which_they_are_and_agree(vspdf, verb):
     assert KEYS[verb] <= set(results["event"])
     key = "cycles_max" if "cycles_max" in results["event"] else "cycles"
     assert results["aggregate"][key] == pytest.approx(results["event"][key], rel=0.05)
+    # Causes add up to the timed window; a reduction's launch stands for the first task switch, and what precedes it.
+    window = results["event"].get("cycles_avg") or results["event"]["cycles"]
+    window -= (CS2.launch_cycles - CS2.task_switch) * (verb == "reduce")
+    assert sum(results["event"]["breakdown"].values()) == pytest.approx(window, abs=4)
     assert results["event"]["largest_error"] < (5e-3 if verb in ("gemm", "gemv") else 1e-5)
     status, out, _ = vspdf("simulate", *VERBS[verb])
     assert status == 0 and "event level" in out and f"{results['event'][key]:,}" in out

@@ -29,7 +29,7 @@ RUNGS = [(side, *rung) for side in (4, 8, 16) for rung in ladder().rungs(CS2, si
     ids=[f"{program}, {case}, {side}x{side}" for side, program, case, *_ in RUNGS],
 )
 def test_the_levels_agree(event, aggregate):
-    assert aggregate() == pytest.approx(event(), rel=0.02)
+    assert aggregate() == pytest.approx(event(), rel=0.025)
 
 
 # Other machines: the aggregate model knows the mechanism, not the number.

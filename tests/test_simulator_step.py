@@ -9,7 +9,7 @@ import pytest
 
 from vspdf.errors import UserError
 from vspdf.ledger import MODELS, Shape, flops_per_token, model_shape
-from vspdf.simulator import estimates, layer, step
+from vspdf.simulator import estimates, layer, runs, step
 from vspdf.simulator import machine as machines
 
 CS2 = machines.load("cs2")
@@ -162,7 +162,7 @@ def write_run(folder, patterns, **changes):
 def test_a_runs_masks_and_measured_times_side_by_side(vspdf, tmp_path):
     patterns = masks(TINY, 0.1)
     folder = write_run(tmp_path / "run", patterns)
-    run = estimates.read_run(folder)
+    run = runs.read_run(folder)
     assert run.shape == TINY and run.batch(run.first) == 8
     assert all(np.array_equal(run.patterns[name], mask) for name, mask in patterns.items())
     status, out, err = vspdf("simulate", "step", "--run", folder, "--json")
@@ -186,12 +186,20 @@ def test_train_compares_what_it_measured_with_the_wafer(vspdf, tiny, tmp_path):
     assert "CPU, measured" in out and "cs2 estimated" in out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     sparse, half = summary["comparison"]
-    assert (sparse["mask"], half["mask"]) == ("real", "binomial")
+    assert (sparse["mask"], half["mask"]) == ("real", "real")
     assert sparse["cpu"] == summary["phases"][0]["speedup"]
     assert sparse["ideal"] > half["ideal"] > 1 and sparse["cs2"]["central"] >= 1
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "CS-2, simulated, these masks" in page and "CS-2, simulated, masks by chance" in page
+    assert "CS-2, simulated, these masks" in page and "CS-2, simulated, masks by chance" not in page
     assert f"{sparse['cs2']['central']:.2f}x" in page
+    first, second, *_ = runs.read_run(tmp_path / "run").masks
+    assert first.keys() == second.keys()
+    for name, mask in second.items():
+        assert mask.mean() == pytest.approx(1 - half["sparsity"], abs=0.01)
+        assert (mask >= first[name]).all()  # weights are only ever added
+    (tmp_path / "run" / "patterns-2.npz").unlink()  # as runs of before this file was kept
+    _, out, _ = vspdf("simulate", "step", "--run", tmp_path / "run", "--json")
+    assert [row["mask"] for row in json.loads(out)["comparison"]] == ["real", "binomial"]
 
 
 def test_broken_runs_are_one_clear_line(vspdf, tmp_path):

@@ -55,11 +55,11 @@ def simulate_layer(
 
     `vspdf simulate layer --run runs/quickstart --layer blocks.0.mlp.c_fc`
     """
-    from vspdf.simulator import estimates
+    from vspdf.simulator import runs
 
     wafer = _machine(machine, settings)
     asked = {"tokens": tokens, "in_features": n_in, "out_features": n_out, "sparsity": sparsity}
-    result = estimates.layer_by_request(wafer, **asked, run=run, layer=layer, level=level, plot=plot)  # type: ignore[arg-type]
+    result = runs.layer_by_request(wafer, **asked, run=run, layer=layer, level=level, plot=plot)  # type: ignore[arg-type]
     if plot is not None:
         err.print(f"wrote {plot}", markup=False, highlight=False, soft_wrap=True)
     if as_json:
@@ -150,14 +150,14 @@ def simulate_step(
     `vspdf simulate step --run runs/quickstart`
     """
     from vspdf.plan import model_and_batch
-    from vspdf.simulator import estimates
+    from vspdf.simulator import runs
 
     wafer = _machine(machine, settings)
     if (model is None) == (run is None):
         raise UserError("expected --model NAME or --run RUN, one of them.")
     shape, known = model_and_batch(model) if model else (None, None)
     asked = {"sequence": sequence, "systems": systems, "sparsity": sparsity, "level": level}
-    result = estimates.step_by_request(wafer, model=shape, run=run, batch=known if batch is None else batch, **asked)  # type: ignore[arg-type]
+    result = runs.step_by_request(wafer, model=shape, run=run, batch=known if batch is None else batch, **asked)  # type: ignore[arg-type]
     result["name"] = model or str(run)
     if as_json:
         emit(result)

@@ -39,7 +39,7 @@ from vspdf.ledger import Count
 from vspdf.model import GPT
 from vspdf.pattern import Pattern
 from vspdf.records import PhaseRecord, dense_counts, profiled
-from vspdf.simulator import estimates, machine
+from vspdf.simulator import machine, runs
 from vspdf.sparse import RevivedWarmup, build_plans, densify, sparse_layers
 from vspdf.tokenizer import Tokenizer
 
@@ -322,8 +322,8 @@ class _Run:
             phases.begin(self.model, self.config, self.optimizer)
         else:
             before = phases.grow(self.model, self.config, index, 0, self.optimizer)
-        if first and sparse_layers(self.model):
-            self._export_patterns()
+        if sparse_layers(self.model):
+            self._export_patterns(index)
         if self.optimizer is not None and phase.moments == "reset":
             self.optimizer.state.clear()
         self.phase, self.stage = index, 0
@@ -366,15 +366,15 @@ class _Run:
     def _new_optimizer(self, phase: PhaseConfig) -> torch.optim.Optimizer:
         return _adamw(self.model, self.config, phase)
 
-    def _export_patterns(self) -> None:
-        """Positions for the simulator, which knows no torch."""
+    def _export_patterns(self, index: int) -> None:
+        """Positions at the start of a phase, for the simulator, which knows no torch."""
         arrays: dict[str, np.ndarray] = {}
         for name, layer in sparse_layers(self.model).items():
             arrays[name] = layer.pattern.bits
             arrays[f"{name}.shape"] = np.array(layer.pattern.shape, dtype=np.int64)
         stream = io.BytesIO()
         np.savez(stream, **arrays)  # type: ignore[arg-type]
-        write_whole(self.folder / "patterns.npz", stream.getvalue())
+        write_whole(self.folder / runs.masks_file(index), stream.getvalue())
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -637,8 +637,8 @@ class _Run:
     def _on_the_wafer(self, phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Measured speed-up, ideal and what a CS-2 would make of the same masks, of every sparse phase."""
         try:
-            masks = estimates.read_patterns(self.folder / "patterns.npz")
-            return estimates.compare_phases(machine.load(), self.shape, masks, phases)
+            masks = runs.read_masks(self.folder, len(phases))
+            return runs.compare_phases(machine.load(), self.shape, masks, phases)
         except UserError as error:
             self.say(f"no CS-2 estimate: {error}")
             return []

@@ -28,6 +28,8 @@ class Run:
         With the statistics of every PE.
     phases : dict
         Cycles of named parts, where a program has them.
+    window : (int, int), optional
+        The stamps that frame what is timed, where that is less than the whole run.
     """
 
     cycles: int
@@ -35,11 +37,15 @@ class Run:
     result: Any
     region: Region
     phases: dict[str, int] = field(default_factory=dict)
+    window: tuple[int, int] | None = None
 
     def breakdown(self) -> dict[str, int]:
-        """Cycles of the average PE by cause."""
+        """Cycles of the average PE by cause, in the timed window."""
         stats = self.region.stats
         names = ("vector", "bank_stall", "scalar", "task_switch", "wait_data", "back_pressure", "idle")
+        if self.window:
+            first, last = (self.region.stats_at(slot) for slot in self.window)
+            stats = {name: last[name] - first[name] for name in names}
         return {name: round(float(stats[name].mean())) for name in names}
 
 

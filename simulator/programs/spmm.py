@@ -384,4 +384,4 @@ def _grid(
     region.run()
     per_pe = region.stamps(1) - region.stamps(0)
     c = np.concatenate([region.read(width - 1, y, address["C"], size_c) for y in range(height)])
-    return Run(int(per_pe.max()), per_pe, c, region)
+    return Run(int(per_pe.max()), per_pe, c, region, window=(0, 1))
