@@ -419,6 +419,12 @@ def test_a_run_of_a_gpu_goes_on_without_one(tiny, tmp_path, uninterrupted, caplo
     assert "resuming with train.device = cpu instead of cuda: results will differ in the last bits" in caplog.text
 
 
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_made(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"^the weights of [\d,]{18,} parameters take [\d,.]+ GB, this machine has "):
+        train(config.load(tiny, ["model.d_model=4000000", "model.n_layer=100"]))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:7"])
 def test_a_gpu_that_is_not_here_is_named(tiny, tmp_path, device):
     if torch.cuda.device_count() > (0 if device == "cuda" else 7):

@@ -113,6 +113,12 @@ class _Run:
             raise UserError(f"model.vocab_size = {vocabulary} is less than the tokenizer's {self.data.vocab_size}.")
         config.model.vocab_size = vocabulary
         self.shape = configuration.model_shape(config.model)
+        weights = 4 * self.shape.parameters  # fp32; a model is dense before it is sparse
+        if weights > info.memory():
+            raise UserError(
+                f"the weights of {self.shape.parameters:,} parameters take {weights / 1e9:,.1f} GB, this machine has "
+                f"{info.memory() / 1e9:,.1f} GB; vspdf plan says what a run needs."
+            )
         self.total_steps = sum(phase.steps or 0 for phase in config.phases)
         self.model: GPT = (
             begun[0]
