@@ -61,7 +61,7 @@ def _print(body: dict[str, Any]) -> None:
     for found in evidence_page.tables(body):
         table = Table(title=f"{body['study']}: {found.title}", title_justify="left")
         for i, name in enumerate(found.head):
-            table.add_column(name, justify="right" if i and name != "a is" else "left")
+            table.add_column(name, justify="left" if found.is_words(i) else "right")
         for row in found.rows:
             table.add_row(*row)
         out.print(table)

@@ -417,14 +417,12 @@ def notes(results: dict[str, Any]) -> list[str]:
             f"BLEU on {task['name']}: protocol {task['protocol']}{held}. Learning rate and epochs were chosen for each "
             "arm by the loss on other held-out contexts. Not comparable with published scores."
         )
-    if chosen := {arm["name"]: arm["tuned"] for arm in results["arms"] if arm["tuned"]}:
-        words = (f"{name} {', '.join(f'{k}={v}' for k, v in values.items())}" for name, values in chosen.items())
-        said.append(f"Tuned on validation text: {'; '.join(words)}.")
-        if both := sorted({*results["seeds"]} & {*results["tuning_seeds"]}):
-            said.append(
-                f"Seed {', '.join(map(str, both))} was tuned on: the run that tuning chose is the one reported. Its "
-                "test text was read after the choice; its validation loss took part in it."
-            )
+    both = sorted({*results["seeds"]} & {*results["tuning_seeds"]})
+    if both and any(arm["tuned"] for some in every for arm in some):
+        said.append(
+            f"Seed {', '.join(map(str, both))} was tuned on: the run that tuning chose is the one reported. Its test "
+            "part was read after the choice; its validation loss took part in it."
+        )
     said.append(
         "Weight-FLOPs and executed FLOPs are relative to the first arm. Intervals: Student's t over seeds; of a "
         "difference, over the differences of runs that read the same tokens in the same order. Each interval stands "

@@ -8,6 +8,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,9 @@ def write(results: dict[str, Any], root: Path) -> None:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
+_WORDS = ("arm", "a − b", "a is", "setting", "value: loss")  # columns that are no figures
+
+
 class Table(NamedTuple):
     """Of text; the first column names the rows."""
 
@@ -38,8 +42,11 @@ class Table(NamedTuple):
     head: tuple[str, ...]
     rows: list[tuple[str, ...]]
 
+    def is_words(self, column: int) -> bool:
+        return self.head[column] in _WORDS
+
     def markdown(self) -> str:
-        lines = [self.head, ("---", *("---:" for _ in self.head[1:])), *self.rows]
+        lines = [self.head, tuple("---" if self.is_words(i) else "---:" for i in range(len(self.head))), *self.rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -54,8 +61,9 @@ def between(body: dict[str, Any], form: str = ".4f") -> str:
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
-    """The tables of a study: scores of tasks first, where there are any, then losses of pre-training."""
-    return [*_task_tables(results), *_loss_tables(results)]
+    """The tables of a study: scores of tasks first, where there are any, losses of pre-training, what was tuned."""
+    found = [*_task_tables(results), *_loss_tables(results), _tuning_table(results)]
+    return [table for table in found if table.rows]
 
 
 def _loss_tables(results: dict[str, Any]) -> list[Table]:
@@ -124,12 +132,15 @@ def _tuning_table(results: dict[str, Any]) -> Table:
     titled += [(f"{arm['name']} on {task['name']}", arm) for task in results.get("tasks", []) for arm in task["arms"]]
     rows: list[tuple[str, ...]] = []
     for title, arm in titled:
-        for trial in arm["trials"]:
-            values = ", ".join(f"{key} = {value}" for key, value in trial["values"].items())
-            losses = ", ".join(number(loss) for loss in trial["val_loss"])
-            chosen = arm["tuned"] is not None and all(arm["tuned"][k] == v for k, v in trial["values"].items())
-            rows.append((title, values, losses, "chosen" if chosen else ""))
-    return Table("tuning", ("arm", "tried", "validation loss", ""), rows)
+        for keys, trials in groupby(arm["trials"], lambda trial: tuple(trial["values"])):
+            tried = []
+            for trial in trials:
+                chosen = arm["tuned"] is not None and all(arm["tuned"][k] == v for k, v in trial["values"].items())
+                values = ", ".join(map(str, trial["values"].values()))
+                losses = ", ".join(number(loss) for loss in trial["val_loss"])
+                tried.append(f"{values}: {losses}{' (chosen)' if chosen else ''}")
+            rows.append((title, ", ".join(keys), "; ".join(tried)))
+    return Table("tuning, by loss on validation text", ("arm", "setting", "value: loss"), rows)
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -139,8 +150,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"`{results['command']}`, {results['jobs']} at a time; {hardware['gpu'] or hardware['cpu']}, "
         f"{hardware['cores']} cores; {', '.join(f'{name} {version}' for name, version in versions.items())}."
     )
-    found = [table for table in (*tables(results), _tuning_table(results)) if table.rows]
-    drawn = [f"{table.title[0].upper()}{table.title[1:]}:\n\n{table.markdown()}" for table in found]
+    drawn = [f"{table.title[0].upper()}{table.title[1:]}:\n\n{table.markdown()}" for table in tables(results)]
     return "\n\n".join([*drawn, made, "\n".join(f"- {note}" for note in notes(results))]) + "\n"
 
 
