@@ -180,7 +180,7 @@ app.command()(cli_programs.validate)
 @app.command()
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="IN", help="A run, a checkpoint, a Hugging Face folder, or a file of tensors.")
+        Path, typer.Argument(metavar="IN", help="A run, a checkpoint, a folder of Hugging Face or Cerebras, or a file.")
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="What to write; must not exist.")],
     to: Annotated[
@@ -214,9 +214,11 @@ def convert(
     }
     name = f" ({found['model']})" if found["model"] else ""
     size = f"{found['parameters']:,} parameters{name}"
-    what = "no masked weights" if not layers else (
-        f"{len(layers)} sparse matrices, {min(layers.values()):.4g} to {max(layers.values()):.4g} sparse"
-    )  # fmt: skip
+    amounts = (
+        dict.fromkeys(f"{amount:.4g}" for amount in (min(layers.values()), max(layers.values()))) if layers else ()
+    )
+    count = f"{len(layers)} sparse {'matrix' if len(layers) == 1 else 'matrices'}"
+    what = f"{count}, {' to '.join(amounts)} sparse" if layers else "no masked weights"
     forms = {"hugging-face": "a Hugging Face folder", "dense": "a dense checkpoint", "sparse": "a sparse checkpoint",
              "file": "a dense file"}  # fmt: skip
     out.print(f"{source}: {kinds[found['kind']]}, {size}, {what}", markup=False, highlight=False, soft_wrap=True)
