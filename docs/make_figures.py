@@ -140,7 +140,7 @@ def switch() -> None:
     save(figure, "switch")
 
 
-# A study's results between two comments: all of them ("results"), or the first tables with a picture ("summary").
+# A study's results between two comments: all of them ("results"), or the first table with a picture ("summary").
 PLACE = re.compile(r"(<!-- (results|summary): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PAGES = (Path(__file__).parent / "evidence.md", Path(__file__).parents[1] / "README.md")
 
@@ -166,8 +166,7 @@ def filled(page: Path) -> str:
         picture = f"![Losses and differences of study {name}]({image}images/study-{name}.svg)\n"
         if what == "results":
             return f"{begin}{evidence_page.markdown(results)}\n{picture}{end}"
-        tables = "\n\n".join(table.markdown() for table in evidence_page.tables(results)[:2])
-        return f"{begin}{tables}\n\n{picture}{end}"
+        return f"{begin}{evidence_page.tables(results)[0].markdown()}\n\n{picture}{end}"
 
     return PLACE.sub(fill, page.read_text())
 

@@ -153,7 +153,7 @@ def test_settings_may_be_changed_beside_the_file(written, tmp_path, vspdf):
     config = changed.arms["variable"].configure({}, 0)
     assert (config.phases[0].steps, config.optimizer.lr) == (7, 1e-4)
     assert changed.tasks["colours"].data.path == str(Path("x y") / "pairs.jsonl")
-    assert changed.command.endswith("common.optimizer.lr=1e-4 'folder=x y'")
+    assert changed.command.endswith("common.optimizer.lr=1e-4 folder=FOLDER")
     for change, message in (
         ("fodler=x", "unknown key 'fodler'. Did you mean 'folder'?"),
         ("folder", "override 'folder' is not of the form key=value"),

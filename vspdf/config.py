@@ -98,7 +98,7 @@ class PhaseConfig:
     steps: int | None = None
     tokens: int | None = None
     lr: float | None = None  # peak; default optimizer.lr
-    lr_multiple: float = 1.0  # of `lr`; at 90 % about 3 (published) to 5 (toy scale)
+    lr_multiple: float = 1.0  # of `lr`; at 90 % about 3 (published, and best of 3, 5 and 8 in study "toy")
     # SµPar (arXiv:2405.15743): learning rate of sparse weights x 1/density, their init x 1/sqrt(density)
     s_mu_par: bool = False
     lr_end: float | None = None  # default: a tenth of optimizer.lr, as published

@@ -173,7 +173,9 @@ class Study:
 
     @property
     def command(self) -> str:
-        return shlex.join(["vspdf", "compare", self.path.stem, *self.changes])
+        """What to type; where task files lie is everyone's own."""
+        changes = ("folder=FOLDER" if change.startswith("folder=") else change for change in self.changes)
+        return shlex.join(["vspdf", "compare", self.path.stem, *changes])
 
     def fine_tuning(self, arm: Arm, task: str, root: Path, chosen: Values) -> Arm:
         """How an arm, pre-trained with the values chosen for it, is fine-tuned on a task."""
