@@ -411,11 +411,11 @@ def notes(results: dict[str, Any]) -> list[str]:
             f"Not complete: {done} of {wanted * len(results['seeds'])} runs are done; means are over the seeds that "
             "are."
         )
-    for task in tasks:
-        held = f", {task['sizes']['test']['documents']} contexts held out" if task["sizes"] else ""
+    if scored := [task for task in tasks if task["sizes"]]:
+        parts = (f"{t['name']} by {t['protocol']} on {t['sizes']['test']['documents']} contexts" for t in scored)
         said.append(
-            f"BLEU on {task['name']}: protocol {task['protocol']}{held}. Learning rate and epochs were chosen for each "
-            "arm by the loss on other held-out contexts. Not comparable with published scores."
+            f"BLEU: {', '.join(parts)} held out. Settings of fine-tuning were chosen for each arm by the loss on other "
+            "contexts. Not comparable with published scores."
         )
     both = sorted({*results["seeds"]} & {*results["tuning_seeds"]})
     if both and any(arm["tuned"] for some in every for arm in some):

@@ -159,11 +159,12 @@ def markdown(results: dict[str, Any]) -> str:
 
 def render(results: dict[str, Any]) -> str:
     """The page of a study, from its results alone."""
-    done = sum(len(arm["runs"]) for arm in results["arms"])
+    every = [results["arms"], *(task["arms"] for task in results.get("tasks", []))]
+    done = sum(len(arm["runs"]) for arms in every for arm in arms)
     badge = ("done", "complete") if results["complete"] else ("open", "not complete")
     head = (
         f"<header><h1>{escape(results['study'])}</h1>"
-        f'<p><span class="badge {badge[0]}">{badge[1]}</span> {len(results["arms"])} arms, {done} runs, '
+        f'<p><span class="badge {badge[0]}">{badge[1]}</span> {max(map(len, every))} arms, {done} runs, '
         f"seeds {escape(', '.join(map(str, results['seeds'])))}</p><p>{escape(results['about'])}</p></header>"
     )
     sections = [_tasks(results)] if results.get("tasks") else []
@@ -187,7 +188,7 @@ def _tasks(results: dict[str, Any]) -> str:
         for table in _task_tables(results)
     ]
     return section("After fine-tuning", "".join(drawn), "A verdict is given only where the interval leaves out "
-                          "zero. `answers.txt` in each run's folder holds the texts that were scored.")  # fmt: skip
+                          "zero. The texts that were scored are in answers.txt in each run's folder.")  # fmt: skip
 
 
 def _losses(results: dict[str, Any]) -> str:
@@ -208,7 +209,11 @@ def _losses(results: dict[str, Any]) -> str:
         "test bits/byte", "seeds", "tokens", "weight-FLOPs", "all FLOPs (spdf)", "executed",
         *(name for name, _ in clocks),
     )  # fmt: skip
-    return section("Losses", _html_table(head, rows), escape(" ".join(notes(results))))
+    return section(
+        "Losses of pre-training" if results.get("tasks") else "Losses",
+        _html_table(head, rows),
+        escape(" ".join(notes(results))),
+    )
 
 
 def _clocks(results: dict[str, Any]) -> list[tuple[str, str]]:
