@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ LEVELS = ("auto", "event", "aggregate")
 SECONDS = 20  # that the event level may take where nobody asked for it
 # Tile-cycles per second of the event level: half of the slowest program's in benchmarks/results/simulator.csv.
 VECTOR_SPEED, ROUTER_SPEED = 12e6, 6e6
+SET_UP = 1e-4  # seconds a PE, whatever it does
+BESIDE_SRAM = 4096  # bytes a PE: queues, code, statistics
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,27 @@ class Work:
     event: Callable[[], tuple[programs.Run, dict[str, Any]]]
     pes: int
     speed: float
+
+    @property
+    def seconds(self) -> float:
+        """That the event level would take, roughly."""
+        cycles = self.aggregate.get("cycles", self.aggregate.get("cycles_max", 0))
+        return self.pes * (cycles / self.speed + SET_UP)
+
+    def too_large(self, machine: Machine) -> str:
+        """Why the event level cannot hold the region in this computer's memory; empty where it can."""
+        needed, there = self.pes * (machine.sram_bytes + BESIDE_SRAM), _memory()
+        if needed < there:
+            return ""
+        return f"the event level would need {needed / 2**30:,.0f} GiB of memory, {there / 2**30:,.0f} are there"
+
+
+def _memory() -> float:
+    """Bytes of this computer; infinite where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def _grid(text: str) -> tuple[int, int]:
@@ -259,18 +284,18 @@ def simulate(
         work = PROGRAMS[program](chosen, **arguments)
     except TypeError as error:
         raise UserError(f"simulate('{program}'): {str(error).split('()', 1)[-1].strip()}.") from None
-    cycles = work.aggregate.get("cycles", work.aggregate.get("cycles_max", 0))
-    expected = work.pes * cycles / work.speed
-    if level == "auto":
-        level = "event" if drawn or expected <= SECONDS else "aggregate"
-        slow = f"the event level would take some {expected:,.0f} s"
-        why = "events are drawn" if drawn else slow if expected > SECONDS else "small enough to move every wavelet"
-    else:
+    too_large = work.too_large(chosen)
+    if too_large and (drawn or level == "event"):
+        raise UserError(f"{too_large}: take a smaller grid, or the aggregate level.")
+    if level != "auto":
         why = "asked for"
+    elif too_large or (work.seconds > SECONDS and not drawn):
+        level, why = "aggregate", too_large or f"the event level would take some {work.seconds:,.0f} s"
+    else:
+        level, why = "event", "events are drawn" if drawn else "small enough to move every wavelet"
     if level == "event":
         with fabric.tracing(drawn):
             run, body = work.event()
-        cycles = body.get("cycles", body.get("cycles_max", 0))
         if drawn:
             title = f"{program} on {run.region.width} x {run.region.height} PEs"
             if to_trace is not None:
@@ -279,5 +304,6 @@ def simulate(
                 pictures.plot(run.region, to_plot, title)
     else:
         body = {key: round(x) if key.startswith("cycles") else x for key, x in work.aggregate.items()}
+    cycles = body.get("cycles", body.get("cycles_max", 0))
     seconds = {label: cycles / hertz for label, hertz in chosen.clocks.items()}
     return {"program": program, "machine": chosen.name, "level": level, "why": why, **body, "seconds": seconds}

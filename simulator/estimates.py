@@ -103,7 +103,7 @@ def _sensitivity(machine: Machine, solve: Solve, clock: float, cases: Sequence[C
     ]
     table: list[dict[str, Any]] = []
     for name, members, word in rows:
-        values = {word(case.assumption): case.speedup for case in members}
+        values = {word(c.assumption): c.speedup for c in sorted(members, key=lambda c: c.assumption.start_up)}
         table.append({"unknown": name, "speedup": values})
     for name, factors in SENSITIVITY.items():
         values = {}

@@ -17,7 +17,7 @@ from vspdf.simulator import machine as machines
 from vspdf.simulator.machine import Machine
 
 DATA = Path(__file__).parent / "data"
-SECONDS = 4.0  # a case may take at the event level, unless that level is asked for
+SECONDS = 2.0  # a case may take at the event level, unless that level is asked for
 Say = Callable[[str], None]
 
 
@@ -35,8 +35,7 @@ def facts() -> dict[str, Any]:
 def _level(work: dispatch.Work, level: str) -> str:
     if level != "auto":
         return level
-    cycles = work.aggregate.get("cycles", work.aggregate.get("cycles_max", 0))
-    return "event" if work.pes * cycles / work.speed <= SECONDS else "aggregate"
+    return "event" if work.seconds <= SECONDS else "aggregate"
 
 
 def _figure(work: dispatch.Work, level: str, key: str) -> tuple[str, float]:

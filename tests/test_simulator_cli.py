@@ -56,9 +56,18 @@ def test_both_levels_say_which_they_are_and_agree(vspdf, verb):
 
 
 def test_the_large_goes_to_the_aggregate_level_and_says_why(vspdf):
-    _, out, _ = vspdf("simulate", "gemv", "--grid", "720x720", "--n", 16384, "--json")
+    _, out, _ = vspdf("simulate", "gemv", "--grid", "400x400", "--n", 8000, "--json")
     result = json.loads(out)
     assert result["level"] == "aggregate" and "the event level would take some" in result["why"]
+
+
+def test_the_event_level_is_refused_before_it_eats_the_memory(vspdf):
+    huge = ["gemv", "--grid", "720x720", "--n", 16384, "--set", "sram_bytes=4e6"]  # two terabytes
+    _, out, _ = vspdf("simulate", *huge, "--json")
+    assert json.loads(out)["level"] == "aggregate" and "GiB of memory" in json.loads(out)["why"]
+    for how in (["--level", "event"], ["--plot", "x.png"]):
+        status, out, err = vspdf("simulate", *huge, *how)
+        assert status == 2 and not out and err.count("\n") == 1 and "would need" in err, err
 
 
 def test_settings_and_machines_reach_the_result(vspdf, tmp_path):
