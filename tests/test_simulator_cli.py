@@ -188,6 +188,13 @@ def test_a_heat_map_survives_its_png():
     np.testing.assert_array_equal((imread(stored, format="png") * 255).round(), pixels)
 
 
+def test_stretches_of_time_by_hand():
+    events = np.array([[0, 2, 5, 1, 0], [0, 7, 8, 1, 0], [0, 0, 9, 0, 0]])
+    np.testing.assert_array_equal(pictures._covered(events, 1, np.arange(11.0)), [0, 0, 1, 1, 1, 0, 0, 1, 0, 0])
+    np.testing.assert_allclose(pictures._covered(events, 1, np.array([0.0, 4, 8, 12])), [0.5, 0.5, 0])
+    assert not pictures._covered(events, 3, np.arange(11.0)).any()
+
+
 @pytest.mark.parametrize("side", [2, 7], ids=["every PE", "some PEs, cycles binned"])
 def test_the_time_line_covers_what_events_cover(side):
     n = 9 * side
