@@ -15,20 +15,12 @@ def normal(*shape, seed=0, dtype=np.float32):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-def check_laws(run):
-    """What holds for every program: no cycle and no wavelet is lost."""
-    stats, cycles = run.region.stats, run.region.cycles
-    assert (stats["busy"] + stats["wait_data"] + stats["back_pressure"] + stats["idle"] == cycles).all()
-    assert (stats["vector"] + stats["bank_stall"] + stats["scalar"] + stats["task_switch"] == stats["busy"]).all()
-
-
 @pytest.mark.parametrize("mode", programs.VECTOR_MODES)
 @pytest.mark.parametrize("length", [1, 2, 7, 100])
 def test_vector_operation(length, mode):
     run = programs.vector_op(CS2, length, mode)
     x, y = np.linspace(0.5, 1.5, length, dtype=np.float32), np.linspace(-1, 1, length, dtype=np.float32)
     assert np.array_equal(run.result, y * x)
-    check_laws(run)
 
 
 def sums_in_order(values, group):
@@ -53,7 +45,6 @@ def test_reduce(pes, group):
     run = programs.reduce(CS2, values, group)
     assert np.array_equal(run.result, sums_in_order(values, group))
     assert run.region.stats["adds"].sum() == (pes - 1) * 33
-    check_laws(run)
 
 
 def test_star_reduce():
@@ -61,7 +52,6 @@ def test_star_reduce():
     run = programs.reduce(CS2, values, "star")
     np.testing.assert_allclose(run.result, values.sum(0), rtol=1e-5, atol=1e-6)
     assert run.region.wavelets(0) == (5 * 20, 5 * 20)
-    check_laws(run)
 
 
 @pytest.mark.parametrize("group", [3, 7, "star"])
@@ -77,7 +67,6 @@ def test_broadcast_delivers_every_wavelet_to_everyone():
     run = programs.broadcast(CS2, values, 9)
     assert np.array_equal(run.result, np.tile(values, (9, 1)))
     assert run.region.wavelets(0) == (50, 50 * 8)  # sent x fan-out = delivered
-    check_laws(run)
 
 
 def products(kind):
@@ -99,7 +88,6 @@ def test_matrix_product(kind, pes, n, half):
     np.testing.assert_allclose(run.result, a @ b, rtol=0, atol=3e-2 if half else 1e-5)
     tile = -(-n // pes)
     assert run.region.stats["fmacs"].sum() == (pes * tile) ** 3
-    check_laws(run)
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
@@ -110,7 +98,6 @@ def test_matrix_vector_product(pes, n, half):
     if half:
         a, v = a.astype(np.float16).astype(np.float32), v.astype(np.float16).astype(np.float32)
     np.testing.assert_allclose(run.result, a @ v, rtol=0, atol=3e-2 if half else 1e-5)
-    check_laws(run)
 
 
 @pytest.mark.parametrize("density", [0, 0.1, 1.0])
@@ -123,7 +110,6 @@ def test_sparse_product(fmt, density):
     np.testing.assert_allclose(c, a @ b, rtol=0, atol=1e-5)
     stored = run.region.stats["fmacs"].sum() // 12
     assert stored == mask.sum() if fmt in ("csc", "csr") else stored >= mask.sum()
-    check_laws(run)
 
 
 def test_dense_product_by_the_sparse_flow():
@@ -141,7 +127,6 @@ def test_weight_streaming():
     np.testing.assert_allclose(run.result, expected, rtol=0, atol=2e-2)
     assert run.region.stats["fmacs"].sum() == mask.sum() * 8
     assert run.region.wavelets(0) == (mask.sum() + 4 * 10, 2 * (mask.sum() + 4 * 10))
-    check_laws(run)
 
 
 def test_weight_gradient_at_kept_positions():
@@ -151,7 +136,6 @@ def test_weight_gradient_at_kept_positions():
     expected = dy.astype(np.float16).astype(np.float32) @ x.astype(np.float16).astype(np.float32).T
     np.testing.assert_allclose(run.result, np.where(mask, expected, 0), rtol=0, atol=1e-4)
     assert run.region.stats["fmacs"].sum() == mask.sum() * 8
-    check_laws(run)
 
 
 def test_two_runs_are_the_same_run():
