@@ -252,7 +252,8 @@ def simulate(
     trace : path, optional
         Write a Chrome (Perfetto) trace here; takes the event level.
     plot : path, optional
-        Draw heat maps per PE and a time line here (PNG); takes the event level.
+        Draw heat maps per PE and a time line here (.html, .png); takes the event level. Of a layer at the aggregate
+        level: speed-up over sparsity (.png).
 
     Returns
     -------
@@ -269,8 +270,10 @@ def simulate(
         raise UserError(f"unknown program '{program}'.{did_you_mean(program, [*PROGRAMS, *ESTIMATES])}")
     _choice("--level", level, LEVELS)
     if program in ESTIMATES:
-        if trace is not None or plot is not None:
-            raise UserError(f"a {program} has no events to draw: leave trace and plot away.")
+        if trace is not None or (plot is not None and program == "step"):
+            raise UserError(f"a {program} is not drawn so: leave trace{' and plot' if program == 'step' else ''} away.")
+        if plot is not None:
+            arguments["plot"] = Path(plot)
         try:
             return ESTIMATES[program](chosen, level="aggregate" if level == "auto" else level, **arguments)
         except TypeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -216,21 +217,34 @@ def sweep_layer(
     ]
 
 
+def check_picture(path: Path) -> None:
+    """Before anything is computed.
+
+    Raises
+    ------
+    UserError
+        Without matplotlib, for an unknown kind of file or a missing folder.
+    """
+    if find_spec("matplotlib") is None:
+        raise UserError("a plot needs matplotlib: pip install 'vspdf[plot]'.")
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"'{path}': expected a name that ends in .png, .svg or .pdf.")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}.")
+
+
 def plot_layer(machine: Machine, rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Speed-up over sparsity with band and ideal, and where the sparse time goes; PNG or SVG by the name's end.
 
     Raises
     ------
     UserError
-        Without matplotlib, for an unknown kind of file, or where the file cannot be written.
+        As `check_picture`, or where the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-    except ImportError:
-        raise UserError("a plot needs matplotlib: pip install 'vspdf[plot]'.") from None
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"'{path}': expected a name that ends in .png, .svg or .pdf.")
+    check_picture(path)
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
     first = rows[0]
     x = [1 / (1 - row["sparsity"]) for row in rows]
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")

@@ -14,7 +14,7 @@ import numpy as np
 from vspdf.errors import UserError, did_you_mean, near_path
 from vspdf.ledger import Shape, model_shape
 from vspdf.simulator import step
-from vspdf.simulator.estimates import plot_layer, simulate_layer, simulate_step, sweep_layer
+from vspdf.simulator.estimates import check_picture, plot_layer, simulate_layer, simulate_step, sweep_layer
 from vspdf.simulator.layer import Weights
 from vspdf.simulator.machine import Machine
 
@@ -192,6 +192,8 @@ def layer_by_request(
         from vspdf.simulator.layer_events import event_layer  # needs the compiled core
 
         return event_layer(machine, weights, tokens, plot)
+    if plot is not None:
+        check_picture(plot)
     result = simulate_layer(machine, weights, tokens)
     if plot is not None:
         plot_layer(machine, sweep_layer(machine, weights.in_features, weights.out_features, tokens), plot)

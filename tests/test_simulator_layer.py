@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+import vspdf as package
 from vspdf.errors import UserError
 from vspdf.simulator import estimates, layer, layer_events
 from vspdf.simulator import machine as machines
@@ -260,6 +261,20 @@ def test_layer_on_the_command_line(vspdf, tmp_path):
     assert result["speedup"]["ideal"] == pytest.approx(4)
     status, out, _ = vspdf("simulate", "layer", *sizes)
     assert status == 0 and "Speed-up" in out and "which unknown moves" in out
+
+
+def test_layers_are_drawn_from_python_too(tmp_path):
+    sizes = {"tokens": 16, "in_features": 8, "out_features": 8, "sparsity": 0.5}
+    page = tmp_path / "page.html"
+    assert package.simulate("layer", level="event", plot=page, **sizes)["level"] == "event" and page.stat().st_size
+    with pytest.raises(UserError, match=r"ends in \.png"):
+        package.simulate("layer", plot=page, **sizes)
+    with pytest.raises(UserError, match="there is no folder"):
+        package.simulate("layer", plot=tmp_path / "no" / "x.png", **sizes)
+    with pytest.raises(UserError, match="leave trace away"):
+        package.simulate("layer", trace=tmp_path / "x.json", **sizes)
+    with pytest.raises(UserError, match="leave trace and plot away"):
+        package.simulate("step", model="gpt2-small", batch=1, plot=page)
 
 
 def test_a_small_layer_event_by_event(vspdf):
