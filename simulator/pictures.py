@@ -114,7 +114,8 @@ def time_line(region: Region) -> tuple[list[str], np.ndarray]:
     events = events[np.argsort(events[:, 0], kind="stable")]
     pes = region.width * region.height
     shown = np.unique(np.linspace(0, pes - 1, min(pes, MOST_LINES)).astype(int))
-    edges = np.linspace(0, max(1, region.cycles), min(max(1, region.cycles), MOST_BINS) + 1)
+    end = shown_cycles(region)
+    edges = np.linspace(0, end, min(end, MOST_BINS) + 1)
     pixels = np.zeros((4 * len(shown), len(edges) - 1, 4), np.uint8)
     first, last = (np.searchsorted(events[:, 0], shown, side) for side in ("left", "right"))
     for line, (begin, end) in enumerate(zip(first, last, strict=True)):
@@ -144,8 +145,16 @@ def _mixed(covered: Sequence[np.ndarray], kinds: Sequence[int]) -> np.ndarray:
     return np.concatenate([mean, 255 * np.clip(filled, 0, 1)], 1).round().astype(np.uint8)
 
 
+def shown_cycles(region: Region) -> int:
+    """How far the time line goes: to the end, or as far as events were noted."""
+    events = region.trace_events()
+    return max(1, region.cycles if len(events) < MOST_EVENTS else int(events[-1, 1]))
+
+
 def _cut(region: Region) -> str:
-    return f"; the first {MOST_EVENTS:,} events" if len(region.trace_events()) >= MOST_EVENTS else ""
+    if shown_cycles(region) >= region.cycles:
+        return ""
+    return f", as far as the first {MOST_EVENTS:,} events go, of {region.cycles:,}"
 
 
 def plot(region: Region, path: Path, title: str) -> None:
@@ -215,10 +224,11 @@ def time_line_html(region: Region) -> str:
     """The time line with its axes and the colours' names."""
     labels, pixels = time_line(region)
     bottom, right = LINE * len(labels), WIDTH - 10
-    alt = f"time line of {len(labels)} PEs over {region.cycles:,} cycles"
+    alt = f"time line of {len(labels)} PEs over {shown_cycles(region):,} cycles"
     out = [f'<svg class="wide" viewBox="0 0 {WIDTH} {bottom + 40}" role="img" aria-label="{alt}">']
-    for x in ticks(0, max(1, region.cycles), 6):
-        at = LEFT + x / max(1, region.cycles) * (right - LEFT)
+    end = shown_cycles(region)
+    for x in ticks(0, end, 6):
+        at = LEFT + x / end * (right - LEFT)
         out.append(f'<path class="grid" d="M{at:.1f} 0V{bottom}"/>')
         out.append(f'<text class="muted" x="{at:.1f}" y="{bottom + 15}" text-anchor="middle">{x:,.6g}</text>')
     out.append(
@@ -264,11 +274,11 @@ def _picture(region: Region, path: Path, title: str) -> None:
     axes[-1].axis("off")
     axis = below.subplots()
     labels, pixels = time_line(region)
-    axis.imshow(pixels, extent=(0, max(1, region.cycles), len(labels), 0), aspect="auto", interpolation="nearest")
+    axis.imshow(pixels, extent=(0, shown_cycles(region), len(labels), 0), aspect="auto", interpolation="nearest")
     axis.set_yticks(np.arange(len(labels)) + 0.4, labels, fontsize=6)
-    axis.set_xlabel("cycle")
+    axis.set_xlabel(f"cycle{_cut(region)}")
     axis.set_ylabel("PE")
-    axis.set_title(f"time line{_cut(region)}", fontsize=9)
+    axis.set_title("time line", fontsize=9)
     handles = [Patch(color="#" + bytes(colour).hex(), label=name) for name, colour in COLOURS.items()]
     axis.legend(handles=handles, fontsize=7, loc="upper right", ncols=4, bbox_to_anchor=(1, 1.09), frameon=False)
     whole.savefig(path, dpi=110)

@@ -195,6 +195,18 @@ def test_stretches_of_time_by_hand():
     assert not pictures._covered(events, 3, np.arange(11.0)).any()
 
 
+def test_a_time_line_ends_where_events_were_no_longer_noted(monkeypatch):
+    with tracing():
+        region = programs.reduce(CS2, np.ones((6, 300), np.float32), 3).region
+    whole = len(region.trace_events())
+    assert pictures.shown_cycles(region) == region.cycles and f"of {region.cycles:,}" not in pictures.time_line_html(
+        region
+    )
+    monkeypatch.setattr(pictures, "MOST_EVENTS", whole)  # as if more had been cut off
+    assert pictures.shown_cycles(region) == region.trace_events()[-1, 1] < region.cycles
+    assert f"the first {whole:,} events go, of {region.cycles:,}" in pictures.time_line_html(region)
+
+
 @pytest.mark.parametrize("side", [2, 7], ids=["every PE", "some PEs, cycles binned"])
 def test_the_time_line_covers_what_events_cover(side):
     n = 9 * side
