@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -119,14 +120,14 @@ def phrase(phrases: list[str], random: Random) -> str:
 
 
 def documents(text: list[list[str]], target: Path) -> None:
-    """What a model this small learns from to copy names, which DART is about: phrases, then a sentence that has them.
+    """Writes what a small model learns from to copy names, which DART is about: phrases, and a sentence that has them.
 
     The phrases stand in place of the sentence's own, so that only copying foretells them.
     """
     random = Random(0)
     phrases = [" ".join(words[i:j]).strip(EDGES) for words in text for i, j in cut(words, random)]
     with target.open("w") as stream:
-        for words in (words for _ in range(READINGS) for words in random.sample(text, len(text))):
+        for words in chain.from_iterable(random.sample(text, len(text)) for _ in range(READINGS)):
             given, sentence, end = [], [], 0
             for i, j in cut(words, random):
                 given.append(phrase(phrases, random))
@@ -139,7 +140,7 @@ def documents(text: list[list[str]], target: Path) -> None:
 
 
 def pairs(dart: Path, text: list[list[str]], out: Path) -> None:
-    """DART's dev triples for training, EXCHANGES times, and a tenth held out.
+    """Writes DART's dev triples for training, EXCHANGES times, and a tenth held out, as JSONL.
 
     In the training part, subjects and objects that the reference names are exchanged most of the time, on both sides,
     for those of other entries or for phrases of the text. Of the pairs that DART has from E2E, one in ten is taken:
@@ -169,7 +170,7 @@ def exchanged(triples: list[list[str]], answer: str, names: list[str], random: R
     """Triples and their text with other names in both."""
     own = {name for s, _, o in triples for name in (s, o)}
     new = {}
-    for name in sorted(own, key=len, reverse=True):
+    for name in sorted(own, key=lambda name: (-len(name), name)):  # longest first; a set's order is chance
         where = r"(?<!\w)" + re.escape(name.strip('"')) + r"(?!\w)"
         if re.search(where, answer, re.IGNORECASE) and random.random() < 0.7:
             answer = re.sub(where, f"\0{len(new)}\0", answer, flags=re.IGNORECASE)  # so that it is not found in another
@@ -227,18 +228,15 @@ def finetune(data: Path, out: Path) -> dict[str, Any]:
 
 
 def contexts(examples: list[Any], target: Path) -> None:
-    """One a line, after a space as in training: a name has the same tokens there as in an answer."""
+    """Writes one a line, after a space as in training: a name has the same tokens there as in an answer."""
     target.write_text("".join(f" {example.context.strip()}\n" for example in examples))
 
 
-def test_items(data: Path) -> list[Any]:
+def generate(data: Path, out: Path, start: str, answers: str, *how: object) -> dict[str, Any]:
     from vspdf import tasks
 
-    return tasks.read(data / "dart" / "dart-v1.1.1-full-test.xml", lower_relations=True)[:TEST_ITEMS]
-
-
-def generate(data: Path, out: Path, start: str, answers: str, *how: object) -> dict[str, Any]:
-    contexts(test_items(data), out / "test.txt")
+    test = data / "dart" / "dart-v1.1.1-full-test.xml"
+    contexts(tasks.read(test, lower_relations=True)[:TEST_ITEMS], out / "test.txt")
     body = answer(out, start, "test.txt", answers, *how)
     return {key: body[key] for key in ("answers", "tokens", "decoding")}
 

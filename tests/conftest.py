@@ -1,6 +1,7 @@
 import inspect
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -102,6 +103,18 @@ def vspdf(monkeypatch, capsys):
         return status or 0, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def refused(vspdf):
+    """`vspdf ARGUMENTS` ends with status 2, nothing on stdout, and words that match; no traceback."""
+
+    def check(message, *arguments):
+        status, out, err = vspdf(*arguments)
+        assert status == 2 and out == ""
+        assert re.search(message, " ".join(err.split())) and "Traceback" not in err
+
+    return check
 
 
 FLAGS = (

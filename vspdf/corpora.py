@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import logging
 import os
 import platform
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 
 from vspdf.config import DataConfig
 from vspdf.errors import UserError, did_you_mean, near_path
+from vspdf.files import json_line
 
 log = logging.getLogger("vspdf")
 
@@ -187,10 +187,7 @@ def _json_lines(path: Path, text_field: str) -> Iterator[Document]:
         if line.isspace():
             continue
         where = f"'{path}' line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is no JSON ({error.msg}): expected one object a line.") from None
+        row = json_line(line, where)
         if not isinstance(row, dict):
             raise UserError(f'{where} is no object: expected {{"{text_field}": "..."}}.')
         yield Document(f"line {number}", _field(row, text_field, where))

@@ -1,14 +1,16 @@
-"""Files and folders written whole or not at all."""
+"""Files and folders written whole or not at all, and lines of JSON read."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -82,3 +84,17 @@ def flush(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def json_line(line: str, where: str) -> Any:
+    """What one line of a JSONL file holds; `where` names the line.
+
+    Raises
+    ------
+    UserError
+        If it is no JSON.
+    """
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is no JSON ({error.msg}): expected one object a line.") from None

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from vspdf.errors import UserError, did_you_mean, near_path
+from vspdf.files import json_line
 
 log = logging.getLogger("vspdf")
 
@@ -218,10 +219,7 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         if not line.strip():
             continue
         where = f"'{path}' line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is no JSON ({error.msg}): expected one object a line.") from None
+        row = json_line(line, where)
         context = _field(row, "context", where)
         completions = row.get("completion", [])
         completions = [completions] if isinstance(completions, str) else completions
