@@ -19,7 +19,7 @@ LEVELS = [
     {"evidence_page"},
     {"evidence"},
     {"plan", "report", "worker"},
-    {"study"},
+    {"study", "calibrate"},
     {"bench", "bench_gpu", "bleu", "harness"},
     {"train", "convert", "callback"},
     {"hub", "pairs", "phases", "records"},

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from vspdf import cli, config, ledger
+from vspdf.calibrate import Calibration, calibrate
 from vspdf.errors import UserError
 from vspdf.ledger import MODELS, Shape
 from vspdf.model import GPT
-from vspdf.plan import PUBLISHED, Calibration, _Wish, calibrate, plan, state_bytes, write
+from vspdf.plan import PUBLISHED, _Wish, plan, state_bytes, write
 from vspdf.sparse import sparsify, training_state_bytes
 
 LARGE = "cerebras-gpt-6.7b"
