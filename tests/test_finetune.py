@@ -174,6 +174,8 @@ def test_answers_to_a_task_file(vspdf, files, tuned, tmp_path):
     before = content(tmp_path)
     status, _, err = vspdf("generate", tuned[0], "--input", files / "pairs.jsonl", "--output", target)
     assert status == 2 and "exists already" in err and content(tmp_path) == before
+    status, _, err = vspdf("generate", tuned[0])
+    assert status == 2 and "was fine-tuned to answer: give --prompt a context, or --input a task file." in err
 
 
 def test_a_start_without_a_tokenizer_takes_one_that_fits(vspdf, files, tmp_path):

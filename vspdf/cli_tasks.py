@@ -65,7 +65,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
 
 def generate(
     path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run, a checkpoint, or a Hugging Face folder.")],
-    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "def ",
+    prompt: Annotated[str | None, typer.Option(help="Text to go on from; 'def ' if not given.")] = None,
     input: Annotated[Path | None, typer.Option(help="One prompt a line, or a task file (DART, ...).")] = None,
     output: Annotated[Path | None, typer.Option(help="Answers, one a line; default: stdout.")] = None,
     format: Annotated[str, typer.Option(help="Of --input: lines, dart, webnlg, e2e, jsonl.")] = "auto",
@@ -103,6 +103,10 @@ def generate(
     # A model that was fine-tuned here, and a task file, have an end of document between context and answer.
     task = state.get("task")
     lower = bool(task and task["lower_relations"])
+    if prompt is None:
+        if task and not input:
+            raise UserError(f"'{path}' was fine-tuned to answer: give --prompt a context, or --input a task file.")
+        prompt = "def "
     if lower and (input or tasks.lowered(prompt) != prompt):
         _say("relations of triples are in lower case, as in the fine-tuning (data.lower_relations)")
     if input:
