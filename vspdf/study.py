@@ -211,6 +211,8 @@ def load(source: str | Path, changes: Sequence[str] = ()) -> Study:
             raise UserError(f"{where}: {message}")
 
     require(isinstance(body, dict), "expected a study, a mapping with 'seeds', 'common' and 'arms'.")
+    if isinstance(body.get("common"), str):
+        body["common"] = _common_of(body["common"], path)
     for change in changes:
         _change(body, change)
     for key in body:
@@ -220,7 +222,7 @@ def load(source: str | Path, changes: Sequence[str] = ()) -> Study:
     seeds = _seeds(body.get("seeds"), "seeds", where)
     tuning_seeds = _seeds(body.get("tuning_seeds", [max(seeds) + 1]), "tuning_seeds", where)
     common, arms = body.get("common", {}), body.get("arms")
-    require(isinstance(common, dict), "'common' must be a mapping of settings, as `vspdf train` takes them.")
+    require(isinstance(common, dict), "'common' must be a mapping of settings as `vspdf train` takes them, or a study.")
     require(isinstance(arms, dict) and bool(arms), "'arms' must be a mapping of at least one name to its settings.")
     for key in _NOT_COMMON:
         require(key not in common, f"'common.{key}' is the study's to set.")
@@ -251,6 +253,14 @@ def load(source: str | Path, changes: Sequence[str] = ()) -> Study:
         tuple((a, b) for a, b in chosen_pairs), {name: arm.task for name, arm in fine_tunings.items() if arm.task},
         fine_tunings, tuple(changes),
     )  # fmt: skip
+
+
+def _common_of(name: str, path: Path) -> Any:
+    """The common settings of another study, by name or by its path from this study's file."""
+    beside = path.parent / name
+    other = configuration.find_config(beside if beside.is_file() else name, "studies", "study")
+    body = configuration.read_yaml(other)
+    return body.get("common", {}) if isinstance(body, dict) else None
 
 
 def _change(body: Form, change: str) -> None:
