@@ -365,7 +365,7 @@ def test_nothing_is_called_better_within_the_noise(a, b, verdict):
         ("optimizer.lr: [1.0e+30, 3.0e-3]", "optimizer.lr: 1", "arm 'dense': 'tune' must map settings to lists"),
         ("optimizer.lr: [1.0e+30, 3.0e-3]", "seed: [1]", "arm 'dense': 'seed' must be the same for all arms"),
         ("dense:\n", "dense:\n    data: {corpus: x}\n", "arm 'dense': 'data' must be the same for all arms"),
-        ("common:\n", "common: toi\nabout:\n", r"no study 'toi': .* Did you mean 'toy'\?"),
+        ("common:\n", "common: toi\nother:\n", r"no study 'toi': .* Did you mean 'toy'\?"),
         ("  variable:\n", "  a/b:\n", r"arm 'a/b': name = 'a/b' must be usable"),
         ("about:", "pairs: [[dense, varible]]\nabout:", r"no arm 'varible'. Did you mean 'variable'\?"),
         ("about:", "pairs: [dense]\nabout:", "'pairs' must be a list of pairs"),
