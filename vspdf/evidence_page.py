@@ -337,6 +337,8 @@ def _words(value: Any) -> str:
 def plot(results: dict[str, Any], path: Path) -> None:
     """Mean validation loss over tokens, executed FLOPs and time (or weight-FLOPs), and the paired differences.
 
+    The differences are of BLEU where the study has tasks, else of test losses.
+
     Raises
     ------
     UserError
@@ -349,7 +351,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
         from matplotlib import pyplot
     except ImportError:
         raise UserError("a plot needs the package 'matplotlib': pip install 'vspdf[plot]'.") from None
-    pairs = [pair for pair in results["paired"] if pair["mean"] is not None]
+    labelled = [(f"{task['name']}: ", pair) for task in results["tasks"] for pair in task["paired"]]
+    labelled = labelled or [("", pair) for pair in results["paired"]]
+    pairs = [(label, pair) for label, pair in reversed(labelled) if pair["mean"] is not None]
     drawing, grid = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
     *panels, last = grid.flat
     shown_axes = main_axes(results["arms"])
@@ -367,15 +371,15 @@ def plot(results: dict[str, Any], path: Path) -> None:
         panel.set(xlabel=f"{axis.name}{unit}", ylabel="validation loss (nats a token)")
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=8, title="arm (seeds)", title_fontsize=8)
-    for i, pair in enumerate(reversed(pairs)):
+    for i, (_, pair) in enumerate(pairs):
         clear = pair["low"] is not None and not pair["low"] <= 0 <= pair["high"]
         tone = "tab:blue" if clear else "tab:gray"
         if pair["low"] is not None:
             last.plot((pair["low"], pair["high"]), (i, i), color=tone)
         last.plot(pair["mean"], i, "o", color=tone)
     last.axvline(0, color="gray", linewidth=0.8, linestyle="--")
-    last.set_yticks(range(len(pairs)), [f"{pair['a']} − {pair['b']}" for pair in reversed(pairs)], fontsize=8)
-    last.set(xlabel="difference of test losses, 95 % interval")
+    last.set_yticks(range(len(pairs)), [f"{label}{pair['a']} − {pair['b']}" for label, pair in pairs], fontsize=8)
+    last.set(xlabel=f"difference of {'BLEU' if results['tasks'] else 'test losses'}, 95 % interval")
     try:
         drawing.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
     except (OSError, ValueError) as error:
