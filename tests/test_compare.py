@@ -244,6 +244,18 @@ def test_studies_that_ship_are_read(name):
     assert read.about and len(read.arms) > 1 and read.pairs
 
 
+def test_common_settings_of_another_study(written, tmp_path):
+    """By its path from the study's file, changed by keys as a study's own are; by the name of one that ships."""
+    written(tmp_path)
+    other = tmp_path / "other.yaml"
+    other.write_text("seeds: [0]\ncommon: mine.yaml\narms: {dense: {phases: [{steps: 3}]}}\n")
+    got = study.load(other, ["common.model.n_head=4"]).arms["dense"].configure({}, 0)
+    assert (got.model.d_model, got.model.n_head, got.train.threads) == (16, 4, 1)
+    other.write_text(other.read_text().replace("mine.yaml", "toy"))
+    toy, same = (study.load(one).arms["dense"].configure({}, 0) for one in ("toy", other))
+    assert (same.model, same.data, same.train) == (toy.model, toy.data, toy.train)
+
+
 def test_results_that_ship_are_shown_without_running(vspdf, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for path in config.shipped("studies"):
