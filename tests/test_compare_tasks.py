@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vspdf import compare, evidence, hub, pairs, study, tasks
+from vspdf import compare, evidence, evidence_page, hub, pairs, study, tasks
 from vspdf.bleu import corpus_bleu
 from vspdf.model import GPT
 
@@ -122,6 +122,12 @@ def test_it_is_said_and_written(finished):
     page = (root / "comparison.html").read_text()
     assert "colours BLEU" in page and "contexts as they are" in page
     assert [arm["name"] for arm in results["arms"]] == ["variable"], "an untrained arm has no loss of pre-training"
+
+
+def test_a_plot_shows_differences_of_bleu(finished, tmp_path):
+    evidence_page.plot(finished[2], tmp_path / "plot.svg")
+    drawn = (tmp_path / "plot.svg").read_text()  # matplotlib writes each text beside its outline, as a comment
+    assert "colours: random − variable" in drawn and "difference of BLEU" in drawn
 
 
 def test_what_is_done_is_kept(finished, vspdf, monkeypatch):
