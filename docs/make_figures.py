@@ -141,7 +141,7 @@ def switch() -> None:
 
 
 # A study's results between two comments: all of them ("results"), or the first table with a picture ("summary").
-PLACE = re.compile(r"(<!-- (results|summary): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- (results|summary): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PAGES = (Path(__file__).parent / "evidence.md", Path(__file__).parents[1] / "README.md")
 
 
