@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from vspdf.console import Json, emit, err, out
@@ -59,11 +62,14 @@ def _print(body: dict[str, Any]) -> None:
     from vspdf import evidence, evidence_page
 
     for found in evidence_page.tables(body):
-        table = Table(title=f"{body['study']}: {found.title}", title_justify="left")
-        for i, name in enumerate(found.head):
-            table.add_column(name, justify="left" if found.is_words(i) else "right")
+        table = Table(title=f"{body['study']}: {found.title}", title_justify="left", box=SIMPLE_HEAD)
+        table.collapse_padding, table.pad_edge, table.show_edge = True, False, False
+        for i, name in enumerate(found.head):  # in a narrow terminal figures are folded, never cut
+            stacked = re.sub(r"(?<=\w\w\w) (?=\w\w\w)|(?<=-)(?=\w)", "\n", name)
+            side: JustifyMethod = "left" if found.is_words(i) else "right"
+            table.add_column(stacked, justify=side, overflow="fold", no_wrap=i == 0)
         for row in found.rows:
             table.add_row(*row)
-        out.print(table)
+        out.print(table, "")
     for line in evidence.notes(body):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
