@@ -222,7 +222,7 @@ def load(source: str | Path, changes: Sequence[str] = ()) -> Study:
     seeds = _seeds(body.get("seeds"), "seeds", where)
     tuning_seeds = _seeds(body.get("tuning_seeds", [max(seeds) + 1]), "tuning_seeds", where)
     common, arms = body.get("common", {}), body.get("arms")
-    require(isinstance(common, dict), "'common' must be a mapping of settings as `vspdf train` takes them, or a study with such.")
+    require(isinstance(common, dict), "'common' must be settings as `vspdf train` takes them, or a study with such.")
     require(isinstance(arms, dict) and bool(arms), "'arms' must be a mapping of at least one name to its settings.")
     for key in _NOT_COMMON:
         require(key not in common, f"'common.{key}' is the study's to set.")
