@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vspdf import info
-from vspdf.simulator import machine, programs
-from vspdf.simulator.fabric import Region
+from vspdf.kernels import hardware
+from vspdf.simulator import machine
+from vspdf.simulator.events import programs
+from vspdf.simulator.events.fabric import Region
 
 RESULTS = Path(__file__).parent / "results" / "simulator.csv"
 
@@ -82,7 +83,7 @@ def main() -> None:
         print(f"{name:36s} {rows[-1]['cycles']:>9,} cycles {rows[-1]['seconds']:>7} s "
               f"{rows[-1]['million_tile_cycles_per_second']:>7} M tile-cycles/s", flush=True)  # fmt: skip
     with RESULTS.open("w", newline="") as file:
-        file.write(f"# {info.hardware()}\n")
+        file.write(f"# {hardware.hardware()}\n")
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

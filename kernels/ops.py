@@ -16,8 +16,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vspdf import ledger
 from vspdf.errors import UserError
-from vspdf.kernels import cpu, dense, gpu, gpu_24, reference
+from vspdf.kernels import cpu, dense, reference
 from vspdf.kernels.dispatch import choose
+from vspdf.kernels.gpu import launch, two_four
 from vspdf.pattern import Pattern
 
 _PRODUCTS = ("forward", "grad_input", "grad_values")
@@ -25,8 +26,8 @@ _PRODUCTS = ("forward", "grad_input", "grad_values")
 # has dW alone, "2:4" has no dW.
 PATHS: dict[str, dict[str, Callable[..., Any]]] = {
     name: {product: getattr(module, product) for product in _PRODUCTS if hasattr(module, product)}
-    for name, module in {"cpu": cpu, "dense": dense, "reference": reference, "triton": gpu, "2:4": gpu_24}.items()
-} | {"sampled": {"grad_values": gpu.sampled_grad_values}}
+    for name, module in {"cpu": cpu, "dense": dense, "reference": reference, "triton": launch, "2:4": two_four}.items()
+} | {"sampled": {"grad_values": launch.sampled_grad_values}}
 
 
 def _run(product: str, pattern: Pattern, backend: str, *tensors: Tensor | None) -> Tensor:

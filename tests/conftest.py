@@ -41,7 +41,7 @@ def conservation():
     from vspdf.errors import BackendUnavailable
 
     try:
-        from vspdf.simulator.fabric import Region
+        from vspdf.simulator.events.fabric import Region
     except BackendUnavailable:
         yield
         return
@@ -90,13 +90,13 @@ def tiny(tmp_path, tiny_config):
 @pytest.fixture
 def vspdf(monkeypatch, capsys):
     """`vspdf ARGUMENTS` in this process: status, stdout, stderr."""
-    from vspdf import cli
+    from vspdf.cli import app
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["vspdf", *map(str, arguments)])
         status = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as end:
             status = end.code
         captured = capsys.readouterr()

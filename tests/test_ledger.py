@@ -12,12 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import vspdf
 from vspdf import ledger
-from vspdf.config import load
+from vspdf.config.loading import load
 from vspdf.errors import UserError
-from vspdf.ledger import CONVENTIONS, MODELS, Count, Shape, Tally, flops_per_token, training_flops
+from vspdf.ledger import CONVENTIONS, Count, Tally, flops_per_token, training_flops
 from vspdf.model import GPT
-from vspdf.plan import plan, write
-from vspdf.train import train
+from vspdf.plan.planner import plan
+from vspdf.plan.write import write
+from vspdf.shapes import MODELS, Shape
+from vspdf.train.trainer import train
 
 BATCH = 1040 * 2048  # tokens a step of the 6.7B run
 RECIPE = [(0.9, 62_523 * BATCH), (0.0, 9_379 * BATCH)]  # the published stages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -43,3 +44,19 @@ def near_path(path: Path, keywords: Iterable[str] = ()) -> str:
     if near := get_close_matches(missing.name, beside, n=1):
         return f" Did you mean '{missing.with_name(near[0]) / path.relative_to(missing)}'?"
     return ""
+
+
+def require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+def one_of(key: str, value: str, known: Iterable[str]) -> None:
+    known = list(known)
+    require(value in known, f"{key} = '{value}' is not known.{did_you_mean(value, known)}")
+
+
+def check_device(key: str, name: str) -> None:
+    """Whether a device has a name that is known, be it here or not."""
+    known = bool(re.fullmatch(r"cpu|cuda(:\d+)?", name))
+    require(known, f"{key} = '{name}' is not known.{did_you_mean(name, ('cpu', 'cuda', 'cuda:1'))}")

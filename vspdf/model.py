@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vspdf.errors import UserError, did_you_mean
-from vspdf.ledger import Shape
+from vspdf.shapes import Shape
 
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # names here, and torch's for the approximation
 
