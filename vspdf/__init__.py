@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vspdf.simulator.simulate import simulate as simulate
     from vspdf.sparsity.layer import SparseLinear as SparseLinear
     from vspdf.sparsity.layer import explain as explain
+    from vspdf.sparsity.optimizer import parameter_groups as parameter_groups
     from vspdf.sparsity.phases import Phases as Phases
     from vspdf.sparsity.surgery import densify as densify
     from vspdf.sparsity.surgery import set_sparsity as set_sparsity
@@ -33,6 +34,7 @@ _HOMES = {
     "UserError": "vspdf.errors",
     "densify": "vspdf.sparsity.surgery",
     "explain": "vspdf.sparsity.layer",
+    "parameter_groups": "vspdf.sparsity.optimizer",
     "set_sparsity": "vspdf.sparsity.surgery",
     "simulate": "vspdf.simulator.simulate",
     "sparse_linear": "vspdf.kernels.ops",
