@@ -29,11 +29,12 @@ def train(
     `vspdf train my.yaml run_dir=runs/mine --resume`
     """
     from vspdf.config import loading
+    from vspdf.interop import load_config
     from vspdf.report.run_page import refresh
     from vspdf.train.trainer import train as run
 
     keep_freed_memory()
-    settings = loading.load(config, overrides or [])
+    settings = load_config(config, overrides or [])
     err.print(loading.to_yaml(settings).rstrip(), style="dim", markup=False, highlight=False)
     summary = run(
         settings, resume=resume, say=lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True),
@@ -107,14 +108,14 @@ def finetune(
     """
     from vspdf.config import loading
     from vspdf.config import settings as configuration
-    from vspdf.interop import checkpoints
+    from vspdf.interop import checkpoints, load_config
     from vspdf.report.run_page import refresh
     from vspdf.train.trainer import train
 
     keep_freed_memory()
     shape, activation = checkpoints.shape_of(start)
     model = configuration.ModelConfig(**asdict(shape), activation=activation)
-    settings = loading.load(config, overrides or [], start=(start, model))
+    settings = load_config(config, overrides or [], start=(start, model))
     err.print(loading.to_yaml(settings).rstrip(), style="dim", markup=False, highlight=False)
     summary = train(settings, resume=resume, say=_say, on_evaluation=refresh)
     if as_json:

@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from vspdf.config import loading
-from vspdf.config.settings import Config
+from vspdf.config.resolved import ResolvedConfig
 from vspdf.errors import UserError, near_path
 from vspdf.pattern import Pattern
 from vspdf.runs import checkpoint
@@ -43,7 +43,7 @@ class Run:
 
     folder: Path
     label: str
-    config: Config
+    config: ResolvedConfig
     manifest: dict[str, Any]
     lines: list[dict[str, Any]]
     patterns: dict[str, Pattern]
@@ -53,7 +53,7 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        return sum(phase.steps or 0 for phase in self.config.phases)
+        return self.config.steps
 
     @property
     def step(self) -> int:
@@ -70,7 +70,7 @@ class Run:
 
     def _phases_so_far(self) -> Iterator[dict[str, Any]]:
         before: dict[str, Any] = {"step": 0, "tokens": 0, "training_seconds": 0.0, "flops": dict.fromkeys(_COLUMNS, 0)}
-        ends = np.cumsum([phase.steps or 0 for phase in self.config.phases])
+        ends = np.cumsum([phase.steps for phase in self.config.phases])
         records = self.state.get("records") or [{}] * len(ends)
         for phase, end, record in zip(self.config.phases, ends, records, strict=True):
             mine = [line for line in self.lines if before["step"] < line["step"] <= end]
