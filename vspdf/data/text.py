@@ -58,12 +58,6 @@ def prepare(config: ResolvedData, sequence_length: int, seed: int) -> Dataset:
         raise UserError(f"model.sequence_length is {sequence_length}: expected at least 1.")
     if seed < 0:
         raise UserError(f"seed is {seed}: expected 0 or more.")
-    if not 0 < config.validation_fraction < 1:
-        raise UserError(f"data.validation_fraction is {config.validation_fraction}: expected between 0 and 1.")
-    if not 0 <= config.test_fraction < 1 - config.validation_fraction:
-        raise UserError(
-            f"data.test_fraction is {config.test_fraction}: expected at least 0, and less than 1 with validation."
-        )
     tokenizer_key, make_tokenizer = tokenizer_maker(config.tokenizer)
     corpus = load_documents(config)
     survey = _Survey.of(corpus)
