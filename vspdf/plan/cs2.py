@@ -1,4 +1,4 @@
-"""The one place where runs and plans meet the simulator: a run's phases, a layer or step as asked for, a plan's cost."""
+"""The one place where runs and plans meet the simulator: a run's phases, a layer or a step as asked for, a plan."""
 
 from __future__ import annotations
 
