@@ -11,6 +11,7 @@ from rich.table import Table
 
 from vspdf.cli import simulate
 from vspdf.cli.console import Json, _say, emit, err, out
+from vspdf.draw import words
 from vspdf.kernels.hardware import keep_freed_memory
 
 
@@ -49,7 +50,7 @@ def train(
 def _print_summary(summary: dict[str, Any]) -> None:
     phases = summary["phases"]
     table = Table(
-        title=f"{summary['name']}: {summary['model']['parameters'] / 1e6:.1f}M parameters on "
+        title=f"{summary['name']}: {words.count(summary['model']['parameters'])} parameters on "
         f"{summary['corpus']['name']}",
         title_justify="left",
     )
