@@ -12,6 +12,7 @@ from rich.table import Table
 
 from vspdf.cli import simulate
 from vspdf.cli.console import Json, _say, emit, err, out
+from vspdf.draw import words
 from vspdf.errors import UserError
 from vspdf.kernels.hardware import keep_freed_memory
 
@@ -63,7 +64,7 @@ def _draw(folder: Path) -> None:
 def _print_summary(summary: dict[str, Any]) -> None:
     phases = summary["phases"]
     table = Table(
-        title=f"{summary['name']}: {summary['model']['parameters'] / 1e6:.1f}M parameters on "
+        title=f"{summary['name']}: {words.count(summary['model']['parameters'])} parameters on "
         f"{summary['corpus']['name']}",
         title_justify="left",
     )

@@ -33,6 +33,7 @@ from vspdf.config import loading
 from vspdf.config.loading import FREE_TO_CHANGE, differences
 from vspdf.config.settings import Config
 from vspdf.data.text import prepare
+from vspdf.draw import words
 from vspdf.errors import Interrupted, UserError
 from vspdf.kernels.hardware import device
 from vspdf.report import study_page
@@ -342,11 +343,7 @@ class _Runner:
             return
         loss += f", {score}" if run.test and run.arm.task else ""
         took = time.monotonic() - run.started
-        eta = self._eta()
-        self.say(
-            f"{self._done()}/{self.total}  {run.name}: {loss} ({took:.0f} s)  "
-            f"ETA {'not known yet' if eta is None else _clock(eta)}"
-        )
+        self.say(f"{self._done()}/{self.total}  {run.name}: {loss} ({took:.0f} s)  {words.eta(self._eta())}")
 
     def _done(self) -> int:
         return sum(run.trained for run in self._known())
@@ -384,9 +381,3 @@ class _Runner:
     def _close(self, run: _Run) -> None:
         assert run.process is not None and run.process.stdin is not None
         run.process.stdin.close()
-
-
-def _clock(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

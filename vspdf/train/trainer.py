@@ -29,7 +29,7 @@ from vspdf.config.settings import Config, PhaseConfig
 from vspdf.data import pairs
 from vspdf.data.text import Dataset, prepare
 from vspdf.data.tokenizer import Tokenizer, check_tokenizer
-from vspdf.draw.words import _clock
+from vspdf.draw import words
 from vspdf.errors import Diverged, Interrupted, UserError
 from vspdf.evaluate.generate import Decoding, generate
 from vspdf.evaluate.loss import Evaluation, autocast, evaluate
@@ -117,8 +117,8 @@ class _Run:
         weights = 4 * self.shape.parameters  # fp32; a model is dense before it is sparse
         if weights > hardware.memory():
             raise UserError(
-                f"the weights of {self.shape.parameters:,} parameters take {weights / 1e9:,.1f} GB, this machine has "
-                f"{hardware.memory() / 1e9:,.1f} GB; vspdf plan says what a run needs."
+                f"the weights of {self.shape.parameters:,} parameters take {words.size(weights)}, this machine has "
+                f"{words.size(hardware.memory())}; vspdf plan says what a run needs."
             )
         self.total_steps = sum(phase.steps or 0 for phase in config.phases)
         self.model: GPT = (
@@ -488,7 +488,7 @@ class _Run:
             f"step {self.step:>{len(str(self.total_steps))}}/{self.total_steps}  {phase.name}"
             f"  loss {line['loss']:.4f}{val}"
             f"  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tokens/s  {skipped:.0%} of FLOPs skipped"
-            f"  ETA {_clock(eta) if (eta := self._eta()) is not None else 'not known yet'}"
+            f"  {words.eta(self._eta())}"
         )
 
     def _eta(self) -> float | None:
