@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vspdf.config.settings import ModelConfig, PhaseConfig
+from vspdf.config.resolved import ResolvedModel, ResolvedPhase
 from vspdf.ledger import Count, Tally
 from vspdf.sparsity import schedule
 from vspdf.sparsity.schedule import mean_sparsity
@@ -44,7 +45,7 @@ class PhaseRecord:
         record.paired_seconds = [(a, b) for a, b in body["paired_seconds"]]
         return record
 
-    def summary(self, model: ModelConfig, phase: PhaseConfig, tokens: int) -> dict[str, Any]:
+    def summary(self, model: ResolvedModel, phase: ResolvedPhase, tokens: int) -> dict[str, Any]:
         """What `summary.json` says of the phase."""
         body: dict[str, Any] = {
             "name": phase.name,
@@ -63,14 +64,16 @@ class PhaseRecord:
             "time_fractions": self.parts,
         }
         if self.paired_seconds:
-            mine, dense, ratios = self.beside_dense()
-            body["dense_step_seconds_median"] = dense
-            body["paired_step_seconds_median"] = mine
-            body["speedup"] = {"median": dense / mine, "low": min(ratios), "high": max(ratios)}
-            body["dense_threads"] = self.dense_threads
+            body |= beside_dense(self.paired_seconds) | {"dense_threads": self.dense_threads}
         return body
 
-    def beside_dense(self) -> tuple[float, float, list[float]]:
-        """Median seconds of the steps timed beside dense ones, of those, and how much faster each was."""
-        mine, dense = (statistics.median(column) for column in zip(*self.paired_seconds, strict=True))
-        return mine, dense, [b / a for a, b in self.paired_seconds]
+
+def beside_dense(paired_seconds: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """How much faster steps were than dense ones on the same batches, from (seconds, seconds of the dense one)."""
+    mine, dense = (statistics.median(column) for column in zip(*paired_seconds, strict=True))
+    ratios = [b / a for a, b in paired_seconds]
+    return {
+        "dense_step_seconds_median": dense,
+        "paired_step_seconds_median": mine,
+        "speedup": {"median": dense / mine, "low": min(ratios), "high": max(ratios)},
+    }

@@ -1,15 +1,12 @@
 """The trainer: takes a model through its phases and writes down what was done.
 
-A run directory holds `config.yaml`, `metrics.jsonl` (a line per logged step), `patterns.npz`, `checkpoints/` and, at
-the end, `summary.json`. A run killed at any moment goes on from its last checkpoint with metrics equal to the last bit.
+A run killed at any moment goes on from its last checkpoint with metrics equal to the last bit.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import io
-import json
 import logging
 import math
 import os
@@ -27,28 +24,24 @@ import torch
 from torch import Tensor, nn
 
 from vspdf import ledger
-from vspdf.config import loading, resolve
-from vspdf.config.loading import FREE_TO_CHANGE, differences
-from vspdf.config.settings import Config, PhaseConfig
+from vspdf.config import resolve
+from vspdf.config.resolved import ResolvedConfig, ResolvedPhase
 from vspdf.data import pairs
 from vspdf.data.text import Dataset, prepare
 from vspdf.data.tokenizer import Tokenizer, check_tokenizer
-from vspdf.draw.words import _clock
+from vspdf.draw import words
 from vspdf.errors import Diverged, Interrupted, UserError
 from vspdf.evaluate.generate import Decoding, generate
 from vspdf.evaluate.loss import Evaluation, autocast, evaluate
-from vspdf.files import write_whole
 from vspdf.interop import checkpoints
 from vspdf.kernels import hardware, tuning
 from vspdf.kernels.hardware import device
 from vspdf.ledger import Count
 from vspdf.model import GPT
 from vspdf.pattern import Pattern
-from vspdf.plan import cs2
-from vspdf.runs import checkpoint
-from vspdf.runs.masks import masks_file, read_masks
-from vspdf.runs.record import PhaseRecord
-from vspdf.simulator import machine
+from vspdf.runs import checkpoint, writer
+from vspdf.runs.folder import TENSORBOARD, Run
+from vspdf.runs.record import PhaseRecord, beside_dense
 from vspdf.sparsity import phases, schedule
 from vspdf.sparsity.layer import build_plans, sparse_layers
 from vspdf.sparsity.optimizer import RevivedWarmup
@@ -61,7 +54,7 @@ log = logging.getLogger("vspdf")
 
 
 def train(
-    config: Config,
+    config: ResolvedConfig,
     *,
     resume: bool = False,
     say: Callable[[str], None] = log.info,
@@ -71,8 +64,8 @@ def train(
 
     Parameters
     ----------
-    config : Config
-        Resolved, as `vspdf.config.load` returns it.
+    config : ResolvedConfig
+        As `vspdf.config.load` returns it.
     resume : bool
         Go on from the last checkpoint of the run directory.
     say : callable
@@ -101,30 +94,30 @@ def train(
 
 
 class _Run:
-    def __init__(self, config: Config, resume: bool, say: Callable[[str], None]) -> None:
+    def __init__(self, config: ResolvedConfig, resume: bool, say: Callable[[str], None]) -> None:
         self.config, self.say = config, say
-        self.folder = Path(config.run_dir or "")
+        self.folder = Path(config.run_dir)
         self.device = device(config.train.device, "train.device")
-        self._check_folder(resume)
+        self.config = config = writer.check(config, resume)
+        self.writer = writer.Writer(self.folder)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
-        assert config.model.sequence_length is not None
         begun = self._begin_with(resume)
         self.data: Dataset | pairs.Pairs
-        if begun:
-            self.data = pairs.prepare(config.data, config.seed, begun[1])
+        if begun and config.task:
+            self.data = pairs.prepare(config.task, config.seed, begun[1])
         else:
             self.data = prepare(config.data, config.model.sequence_length, config.seed)
         vocabulary = config.model.vocab_size or self.data.vocab_size
         if vocabulary < self.data.vocab_size:
             raise UserError(f"model.vocab_size = {vocabulary} is less than the tokenizer's {self.data.vocab_size}.")
-        config.model.vocab_size = vocabulary
+        self.config = config = config.with_data(vocabulary)
         self.shape = resolve.model_shape(config.model)
         weights = 4 * self.shape.parameters  # fp32; a model is dense before it is sparse
         if weights > hardware.memory():
             raise UserError(
-                f"the weights of {self.shape.parameters:,} parameters take {weights / 1e9:,.1f} GB, this machine has "
-                f"{hardware.memory() / 1e9:,.1f} GB; vspdf plan says what a run needs."
+                f"the weights of {self.shape.parameters:,} parameters take {words.size(weights)}, this machine has "
+                f"{words.size(hardware.memory())}; vspdf plan says what a run needs."
             )
         self.total_steps = sum(phase.steps or 0 for phase in config.phases)
         self.model: GPT = (
@@ -142,84 +135,41 @@ class _Run:
         self.saved_step: int | None = None
         self.stop_signal: int | None = None
         self._twin: _DenseTwin | None = None
-        if not checkpoint.checkpoints(self.folder / "checkpoints"):
+        if not Run(self.folder).checkpoints:
             if config.init_from:
                 self._begin_from(config.init_from)
             phases.check_zeros(self.model, config)
-        self.first = config.data.first_sequence = config.data.first_sequence or 0
+        self.config = config = self.config.with_data(first_sequence=0)
+        self.first = config.data.first_sequence or 0
         self.data.check(self.first + train_schedule.position(config.phases, self.total_steps).samples)
         if resume:
             self._restore()
         else:
-            self._begin_folder()
-        self._trim_metrics()
+            self.writer.begin(config, self.data.tokenizer.to_json(), self.data.manifest)
+        self.writer.go_on_from(self.step)
         self.board = _tensorboard(self.folder) if config.train.tensorboard else None
 
     def _begin_with(self, resume: bool) -> tuple[GPT, Tokenizer] | None:
         """Fine-tuning: the model to start from, dense, and its tokenizer; of a run that goes on, only their form."""
-        if self.config.start is None:
+        task, start = self.config.task, self.config.start
+        if task is None or start is None:
             return None
-        if resume and checkpoint.checkpoints(self.folder / "checkpoints"):
+        if resume and Run(self.folder).checkpoints:
             model = GPT(resolve.model_shape(self.config.model), activation=self.config.model.activation)
-            return model, Tokenizer.load(self.folder / "tokenizer.json")
-        model, tokenizer, _ = checkpoints.load(self.config.start)
+            return model, Tokenizer.load(Run(self.folder).tokenizer)
+        model, tokenizer, _ = checkpoints.load(start)
         if sparse := sparse_layers(model):
             kept = sum(layer.pattern.nnz for layer in sparse.values()) / sum(
                 layer.pattern.numel for layer in sparse.values()
             )
             densify(model)
-            self.say(f"'{self.config.start}' keeps {kept:.1%} of {len(sparse)} layers: densified, every weight learns")
-        words = pairs.tokenizer_for(self.config.data, tokenizer, self.config.start)
+            self.say(f"'{start}' keeps {kept:.1%} of {len(sparse)} layers: densified, every weight learns")
+        words = pairs.tokenizer_for(task, tokenizer, start)
         if tokenizer is None:
-            check_tokenizer(words, model.shape, self.config.start)
+            check_tokenizer(words, model.shape, start)
         return model, words
 
     # -- the run directory -------------------------------------------------------------------------------------------
-
-    def _check_folder(self, resume: bool) -> None:
-        holds_run = any((self.folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
-        if holds_run and not resume:
-            raise UserError(
-                f"run_dir '{self.folder}' already holds a run: --resume goes on with it, run_dir=... starts another."
-            )
-        if resume and not holds_run:
-            raise UserError(f"nothing to resume: '{self.folder}' holds no run.")
-        if resume:
-            stored = loading.load(self.folder / "config.yaml")
-            if self.config.model.vocab_size is None:
-                self.config.model.vocab_size = stored.model.vocab_size
-            if self.config.data.first_sequence is None:
-                self.config.data.first_sequence = stored.data.first_sequence
-            for key, (old, new) in differences(loading.to_dict(stored), loading.to_dict(self.config)).items():
-                if key in ("train.threads", "train.device"):
-                    log.warning(
-                        "resuming with %s = %s instead of %s: results will differ in the last bits.", key, new, old
-                    )
-                elif key not in FREE_TO_CHANGE:
-                    raise UserError(f"cannot resume '{self.folder}': {key} was {old}, is now {new}.")
-
-    def _begin_folder(self) -> None:
-        """Only now, with model and data at hand: a run that cannot start leaves nothing behind."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run_dir '{self.folder}' cannot be made: {error.strerror}.") from None
-        write_whole(self.folder / "tokenizer.json", self.data.tokenizer.to_json())
-        write_whole(self.folder / "manifest.json", json.dumps(self.data.manifest, indent=1))
-        write_whole(self.folder / "config.yaml", loading.to_yaml(self.config))
-
-    def _trim_metrics(self) -> None:
-        """Drops lines after the step the run goes on from, and one that a killed process left half written."""
-        path = self.folder / "metrics.jsonl"
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= self.step:
-                        kept.append(line + "\n")
-                except ValueError:
-                    continue
-        write_whole(path, "".join(kept))
 
     def _begin_from(self, source: str) -> None:
         """Takes over weights, masks, moments and the place in the data of another run, or the weights of a folder."""
@@ -241,15 +191,14 @@ class _Run:
             raise UserError(f"init_from '{source}' needs model.activation={old['activation']}.")
         self.model = loaded.model.to(self.device)
         if checkpoints.kind(Path(source)) == "checkpoint":
-            _, _, moments = checkpoint.read(checkpoint.resolve(Path(source)))
-            moments = {name: t for name, t in moments.items() if not name.startswith("revived:")}
-            if moments and config.phases[0].moments == "keep":
+            stored = checkpoint.read(Path(source))
+            if stored.moments and config.phases[0].moments == "keep":
                 self.optimizer = self._new_optimizer(config.phases[0])
-                checkpoint.load_optimizer_tensors(self.model, self.optimizer, moments)
+                stored.restore_optimizer(self.model, self.optimizer)
         ours = (self.data.manifest["corpus"], config.data.validation_fraction, config.seed)
         same_text = (old.get("corpus"), old.get("validation_fraction"), old.get("seed")) == ours
         if config.data.first_sequence is None and same_text:
-            config.data.first_sequence = old["sequences"]
+            self.config = config = config.with_data(first_sequence=old["sequences"])
         elif config.data.first_sequence is None and old.get("corpus") == self.data.manifest["corpus"]:
             log.warning("init_from '%s' saw this text in another order: some of it will be seen again.", source)
         where = f", its data from sequence {config.data.first_sequence}" if config.data.first_sequence else ""
@@ -258,14 +207,14 @@ class _Run:
         )
 
     def _restore(self) -> None:
-        folder = self.folder / "checkpoints"
-        if not checkpoint.checkpoints(folder):
+        if not Run(self.folder).checkpoints:
             self.say("no checkpoint was written yet: starting again from step 0")
             return
-        state, tensors, optimizer_state = checkpoint.read(checkpoint.resolve(self.folder))
+        stored = checkpoint.read(self.folder)
+        state = stored.state
         if state["corpus"]["sha256"] != self.data.manifest["corpus"]["sha256"]:
             raise UserError(
-                f"checkpoint {checkpoint.resolve(self.folder)} belongs to another corpus: sha256 was "
+                f"checkpoint {stored.folder} belongs to another corpus: sha256 was "
                 f"{state['corpus']['sha256'][:12]}..., is {self.data.manifest['corpus']['sha256'][:12]}...."
             )
         if state["model"] != asdict(self.shape):
@@ -274,7 +223,7 @@ class _Run:
                 f"the checkpoint belongs to another model: its {wrong} is {state['model'].get(wrong)}, "
                 f"here it is {asdict(self.shape)[wrong]}."
             )
-        checkpoint.fit(self.model, tensors, self.config.train.backend)
+        stored.restore(self.model, self.config.train.backend)
         tuning.pin(state["kernel_choices"])
         build_plans(self.model)
         self.step, self.phase, self.seconds = state["step"], state["phase"], state["seconds"]
@@ -284,14 +233,10 @@ class _Run:
         self.samples = state["samples"]
         self.records = [PhaseRecord.from_json(body) for body in state["records"]]
         self.optimizer = self._new_optimizer(self.config.phases[self.phase])
-        before = {name[8:]: t for name, t in optimizer_state.items() if name.startswith("revived:")}
-        checkpoint.load_optimizer_tensors(
-            self.model, self.optimizer, {k: v for k, v in optimizer_state.items() if not k.startswith("revived:")}
-        )
-        if before:
-            patterns = checkpoint.stored_patterns({f"{k}.pattern": v for k, v in before.items()}, self.model)
+        stored.restore_optimizer(self.model, self.optimizer)
+        if before := stored.before_switch(self.model):
             steps = self.config.phases[self.phase].revived_warmup
-            self.revived = RevivedWarmup(self.model, patterns, steps, done=state["revived_done"])
+            self.revived = RevivedWarmup(self.model, before, steps, done=state["revived_done"])
         self.saved_step = self.step
         self.say(f"resumed at step {self.step} of {self.total_steps}")
 
@@ -317,10 +262,8 @@ class _Run:
             "kernel_choices": tuning.choices(),
         }
         ramp = self.revived.before if self.revived and self.revived.done < self.revived.steps else {}
-        extra = {f"revived:{name}": torch.from_numpy(pattern.bits.copy()) for name, pattern in ramp.items()}
-        folder = self.folder / "checkpoints"
-        checkpoint.save(folder, self.step, self.model, self.optimizer, state, extra)
-        checkpoint.prune(folder, self.config.train.keep_checkpoints)
+        checkpoint.save(self.folder, self.step, self.model, self.optimizer, state, ramp)
+        checkpoint.prune(self.folder, self.config.train.keep_checkpoints)
         self.saved_step = self.step
 
     # -- phases ------------------------------------------------------------------------------------------------------
@@ -334,7 +277,7 @@ class _Run:
         else:
             before = phases.grow(self.model, self.config, index, 0, self.optimizer)
         if sparse_layers(self.model):
-            self._export_patterns(index)
+            self.writer.masks(index, {name: layer.pattern for name, layer in sparse_layers(self.model).items()})
         if self.optimizer is not None and phase.moments == "reset":
             self.optimizer.state.clear()
         self.phase, self.stage = index, 0
@@ -348,14 +291,14 @@ class _Run:
         self._renew(phase, before)
         self.say(self._describe(phase))
 
-    def _densify_to(self, phase: PhaseConfig, stage: int) -> None:
+    def _densify_to(self, phase: ResolvedPhase, stage: int) -> None:
         """A step of densification within a phase; positions are added, kept values and moments stay."""
         before = phases.grow(self.model, self.config, self.phase, stage, self.optimizer)
         self.stage = stage
         self._renew(phase, before)
         self.say(f"densified to sparsity {self._sparsity():.4g}: {phases.form(self.model)}")
 
-    def _renew(self, phase: PhaseConfig, before: dict[str, Pattern]) -> None:
+    def _renew(self, phase: ResolvedPhase, before: dict[str, Pattern]) -> None:
         """An optimizer over the model's present parameters with the state of the old one."""
         ramped = bool(before and phase.revived_warmup)
         self.revived = RevivedWarmup(self.model, before, phase.revived_warmup) if ramped else None
@@ -370,22 +313,12 @@ class _Run:
         phase = self.config.phases[self.phase]
         return schedule.mean_sparsity(self.config.model, phase, schedule.stages(phase)[self.stage].sparsity)
 
-    def _describe(self, phase: PhaseConfig) -> str:
+    def _describe(self, phase: ResolvedPhase) -> str:
         tokens = self._tokens(self.step + (phase.steps or 0)) - self._tokens(self.step)
         return f"phase '{phase.name}': {phase.steps:,} steps, {tokens:,} tokens; {phases.form(self.model)}"
 
-    def _new_optimizer(self, phase: PhaseConfig) -> torch.optim.Optimizer:
+    def _new_optimizer(self, phase: ResolvedPhase) -> torch.optim.Optimizer:
         return _adamw(self.model, self.config, phase)
-
-    def _export_patterns(self, index: int) -> None:
-        """Positions at the start of a phase, for the simulator, which knows no torch."""
-        arrays: dict[str, np.ndarray] = {}
-        for name, layer in sparse_layers(self.model).items():
-            arrays[name] = layer.pattern.bits
-            arrays[f"{name}.shape"] = np.array(layer.pattern.shape, dtype=np.int64)
-        stream = io.BytesIO()
-        np.savez(stream, **arrays)  # type: ignore[arg-type]
-        write_whole(self.folder / masks_file(index), stream.getvalue())
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -423,7 +356,7 @@ class _Run:
         on_evaluation(self.folder)
         return summary
 
-    def _train_step(self, phase: PhaseConfig, record: PhaseRecord, phase_step: int, samples: int) -> dict[str, Any]:
+    def _train_step(self, phase: ResolvedPhase, record: PhaseRecord, phase_step: int, samples: int) -> dict[str, Any]:
         assert self.optimizer is not None and phase.batch_size is not None
         lr = train_schedule.learning_rate(phase, phase_step)
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -463,7 +396,7 @@ class _Run:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        phase: PhaseConfig,
+        phase: ResolvedPhase,
         batch: tuple[Tensor, Tensor],
         lr: float,
         revived: RevivedWarmup | None = None,
@@ -502,7 +435,7 @@ class _Run:
                 f"the {what} of step {self.step + 1} is {value}: training stopped, {kept}. Lower optimizer.lr?"
             )
 
-    def _measure_dense(self, phase: PhaseConfig, record: PhaseRecord, samples: int, seconds: float) -> None:
+    def _measure_dense(self, phase: ResolvedPhase, record: PhaseRecord, samples: int, seconds: float) -> None:
         """Times steps of a dense twin on the batches of the sparse steps beside them, a few per phase."""
         wanted = self.config.train.measure_dense if sparse_layers(self.model) else 0
         if len(record.paired_seconds) >= wanted or len(record.step_seconds) < 2:
@@ -514,11 +447,12 @@ class _Run:
         record.paired_seconds.append((seconds, self._twin.step(samples)))
         if len(record.paired_seconds) == wanted:
             self._twin = None
-            mine, dense, ratios = record.beside_dense()
+            found = beside_dense(record.paired_seconds)
             self.say(
-                f"measured beside each other: a step takes {mine:.3f} s, a dense step {dense:.3f} s "
-                f"({record.dense_threads} threads): {dense / mine:.2f}x faster (pairs {min(ratios):.2f}-"
-                f"{max(ratios):.2f})"
+                "measured beside each other: a step takes {paired_step_seconds_median:.3f} s, a dense step "
+                "{dense_step_seconds_median:.3f} s".format(**found)
+                + f" ({record.dense_threads} threads): "
+                + "{median:.2f}x faster (pairs {low:.2f}-{high:.2f})".format(**found["speedup"])
             )
 
     def _evaluate(self, record: PhaseRecord, line: dict[str, Any]) -> Evaluation:
@@ -528,7 +462,7 @@ class _Run:
         line["val_loss"], line["val_bits_per_byte"] = result
         return result
 
-    def _sample(self, phase: PhaseConfig) -> None:
+    def _sample(self, phase: ResolvedPhase) -> None:
         count = self.config.train.sample_tokens
         if not count:
             return
@@ -538,17 +472,13 @@ class _Run:
         self.samples.append({"step": self.step, "phase": phase.name, "text": text})
         self.say(f"sample after phase '{phase.name}': {text!r}")
 
-    def _log(self, phase: PhaseConfig, line: dict[str, Any]) -> None:
+    def _log(self, phase: ResolvedPhase, line: dict[str, Any]) -> None:
         total = self._total()
         line["flops"] = total.flops()
         line["seconds"] = self.seconds
         line["training_seconds"] = sum(record.seconds for record in self.records)
         line["training_cpu_seconds"] = self._cpu_seconds()
-        try:
-            with (self.folder / "metrics.jsonl").open("a") as stream:
-                stream.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.folder / 'metrics.jsonl'} cannot be written: {error.strerror}.") from None
+        self.writer.append(line)
         if self.board:
             for key in ("loss", "lr", "grad_norm", "val_loss", "val_bits_per_byte", "tokens_per_second"):
                 if key in line:
@@ -559,7 +489,7 @@ class _Run:
             f"step {self.step:>{len(str(self.total_steps))}}/{self.total_steps}  {phase.name}"
             f"  loss {line['loss']:.4f}{val}"
             f"  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tokens/s  {skipped:.0%} of FLOPs skipped"
-            f"  ETA {_clock(eta) if (eta := self._eta()) is not None else 'not known yet'}"
+            f"  {words.eta(self._eta())}"
         )
 
     def _eta(self) -> float | None:
@@ -629,7 +559,6 @@ class _Run:
             "val_loss": last.val_loss,
             "val_bits_per_byte": last.val_bits_per_byte,
             "phases": phases,
-            "comparison": self._on_the_wafer(phases),
             "flops": self._total().flops(),
             "flops_saved_fraction_by_convention": {
                 name: 1
@@ -642,23 +571,14 @@ class _Run:
             "hardware": hardware.hardware(),
             "versions": hardware.versions(),
         }
-        write_whole(self.folder / "summary.json", json.dumps(summary, indent=1))
+        self.writer.summary(summary)
         return summary
-
-    def _on_the_wafer(self, phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Measured speed-up, ideal and what a CS-2 would make of the same masks, of every sparse phase."""
-        try:
-            masks = read_masks(self.folder, len(phases))
-            return cs2.compare_phases(machine.load(), self.shape, masks, phases)
-        except UserError as error:
-            self.say(f"no CS-2 estimate: {error}")
-            return []
 
 
 class _DenseTwin:
     """The plain dense model with the same weights, to be timed beside the sparse one; it never feeds back."""
 
-    def __init__(self, run: _Run, phase: PhaseConfig, samples: int) -> None:
+    def __init__(self, run: _Run, phase: ResolvedPhase, samples: int) -> None:
         self.run, self.phase = run, phase
         self.model = copy.deepcopy(run.model)
         densify(self.model)
@@ -684,7 +604,7 @@ class _DenseTwin:
             torch.set_num_threads(current)
 
 
-def _adamw(model: nn.Module, config: Config, phase: PhaseConfig) -> torch.optim.AdamW:
+def _adamw(model: nn.Module, config: ResolvedConfig, phase: ResolvedPhase) -> torch.optim.AdamW:
     """AdamW over matrices and sparse values with weight decay, the rest without; fused where torch has it."""
     o = config.optimizer
     sparse = {layer.values: 1 / layer.pattern.density for layer in sparse_layers(model).values() if layer.pattern.nnz}
@@ -704,4 +624,4 @@ def _tensorboard(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("train.tensorboard needs the package 'tensorboard': pip install tensorboard.") from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / TENSORBOARD))
