@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,16 @@ def isa() -> str:
         near = "" if wanted in ISAS else did_you_mean(wanted, have)
         raise UserError(f"VSPDF_ISA={wanted}: {fault}; expected one of {', '.join(have)}.{near}")
     return wanted
+
+
+@cache
+def has_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 (AVX512_BF16, AMX or Arm's BF16); unknown counts as yes."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return not {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}.isdisjoint(line.split())
+    return True
 
 
 def build() -> str:
