@@ -67,6 +67,7 @@ T* pointer(uintptr_t address) {
 }  // namespace
 
 void bind_fabric(py::module_& module);  // bindings_fabric.cpp
+py::list assembler_samples();           // bindings_assembler.cpp
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Sparse linear layers on CPUs: three products of a weight that exists only at kept positions.";
@@ -89,6 +90,9 @@ PYBIND11_MODULE(_C, m) {
         },
         py::arg("threads"), py::arg("seconds") = 0.2, py::arg("isa") = "", py::call_guard<py::gil_scoped_release>(),
         "GFLOP/s of multiply-adds from registers of the instruction set that the kernels use: the ceiling.");
+
+    m.def("assembler_samples", &assembler_samples,
+          "Every instruction that kernels are generated from, over registers and displacements: (code, what it says).");
 
     m.def("scratch_nbytes", &scratch_nbytes, "Bytes of working memory kept for later calls.");
 

@@ -65,11 +65,11 @@ def isa() -> str:
     """
     have = extension().isas()
     wanted = os.environ.get("VSPDF_ISA") or have[0]
-    if wanted not in have:
-        fault = "this machine does not have it" if wanted in ISAS else "the kernels know no such instruction set"
-        near = "" if wanted in ISAS else did_you_mean(wanted, have)
-        raise UserError(f"VSPDF_ISA={wanted}: {fault}; expected one of {', '.join(have)}.{near}")
-    return wanted
+    if wanted in have:
+        return wanted
+    if wanted in ISAS:
+        raise UserError(f"VSPDF_ISA={wanted}: this machine does not have it, but {', '.join(have)}.")
+    raise UserError(f"VSPDF_ISA={wanted}: the kernels know no such instruction set.{did_you_mean(wanted, have)}")
 
 
 @cache

@@ -8,10 +8,9 @@ from torch import nn
 
 import vspdf
 from vspdf.errors import UserError
-from vspdf.kernels import cpu, dense
+from vspdf.kernels import cpu, dense, ops
 from vspdf.pattern import Pattern
 
-OPS = torch.ops.vspdf
 PATTERN = Pattern.random((6, 10), 0.5, seed=5)
 PATHS = ("cpu", "auto", "reference")
 
@@ -30,7 +29,7 @@ def call(product, given, backend="cpu"):
         "grad_values": ("grad_output", "x"),
     }
     tensors = [given[name] for name in names[product]]
-    return getattr(OPS, product)(*tensors, PATTERN.digest, backend)
+    return getattr(ops, product)(*tensors, PATTERN.digest, backend)
 
 
 CHANGES = {
