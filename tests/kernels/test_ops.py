@@ -254,8 +254,8 @@ def test_autocast_casts_as_linear_does(backend):
     assert y.dtype == torch.bfloat16
     grads = torch.autograd.grad(y.float().square().sum(), (x, values, bias))
     assert {g.dtype for g in grads} == {torch.float32}
-    low = [t.detach().bfloat16().requires_grad_() for t in (x, values, bias)]
-    assert torch.equal(y, vspdf.sparse_linear(low[0], low[1], pattern, low[2], backend=backend))
+    # On CPUs the weights need no rounding: sums are float32 whatever the tokens are.
+    assert torch.equal(y, vspdf.sparse_linear(x.bfloat16(), values, pattern, bias, backend=backend))
     with torch.autocast("cpu", torch.bfloat16):
         double = vspdf.sparse_linear(x.double(), values.double(), pattern, bias.double())
     assert double.dtype == torch.float64
