@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from vspdf import ledger
 from vspdf.errors import UserError
 from vspdf.kernels import cpu, dense, reference
+from vspdf.kernels.derivatives import differentiable, linear
 from vspdf.kernels.dispatch import choose
 from vspdf.kernels.gpu import launch, two_four
 from vspdf.pattern import Pattern
@@ -149,67 +150,19 @@ def _fake_grad_values(grad_output, x, pattern, backend, dtype=None):
     return x.new_empty(found.nnz, dtype=dtype)
 
 
-def _save_for_backward(ctx, x, values, bias, pattern, backend):
-    ctx.save_for_backward(x, values)
-    ctx.pattern = Pattern.find(pattern)  # the object, so that it lives as long as the graph
-    ctx.backend = backend
-    ctx.has_bias = bias is not None
-
-
-def _backward(ctx, grad_output):
-    x, values = ctx.saved_tensors
-    key = ctx.pattern.digest
-    grad_x = grad_v = grad_b = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grad_input(grad_output, values, key, ctx.backend)
-    if ctx.needs_input_grad[1]:
-        grad_v = grad_values(grad_output, x, key, ctx.backend, values.dtype)
-    if ctx.has_bias and ctx.needs_input_grad[2]:
-        grad_b = _tokens(grad_output).sum(0, dtype=values.dtype)
-    return grad_x, grad_v, grad_b, None, None
-
-
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError("vspdf: double backward through sparse_linear is not supported.")
-
-
-def _operator(name: str, arguments: str, run, fake, save, backward):
+def _define(name: str, arguments: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
     """Defines ``vspdf::name`` for every device, with its autograd."""
     _library.define(f"{name}({arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vspdf::{name}", fake, lib=_library)
-    operator = getattr(torch.ops.vspdf, name).default
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            save(ctx, *inputs)
-            with torch._C._AutoDispatchBelowAutograd():
-                return operator(*inputs)
-
-    Function.backward = staticmethod(backward)  # type: ignore[method-assign]
-
-    def differentiable(*inputs):
-        if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in inputs):
-            return Function.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*inputs)
-
-    _library.impl(name, differentiable, "Autograd")
-    return operator
+    _library.impl(name, differentiable(name), "Autograd")
 
 
-linear = _operator(
-    "linear", "Tensor x, Tensor values, Tensor? bias, str pattern, str backend", _linear, _fake_linear,
-    _save_for_backward, _backward,
-)  # fmt: skip
-grad_input = _operator(
-    "grad_input", "Tensor grad_output, Tensor values, str pattern, str backend", _grad_input, _fake_grad_input,
-    lambda *_: None, _no_double_backward,
-)  # fmt: skip
-grad_values = _operator(
+_define("linear", "Tensor x, Tensor values, Tensor? bias, str pattern, str backend", _linear, _fake_linear)
+_define("grad_input", "Tensor grad_output, Tensor values, str pattern, str backend", _grad_input, _fake_grad_input)
+_define(
     "grad_values", "Tensor grad_output, Tensor x, str pattern, str backend, ScalarType? dtype=None", _grad_values,
-    _fake_grad_values, lambda *_: None, _no_double_backward,
+    _fake_grad_values,
 )  # fmt: skip
 
 
@@ -265,7 +218,8 @@ def sparse_linear(
     -----
     FLOPs: ``2 * tokens * nnz`` forward, twice that backward (SPDF, arXiv:2303.10464). Under autocast, inputs are cast
     to its dtype as for `torch.nn.functional.linear` (float64 is not); on CPUs float32 values and bias are not, since
-    the kernels compute in float32. Double backward is not supported.
+    the kernels compute in float32. Derivatives of any order, forward mode
+    and `torch.func` (grad, jvp, vmap over x) work.
     """
     kind = x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
@@ -291,6 +245,6 @@ def explain(
         choice = choose(product, pattern, tokens, dtype, torch.device(device), backend)
         path = choice.path
         if path == "cpu":
-            path = f"{path}-{cpu.isa()} ({cpu.plan(pattern).describe(tokens, torch.get_num_threads())[product]})"
+            path = f"{path}-{cpu.isa()} ({cpu.plan(pattern).describe(tokens)[product]})"
         lines.append(f"{product}: {backend} chose {path}: {choice.reason}")
     return "\n".join(lines)

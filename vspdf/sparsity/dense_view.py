@@ -50,9 +50,9 @@ class DenseView(Tensor):
             base, layer = link._whole, link._layer
             root = base if base._base is None else base._base  # a view's own grad_fn is made anew after any edit
             before, made_by = base._version, root.grad_fn
-            if func is Tensor.data.__get__:  # type: ignore[attr-defined]
+            if func == Tensor.data.__get__:  # type: ignore[attr-defined]
                 return _linked(args[0].detach(), layer, base)  # which counts edits, as `data` does not
-            if func is Tensor.data.__set__:  # type: ignore[attr-defined]
+            if func == Tensor.data.__set__:  # type: ignore[attr-defined]
                 with torch.no_grad():
                     _plain(args[0]).copy_(_plain(args[1]))
                 result = None

@@ -37,8 +37,9 @@ def _knowing(original: Any) -> Any:
         given = bound.arguments.get("state_dict")
         bound.arguments["state_dict"] = _with_dense(self.state_dict() if given is None else given, layers)
         log.info(
-            "save_pretrained: %d sparse layers are written with a dense weight, zeros at masked positions, beside their "
-            "values and pattern: from_pretrained takes the former (and names the latter unexpected).", len(layers),
+            "save_pretrained: %d sparse layers are written with a dense weight, zeros at masked positions, beside "
+            "their values and pattern: from_pretrained takes the former (and names the latter unexpected).",
+            len(layers),
         )  # fmt: skip
         return original(*bound.args, **bound.kwargs)
 
