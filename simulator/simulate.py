@@ -61,26 +61,26 @@ def _grid(text: str) -> tuple[int, int]:
     try:
         width, height = (int(part) for part in str(text).lower().split("x"))
     except ValueError:
-        raise UserError(f"--grid '{text}': expected WIDTHxHEIGHT, e.g. 64x32.") from None
+        raise UserError(f"`grid` '{text}': expected WIDTHxHEIGHT, e.g. 64x32.") from None
     return width, height
 
 
-def _choice(option: str, value: str, known: Iterable[str]) -> str:
+def _choice(argument: str, value: str, known: Iterable[str]) -> str:
     if value not in known:
-        raise UserError(f"{option} '{value}': expected one of {', '.join(known)}.{did_you_mean(value, known)}")
+        raise UserError(f"`{argument}` '{value}': expected one of {', '.join(known)}.{did_you_mean(value, known)}")
     return value
 
 
 def _positive(**numbers: int) -> None:
     for name, value in numbers.items():
         if value < 1:
-            raise UserError(f"--{name} must be at least 1, not {value}.")
+            raise UserError(f"`{name}` must be at least 1, not {value}.")
 
 
 def _square(grid: str, n: int) -> int:
     width, height = _grid(grid)
     if width != height:
-        raise UserError(f"--grid {grid}: this program runs on a square grid, e.g. {height}x{height}.")
+        raise UserError(f"`grid` {grid}: this program runs on a square grid, e.g. {height}x{height}.")
     _positive(n=n)
     return width
 
@@ -103,12 +103,12 @@ def spmm(
     """Sparse [n, k] x dense [k, m] in fp32; the grid's width splits k, its height n; `density` in percent."""
     width, height = _grid(grid)
     _positive(n=n, k=k, m=m)
-    _choice("--format", format, (*programs.FORMATS, "dense"))
+    _choice("format", format, (*programs.FORMATS, "dense"))
     nt, kt = programs.check_spmm(machine, width, height, n, k, m)
     if not 0 <= density <= 100:
-        raise UserError(f"--density {density}: expected a percentage between 0 and 100.")
+        raise UserError(f"`density` {density}: expected a percentage between 0 and 100.")
     if nnz_per_pe is not None and not 1 <= nnz_per_pe <= nt * kt:
-        raise UserError(f"--nnz-per-pe {nnz_per_pe}: a PE's tile of {nt} x {kt} holds 1 to {nt * kt}.")
+        raise UserError(f"`nnz_per_pe` {nnz_per_pe}: a PE's tile of {nt} x {kt} holds 1 to {nt * kt}.")
     if format == "dense":
 
         def run_dense() -> tuple[programs.Run, dict[str, Any]]:
@@ -135,7 +135,7 @@ def spmm(
 
     def run_sparse() -> tuple[programs.Run, dict[str, Any]]:
         if mask is None:
-            raise UserError(f"--level event: a matrix of {n} x {k} is too large; the aggregate level takes it.")
+            raise UserError(f"`level` event: a matrix of {n} x {k} is too large; the aggregate level takes it.")
         run = programs.spmm(machine, format, mask, m, width, height, nnz_per_pe, seed)
         c, a, b = run.result
         return run, _window(run, _error(c, a @ b)) | {"nnz_per_pe": stored}
@@ -162,8 +162,8 @@ def gemm(machine: Machine, algorithm: str, grid: str, n: int, dtype: str = "fp32
 
     `efficiency` is the time of the local products alone over the whole time.
     """
-    _choice("--algorithm", algorithm, ALGORITHMS)
-    pes, half = _square(grid, n), _choice("--dtype", dtype, ("fp32", "fp16")) == "fp16"
+    _choice("algorithm", algorithm, ALGORITHMS)
+    pes, half = _square(grid, n), _choice("dtype", dtype, ("fp32", "fp16")) == "fp16"
     model = aggregate_programs.gemm(machine, algorithm, pes, n, half)
 
     def figures(cycles: float) -> dict[str, Any]:
@@ -189,8 +189,8 @@ def gemm(machine: Machine, algorithm: str, grid: str, n: int, dtype: str = "fp32
 
 def gemv(machine: Machine, grid: str, n: int, algorithm: str = "meshgemv", dtype: str = "fp16", seed: int = 0) -> Work:
     """Dense [n, n] x vector on a square grid."""
-    _choice("--algorithm", algorithm, ("meshgemv",))
-    pes, half = _square(grid, n), _choice("--dtype", dtype, ("fp32", "fp16")) == "fp16"
+    _choice("algorithm", algorithm, ("meshgemv",))
+    pes, half = _square(grid, n), _choice("dtype", dtype, ("fp32", "fp16")) == "fp16"
 
     def run() -> tuple[programs.Run, dict[str, Any]]:
         a, v = _normal(seed, n, n, half=half), _normal(seed + 1, n, half=half)
@@ -211,7 +211,7 @@ def reduce(machine: Machine, pes: int, elements: int, group: int | str = "star",
         try:
             group = int(group)
         except ValueError:
-            raise UserError(f"--group '{group}': expected a number of PEs or 'star'.") from None
+            raise UserError(f"`group` '{group}': expected a number of PEs or 'star'.") from None
     cycles = aggregate_programs.reduce(machine, pes, elements, group, everywhere)
     programs.check_memory(machine, 4 * elements)
 
@@ -270,7 +270,7 @@ def simulate(
     chosen = machines.load(machine, settings)
     if program not in PROGRAMS and program not in ESTIMATES:
         raise UserError(f"unknown program '{program}'.{did_you_mean(program, [*PROGRAMS, *ESTIMATES])}")
-    _choice("--level", level, LEVELS)
+    _choice("level", level, LEVELS)
     if program in ESTIMATES:
         if trace is not None or (plot is not None and program == "step"):
             raise UserError(f"a {program} is not drawn so: leave trace{' and plot' if program == 'step' else ''} away.")
@@ -284,7 +284,7 @@ def simulate(
     pictures.check_paths(to_trace, to_plot)
     drawn = trace is not None or plot is not None
     if drawn and level == "aggregate":
-        raise UserError("--trace and --plot show events: the aggregate level has none.")
+        raise UserError("`trace` and `plot` show events: the aggregate level has none.")
     try:
         work = PROGRAMS[program](chosen, **arguments)
     except TypeError as error:

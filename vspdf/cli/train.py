@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from vspdf.cli import simulate
-from vspdf.cli.console import Json, _say, emit, err, out
+from vspdf.cli.console import Json, emit, err, out, say, tell
 from vspdf.kernels.hardware import keep_freed_memory
 
 
@@ -35,10 +35,7 @@ def train(
     keep_freed_memory()
     settings = loading.load(config, overrides or [])
     err.print(loading.to_yaml(settings).rstrip(), style="dim", markup=False, highlight=False)
-    summary = run(
-        settings, resume=resume, say=lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True),
-        on_evaluation=refresh,
-    )  # fmt: skip
+    summary = run(settings, resume=resume, say=say, on_evaluation=refresh)
     if as_json:
         emit(summary)
     else:
@@ -116,7 +113,7 @@ def finetune(
     model = configuration.ModelConfig(**asdict(shape), activation=activation)
     settings = loading.load(config, overrides or [], start=(start, model))
     err.print(loading.to_yaml(settings).rstrip(), style="dim", markup=False, highlight=False)
-    summary = train(settings, resume=resume, say=_say, on_evaluation=refresh)
+    summary = train(settings, resume=resume, say=say, on_evaluation=refresh)
     if as_json:
         emit(summary)
         return
@@ -127,5 +124,4 @@ def finetune(
         f"held-out completions: {last['val_loss']:.4f} nats/token, {last['val_bits_per_byte']:.4f} bits/byte",
         f"Everything is in {settings.run_dir}/. Texts: vspdf generate {settings.run_dir} --input FILE --output FILE",
     ]
-    for line in lines:
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    tell(*lines)

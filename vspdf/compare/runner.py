@@ -198,7 +198,7 @@ class _Run:
             if key not in FREE_TO_CHANGE | {"start"} and not left_open:
                 raise UserError(
                     f"'{self.folder}' was trained with {key} = {old}, the study says {new}: remove it, or give the "
-                    "study another folder (--runs)."
+                    "study another folder (`root`)."
                 )
 
     def step(self) -> int:

@@ -18,10 +18,11 @@ import torch
 
 from vspdf.config import loading, resolve
 from vspdf.config.settings import Config
-from vspdf.data import pairs
-from vspdf.data.text import Dataset, prepare
+from vspdf.data import pairs, source
+from vspdf.data.text import prepare
 from vspdf.errors import Diverged, Interrupted, UserError
-from vspdf.evaluate.answers import _scored
+from vspdf.evaluate import answers
+from vspdf.evaluate.generate import Decoding
 from vspdf.evaluate.loss import evaluate
 from vspdf.files import write_whole
 from vspdf.interop import checkpoints, hugging_face
@@ -68,22 +69,27 @@ def _work(config: Config, order: dict[str, Any]) -> None:
                 result["load_average"] = os.getloadavg()[0]
             loaded = checkpoints.load(folder, config.train.backend)
         model = loaded.model.to(device(config.train.device, "train.device"))
-        data: Dataset | pairs.Pairs
-        if config.start:
-            assert loaded.tokenizer is not None
-            data = pairs.prepare(config.data, config.seed, loaded.tokenizer)
-        else:
-            data = prepare(config.data, config.model.sequence_length or 0, config.seed)
+        data = source.prepare(config, loaded.tokenizer)
         for part, text in {"val": data, **({"test": data.for_test()} if order["test"] else {})}.items():
             if f"{part}_loss" in result:  # of a trial that is now a result
                 continue
             found = evaluate(model, text, config.train.micro_batch_size or 1, precision=config.train.precision)
             result[f"{part}_loss"], result[f"{part}_bits_per_byte"] = found
         if order["task"] and order["test"]:
-            result |= _scored(loaded, config, order["task"], folder)
+            result |= _answered(loaded, config, order["task"], folder)
     except Diverged as error:
         result = {"diverged": str(error)}
     write_whole(folder / "evaluation.json", json.dumps(result))
+
+
+def _answered(loaded: Loaded, config: Config, task: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Answers the test part of a task, keeps the answers, and scores them."""
+    assert loaded.tokenizer is not None
+    examples = pairs.parts(config.data)["test"]
+    prompts = answers.Prompts([example.context for example in examples], answering=True)
+    lines = answers.answer(loaded.model, loaded.tokenizer, prompts, Decoding(**task["decoding"])).lines
+    write_whole(folder / "answers.txt", "".join(f"{line}\n" for line in lines))
+    return answers.scored(lines, examples, task["protocol"])
 
 
 def _drawn(config: Config, folder: Path) -> Loaded:

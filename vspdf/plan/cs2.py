@@ -82,24 +82,26 @@ def layer_by_request(
         For arguments that are missing or contradict each other, and as the two functions do.
     """
     if level not in ("aggregate", "event"):
-        raise UserError(f"--level {level}: expected event or aggregate.")
+        raise UserError(f"`level` {level}: expected event or aggregate.")
     if run is not None:
         if in_features or out_features:
-            raise UserError("--run gives the layer's size: leave --in and --out away.")
+            raise UserError("`run` gives the layer's size: leave `in_features` and `out_features` away.")
         done = read_run(Path(run))
         if layer is None:
-            raise UserError(f"--layer: which of {', '.join(done.patterns) or 'none: the run was dense'}?")
+            raise UserError(f"`layer`: which of {', '.join(done.patterns) or 'none: the run was dense'}?")
         mask = done.mask(layer)
         weights = Weights(mask.shape[0], mask.shape[1], float(mask.mean()), mask)
         tokens = tokens or done.batch(done.first) * done.shape.sequence_length
     elif tokens is None or in_features is None or out_features is None:
-        raise UserError("expected --tokens, --in and --out (e.g. 65536, 12288, 12288), or --run and --layer.")
+        raise UserError(
+            "expected `tokens`, `in_features` and `out_features` (e.g. 65536, 12288, 12288), or `run` and `layer`."
+        )
     else:
         if not 0 <= sparsity < 1:
             raise UserError(f"sparsity must lie in [0, 1), not {sparsity}.")
         weights = Weights(out_features, in_features, 1 - sparsity)
     if min(weights.in_features, weights.out_features, tokens) < 1:
-        raise UserError("--in, --out and --tokens must be at least 1.")
+        raise UserError("`in_features`, `out_features` and `tokens` must be at least 1.")
     if level == "event":
         from vspdf.simulator.events.layer import event_layer  # needs the compiled core
 
@@ -126,12 +128,12 @@ def step_by_request(
         For arguments that are missing or wrong, and as `simulate_step` does.
     """
     if level != "aggregate":
-        raise UserError(f"--level {level}: a training step is simulated at the aggregate level only.")
-    for name, value in (("--batch", batch), ("--sequence", sequence), ("--systems", systems)):
+        raise UserError(f"`level` {level}: a training step is simulated at the aggregate level only.")
+    for name, value in (("batch", batch), ("sequence", sequence), ("systems", systems)):
         if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}.")
+            raise UserError(f"`{name}` must be at least 1, not {value}.")
     if (model is None) == (run is None):
-        raise UserError("expected --model NAME or --run RUN, one of them.")
+        raise UserError("expected `model` NAME or `run` RUN, one of them.")
     done = read_run(Path(run)) if run is not None else None
     shape = done.shape if done else model_shape(model) if isinstance(model, str) else model
     assert shape is not None
@@ -140,7 +142,7 @@ def step_by_request(
     if batch is None and done:
         batch = done.batch(done.first)
     if batch is None:
-        raise UserError("--batch: how many sequences does a step of this model have?")
+        raise UserError("`batch`: how many sequences does a step of this model have?")
     if done and sparsity is None and done.patterns:
         what = step.Model.of_patterns(shape, done.patterns, batch, systems)
     else:

@@ -214,7 +214,7 @@ def plan(
     shape = _shape(config)
     own = bool(config.phases) and sparsity is effective is phases is save is memory is hours is None
     if batch_size and config.phases:
-        raise UserError(f"the batch size of {model} is in that file (train.batch_size): --batch-size is for models.")
+        raise UserError(f"the batch size of {model} is in that file (train.batch_size): `batch_size` is for models.")
     planned = sum(n for _, n in phases) if phases else None
     dense_steps, baseline = _dense_run(config, shape, steps, batch_size, planned)
     step_tokens = config.train.batch_size * shape.sequence_length

@@ -180,7 +180,7 @@ class _Run:
         holds_run = any((self.folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
         if holds_run and not resume:
             raise UserError(
-                f"run_dir '{self.folder}' already holds a run: --resume goes on with it, run_dir=... starts another."
+                f"run_dir '{self.folder}' already holds a run: `resume` goes on with it, run_dir=... starts another."
             )
         if resume and not holds_run:
             raise UserError(f"nothing to resume: '{self.folder}' holds no run.")
@@ -418,7 +418,7 @@ class _Run:
                 if "val_loss" in line and self.step < self.total_steps:
                     on_evaluation(self.folder)
                 if stop and self.step < self.total_steps:
-                    raise Interrupted(f"stopped after step {self.step}; a checkpoint was written: --resume goes on.")
+                    raise Interrupted(f"stopped after step {self.step}; a checkpoint was written: `resume` goes on.")
         summary = self._summarise()
         on_evaluation(self.folder)
         return summary

@@ -80,7 +80,7 @@ def reduce(machine: Machine, values: np.ndarray, group: int | str, everywhere: b
     if pes < 2:
         raise UserError("a reduction needs at least 2 PEs.")
     if group != "star" and not (isinstance(group, int) and 1 <= group <= pes):
-        raise UserError(f"--group {group}: expected 1 to {pes} (the number of PEs) or 'star'.")
+        raise UserError(f"`group` {group}: expected 1 to {pes} (the number of PEs) or 'star'.")
     region = Region(machine, pes, 1)
     root = pes - 1
     for x in range(pes):

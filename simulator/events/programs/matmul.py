@@ -84,7 +84,7 @@ def check_gemm(machine: Machine, pes: int, n: int, half: bool, padded: bool) -> 
             f"a grid of {pes}x{pes} PEs does not fit: 2 to {min(machine.width, machine.height)} on {machine.name}."
         )
     if n < pes:
-        raise UserError(f"--n {n} is smaller than the grid's side {pes}: some PEs would have nothing to do.")
+        raise UserError(f"`n` {n} is smaller than the grid's side {pes}: some PEs would have nothing to do.")
     layout = Product(-(-n // pes), half, padded)
     check_memory(machine, layout.end + 8)
     return layout

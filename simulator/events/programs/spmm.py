@@ -193,7 +193,7 @@ def check_spmm(machine: Machine, width: int, height: int, n: int, k: int, m: int
             "(width x height) for programs."
         )
     if n < 1 or k < 1 or m < 1 or n % height or k % width:
-        raise UserError(f"--n {n} must be a multiple of the grid's height {height}, --k {k} of its width {width}.")
+        raise UserError(f"`n` {n} must be a multiple of the grid's height {height}, `k` {k} of its width {width}.")
     return n // height, k // width
 
 
