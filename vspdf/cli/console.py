@@ -28,7 +28,7 @@ class Verb(TyperCommand):
     """A command whose errors name its options: the library says `` `grid` ``, the command line ``--grid``."""
 
     def invoke(self, context: Any) -> Any:
-        """Runs the verb; of what is told at its end, arguments in backticks become the flags that the verb has for them."""
+        """Runs the verb; in errors, arguments in backticks become the flags that it has for them."""
         flags = {parameter.name: parameter.opts[0] for parameter in self.params if parameter.opts[0][:2] == "--"}
         try:
             return super().invoke(context)
