@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
+from vspdf.draw import words
 from vspdf.errors import Interrupted, UserError
 
 out = Console()
@@ -70,6 +71,5 @@ class Progress:
         if now - self.said > 3 or done == self.total:
             self.said = now
             rate = done / (now - self.started)
-            minutes, seconds = divmod(round((self.total - done) / rate), 60)
             speed = f"{rate:,.0f}" if rate >= 100 else f"{rate:.2f}"
-            say(f"{done:,}/{self.total:,} {self.what}  {speed}/s  ETA {minutes}:{seconds:02}")
+            say(f"{done:,}/{self.total:,} {self.what}  {speed}/s  {words.eta((self.total - done) / rate)}")

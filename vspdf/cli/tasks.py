@@ -160,14 +160,14 @@ def evaluate(
 
 def _run_of(path: Path) -> tuple[Path, Config]:
     """The checkpoint that a path means, and the configuration of its run."""
-    from vspdf.config import loading
     from vspdf.interop import checkpoints
     from vspdf.runs import checkpoint
+    from vspdf.runs.folder import of_checkpoint
 
     if checkpoints.kind(path) == "checkpoint":
         folder = checkpoint.resolve(path)
-        if (file := folder.parent.parent / "config.yaml").is_file():
-            return folder, loading.load(file)
+        if (run := of_checkpoint(folder)).configured:
+            return folder, run.config
     raise UserError(f"'{path}' has no run with held-out text: give `text` FILE, or `tasks`.")
 
 
