@@ -30,7 +30,7 @@ class Work:
     """A program with its arguments: the aggregate model's figures, and the event simulator's on demand."""
 
     aggregate: dict[str, Any]
-    event: Callable[[], tuple[programs.Run, dict[str, Any]]]
+    event: Callable[[], tuple[programs.Outcome, dict[str, Any]]]
     pes: int
     speed: float
 
@@ -110,7 +110,7 @@ def spmm(
         raise UserError(f"`nnz_per_pe` {nnz_per_pe}: a PE's tile of {nt} x {kt} holds 1 to {nt * kt}.")
     if format == "dense":
 
-        def run_dense() -> tuple[programs.Run, dict[str, Any]]:
+        def run_dense() -> tuple[programs.Outcome, dict[str, Any]]:
             run = programs.dense(machine, n, k, m, width, height, seed)
             c, a, b = run.result
             return run, _window(run, _error(c, a @ b))
@@ -132,7 +132,7 @@ def spmm(
     aggregate = aggregate_programs.spmm(machine, format, n, k, m, width, height, stored, mean, slots)
     aggregate |= {"nnz_per_pe": stored}
 
-    def run_sparse() -> tuple[programs.Run, dict[str, Any]]:
+    def run_sparse() -> tuple[programs.Outcome, dict[str, Any]]:
         if mask is None:
             raise UserError(f"`level` event: a matrix of {n} x {k} is too large; the aggregate level takes it.")
         run = programs.spmm(machine, format, mask, m, width, height, nnz_per_pe, seed)
@@ -142,7 +142,7 @@ def spmm(
     return Work(aggregate, run_sparse, width * height, VECTOR_SPEED)
 
 
-def _window(run: programs.Run, error: float) -> dict[str, Any]:
+def _window(run: programs.Outcome, error: float) -> dict[str, Any]:
     return {
         "cycles_max": run.cycles,
         "cycles_avg": float(run.per_pe.mean()),
@@ -174,7 +174,7 @@ def gemm(machine: Machine, algorithm: str, grid: str, n: int, dtype: str = "fp32
             "fraction_of_peak": 2 * n**3 / cycles / peak,
         }
 
-    def run() -> tuple[programs.Run, dict[str, Any]]:
+    def run() -> tuple[programs.Outcome, dict[str, Any]]:
         a, b = _normal(seed, n, n, half=half), _normal(seed + 1, n, n, half=half)
         if algorithm == "summa":
             done = programs.summa(machine, a, b, pes, half)
@@ -191,7 +191,7 @@ def gemv(machine: Machine, grid: str, n: int, algorithm: str = "meshgemv", dtype
     _choice("algorithm", algorithm, ("meshgemv",))
     pes, half = _square(grid, n), _choice("dtype", dtype, ("fp32", "fp16")) == "fp16"
 
-    def run() -> tuple[programs.Run, dict[str, Any]]:
+    def run() -> tuple[programs.Outcome, dict[str, Any]]:
         a, v = _normal(seed, n, n, half=half), _normal(seed + 1, n, half=half)
         done = programs.mesh_gemv(machine, a, v, pes, half)
         return done, {
@@ -214,7 +214,7 @@ def reduce(machine: Machine, pes: int, elements: int, group: int | str = "star",
     cycles = aggregate_programs.reduce(machine, pes, elements, group, everywhere)
     programs.check_memory(machine, 4 * elements)
 
-    def run() -> tuple[programs.Run, dict[str, Any]]:
+    def run() -> tuple[programs.Outcome, dict[str, Any]]:
         values = _normal(0, pes, elements)
         done = programs.reduce(machine, values, group, everywhere)
         error = _error(done.result, values.astype(np.float64).sum(0))

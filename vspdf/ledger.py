@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from vspdf.errors import UserError, did_you_mean
-from vspdf.shapes import Shape, model_shape
+from vspdf.shapes import Shape, named_shape
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Conventions: what a training run costs
@@ -110,7 +110,7 @@ def training_flops(
     UserError
         For an unknown model or convention, or if neither `phases` nor `tokens` is given.
     """
-    shape = model_shape(model) if isinstance(model, str) else model
+    shape = named_shape(model) if isinstance(model, str) else model
     if sequence_length is not None:
         shape = replace(shape, sequence_length=sequence_length)
     if phases is None:

@@ -14,7 +14,7 @@ from vspdf.cli.console import Json, Progress, emit, out, say, tell
 from vspdf.errors import UserError, one_of, require
 
 if TYPE_CHECKING:
-    from vspdf.config.settings import Config
+    from vspdf.config.resolved import ResolvedConfig
     from vspdf.data.tokenizer import Tokenizer
     from vspdf.model import GPT
 
@@ -158,7 +158,7 @@ def evaluate(
         raise UserError("no task could be evaluated: see above which data could not be reached.")
 
 
-def _run_of(path: Path) -> tuple[Path, Config]:
+def _run_of(path: Path) -> tuple[Path, ResolvedConfig]:
     """The checkpoint that a path means, and the configuration of its run."""
     from vspdf.interop import checkpoints
     from vspdf.runs import checkpoint

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from vspdf.config.settings import Config
+from vspdf.config.resolved import ResolvedConfig
 from vspdf.data import pairs, text
 from vspdf.data.tokenizer import Tokenizer
 
 
-def prepare(config: Config, tokenizer: Tokenizer | None = None) -> text.Dataset | pairs.Pairs:
+def prepare(config: ResolvedConfig, tokenizer: Tokenizer | None = None) -> text.Dataset | pairs.Pairs:
     """Samples to train on and what is held out, of a run's configuration.
 
     Parameters
     ----------
-    config : Config
-        Resolved.
+    config : ResolvedConfig
     tokenizer : Tokenizer, optional
         Of the model that a fine-tuning starts from; a text has its own.
 
@@ -22,7 +21,7 @@ def prepare(config: Config, tokenizer: Tokenizer | None = None) -> text.Dataset 
     UserError
         As `vspdf.data.text.prepare` and `vspdf.data.pairs.prepare` do.
     """
-    if config.start:
+    if config.task:
         assert tokenizer is not None
-        return pairs.prepare(config.data, config.seed, tokenizer)
-    return text.prepare(config.data, config.model.sequence_length or 0, config.seed)
+        return pairs.prepare(config.task, config.seed, tokenizer)
+    return text.prepare(config.data, config.model.sequence_length, config.seed)

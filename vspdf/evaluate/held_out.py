@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vspdf.config.settings import Config
+from vspdf.config.resolved import ResolvedConfig
 from vspdf.data import source
 from vspdf.data.text import Text
 from vspdf.data.tokenizer import Tokenizer
@@ -17,13 +17,13 @@ Progress = Callable[[int], None]
 
 
 def on_run(
-    model: GPT, tokenizer: Tokenizer | None, config: Config, sha256: str, progress: Callable[[int], Progress]
+    model: GPT, tokenizer: Tokenizer | None, config: ResolvedConfig, sha256: str, progress: Callable[[int], Progress]
 ) -> Evaluation:
     """Mean loss over all that a run held out.
 
     Parameters
     ----------
-    config : Config
+    config : ResolvedConfig
         Of the run.
     sha256 : str
         Of the corpus that it trained on, as its checkpoint says.
@@ -37,9 +37,10 @@ def on_run(
     """
     data = source.prepare(config, tokenizer)
     if data.manifest["corpus"]["sha256"] != sha256:
-        raise UserError(f"the corpus '{config.data.path or config.data.corpus}' has changed since then.")
-    told = (lambda done: None) if config.start else progress(data.manifest["validation"]["tokens"])
-    return evaluate(model, data, config.train.micro_batch_size or 1, precision=config.train.precision, progress=told)
+        name = config.task.path if config.task else config.data.corpus
+        raise UserError(f"the corpus '{name}' has changed since the model was trained on it.")
+    told = (lambda done: None) if config.task else progress(data.manifest["validation"]["tokens"])
+    return evaluate(model, data, config.train.micro_batch_size, precision=config.train.precision, progress=told)
 
 
 def on_text(

@@ -12,7 +12,7 @@ import numpy as np
 from vspdf.errors import UserError, did_you_mean
 from vspdf.runs.folder import Run
 from vspdf.runs.writer import Writer
-from vspdf.shapes import Shape, model_shape
+from vspdf.shapes import Shape, named_shape
 from vspdf.simulator import machine as machines
 from vspdf.simulator.aggregate.estimates import check_picture, plot_layer, simulate_layer, simulate_step, sweep_layer
 from vspdf.simulator.aggregate.layer import Weights
@@ -163,7 +163,7 @@ def step_by_request(
         raise UserError("expected `model` NAME or `run` RUN, one of them.")
     done = Run(Path(run)).require(finished=True) if run is not None else None
     masks = _masks(done) if done else []
-    shape = done.shape if done else model_shape(model) if isinstance(model, str) else model
+    shape = done.shape if done else named_shape(model) if isinstance(model, str) else model
     assert shape is not None
     if sequence is not None:
         shape = replace(shape, sequence_length=sequence)
