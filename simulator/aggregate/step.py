@@ -257,7 +257,7 @@ def estimate(
 
 
 def update(machine: Machine, clock: float, model: Model) -> Cost:
-    """Cycles of the update that show: the last gradient's way out and the first weights' way back cannot hide; of the rest a
+    """Cycles of the update that show: the last gradient's way out and the first weights' way back, and of the rest a
     fraction (`update_exposed`). Several systems add their gradients on the way, a tree of exchanges."""
     last, _ = model.layers[0]
     dense_form = last.numel * (machine.dense_weight_bytes + machine.gradient_bytes)
