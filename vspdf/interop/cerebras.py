@@ -316,7 +316,7 @@ def translated(body: Any, where: str, fine_tuning: bool) -> Any:
     if not isinstance(phases, list) or not phases or not isinstance(phases[0], dict) or "sparsity" in phases[0]:
         raise UserError(f"{where}: a sparsity block goes with phases, the first of which has no sparsity of its own.")
     settings = model if isinstance(model, dict) else {}
-    n_layer = settings.get("n_layer") or (shapes.model_shape(settings["name"]).n_layer if "name" in settings else 0)
+    n_layer = settings.get("n_layer") or (shapes.named_shape(settings["name"]).n_layer if "name" in settings else 0)
     found = sparsity(block, n_layer if isinstance(n_layer, int) else 0, where, older=True)
     seed = {"seed": found.pop("seed")} if "seed" in found else {}
     return body | seed | {"phases": [phases[0] | found, *phases[1:]]}
