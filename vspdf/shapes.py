@@ -17,7 +17,8 @@ from vspdf.errors import UserError, did_you_mean
 class Shape:
     """The sizes of a GPT that FLOPs depend on.
 
-    Multiply-adds per token: ``linear``, ``attention`` (QKᵀ and AV, full), ``vocabulary``."""
+    Multiply-adds per token: ``linear``, ``attention`` (QKᵀ and AV, full), ``vocabulary``.
+    """
 
     n_layer: int
     d_model: int

@@ -295,7 +295,7 @@ def law(machine: Machine, start_up: float, tokens: int, product: str) -> Law:
 
 @lru_cache(maxsize=4096)
 def fill(machine: Machine, mapping: Mapping) -> float:
-    """Cycles from a layer's first weight at the edge to all PEs at work, and from its last one to the last sum at home."""
+    """Cycles from a first weight at the edge to all PEs at work, and from a last weight to the last sum at home."""
     spread = (machine.width + mapping.rows) * machine.hop_cycles + 2 * machine.ramp_cycles
     return spread + machine.reduce_startup + mapping.columns * machine.relay_cycles + ceil(mapping.local / 2)
 
