@@ -7,9 +7,8 @@ import math
 import re
 
 from vspdf import shapes
-from vspdf.config.settings import Config, ModelConfig, PhaseConfig
+from vspdf.config.settings import Config, ModelConfig
 from vspdf.errors import check_device, one_of, require
-from vspdf.sparsity.schedule import mean_sparsity, resolve_amounts, stages
 
 
 def model_shape(model: ModelConfig, vocab_size: int | None = None) -> shapes.Shape:
@@ -17,6 +16,12 @@ def model_shape(model: ModelConfig, vocab_size: int | None = None) -> shapes.Sha
     vocab_size = model.vocab_size or vocab_size
     assert vocab_size and model.n_layer and model.d_model and model.n_head and model.d_ff and model.sequence_length
     return shapes.Shape(model.n_layer, model.d_model, model.n_head, model.d_ff, vocab_size, model.sequence_length)
+
+
+def linear_layers(model: ModelConfig) -> dict[str, int]:
+    """The layers of the configured model that can be sparse, and how many weights each has."""
+    assert model.n_layer and model.d_model and model.d_ff
+    return shapes.linear_layers(model.n_layer, model.d_model, model.d_ff)
 
 
 def resolve(config: Config) -> None:
@@ -62,8 +67,8 @@ def resolve(config: Config) -> None:
     )
     config.run_dir = config.run_dir or f"runs/{config.name}"
     _resolve_task(config)
-    for i, phase in enumerate(config.phases):
-        _resolve_phase(config, i, phase)
+    for i in range(len(config.phases)):
+        _resolve_phase(config, i)
 
 
 def _resolve_task(config: Config) -> None:
@@ -118,8 +123,8 @@ def resolve_model(model: ModelConfig) -> None:
     require(0 < model.init_std < math.inf, f"model.init_std must be positive, not {model.init_std}.")
 
 
-def _resolve_phase(config: Config, i: int, phase: PhaseConfig) -> None:
-    key, previous = f"phases.{i}", config.phases[i - 1] if i else None
+def _resolve_phase(config: Config, i: int) -> None:
+    key, phase, previous = f"phases.{i}", config.phases[i], config.phases[i - 1] if i else None
     phase.batch_size = config.train.batch_size if phase.batch_size is None else phase.batch_size
     require(phase.batch_size >= 1, f"{key}.batch_size must be at least 1, not {phase.batch_size}.")
     step_tokens = phase.batch_size * (config.data.length or config.model.sequence_length)  # type: ignore[operator]
@@ -136,10 +141,9 @@ def _resolve_phase(config: Config, i: int, phase: PhaseConfig) -> None:
         phase.batch_size % micro == 0,
         f"train.micro_batch_size = {micro} does not divide {key}.batch_size = {phase.batch_size}.",
     )
-    resolve_amounts(config.model, key, phase, previous)
-    phase.name = phase.name or (f"sparse {phase.sparsity:.4g}" if phase.sparsity else "dense")
+    phase = config.phases[i] = phase.resolved(key, previous, linear_layers(config.model))
+    assert phase.steps is not None
     one_of(f"{key}.decay", phase.decay, ("linear", "cosine", "constant"))
-    one_of(f"{key}.moments", phase.moments, ("keep", "reset"))
     phase.lr = config.optimizer.lr if phase.lr is None else phase.lr
     phase.lr_end = config.optimizer.lr / 10 if phase.lr_end is None else phase.lr_end
     phase.weight_decay = config.optimizer.weight_decay if phase.weight_decay is None else phase.weight_decay
@@ -156,15 +160,15 @@ def _resolve_phase(config: Config, i: int, phase: PhaseConfig) -> None:
         0 <= phase.warmup_steps <= phase.steps,
         f"{key}.warmup_steps = {phase.warmup_steps} must lie between 0 and the phase's {phase.steps} steps.",
     )
-    require(phase.revived_warmup >= 0, f"{key}.revived_warmup must not be negative, is {phase.revived_warmup}.")
     require(0 <= phase.weight_decay < math.inf, f"{key}.weight_decay must not be negative, is {phase.weight_decay}.")
     require(0 <= phase.beta2 < 1, f"{key}.beta2 must lie in [0, 1), not {phase.beta2}.")
 
 
 def amounts(config: Config) -> list[tuple[float, float]]:
     """(sparsity over all weights of the layers, tokens) of every stretch of a run, in order."""
+    layers = linear_layers(config.model)
     return [
-        (mean_sparsity(config.model, phase, stage.sparsity), stage.steps * (phase.tokens or 0) / (phase.steps or 1))
+        (phase.mean(layers, stage.sparsity), stage.steps * (phase.tokens or 0) / (phase.steps or 1))
         for phase in config.phases
-        for stage in stages(phase)
+        for stage in phase.stages()
     ]
