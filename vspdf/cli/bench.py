@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from vspdf.cli.console import Json, emit, err, out
+from vspdf.draw import words
 from vspdf.errors import UserError
 from vspdf.kernels.hardware import keep_freed_memory
 
@@ -196,7 +197,7 @@ def bench_step(
     _write_results(result, csv, as_json)
     if as_json:
         return
-    table = Table(title=f"training step, {result['model']['parameters'] / 1e6:.0f}M parameters", title_justify="left")
+    table = Table(title=f"training step, {words.count(result['model']['parameters'])} parameters", title_justify="left")
     for column in (
         "sparsity",
         "threads",

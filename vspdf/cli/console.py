@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from vspdf.draw import words
+
 out = Console()
 err = Console(stderr=True)
 
@@ -36,6 +38,5 @@ class _Progress:
         if now - self.said > 3 or done == self.total:
             self.said = now
             rate = done / (now - self.started)
-            minutes, seconds = divmod(round((self.total - done) / rate), 60)
             speed = f"{rate:,.0f}" if rate >= 100 else f"{rate:.2f}"
-            _say(f"{done:,}/{self.total:,} {self.what}  {speed}/s  ETA {minutes}:{seconds:02}")
+            _say(f"{done:,}/{self.total:,} {self.what}  {speed}/s  {words.eta((self.total - done) / rate)}")

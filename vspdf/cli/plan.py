@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from vspdf.cli.console import Json, emit, err, out
-from vspdf.draw.words import _bytes, _count, _duration
+from vspdf.draw import words
 from vspdf.errors import UserError
 from vspdf.kernels.hardware import keep_freed_memory
 
@@ -71,7 +71,7 @@ def _stages(text: str) -> list[tuple[float, int]]:
 
 def _print_plan(found: Plan) -> None:
     timed = found.calibration is not None
-    table = Table(title=f"{found.model}: {found.shape.parameters / 1e6:,.0f}M parameters", title_justify="left")
+    table = Table(title=f"{found.model}: {words.count(found.shape.parameters)} parameters", title_justify="left")
     table.add_column("")
     for column in ("sparsity", "steps", "tokens", "FLOPs", "state", *(["time"] if timed else [])):
         table.add_column(column, justify="right")
@@ -79,13 +79,13 @@ def _print_plan(found: Plan) -> None:
         if stage is found.dense:
             table.add_section()
             steps = sum(phase.steps for phase in found.phases)
-            cells = [f"{steps:,}", _count(found.tokens), f"{found.flops:.2e}", _bytes(found.state_bytes)]
-            clock = [_duration(found.seconds)] if found.seconds is not None else []
+            cells = [f"{steps:,}", words.count(found.tokens), f"{found.flops:.2e}", words.size(found.state_bytes)]
+            clock = [words.duration(found.seconds)] if found.seconds is not None else []
             table.add_row("whole run", f"{found.time_average_sparsity:.4f}", *cells, *clock, style="bold")
-        clock = [_duration(stage.seconds)] if stage.seconds is not None else []
+        clock = [words.duration(stage.seconds)] if stage.seconds is not None else []
         table.add_row(
-            stage.name, f"{stage.sparsity:.4g}", f"{stage.steps:,}", _count(stage.tokens), f"{stage.flops:.2e}",
-            _bytes(stage.state_bytes), *clock,
+            stage.name, f"{stage.sparsity:.4g}", f"{stage.steps:,}", words.count(stage.tokens), f"{stage.flops:.2e}",
+            words.size(stage.state_bytes), *clock,
         )  # fmt: skip
     out.print(table)
     table = Table(title="training FLOPs" + (", causal attention" if found.causal else ""), title_justify="left")
@@ -123,15 +123,14 @@ def _print_plan(found: Plan) -> None:
 
 def _on_cs2(found: Plan) -> str:
     """The last line: simulated time, or why there is none."""
-    from vspdf.plan.cs2 import on_cs2
 
     try:
-        wafer = on_cs2(found)
+        wafer = found.on_cs2()
     except UserError as error:
         return f"Time on a CS-2: not known; {error}"
     seconds = wafer["seconds"]
-    longest, middle, shortest = (_duration(seconds["planned"][key]) for key in ("low", "central", "high"))
+    longest, middle, shortest = (words.duration(seconds["planned"][key]) for key in ("low", "central", "high"))
     return (
         f"Time on a CS-2, simulated: {middle} ({shortest} to {longest}, by what is not known of it); the dense run "
-        f"{_duration(seconds['dense'])}. One system at {wafer['clock']}; {wafer['central']} (vspdf simulate step)."
+        f"{words.duration(seconds['dense'])}. One system at {wafer['clock']}; {wafer['central']} (vspdf simulate step)."
     )

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from vspdf.cli.console import Json, emit, err, out
+from vspdf.draw import words
 
 MachineName = Annotated[str, typer.Option("--machine", help="A machine by name, or a YAML file of your own.")]
 Settings = Annotated[
@@ -44,14 +45,10 @@ def _run(program: str, as_json: bool, trace: Path | None, plot: Path | None, **a
             continue
         if isinstance(value, dict):
             for name, part in value.items():
-                table.add_row(f"{key.replace('_', ' ')}: {name.replace('_', ' ')}", _number(part))
+                table.add_row(f"{key.replace('_', ' ')}: {name.replace('_', ' ')}", words.amount(part))
         else:
-            table.add_row(key.replace("_", " "), _number(value))
+            table.add_row(key.replace("_", " "), words.amount(value))
     out.print(table)
-
-
-def _number(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def spmm(
@@ -187,8 +184,8 @@ def validate(
         missed = "" if c["passed"] else " [red]MISSED[/]"
         detail = c["case"].removeprefix(c["title"]).lstrip(", ")
         table.add_row(
-            f"  {detail}", _number(c["published"]), _number(c["simulated"]), f"{c['error']:+.2%}{missed}", c["role"],
-            c["level"],
+            f"  {detail}", words.amount(c["published"]), words.amount(c["simulated"]),
+            f"{c['error']:+.2%}{missed}", c["role"], c["level"],
         )  # fmt: skip
     out.print(table)
     roles = [c["role"] for c in result["cases"]]

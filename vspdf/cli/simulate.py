@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from vspdf.cli.console import Json, emit, err, out
+from vspdf.draw import words
 from vspdf.errors import UserError
 
 simulate = typer.Typer(
@@ -250,16 +251,9 @@ def _cost_row(table: Table, name: str, pair: dict[str, Any]) -> None:
     dense, sparse = pair["dense"], pair["sparse"]
     ratio = f"{dense['cycles'] / sparse['cycles']:.2f}x" if sparse["cycles"] else "-"
     table.add_row(
-        name, _cycles(dense["cycles"]), dense["bound_by"], _cycles(sparse["cycles"]), sparse["bound_by"], ratio,
-        f"{sparse['overhead']:.0%}",
+        name, words.cycles(dense["cycles"]), dense["bound_by"], words.cycles(sparse["cycles"]), sparse["bound_by"],
+        ratio, f"{sparse['overhead']:.0%}",
     )  # fmt: skip
-
-
-def _cycles(n: float) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n >= size:
-            return f"{n / size:.3g}{unit}" if n < 999.5 * size else f"{n / size:.0f}{unit}"
-    return f"{n:g}"
 
 
 def _band(result: dict[str, Any]) -> str:

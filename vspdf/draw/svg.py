@@ -15,7 +15,7 @@ from html import escape
 
 import numpy as np
 
-from vspdf.draw.words import _plain
+from vspdf.draw.words import plain
 
 COLOURS = 8
 WIDTH, HEIGHT = 360, 250  # of the drawing; the page scales it, so text stays readable at 320 pixels
@@ -82,7 +82,7 @@ def line_chart(
     x_label: str,
     y_label: str,
     y_limits: tuple[float, float],
-    x_format: Callable[[float], str] = _plain,
+    x_format: Callable[[float], str] = plain,
 ) -> str:
     """Curves over shaded stretches of the x axis; a dashed line marks where each stretch but the first begins.
 
@@ -129,7 +129,7 @@ def line_chart(
             out.append(f'<text class="muted" x="{(a + b) / 2:.1f}" y="{TOP + 13}" {_MIDDLE}>{escape(band.name)}</text>')
     for y in ticks(y0, y1):
         out.append(f'<path class="grid" d="M{LEFT} {py(y):.1f}H{WIDTH - RIGHT}"/>')
-        out.append(f'<text class="muted" x="{LEFT - 5}" y="{py(y) + 4:.1f}" text-anchor="end">{_plain(y)}</text>')
+        out.append(f'<text class="muted" x="{LEFT - 5}" y="{py(y) + 4:.1f}" text-anchor="end">{plain(y)}</text>')
     for x in ticks(x0, x1, 6):
         anchor = 'text-anchor="end"' if px(x) > WIDTH - 24 else _MIDDLE
         out.append(f'<text class="muted" x="{px(x):.1f}" y="{bottom + 16}" {anchor}>{escape(x_format(x))}</text>')
@@ -223,7 +223,7 @@ def interval_chart(rows: Sequence[tuple[str, float, tuple[float, float] | None]]
         out.append(f'<circle cx="{px(mean):.1f}" cy="{y}" r="3.6" fill="currentColor"/></g>')
     out.append(f'<path class="axis" d="M8 {bottom}H{WIDTH - 8}"/>')
     for x in ticks(x0, x1, 4):
-        out.append(f'<text class="muted" x="{px(x):.1f}" y="{bottom + 16}" {_MIDDLE}>{_plain(x)}</text>')
+        out.append(f'<text class="muted" x="{px(x):.1f}" y="{bottom + 16}" {_MIDDLE}>{plain(x)}</text>')
     out.append(f'<text class="muted" x="{WIDTH / 2}" y="{bottom + 34}" {_MIDDLE}>{escape(x_label)}</text>')
     return "".join(out) + "</svg>"
 

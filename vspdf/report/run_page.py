@@ -17,16 +17,17 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from vspdf.config import loading, resolve
+from vspdf.config import loading
 from vspdf.draw.page import figure as figure
 from vspdf.draw.page import page as page
 from vspdf.draw.page import section as section
 from vspdf.draw.svg import Band, Bar, Series, bar_chart, legend, line_chart, mask_png
-from vspdf.draw.words import scale, scaled, si
+from vspdf.draw.words import count, duration, flops, listed, number, power, scale
 from vspdf.errors import BackendUnavailable, UserError
 from vspdf.pattern import Pattern
 from vspdf.report.comparison import AXES, Arm, Axis, _arms, _comparison, _measure
-from vspdf.runs.folder import _COLUMNS, Run, read
+from vspdf.runs.checkpoint import MODEL
+from vspdf.runs.folder import COLUMNS, REPORT, Run, read
 
 log = logging.getLogger("vspdf")
 
@@ -60,7 +61,7 @@ def write(folders: Sequence[Path], output: Path | None = None) -> Path:
         As `read`, or if the file cannot be written.
     """
     text = render(read(folders))
-    output = output or (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    output = output or (folders[0] if len(folders) == 1 else Path()) / REPORT
     draft = output.with_name(f".{output.name}.draft")
     try:
         draft.write_text(text, encoding="utf-8")
@@ -76,7 +77,7 @@ def refresh(folder: Path) -> None:
     try:
         write([folder])
     except Exception as error:
-        log.warning("report.html was not drawn: %s", " ".join(str(error).split()) or type(error).__name__)
+        log.warning("%s was not drawn: %s", REPORT, " ".join(str(error).split()) or type(error).__name__)
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -114,8 +115,7 @@ def _status(run: Run) -> str:
         state, kind = f"not finished: step {run.step:,} of {run.total_steps:,}", "open"
     else:
         state, kind = "not finished: no step was logged yet", "open"
-    shape = resolve.model_shape(run.config.model)
-    what = f"{_count(shape.parameters)} parameters on {run.manifest['corpus']['name']}, seed {run.config.seed}"
+    what = f"{count(run.shape.parameters)} parameters on {run.manifest['corpus']['name']}, seed {run.config.seed}"
     return f'<p><b>{escape(run.label)}</b> <span class="badge {kind}">{state}</span> {escape(what)}</p>'
 
 
@@ -127,10 +127,10 @@ def _tiles(run: Run) -> str:
         value = run.evaluations[-1]
         tiles.append((f"{value['val_loss']:.4f}", "validation loss, nats a token"))
         tiles.append((f"{value['val_bits_per_byte']:.4f}", "validation bits a byte"))
-    tiles.append((_count(last["tokens"]), "tokens"))
+    tiles.append((count(last["tokens"]), "tokens"))
     skipped = 1 - last["flops"]["executed"] / last["flops"]["dense"]
     tiles.append((f"{skipped:.1%}", "of all FLOPs really skipped"))
-    tiles.append((_clock(last["training_seconds"]), "in training steps"))
+    tiles.append((duration(last["training_seconds"]), "in training steps"))
     tiles.extend((f"{p['speedup']['median']:.2f}x", f"step speed-up, {p['name']}") for p in _timed(run))
     cells = "".join(f"<div><b>{escape(value)}</b>{escape(name)}</div>" for value, name in tiles)
     return f'<section class="tiles">{cells}</section>'
@@ -200,14 +200,14 @@ def _thinned(values: Sequence[float]) -> list[float]:
 def _flops(run: Run) -> str:
     if not run.phases:
         return ""
-    totals = {column: sum(phase["flops"][column] for phase in run.phases) for column in _COLUMNS}
+    totals = {column: sum(phase["flops"][column] for phase in run.phases) for column in COLUMNS}
     bars = [
         Bar(
             "as if dense" if column == "dense" else column,
-            [(f"{p['name']}: {si(p['flops'][column])}", p["flops"][column], i) for i, p in enumerate(run.phases)],
-            f"{si(totals[column])}, {totals[column] / totals['dense']:.1%}",
+            [(f"{p['name']}: {flops(p['flops'][column])}", p["flops"][column], i) for i, p in enumerate(run.phases)],
+            f"{flops(totals[column])}, {totals[column] / totals['dense']:.1%}",
         )
-        for column in _COLUMNS
+        for column in COLUMNS
     ]  # fmt: skip
     chart = legend([(p["name"], i) for i, p in enumerate(run.phases)]) + bar_chart(bars, title="FLOPs by phase")
     saved = run.summary.get("flops_saved_fraction_by_convention") or {}
@@ -385,7 +385,7 @@ def _revived(run: Run) -> str:
         return section(
             title, f"<p>None at the last checkpoint (step {run.state['step']:,}): the first phase was not over.</p>"
         )
-    kept, revived = _magnitudes(run.checkpoint / "model.safetensors", run.patterns)
+    kept, revived = _magnitudes(run.checkpoint / MODEL, run.patterns)
     moved = revived[revived > 0]
     if not (moved.size and kept.any()):
         return section(
@@ -400,7 +400,7 @@ def _revived(run: Run) -> str:
         series.append(Series(name, list(edges), [*share, share[-1]], i, steps=True))
     chart = line_chart(
         series, title="Magnitudes of weights", x_label="magnitude of a weight", y_label="% of weights",
-        x_format=_power, y_limits=(0.0, max(max(s.y) for s in series)),
+        x_format=power, y_limits=(0.0, max(max(s.y) for s in series)),
     )  # fmt: skip
     rows = [
         ("median", np.median(kept), np.median(revived)),
@@ -458,14 +458,14 @@ def _slices(rows: int, columns: int) -> Iterator[slice]:
 def _facts(run: Run) -> str:
     corpus, tokenizer = run.manifest["corpus"], run.manifest["tokenizer"]
     facts = {
-        "corpus": f"{corpus['name']}, {corpus['documents']:,} documents, {_count(corpus['bytes'])} bytes",
+        "corpus": f"{corpus['name']}, {corpus['documents']:,} documents, {count(corpus['bytes'])} bytes",
         "corpus sha256": corpus["sha256"],
         "tokenizer": f"{tokenizer['name']}, {tokenizer['vocab_size']:,} tokens",
         "data order": run.manifest["order"],
         **run.summary.get("hardware", {}),
         **run.summary.get("versions", {}),
     }
-    rows = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(_words(v))}</td></tr>" for k, v in facts.items())
+    rows = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(listed(v))}</td></tr>" for k, v in facts.items())
     blocks = [("Corpus, hardware, versions", f'<div class="scroll"><table class="facts">{rows}</table></div>')]
     blocks.append(("Configuration", f"<pre>{escape(loading.to_yaml(run.config))}</pre>"))
     for sample in run.summary.get("samples", []):
@@ -483,8 +483,8 @@ def _table(runs: Sequence[Run]) -> str:
     for run in runs:
         for p in run.phases:
             rows.append((
-                run.label, p["name"], f"{p['sparsity']:.4g}", str(p["steps"]), str(p["tokens"]), _number(p["loss"]),
-                _number(p["val_loss"]), _number(p["val_bits_per_byte"]), *(f"{p['flops'][c]:.4g}" for c in _COLUMNS),
+                run.label, p["name"], f"{p['sparsity']:.4g}", str(p["steps"]), str(p["tokens"]), number(p["loss"]),
+                number(p["val_loss"]), number(p["val_bits_per_byte"]), *(f"{p['flops'][c]:.4g}" for c in COLUMNS),
                 f"{p['seconds']:.1f}", f"{p['step_seconds_median']:.4g}",
                 f"{p['dense_step_seconds_median']:.4g}" if "speedup" in p else "",
                 f"{p['speedup']['median']:.2f}" if "speedup" in p else "",
@@ -495,26 +495,3 @@ def _table(runs: Sequence[Run]) -> str:
     heads = "".join(f"<th>{cell}</th>" for cell in head)
     table = f'<div class="scroll"><table id="figures"><tr>{heads}</tr>{body}</table></div>'
     return section("Figures by phase", f'{table}<button id="copy" type="button">Copy table</button>')
-
-
-def _count(value: float) -> str:
-    divisor, prefix = scaled(value)
-    return f"{value / divisor:.3g}{'B' if prefix == 'G' else prefix}"
-
-
-def _clock(seconds: float) -> str:
-    divisor, unit = scale(seconds, "s")
-    return f"{seconds / divisor:.3g} {unit}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
-def _power(exponent: float) -> str:
-    """A power of ten, for axes in logarithms."""
-    return "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")) if exponent % 1 == 0 else ""
-
-
-def _words(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

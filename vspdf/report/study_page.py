@@ -14,7 +14,7 @@ from typing import Any
 from vspdf.draw import words
 from vspdf.draw.page import figure, page, section
 from vspdf.draw.svg import Series, interval_chart, legend, line_chart
-from vspdf.draw.words import between, number
+from vspdf.draw.words import between, listed, number
 from vspdf.errors import UserError
 from vspdf.files import write_whole
 from vspdf.report.tables import (
@@ -203,12 +203,8 @@ def _facts(results: dict[str, Any]) -> str:
     }  # fmt: skip
     orders = {run["seed"]: run["order"][:16] for arm in results["arms"] for run in arm["runs"]}
     facts |= {f"data order of seed {seed}": order for seed, order in orders.items()}
-    rows = [(escape(str(key)), escape(_words(value))) for key, value in facts.items()]
+    rows = [(escape(str(key)), escape(listed(value))) for key, value in facts.items()]
     return section("Details", _html_table((), rows, ' class="facts"'))
-
-
-def _words(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
