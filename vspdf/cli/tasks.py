@@ -202,15 +202,15 @@ def _on_text(path: Path, loaded: Any, text: str, batch_size: int, body: dict[str
     settings = of_checkpoint(folder).config
     held: Dataset | pairs.Pairs
     progress = lambda done: None  # noqa: E731
-    if settings.start:
-        held = pairs.prepare(settings.data, settings.seed, loaded.tokenizer)
+    if settings.task:
+        held = pairs.prepare(settings.task, settings.seed, loaded.tokenizer)
     else:
         held = prepare(settings.data, window, settings.seed)
         progress = _Progress(held.manifest["validation"]["tokens"], "tokens")
     if held.manifest["corpus"]["sha256"] != loaded.state["corpus"]["sha256"]:
         name = settings.data.path or settings.data.corpus
         raise UserError(f"the corpus '{name}' has changed since {folder} was written.")
-    batch_size = settings.train.micro_batch_size or 1
+    batch_size = settings.train.micro_batch_size
     result = run(loaded.model, held, batch_size, precision=settings.train.precision, progress=progress)
     body |= {"checkpoint": str(folder), "val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
 

@@ -32,14 +32,15 @@ def train(
     `vspdf train my.yaml run_dir=runs/mine --resume`
     """
     from vspdf.config import loading
+    from vspdf.interop import load_config
     from vspdf.runs.folder import Run
     from vspdf.train.trainer import train as run
 
     keep_freed_memory()
-    settings = loading.load(config, overrides or [])
+    settings = load_config(config, overrides or [])
     err.print(loading.to_yaml(settings).rstrip(), style="dim", markup=False, highlight=False)
     run(settings, resume=resume, say=_say, on_evaluation=_draw)
-    summary = Run(Path(settings.run_dir or "")).summary
+    summary = Run(Path(settings.run_dir)).summary
     if as_json:
         emit(summary)
     else:
@@ -122,17 +123,17 @@ def finetune(
     """
     from vspdf.config import loading
     from vspdf.config import settings as configuration
-    from vspdf.interop import checkpoints
+    from vspdf.interop import checkpoints, load_config
     from vspdf.runs.folder import Run
     from vspdf.train.trainer import train
 
     keep_freed_memory()
     shape, activation = checkpoints.shape_of(start)
     model = configuration.ModelConfig(**asdict(shape), activation=activation)
-    settings = loading.load(config, overrides or [], start=(start, model))
+    settings = load_config(config, overrides or [], start=(start, model))
     err.print(loading.to_yaml(settings).rstrip(), style="dim", markup=False, highlight=False)
     train(settings, resume=resume, say=_say, on_evaluation=_draw)
-    summary = Run(Path(settings.run_dir or "")).summary
+    summary = Run(Path(settings.run_dir)).summary
     if as_json:
         emit(summary)
         return

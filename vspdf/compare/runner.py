@@ -31,7 +31,7 @@ from vspdf.compare.results import collect
 from vspdf.compare.tuning import tuned
 from vspdf.config import loading
 from vspdf.config.loading import FREE_TO_CHANGE, differences
-from vspdf.config.settings import Config
+from vspdf.config.resolved import ResolvedConfig
 from vspdf.data.text import prepare
 from vspdf.draw import words
 from vspdf.errors import Interrupted, UserError
@@ -110,9 +110,9 @@ def _check_data(wanted: Study) -> None:
     for arm in wanted.arms.values():
         config = arm.configure({}, wanted.seeds[0])
         device(config.train.device, "common.train.device")
-        data = prepare(config.data, config.model.sequence_length or 0, config.seed)
+        data = prepare(config.data, config.model.sequence_length, config.seed)
         try:
-            data.check(sum((phase.steps or 0) * (phase.batch_size or 0) for phase in config.phases))
+            data.check(sum(phase.steps * phase.batch_size for phase in config.phases))
         except UserError as error:
             raise UserError(f"{arm.where}: {error}") from None
 
@@ -167,7 +167,7 @@ class _Run:
     from_tuning: bool = False  # it was trained before its test loss was asked for
 
     @cached_property
-    def config(self) -> Config:
+    def config(self) -> ResolvedConfig:
         return self.arm.configure(self.values, self.seed, self.folder)
 
     @property
@@ -176,7 +176,7 @@ class _Run:
 
     @property
     def steps(self) -> int:
-        return 0 if self.arm.untrained else sum(phase.steps or 0 for phase in self.config.phases)
+        return 0 if self.arm.untrained else self.config.steps
 
     @property
     def files(self) -> Run:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vspdf.config.settings import Config
+from vspdf.config.resolved import ResolvedTask
 from vspdf.data import pairs
 from vspdf.errors import UserError
 from vspdf.evaluate.bleu import corpus_bleu
@@ -33,9 +33,9 @@ def _fitted(
     return [ids[-room:] if keep_end else ids[:room] for ids in prompts]
 
 
-def _scored(loaded: Loaded, config: Config, task: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _scored(loaded: Loaded, data: ResolvedTask, task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """BLEU of the answers to the test part, and of its contexts as they are: what copying would score."""
-    examples = pairs.parts(config.data)["test"]
+    examples = pairs.parts(data)["test"]
     contexts = [example.context for example in examples]
     answers = _answers(loaded, contexts, Decoding(**task["decoding"]))
     write_whole(folder / "answers.txt", "".join(f"{line}\n" for line in answers))

@@ -467,7 +467,7 @@ def _whole(value: Any, key: str, where: str) -> int:
     return value
 
 
-def from_cerebras(body: Any, where: str, fine_tuning: bool) -> Any:
+def translated(body: Any, where: str, fine_tuning: bool) -> Any:
     """A whole file of the Cerebras stack, or its ``sparsity`` block beside our settings, as settings of ours."""
     if is_cerebras(body):
         return {"name": re.sub(r"[^\w.-]", "-", Path(where).stem)} | translate(body, where, fine_tuning)

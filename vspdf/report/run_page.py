@@ -183,11 +183,11 @@ def _bands(run: Run, axis: Axis, divisor: float, index: int, row: int | None) ->
     """Where the phases of a run were on an axis, as far as it got."""
     bands, start, end_step = [], 0.0, 0
     for phase in run.config.phases:
-        end_step += phase.steps or 0
+        end_step += phase.steps
         until = [line for line in run.lines if line["step"] <= end_step]
         end = axis[2](until[-1]) / divisor if until else start
         if end > start:
-            bands.append(Band(start, end, phase.name or "", phase.sparsity, index, row))
+            bands.append(Band(start, end, phase.name, phase.sparsity, index, row))
         start = end
     return bands
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vspdf.config import loading, resolve
-from vspdf.config.settings import Config
+from vspdf.config.resolved import ResolvedConfig
 from vspdf.errors import UserError, near_path
 from vspdf.runs import masks
 from vspdf.runs.masks import Masks
@@ -102,7 +102,7 @@ class Run:
     # -- what was wanted -----------------------------------------------------------------------------------------------
 
     @cached_property
-    def config(self) -> Config:
+    def config(self) -> ResolvedConfig:
         """The configuration, resolved."""
         return loading.load(self.require().folder / CONFIG)
 
@@ -114,7 +114,7 @@ class Run:
     @property
     def total_steps(self) -> int:
         """Steps that are wanted, over all phases."""
-        return sum(phase.steps or 0 for phase in self.config.phases)
+        return self.config.steps
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
@@ -196,7 +196,7 @@ class Run:
 
     def _phases_so_far(self) -> Iterator[dict[str, Any]]:
         before: dict[str, Any] = {"step": 0, "tokens": 0, "training_seconds": 0.0, "flops": dict.fromkeys(COLUMNS, 0)}
-        ends = np.cumsum([phase.steps or 0 for phase in self.config.phases])
+        ends = np.cumsum([phase.steps for phase in self.config.phases])
         records = self.state.get("records") or [{}] * len(ends)
         for phase, end, record in zip(self.config.phases, ends, records, strict=True):
             mine = [line for line in self.lines if before["step"] < line["step"] <= end]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vspdf.config.settings import PhaseConfig
+from vspdf.config.resolved import ResolvedPhase
 from vspdf.ledger import Count, Tally
 
 
@@ -43,7 +43,7 @@ class PhaseRecord:
         record.paired_seconds = [(a, b) for a, b in body["paired_seconds"]]
         return record
 
-    def summary(self, layers: Mapping[str, int], phase: PhaseConfig, tokens: int) -> dict[str, Any]:
+    def summary(self, layers: Mapping[str, int], phase: ResolvedPhase, tokens: int) -> dict[str, Any]:
         """What `summary.json` says of the phase, of a model that has `layers` with so many weights each."""
         body: dict[str, Any] = {
             "name": phase.name,

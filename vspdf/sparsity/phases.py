@@ -14,7 +14,7 @@ from vspdf.errors import UserError
 from vspdf.pattern import Pattern, kept_count
 from vspdf.sparsity.layer import sparse_layers
 from vspdf.sparsity.optimizer import RevivedWarmup
-from vspdf.sparsity.schedule import Phase, only_added
+from vspdf.sparsity.schedule import Amounts, Phase, only_added
 from vspdf.sparsity.surgery import adopt, densify, set_sparsity, sparsifiable, sparsify
 
 log = logging.getLogger("vspdf")
@@ -68,7 +68,7 @@ class Phases:
 
     def __init__(
         self,
-        phases: Sequence[tuple[float, int] | Phase],
+        phases: Sequence[tuple[float, int] | Phase | Amounts],
         *,
         seed: int = 0,
         moments: str | None = None,
@@ -80,18 +80,19 @@ class Phases:
             raise UserError("Phases needs at least one phase, e.g. [(0.9, 900), (0.0, 100)].")
         given: dict[str, Any] = {"moments": moments, "revived_warmup": revived_warmup, "init_method": init_method}
         given = {name: value for name, value in given.items() if value is not None}
-        self.phases: list[Phase] = []
+        self.phases: list[Amounts] = []
         self.stages: list[Stretch] = []
         self.seed, self.options = seed, options
         start = 0
         for i, phase in enumerate(phases):
-            phase = phase if isinstance(phase, Phase) else Phase(sparsity=phase[0], steps=int(phase[1]))
-            if phase.steps is None or phase.steps < 1:
-                raise UserError(f"phases.{i} needs a number of steps of at least 1, not {phase.steps}.")
-            phase = replace(phase, **given).resolved(f"phases.{i}", self.phases[-1] if i else None)
+            if not isinstance(phase, (Phase, Amounts)):
+                phase = Phase(sparsity=phase[0], steps=int(phase[1]))
+            phase = replace(phase, **given)
+            if isinstance(phase, Phase):
+                phase = phase.resolved(f"phases.{i}", self.phases[-1] if i else None)
             self.phases.append(phase)
             self.stages += [Stretch(start + s.start, i, k, s.sparsity) for k, s in enumerate(phase.stages())]
-            start += phase.steps or 0
+            start += phase.steps
         self.before: dict[str, Pattern] = {}  # of layers that the last switch changed, how they were
         self.revived: RevivedWarmup | None = None
         self._now: int | None = None

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from vspdf.errors import UserError, did_you_mean, one_of, require
 
 INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard")  # how first masks are drawn
 SCHEDULES = ("constant", "linear", "exp", "power", "cosine", "cycling")
-
-P = TypeVar("P", bound="Phase")
 
 
 class Stage(NamedTuple):
@@ -25,27 +23,22 @@ class Stage(NamedTuple):
     sparsity: float
 
 
-@dataclass
-class Phase:
-    """How much of a model is kept over a number of steps: at one sparsity, or densifying in stages.
+@dataclass(frozen=True)
+class Amounts:
+    """How much of a model is kept over the steps of a phase, checked, and nothing left open: see `Phase`."""
 
-    Phases are checked where they are put together, by `vspdf.Phases` or in a configuration.
-    """
-
-    name: str | None = None  # default: "sparse 0.9" or "dense"
-    sparsity: float = 0.0  # at the phase's start
-    # How it falls within the phase: "constant", "linear", "exp" (density grows by a factor), "power" (cubic), "cosine",
-    # or "cycling" through `levels`
-    schedule: str = "constant"
-    sparsity_end: float | None = None  # from the last update on; default 0, for a schedule that is not constant
-    levels: list[float] = field(default_factory=list)  # of "cycling", e.g. [0.9, 0.75, 0.5, 0]
-    update_every: int | None = None  # steps between updates; default: ten updates, or one per level
-    layers: dict[str, float] = field(default_factory=dict)  # glob over layers to sparsity, the first match counts
-    init_method: str = "random"  # of the first masks: "random", "topk", "from_zeros" or "checkerboard"
-    count: str = "round"  # kept weights: numel − round(s·numel); "truncate": int((1−s)·numel), as the Cerebras stack
-    steps: int | None = None
-    moments: str = "keep"  # "keep" or "reset": optimizer state of the weights that were there before the phase
-    revived_warmup: int = 0  # steps over which the updates of newly added weights ramp up; 50-100 where beta2 > 0.98
+    name: str
+    sparsity: float
+    schedule: str
+    sparsity_end: float | None  # None where the schedule is constant, as is update_every
+    levels: tuple[float, ...]
+    update_every: int | None
+    layers: Mapping[str, float]
+    init_method: str
+    count: str
+    steps: int
+    moments: str
+    revived_warmup: int
 
     def stages(self) -> list[Stage]:
         """The stretches of the phase: one where its schedule is constant, else one per update that changes something.
@@ -54,14 +47,13 @@ class Phase:
         exp, 1 − s grows by equal factors; power, b + (a − b)(1 − u)³ (arXiv:1710.01878); cosine,
         b + (a − b)(1 + cos πu)/2; cycling, the levels one after the other.
         """
-        assert self.steps is not None
         if self.schedule == "constant":
             return [Stage(0, self.steps, self.sparsity)]
-        assert self.update_every is not None
-        starts = range(0, self.steps, self.update_every)
+        every = self.update_every or self.steps
+        starts = range(0, self.steps, every)
         found: list[Stage] = []
         for k, start in enumerate(starts):
-            steps = min(self.update_every, self.steps - start)
+            steps = min(every, self.steps - start)
             amount = self._amount(k, len(starts) - 1)
             if found and found[-1].sparsity == amount:
                 found[-1] = found[-1]._replace(steps=found[-1].steps + steps)
@@ -106,83 +98,7 @@ class Phase:
         amounts = self.of_layers(layers, sparsity)
         return sum(amounts[name] * weights for name, weights in layers.items()) / sum(layers.values())
 
-    def resolved(self: P, key: str, previous: Phase | None = None, layers: Iterable[str] | None = None) -> P:
-        """The phase with its sparsities and updates filled in, if no weight is dropped within it or at its start.
-
-        Parameters
-        ----------
-        key : str
-            What error messages call the phase, e.g. "phases.1".
-        previous : Phase, optional
-            The phase before, resolved.
-        layers : names of the model's layers, optional
-            Where they are not known yet, `check_layers` is to follow.
-
-        Raises
-        ------
-        UserError
-            Naming the setting under `key`.
-        """
-        one_of(f"{key}.schedule", self.schedule, SCHEDULES)
-        one_of(f"{key}.init_method", self.init_method, INIT_METHODS)
-        one_of(f"{key}.count", self.count, ("round", "truncate"))
-        phase = self._with_levels(key)
-        require(0 <= phase.sparsity < 1, f"{key}.sparsity must lie in [0, 1), not {phase.sparsity}.")
-        if phase.schedule == "constant":
-            require(
-                phase.sparsity_end in (None, phase.sparsity) and phase.update_every is None,
-                f"{key}: sparsity_end and update_every need a schedule that is not constant, e.g. linear.",
-            )
-        else:
-            phase = phase._with_updates(key)
-        for glob, amount in phase.layers.items():
-            require(0 <= amount < 1, f"{key}.layers: the sparsity of '{glob}' must lie in [0, 1), not {amount}.")
-        if layers is not None:
-            phase.check_layers(key, previous, list(layers))
-        if previous and not (phase.layers or previous.layers):
-            only_added(
-                phase.sparsity <= previous.end,
-                f"{key}.sparsity = {phase.sparsity} is above the phase before ({previous.end})",
-            )
-        one_of(f"{key}.moments", phase.moments, ("keep", "reset"))
-        require(phase.revived_warmup >= 0, f"{key}.revived_warmup must not be negative, is {phase.revived_warmup}.")
-        return replace(phase, name=phase.name or (f"sparse {phase.sparsity:.4g}" if phase.sparsity else "dense"))
-
-    def _with_levels(self: P, key: str) -> P:
-        """Of a phase that cycles, the sparsities that its levels give."""
-        cycling = self.schedule == "cycling"
-        require(cycling or not self.levels, f"{key}.levels belong to schedule: cycling, not to {self.schedule}.")
-        if not cycling:
-            return replace(self)
-        require(bool(self.levels), f"{key}.levels: schedule: cycling needs them, e.g. [0.9, 0.75, 0.5, 0].")
-        for level in self.levels:
-            require(0 <= level < 1, f"{key}.levels must lie in [0, 1), not {level}.")
-        return replace(self, sparsity=self.levels[0], sparsity_end=min(self.levels))
-
-    def _with_updates(self: P, key: str) -> P:
-        """Of a phase that is not constant, when it densifies and down to where."""
-        assert self.steps is not None
-        end = 0.0 if self.sparsity_end is None else self.sparsity_end
-        every = -(-self.steps // (len(self.levels) or 10)) if self.update_every is None else self.update_every
-        only_added(
-            0 <= end <= self.sparsity,
-            f"{key}.sparsity_end = {end} must lie between 0 and sparsity = {self.sparsity}",
-        )
-        require(not self.layers, f"{key}: layers with sparsities of their own need schedule: constant.")
-        require(
-            1 <= every < self.steps,
-            f"{key}.update_every = {every} must lie between 1 and the phase's {self.steps} steps.",
-        )
-        require(
-            self.revived_warmup <= every,
-            f"{key}.revived_warmup = {self.revived_warmup} must end before the next update, after {every} steps.",
-        )
-        seen = [self.levels[k % len(self.levels)] for k in range(-(-self.steps // every))] if self.levels else []
-        for a, b in pairwise(seen):
-            only_added(b <= a, f"{key}.levels go from {a} up to {b}: that would drop weights")
-        return replace(self, sparsity_end=end, update_every=every)
-
-    def check_layers(self, key: str, previous: Phase | None, layers: Sequence[str]) -> None:
+    def check_layers(self, key: str, previous: Amounts | None, layers: Sequence[str]) -> None:
         """Whether the phase's globs match layers, and no layer is to be sparser than at the end of the phase before.
 
         Raises
@@ -199,6 +115,103 @@ class Phase:
             old = previous.of_layers(layers, previous.end)
             for name, amount in self.of_layers(layers).items():
                 only_added(amount <= old[name], f"{key}: layer '{name}' would go from sparsity {old[name]} to {amount}")
+
+
+@dataclass
+class Phase:
+    """How much of a model is kept over a number of steps: at one sparsity, or densifying in stages.
+
+    Phases are checked where they are put together, by `vspdf.Phases` or in a configuration.
+    """
+
+    name: str | None = None  # default: "sparse 0.9" or "dense"
+    sparsity: float = 0.0  # at the phase's start
+    # How it falls within the phase: "constant", "linear", "exp" (density grows by a factor), "power" (cubic), "cosine",
+    # or "cycling" through `levels`
+    schedule: str = "constant"
+    sparsity_end: float | None = None  # from the last update on; default 0, for a schedule that is not constant
+    levels: list[float] = field(default_factory=list)  # of "cycling", e.g. [0.9, 0.75, 0.5, 0]
+    update_every: int | None = None  # steps between updates; default: ten updates, or one per level
+    layers: dict[str, float] = field(default_factory=dict)  # glob over layers to sparsity, the first match counts
+    init_method: str = "random"  # of the first masks: "random", "topk", "from_zeros" or "checkerboard"
+    count: str = "round"  # kept weights: numel − round(s·numel); "truncate": int((1−s)·numel), as the Cerebras stack
+    steps: int | None = None
+    moments: str = "keep"  # "keep" or "reset": optimizer state of the weights that were there before the phase
+    revived_warmup: int = 0  # steps over which the updates of newly added weights ramp up; 50-100 where beta2 > 0.98
+
+    def resolved(self, key: str, previous: Amounts | None = None, layers: Iterable[str] | None = None) -> Amounts:
+        """The phase with all its amounts, if no weight is dropped within it or at its start.
+
+        Parameters
+        ----------
+        key : str
+            What error messages call the phase, e.g. "phases.1".
+        previous : Amounts, optional
+            Of the phase before.
+        layers : names of the model's layers, optional
+            Where they are not known yet, `Amounts.check_layers` is to follow.
+
+        Raises
+        ------
+        UserError
+            Naming the setting under `key`.
+        """
+        one_of(f"{key}.schedule", self.schedule, SCHEDULES)
+        one_of(f"{key}.init_method", self.init_method, INIT_METHODS)
+        one_of(f"{key}.count", self.count, ("round", "truncate"))
+        steps = self.steps
+        if steps is None or steps < 1:
+            raise UserError(f"{key} needs a number of steps of at least 1, not {steps}.")
+        start, end = self._ends(key)
+        every = None
+        if self.schedule == "constant":
+            require(
+                end in (None, start) and self.update_every is None,
+                f"{key}: sparsity_end and update_every need a schedule that is not constant, e.g. linear.",
+            )
+        else:
+            end = 0.0 if end is None else end
+            every = self._updates(key, steps, start, end)
+        for glob, amount in self.layers.items():
+            require(0 <= amount < 1, f"{key}.layers: the sparsity of '{glob}' must lie in [0, 1), not {amount}.")
+        one_of(f"{key}.moments", self.moments, ("keep", "reset"))
+        require(self.revived_warmup >= 0, f"{key}.revived_warmup must not be negative, is {self.revived_warmup}.")
+        found = Amounts(
+            self.name or (f"sparse {start:.4g}" if start else "dense"), start, self.schedule, end, tuple(self.levels),
+            every, dict(self.layers), self.init_method, self.count, steps, self.moments, self.revived_warmup,
+        )  # fmt: skip
+        if layers is not None:
+            found.check_layers(key, previous, list(layers))
+        if previous and not (found.layers or previous.layers):
+            only_added(start <= previous.end, f"{key}.sparsity = {start} is above the phase before ({previous.end})")
+        return found
+
+    def _ends(self, key: str) -> tuple[float, float | None]:
+        """Sparsity at the start and the end; of a phase that cycles, what its levels give."""
+        start, end, cycling = self.sparsity, self.sparsity_end, self.schedule == "cycling"
+        require(cycling or not self.levels, f"{key}.levels belong to schedule: cycling, not to {self.schedule}.")
+        if cycling:
+            require(bool(self.levels), f"{key}.levels: schedule: cycling needs them, e.g. [0.9, 0.75, 0.5, 0].")
+            for level in self.levels:
+                require(0 <= level < 1, f"{key}.levels must lie in [0, 1), not {level}.")
+            start, end = self.levels[0], min(self.levels)
+        require(0 <= start < 1, f"{key}.sparsity must lie in [0, 1), not {start}.")
+        return start, end
+
+    def _updates(self, key: str, steps: int, start: float, end: float) -> int:
+        """Steps between the updates of a phase that is not constant."""
+        only_added(0 <= end <= start, f"{key}.sparsity_end = {end} must lie between 0 and sparsity = {start}")
+        require(not self.layers, f"{key}: layers with sparsities of their own need schedule: constant.")
+        every = -(-steps // (len(self.levels) or 10)) if self.update_every is None else self.update_every
+        require(1 <= every < steps, f"{key}.update_every = {every} must lie between 1 and the phase's {steps} steps.")
+        require(
+            self.revived_warmup <= every,
+            f"{key}.revived_warmup = {self.revived_warmup} must end before the next update, after {every} steps.",
+        )
+        seen = [self.levels[k % len(self.levels)] for k in range(-(-steps // every))] if self.levels else []
+        for a, b in pairwise(seen):
+            only_added(b <= a, f"{key}.levels go from {a} up to {b}: that would drop weights")
+        return every
 
 
 def only_added(ok: bool, what: str) -> None:
