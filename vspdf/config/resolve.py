@@ -72,7 +72,7 @@ def resolve_model(model: ModelConfig) -> ResolvedModel:
     sizes = {key: getattr(model, key) for key in ("n_layer", "d_model", "n_head", "sequence_length")}
     d_ff, vocab_size = model.d_ff, model.vocab_size
     if model.name is not None:
-        preset = asdict(shapes.model_shape(model.name))
+        preset = asdict(shapes.named_shape(model.name))
         sizes = {key: preset[key] if size is None else size for key, size in sizes.items()}
         d_ff = preset["d_ff"] if d_ff is None else d_ff
         vocab_size = preset["vocab_size"] if vocab_size is None else vocab_size

@@ -331,7 +331,7 @@ class _Run:
                 if "val_loss" in line and self.step < self.total_steps:
                     on_evaluation(self.folder)
                 if stop and self.step < self.total_steps:
-                    raise Interrupted(f"stopped after step {self.step}; a checkpoint was written: --resume goes on.")
+                    raise Interrupted(f"stopped after step {self.step}; a checkpoint was written: `resume` goes on.")
         summary = self._summarise()
         on_evaluation(self.folder)
         return summary
