@@ -157,17 +157,15 @@ def sparsify(
     rules = _rules(sparsity)
     if init_method not in INIT_METHODS:
         raise UserError(f"init_method '{init_method}' is not known.{did_you_mean(init_method, INIT_METHODS)}")
-    if _is_linear(model):
-        raise UserError("sparsify replaces layers inside a model; for a single one use SparseLinear.from_linear.")
     linears, wrapped = _candidates(model)
-    include, exclude = _globs(include), _globs(exclude)
-    _check_globs(model, linears, (*rules, *include), exclude)
-    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    _require_some(model, linears)
+    _check_globs(model, linears, (*rules, *_globs(include)), _globs(exclude))
+    _name_others(model)
+    uses = _uses(model)
     layers: dict[str, SparseLinear] = {}
-    for name, module in linears.items():
-        plain = _plain_name(name)
-        amount = next((rule for glob, rule in rules.items() if fnmatchcase(plain, glob)), 0.0)
-        if not _matches(plain, include) or _matches(plain, exclude) or amount == 0.0:
+    for name, module in _chosen(linears, include, exclude).items():
+        amount = next((rule for glob, rule in rules.items() if fnmatchcase(_plain_name(name), glob)), 0.0)
+        if amount == 0.0:
             continue
         if why := _why_dense(module, uses, wrapped):
             log.warning("sparsify: '%s' stays dense: %s.", name, why)
@@ -208,38 +206,66 @@ def _rules(sparsity: float | Mapping[str, float | Pattern]) -> dict[str, float |
     return rules
 
 
-def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], bool]:
-    """Linear layers by name, heads and adapters left out; and whether peft wraps the model. Says what else stays dense.
+def sparsifiable(
+    model: nn.Module, include: str | Iterable[str] = "*", exclude: str | Iterable[str] = ()
+) -> dict[str, nn.Module]:
+    """The dense layers of a model that `sparsify` would replace, by name."""
+    linears, wrapped = _candidates(model)
+    chosen, uses = _chosen(linears, include, exclude), _uses(model)
+    return {name: module for name, module in chosen.items() if not _why_dense(module, uses, wrapped)}
 
-    Raises
-    ------
-    UserError
-        If there is none.
-    """
+
+def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], bool]:
+    """Linear layers by name, heads and adapters left out; and whether peft wraps the model."""
     adapters, wrapped = _adapters(model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    linears, skipped = {}, 0
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if name not in adapters
+        and not _matches(_plain_name(name), UNEMBEDDINGS)
+        and (output is None or module is not output)
+        and _is_linear(module)
+    }
+    return linears, wrapped
+
+
+def _require_some(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
+    if _is_linear(model):
+        raise UserError("sparsify replaces layers inside a model; for a single one use SparseLinear.from_linear.")
+    if already := 0 if linears else len(sparse_layers(model)):
+        raise UserError(f"sparsify found no layer: {already} are sparse already; set_sparsity adds weights to them.")
+    if not linears:
+        raise UserError("sparsify found no layer: the model has no nn.Linear or Conv1D beside heads and adapters.")
+
+
+def _name_others(model: nn.Module) -> None:
+    """Logs what holds many weights and yet stays dense."""
+    adapters, _ = _adapters(model)
     for name, module in model.named_modules():
-        head = _matches(_plain_name(name), UNEMBEDDINGS) or (module is output and output is not None)
-        if name in adapters or head:
-            skipped += name in adapters and isinstance(module, nn.Linear)
-        elif _is_linear(module):
-            linears[name] = module
-        elif isinstance(module, nn.Linear) and not isinstance(module, SparseLinear):
+        head = name in adapters or _matches(_plain_name(name), UNEMBEDDINGS)
+        dense = isinstance(module, nn.Linear) and not isinstance(module, SparseLinear)
+        if dense and not head and not _is_linear(module):
             log.warning("sparsify: '%s' stays dense: %s is a kind of its own.", name, type(module).__name__)
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.dim() == 3:  # experts, a matrix each
                 where, size = f"{name}.{key}".lstrip("."), " x ".join(map(str, parameter.shape))
                 log.warning("sparsify: '%s' stays dense: a parameter of %s is no linear layer.", where, size)
-    if skipped:
-        log.info("sparsify: %d linear layers of low-rank adapters stay dense.", skipped)
-    if not linears:
-        if already := len(sparse_layers(model)):
-            raise UserError(
-                f"sparsify found no layer: {already} are sparse already; set_sparsity adds weights to them."
-            )
-        raise UserError("sparsify found no layer: the model has no nn.Linear or Conv1D beside heads and adapters.")
-    return linears, wrapped
+    if lora := sum(isinstance(module, nn.Linear) for name, module in model.named_modules() if name in adapters):
+        log.info("sparsify: %d linear layers of low-rank adapters stay dense.", lora)
+
+
+def _chosen(
+    linears: Mapping[str, nn.Module], include: str | Iterable[str], exclude: str | Iterable[str]
+) -> dict[str, nn.Module]:
+    include, exclude = _globs(include), _globs(exclude)
+    plain = {name: _plain_name(name) for name in linears}
+    return {n: m for n, m in linears.items() if _matches(plain[n], include) and not _matches(plain[n], exclude)}
+
+
+def _uses(model: nn.Module) -> Counter[int]:
+    """In how many places each parameter is, by its id."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
 
 
 def _check_globs(
