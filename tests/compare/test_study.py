@@ -261,6 +261,20 @@ def test_common_settings_of_another_study(written, tmp_path):
     assert (same.model, same.data, same.train) == (toy.model, toy.data, toy.train)
 
 
+def test_an_arm_may_have_a_sparsity_block_but_no_seed_of_its_own(tmp_path):
+    text = """
+seeds: [0, 1]
+common: {model: {n_layer: 2, d_model: 32, n_head: 4, sequence_length: 16}, data: {test_fraction: 0.1}}
+arms: {theirs: {sparsity: {sparsity: 0.8}, phases: [{steps: 2}, {steps: 2}]}}
+"""
+    (tmp_path / "theirs.yaml").write_text(text)
+    config = definition.load(tmp_path / "theirs.yaml").arms["theirs"].configure({}, 1)
+    assert [phase.sparsity for phase in config.phases] == [0.8, 0.0] and config.seed == 1
+    (tmp_path / "theirs.yaml").write_text(text.replace("{sparsity: 0.8}", "{sparsity: 0.8, seed: 7}"))
+    with pytest.raises(UserError, match=r"arm 'theirs': the seed is the study's to set, also that of a sparsity block"):
+        definition.load(tmp_path / "theirs.yaml")
+
+
 def test_results_that_ship_are_shown_without_running(vspdf, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for path in loading.shipped("studies"):

@@ -39,7 +39,7 @@ def check(config: ResolvedConfig, resume: bool) -> ResolvedConfig:
     run = Run(Path(config.run_dir))
     if run.begun and not resume:
         raise UserError(
-            f"run_dir '{run.folder}' already holds a run: --resume goes on with it, run_dir=... starts another."
+            f"run_dir '{run.folder}' already holds a run: `resume` goes on with it, run_dir=... starts another."
         )
     if not resume:
         return config
