@@ -75,11 +75,11 @@ def backends() -> dict[str, str]:
 
 
 def tuning() -> list[str]:
-    """What `auto` has measured on this machine and chose from it, a line each."""
+    """Tells what `auto` has measured on this machine and chose from it, a line each."""
     return describe_table()
 
 
-def device(name: str, key: str = "--device") -> torch.device:
+def device(name: str, key: str = "`device`") -> torch.device:
     """The device of that name; `key` is the setting that named it.
 
     Raises

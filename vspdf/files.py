@@ -126,7 +126,7 @@ def flush(path: Path) -> None:
 
 
 def parse_json(text: str, what: str) -> Any:
-    """What a JSON text holds; `what` names it.
+    """Reads what a JSON text holds; `what` names it.
 
     Raises
     ------
@@ -149,7 +149,7 @@ def parse_json(text: str, what: str) -> Any:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Content of a JSON file that holds a mapping.
+    """Reads a JSON file that holds a mapping.
 
     Raises
     ------

@@ -15,7 +15,10 @@ from vspdf.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Shape:
-    """What FLOPs depend on. Multiply-adds per token: ``linear``, ``attention`` (QKᵀ and AV, full), ``vocabulary``."""
+    """The sizes of a GPT that FLOPs depend on.
+
+    Multiply-adds per token: ``linear``, ``attention`` (QKᵀ and AV, full), ``vocabulary``.
+    """
 
     n_layer: int
     d_model: int
@@ -45,6 +48,13 @@ class Shape:
         return self.n_layer * block + (self.vocab_size + self.sequence_length) * d + 2 * d
 
 
+def linear_layers(n_layer: int, d_model: int, d_ff: int) -> dict[str, int]:
+    """The layers of a GPT that can be sparse, by name, and how many weights each has (`Shape.linear` is their sum)."""
+    square, wide = d_model * d_model, d_model * d_ff
+    block = {"attn.c_attn": 3 * square, "attn.c_proj": square, "mlp.c_fc": wide, "mlp.c_proj": wide}
+    return {f"h.{i}.{name}": weights for i in range(n_layer) for name, weights in block.items()}
+
+
 def _gpt(
     n_layer: int, d_model: int, n_head: int, d_ff: int, vocab_size: int = 50257, sequence_length: int = 2048
 ) -> Shape:
@@ -67,7 +77,7 @@ MODELS: dict[str, Shape] = {
 }
 
 
-def model_shape(name: str) -> Shape:
+def named_shape(name: str) -> Shape:
     """Shape of a named model.
 
     Raises

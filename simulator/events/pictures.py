@@ -45,7 +45,7 @@ def check_paths(trace: Path | None, plot: Path | None) -> None:
         if not path.parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.parent}.")
     if plot is not None and plot.suffix != ".html" and find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib: pip install 'vspdf[plot]'; a page (.html) does not.")
+        raise UserError("`plot` needs matplotlib: pip install 'vspdf[plot]'; a page (.html) does not.")
 
 
 # -- trace -------------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def _mixed(covered: Sequence[np.ndarray], kinds: Sequence[int]) -> np.ndarray:
 
 
 def shown_cycles(region: Region) -> int:
-    """How far the time line goes: to the end, or as far as events were noted."""
+    """The last cycle on the time line: to the end, or as far as events were noted."""
     events = region.trace_events()
     return max(1, region.cycles if len(events) < MOST_EVENTS else int(events[-1, 1]))
 

@@ -10,7 +10,8 @@ from vspdf.config import loading
 from vspdf.config.settings import ModelConfig
 from vspdf.data.text import prepare
 from vspdf.errors import UserError
-from vspdf.interop import cerebras, checkpoints, load_config
+from vspdf.interop import checkpoints, load_config
+from vspdf.interop.cerebras_sparsity import sparsity
 from vspdf.pattern import kept_count
 from vspdf.sparsity.layer import sparse_layers
 
@@ -208,7 +209,7 @@ BLOCKS = {
 
 @pytest.mark.parametrize("block, expected", BLOCKS.values(), ids=BLOCKS)
 def test_every_form_of_the_block(block, expected):
-    found = cerebras.sparsity(block, 2, "x.yaml")
+    found = sparsity(block, 2, "x.yaml")
     if block is not None:
         expected = {"init_method": "random", "count": "truncate"} | expected
     assert found == expected
@@ -238,7 +239,7 @@ NOT_OFFERED = {
 @pytest.mark.parametrize("block, message", NOT_OFFERED.values(), ids=NOT_OFFERED)
 def test_blocks_that_cannot_be_kept_are_refused_with_the_reason(block, message):
     with pytest.raises(UserError, match=message):
-        cerebras.sparsity(block, 2, "x.yaml")
+        sparsity(block, 2, "x.yaml")
 
 
 def test_a_block_beside_our_own_settings(tiny):

@@ -10,7 +10,7 @@ import typer
 from rich.logging import RichHandler
 
 from vspdf.cli import bench, plan, programs, runs, simulate, tasks, train
-from vspdf.cli.console import err
+from vspdf.cli.console import Verb, err
 from vspdf.errors import BackendUnavailable, Interrupted, UserError, did_you_mean
 
 app = typer.Typer(
@@ -60,21 +60,21 @@ def _usage_error(error: Any) -> str:
     return " ".join((message[:1].lower() + message[1:]).split())
 
 
+for program in programs.PROGRAMS:
+    simulate.simulate.command(cls=Verb)(program)
 for verb in (
     train.train,
     tasks.evaluate,
     runs.report,
-    runs.convert,
-    plan.plan,
     train.finetune,
     tasks.generate,
     tasks.bleu,
+    runs.compare,
+    programs.validate,
+    runs.convert,
+    plan.plan,
+    runs.info,
 ):
-    app.command(name="eval" if verb is tasks.evaluate else None)(verb)
-for program in programs.PROGRAMS:
-    simulate.simulate.command()(program)
+    app.command(name="eval" if verb is tasks.evaluate else None, cls=Verb)(verb)
 app.add_typer(simulate.simulate, name="simulate")
-app.command()(runs.compare)
 app.add_typer(bench.bench, name="bench")
-app.command()(programs.validate)
-app.command()(runs.info)

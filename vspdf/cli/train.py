@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from vspdf.cli import simulate
-from vspdf.cli.console import Json, _say, emit, err, out
+from vspdf.cli.console import Json, emit, err, out, say, tell
 from vspdf.draw import words
 from vspdf.errors import UserError
 from vspdf.kernels.hardware import keep_freed_memory
@@ -39,7 +39,7 @@ def train(
     keep_freed_memory()
     settings = load_config(config, overrides or [])
     err.print(loading.to_yaml(settings).rstrip(), style="dim", markup=False, highlight=False)
-    run(settings, resume=resume, say=_say, on_evaluation=_draw)
+    run(settings, resume=resume, say=say, on_evaluation=_draw)
     summary = Run(Path(settings.run_dir)).summary
     if as_json:
         emit(summary)
@@ -58,7 +58,7 @@ def _draw(folder: Path) -> None:
         try:
             cs2.compare(folder)
         except UserError as error:
-            _say(f"no CS-2 estimate: {error}")
+            say(f"no CS-2 estimate: {error}")
     refresh(folder)
 
 
@@ -132,7 +132,7 @@ def finetune(
     model = configuration.ModelConfig(**asdict(shape), activation=activation)
     settings = load_config(config, overrides or [], start=(start, model))
     err.print(loading.to_yaml(settings).rstrip(), style="dim", markup=False, highlight=False)
-    train(settings, resume=resume, say=_say, on_evaluation=_draw)
+    train(settings, resume=resume, say=say, on_evaluation=_draw)
     summary = Run(Path(settings.run_dir)).summary
     if as_json:
         emit(summary)
@@ -144,5 +144,4 @@ def finetune(
         f"held-out completions: {last['val_loss']:.4f} nats/token, {last['val_bits_per_byte']:.4f} bits/byte",
         f"Everything is in {settings.run_dir}/. Texts: vspdf generate {settings.run_dir} --input FILE --output FILE",
     ]
-    for line in lines:
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    tell(*lines)

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from vspdf.config import loading, resolve
-from vspdf.config.resolved import ResolvedConfig
-from vspdf.data import pairs
-from vspdf.data.text import Dataset, prepare
+from vspdf.config.resolved import ResolvedConfig, ResolvedTask
+from vspdf.data import pairs, source
+from vspdf.data.text import prepare
 from vspdf.errors import Diverged, Interrupted, UserError
-from vspdf.evaluate.answers import _scored
+from vspdf.evaluate import answers
+from vspdf.evaluate.generate import Decoding
 from vspdf.evaluate.loss import evaluate
 from vspdf.interop import checkpoints, hugging_face
 from vspdf.interop.checkpoints import Loaded
@@ -69,21 +70,27 @@ def _work(config: ResolvedConfig, order: dict[str, Any]) -> None:
                 result["load_average"] = os.getloadavg()[0]
             loaded = checkpoints.load(folder, config.train.backend)
         model = loaded.model.to(device(config.train.device, "train.device"))
-        data: Dataset | pairs.Pairs
-        if config.task and loaded.tokenizer:
-            data = pairs.prepare(config.task, config.seed, loaded.tokenizer)
-        else:
-            data = prepare(config.data, config.model.sequence_length, config.seed)
+        data = source.prepare(config, loaded.tokenizer)
         for part, text in {"val": data, **({"test": data.for_test()} if order["test"] else {})}.items():
             if f"{part}_loss" in result:  # of a trial that is now a result
                 continue
             found = evaluate(model, text, config.train.micro_batch_size, precision=config.train.precision)
             result[f"{part}_loss"], result[f"{part}_bits_per_byte"] = found
         if config.task and order["test"]:
-            result |= _scored(loaded, config.task, order["task"], folder)
+            result |= _answered(loaded, config.task, order["task"], folder)
     except Diverged as error:
         result = {"diverged": str(error)}
     Writer(folder).evaluation(result)
+
+
+def _answered(loaded: Loaded, data: ResolvedTask, task: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Answers the test part of a task, keeps the answers, and scores them."""
+    assert loaded.tokenizer is not None
+    examples = pairs.parts(data)["test"]
+    prompts = answers.Prompts([example.context for example in examples], answering=True)
+    lines = answers.answer(loaded.model, loaded.tokenizer, prompts, Decoding(**task["decoding"])).lines
+    Writer(folder).answers(lines)
+    return answers.scored(lines, examples, task["protocol"])
 
 
 def _drawn(config: ResolvedConfig, folder: Path) -> Loaded:

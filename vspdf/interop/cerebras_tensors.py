@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vspdf.errors import UserError
-from vspdf.interop.cerebras import ROLES
+from vspdf.interop.cerebras_sparsity import ROLES
 from vspdf.interop.masks import MASK
 
 _LAYERS = "transformer_decoder.layers."

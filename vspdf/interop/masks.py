@@ -57,7 +57,7 @@ class Renamed(NamedTuple):
 
 
 def canonical(tensors: Mapping[str, Tensor], where: str = "the checkpoint") -> Renamed:
-    """Whatever way masks are stored, one: ``NAME_mask`` beside NAME, of its shape; sparse tensors become that too.
+    """Brings masks into one form, ``NAME_mask`` beside NAME and of its shape; sparse tensors too.
 
     Names lose what torch.compile and the wrappers of several devices put into them.
 
@@ -249,7 +249,7 @@ def _finalize(tensors: Mapping[str, Tensor], where: str) -> Finalized:
 
 
 def finalize_tree(tree: Any, where: str = "the checkpoint") -> tuple[Any, dict[str, Tensor]]:
-    """As `finalize`, for nested dicts and lists; returns the same nesting, and masks by dotted name."""
+    """Does what `finalize` does to nested dicts and lists; returns the same nesting, and masks by dotted name."""
     renamed = canonical(flatten(tree), where)
     clean, masks = _finalize(renamed.tensors, where)
     return _rebuild(tree, clean, renamed.names, ""), masks

@@ -33,7 +33,7 @@ LR_MULTIPLE = 3.0  # of both its stages: 3.6e-4 against the dense run's 1.2e-4
 
 
 @dataclass(frozen=True)
-class Stage:
+class PlannedPhase:
     """A phase, or the dense run. `state_bytes` is the whole model's, as the function of that name counts it."""
 
     name: str
@@ -57,9 +57,9 @@ class Plan:
     shape: Shape
     convention: str
     causal: bool
-    dense: Stage
+    dense: PlannedPhase
     baseline: str  # which dense run that is
-    phases: list[Stage]
+    phases: list[PlannedPhase]
     config: ResolvedConfig
     calibration: Calibration | None
     notes: list[str]
@@ -226,7 +226,7 @@ def plan(
     shape, settings = source.shape, source.settings
     own = bool(source.phases) and sparsity is effective is phases is save is memory is hours is None
     if batch_size and source.phases:
-        raise UserError(f"the batch size of {model} is in that file (train.batch_size): --batch-size is for models.")
+        raise UserError(f"the batch size of {model} is in that file (train.batch_size): `batch_size` is for models.")
     planned = sum(n for _, n in phases) if phases else None
     dense_steps, baseline = _dense_run(source, shape, steps, batch_size, planned)
     step_tokens = settings.train.batch_size * shape.sequence_length
@@ -247,24 +247,22 @@ def plan(
         settings.phases = [PhaseConfig(sparsity=s, steps=n, lr_multiple=multiple) for s, n in stages if n]
     config = resolve.resolve(settings)
     if time:
-        run.measure([
-            schedule.mean_sparsity(config.model, p, s.sparsity) for p in config.phases for s in schedule.stages(p)
-        ])  # fmt: skip
+        run.measure([sparsity for sparsity, _ in resolve.amounts(config)])
 
-    def stage(name: str, s: float, steps: int, tokens: int) -> Stage:
+    def stage(name: str, s: float, steps: int, tokens: int) -> PlannedPhase:
         flops = ledger.training_flops(shape, [(s, tokens)], convention=convention, causal=causal)
         seconds = run.calibration.step_seconds(shape, s, tokens // steps) if run.calibration else None
-        return Stage(name, s, steps, tokens, flops, state_bytes(shape, s), seconds)
+        return PlannedPhase(name, s, steps, tokens, flops, state_bytes(shape, s), seconds)
 
     return Plan(
         source.name, shape, convention, causal,
         stage("dense run", 0.0, dense_steps, dense_steps * step_tokens), baseline,
         [
-            stage(f"{p.name} {s.sparsity:.4g}" if len(schedule.stages(p)) > 1 else p.name,
-                  schedule.mean_sparsity(config.model, p, s.sparsity),
+            stage(f"{p.name} {s.sparsity:.4g}" if len(p.stages()) > 1 else p.name,
+                  p.mean(resolve.linear_layers(config.model), s.sparsity),
                   s.steps, s.steps * p.tokens // p.steps)
             for p in config.phases
-            for s in schedule.stages(p)
+            for s in p.stages()
         ],
         config, run.calibration, run.notes,
     )  # fmt: skip

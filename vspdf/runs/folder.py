@@ -33,6 +33,7 @@ SUMMARY = "summary.json"  # once the run is finished
 REPORT = "report.html"
 TENSORBOARD = "tensorboard"
 EVALUATION = "evaluation.json"  # of a study's run: losses on all of the held-out text, or why it diverged
+ANSWERS = "answers.txt"  # of a study's fine-tuning, to the test part of its task: a line each
 START = "start"  # of a study's run that is not trained: its initial weights, as a Hugging Face folder
 
 
@@ -167,16 +168,12 @@ class Run:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """What the run did, from its end; empty before that."""
-        body = _json(self.folder / SUMMARY) if self.finished else {}
-        if self.finished and "phases" not in body:
-            raise UserError(f"{self.folder / SUMMARY} cannot be read: it has no 'phases'.")
-        return body
+        return _json(self.folder / SUMMARY, needed=False, key="phases")
 
     @property
     def evaluation(self) -> dict[str, Any]:
         """Of a study's run, losses on all of the held-out text, or why it diverged; empty where not known yet."""
-        path = self.folder / EVALUATION
-        return _json(path) if path.exists() else {}
+        return _json(self.folder / EVALUATION, needed=False)
 
     def masks(self, phase: int) -> Masks:
         """Masks by layer at the start of a phase; none where it was dense, or where an older run did not keep them."""
@@ -268,13 +265,16 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, *, needed: bool = True, key: str | None = None) -> dict[str, Any]:
+    """What a file holds, with a `key` that it must have; empty where it is missing and not `needed`."""
     try:
         body = json.loads(path.read_text())
     except FileNotFoundError:
+        if not needed:
+            return {}
         raise UserError(f"{path} is missing: the run directory is not whole.") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(body, dict):
-        raise UserError(f"{path} cannot be read: expected a JSON object.")
+    if not isinstance(body, dict) or (key and key not in body):
+        raise UserError(f"{path} cannot be read: expected a JSON object{f' with {key!r}' if key else ''}.")
     return body
