@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from vspdf.errors import UserError, did_you_mean
-from vspdf.plan import cs2
 from vspdf.simulator import machine as machines
 from vspdf.simulator.aggregate import programs as aggregate_programs
 from vspdf.simulator.events import fabric, pictures, programs
@@ -227,40 +226,22 @@ def reduce(machine: Machine, pes: int, elements: int, group: int | str = "star",
 PROGRAMS: dict[str, Callable[..., Work]] = {"spmm": spmm, "gemm": gemm, "gemv": gemv, "reduce": reduce}
 
 
-ESTIMATES: dict[str, Callable[..., dict[str, Any]]] = {
-    "layer": cs2.layer_by_request,
-    "step": cs2.step_by_request,
-}
+def check_level(level: str) -> None:
+    """That a level of simulation is one there is.
+
+    Raises
+    ------
+    UserError
+        If it is not.
+    """
+    _choice("--level", level, LEVELS)
 
 
 def simulate(
     program: str, *, machine: str | Path | Machine = "cs2", settings: Iterable[str] | Mapping[str, Any] = (),
     level: str = "auto", trace: str | Path | None = None, plot: str | Path | None = None, **arguments: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Runs a program on a simulated wafer and returns its figures.
-
-    Parameters
-    ----------
-    program : {"spmm", "gemm", "gemv", "reduce", "layer", "step"}
-        Its arguments are those of `vspdf simulate PROGRAM` with underscores, e.g.
-        ``simulate("reduce", pes=512, elements=4096, group=32)``; of a layer ``in_features`` and ``out_features``.
-    machine : str or path
-        A machine by name, or a YAML file of one's own.
-    settings : list of "key=value", or mapping
-        Machine parameters to change.
-    level : {"auto", "event", "aggregate"}
-        "event" moves every wavelet and computes every value; "aggregate" is the closed form of the same program.
-        "auto" takes the event level where it ends within seconds.
-    trace : path, optional
-        Write a Chrome (Perfetto) trace here; takes the event level.
-    plot : path, optional
-        Draw heat maps per PE and a time line here (.html, .png); takes the event level. Of a layer at the aggregate
-        level: speed-up over sparsity (.png).
-
-    Returns
-    -------
-    dict
-        Cycles and what else the program reports, ``seconds`` at both clocks, ``level`` and ``why``.
+    """Runs one of `PROGRAMS` on a simulated wafer and returns its figures; parameters as `vspdf.simulate` has them.
 
     Raises
     ------
@@ -268,18 +249,9 @@ def simulate(
         For an unknown program, machine, parameter or argument, and for what does not fit the machine.
     """
     chosen = machines.load(machine, settings)
-    if program not in PROGRAMS and program not in ESTIMATES:
-        raise UserError(f"unknown program '{program}'.{did_you_mean(program, [*PROGRAMS, *ESTIMATES])}")
-    _choice("--level", level, LEVELS)
-    if program in ESTIMATES:
-        if trace is not None or (plot is not None and program == "step"):
-            raise UserError(f"a {program} is not drawn so: leave trace{' and plot' if program == 'step' else ''} away.")
-        if plot is not None:
-            arguments["plot"] = Path(plot)
-        try:
-            return ESTIMATES[program](chosen, level="aggregate" if level == "auto" else level, **arguments)
-        except TypeError as error:
-            raise UserError(f"simulate('{program}'): {str(error).split('()', 1)[-1].strip()}.") from None
+    if program not in PROGRAMS:
+        raise UserError(f"unknown program '{program}'.{did_you_mean(program, PROGRAMS)}")
+    check_level(level)
     to_trace, to_plot = (None if path is None else Path(path) for path in (trace, plot))
     pictures.check_paths(to_trace, to_plot)
     drawn = trace is not None or plot is not None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vspdf.kernels.ops import sparse_linear as sparse_linear
     from vspdf.ledger import training_flops as training_flops
     from vspdf.pattern import Pattern as Pattern
-    from vspdf.simulator.simulate import simulate as simulate
+    from vspdf.plan.cs2 import simulate as simulate
     from vspdf.sparsity.layer import SparseLinear as SparseLinear
     from vspdf.sparsity.layer import explain as explain
     from vspdf.sparsity.phases import Phases as Phases
@@ -34,7 +34,7 @@ _HOMES = {
     "densify": "vspdf.sparsity.surgery",
     "explain": "vspdf.sparsity.layer",
     "set_sparsity": "vspdf.sparsity.surgery",
-    "simulate": "vspdf.simulator.simulate",
+    "simulate": "vspdf.plan.cs2",
     "sparse_linear": "vspdf.kernels.ops",
     "sparsify": "vspdf.sparsity.surgery",
     "training_flops": "vspdf.ledger",

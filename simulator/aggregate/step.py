@@ -9,7 +9,7 @@ dense and sparse apart.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, abc
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,8 +80,8 @@ class Model:
         return cls(shape, layers, batch, systems)
 
     @classmethod
-    def of_patterns(cls, shape: Shape, patterns: dict[str, np.ndarray], batch: int, systems: int = 1) -> Model:
-        """Real positions, {layer: bool [out_features, in_features]}; matrices without a pattern are dense."""
+    def of_patterns(cls, shape: Shape, patterns: abc.Mapping[str, np.ndarray], batch: int, systems: int = 1) -> Model:
+        """Real positions, bool [out_features, in_features] by layer; matrices without a pattern are dense."""
         left, layers = Counter(matrices(shape)), []
         for mask in patterns.values():
             layers.append((Weights(mask.shape[0], mask.shape[1], float(mask.mean()), mask), 1))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from vspdf.config import loading
 from vspdf.draw import svg
 from vspdf.errors import UserError
+from vspdf.plan import cs2
 from vspdf.report import comparison, run_page
 from vspdf.runs import folder as runs_folder
 from vspdf.simulator import machine
@@ -35,6 +36,7 @@ def runs(tmp_path_factory, tiny_config):
 
     def run(name, *overrides):
         train(loading.load(path, [f"run_dir={folder}/{name}", "train.eval_every=3", *overrides]))
+        cs2.compare(folder / name)
 
     for seed in (0, 1):
         run(f"sparse-{seed}", SWITCH, "name=variable", f"seed={seed}", "train.measure_dense=2", "train.sample_tokens=8")

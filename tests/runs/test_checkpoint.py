@@ -35,26 +35,26 @@ def trained():
 
 @pytest.fixture
 def saved(tmp_path):
-    """A folder with checkpoints of steps 1 and 2, and what was saved."""
+    """A run's folder of checkpoints, of steps 1 and 2, and what was saved."""
     made, optimizer = trained()
     for step in (1, 2):
         checkpoint.save(tmp_path, step, made, optimizer, {"note": "héllo", "loss": 0.1})
-    return tmp_path, made, optimizer
+    return tmp_path / "checkpoints", made, optimizer
 
 
 def test_what_is_read_is_what_was_written(saved):
     folder, made, optimizer = saved
-    state, tensors, optimizer_tensors = checkpoint.read(folder / "step-00000002")
-    assert (state["step"], state["note"], state["loss"]) == (2, "héllo", 0.1)
+    stored = checkpoint.read(folder / "step-00000002")
+    assert (stored.state["step"], stored.state["note"], stored.state["loss"]) == (2, "héllo", 0.1)
     dense = nn.Sequential(nn.Linear(12, 30), nn.LayerNorm(30), nn.Linear(30, 12))
-    patterns = checkpoint.stored_patterns(tensors, dense)
-    assert patterns == {name: layer.pattern for name, layer in sparse_layers(made).items()}
-    vspdf.sparsify(dense, patterns)
-    checkpoint.load_model_tensors(dense, tensors)
+    stored.restore(dense)
+    assert [layer.pattern for layer in sparse_layers(dense).values()] == [
+        layer.pattern for layer in sparse_layers(made).values()
+    ]
     for (name, a), (other, b) in zip(made.state_dict().items(), dense.state_dict().items(), strict=True):
         assert name == other and torch.equal(a, b)
     restored = torch.optim.AdamW(dense.parameters(), fused=True)
-    checkpoint.load_optimizer_tensors(dense, restored, optimizer_tensors)
+    stored.restore_optimizer(dense, restored)
     x = torch.randn(4, 12)
     for one, its in ((made, optimizer), (dense, restored)):
         one.zero_grad()
@@ -66,21 +66,32 @@ def test_what_is_read_is_what_was_written(saved):
 
 def test_a_checkpoint_holds_values_patterns_and_moments_alone(saved):
     folder, made, _ = saved
-    _, tensors, optimizer_tensors = checkpoint.read(folder / "step-00000002")
-    assert set(tensors) == {"0.values", "0.bias", "0.pattern", "1.weight", "1.bias", "2.values", "2.bias", "2.pattern"}
+    stored = checkpoint.read(folder / "step-00000002")
+    assert set(stored.tensors) == {
+        "0.values", "0.bias", "0.pattern", "1.weight", "1.bias", "2.values", "2.bias", "2.pattern",
+    }  # fmt: skip
     nnz = made[0].pattern.nnz
-    assert tensors["0.values"].shape == optimizer_tensors["0.values:exp_avg"].shape == (nnz,)
-    assert tensors["0.pattern"].dtype == torch.uint8 and tensors["0.pattern"].numel() == 45
+    assert stored.tensors["0.values"].shape == stored.moments["0.values:exp_avg"].shape == (nnz,)
+    assert stored.tensors["0.pattern"].dtype == torch.uint8 and stored.tensors["0.pattern"].numel() == 45
+    assert stored.revived == {}
+
+
+def test_patterns_before_a_switch_stand_beside_the_moments(tmp_path):
+    made, optimizer = trained()
+    before = {name: layer.pattern for name, layer in sparse_layers(made).items()}
+    checkpoint.save(tmp_path, 1, made, optimizer, {}, before)
+    stored = checkpoint.read(tmp_path)
+    assert stored.before_switch(made) == before and not any("revived" in name for name in stored.moments)
 
 
 def test_the_latest_is_found_and_old_ones_go(saved):
     folder, made, optimizer = saved
     for step in (10, 9):
-        checkpoint.save(folder, step, made, optimizer, {})
+        checkpoint.save(folder.parent, step, made, optimizer, {})
     (folder / ".draft-00000011").mkdir()
-    assert checkpoint.resolve(folder).name == "step-00000010"
+    assert checkpoint.resolve(folder).name == checkpoint.resolve(folder.parent).name == "step-00000010"
     assert checkpoint.resolve(folder / "step-00000001").name == "step-00000001"
-    checkpoint.prune(folder, 2)
+    checkpoint.prune(folder.parent, 2)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000009", "step-00000010"]
 
 
@@ -151,7 +162,7 @@ from vspdf.errors import UserError
 made, optimizer = trained()
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
 try:
-    checkpoint.save(Path(sys.argv[1]), 3, made, optimizer, {})
+    checkpoint.save(Path(sys.argv[1]).parent, 3, made, optimizer, {})
 except UserError as error:
     print(error)
 """
@@ -184,11 +195,11 @@ def test_a_full_disk_is_called_one(saved, monkeypatch, error):
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match=r"step 3 was not written .*: no space left on the disk; earlier ones are kept"):
-        checkpoint.save(folder, 3, made, optimizer, {})
+        checkpoint.save(folder.parent, 3, made, optimizer, {})
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 def test_the_same_step_again_replaces_it(saved):
     folder, made, optimizer = saved
-    checkpoint.save(folder, 2, made, optimizer, {"note": "again"})
-    assert checkpoint.read(folder / "step-00000002")[0]["note"] == "again"
+    checkpoint.save(folder.parent, 2, made, optimizer, {"note": "again"})
+    assert checkpoint.read(folder / "step-00000002").state["note"] == "again"

@@ -9,7 +9,7 @@ import pytest
 
 from vspdf.errors import UserError
 from vspdf.ledger import flops_per_token
-from vspdf.runs.masks import read_run
+from vspdf.runs.folder import Run
 from vspdf.shapes import MODELS, Shape, model_shape
 from vspdf.simulator import machine as machines
 from vspdf.simulator.aggregate import estimates, layer, step
@@ -143,7 +143,9 @@ def test_matrices_without_a_mask_are_dense():
 
 def write_run(folder, patterns, **changes):
     folder.mkdir()
-    (folder / "config.yaml").write_text("name: run\n")
+    sizes = ("n_layer", "d_model", "n_head", "d_ff", "vocab_size", "sequence_length")
+    config = {"model": {key: getattr(TINY, key) for key in sizes}, "phases": [{"sparsity": 0.9, "steps": 10}]}
+    (folder / "config.yaml").write_text(json.dumps(config))
     phase = {
         "name": "sparse", "sparsity": 0.9, "steps": 10, "tokens": 10 * 8 * 128,
         "speedup": {"median": 2.0, "low": 1.9, "high": 2.1},
@@ -164,9 +166,9 @@ def write_run(folder, patterns, **changes):
 def test_a_runs_masks_and_measured_times_side_by_side(vspdf, tmp_path):
     patterns = masks(TINY, 0.1)
     folder = write_run(tmp_path / "run", patterns)
-    run = read_run(folder)
-    assert run.shape == TINY and run.batch(run.first) == 8
-    assert all(np.array_equal(run.patterns[name], mask) for name, mask in patterns.items())
+    run = Run(folder)
+    assert run.shape == TINY and run.masks(0).keys() == patterns.keys()
+    assert all(np.array_equal(run.masks(0)[name], mask) for name, mask in patterns.items())
     status, out, err = vspdf("simulate", "step", "--run", folder, "--json")
     assert status == 0, err
     result = json.loads(out)
@@ -194,7 +196,7 @@ def test_train_compares_what_it_measured_with_the_wafer(vspdf, tiny, tmp_path):
     page = (tmp_path / "run" / "report.html").read_text()
     assert "CS-2, simulated, these masks" in page and "CS-2, simulated, masks by chance" not in page
     assert f"{sparse['cs2']['central']:.2f}x" in page
-    first, second, *_ = read_run(tmp_path / "run").masks
+    first, second = (Run(tmp_path / "run").masks(phase) for phase in (0, 1))
     assert first.keys() == second.keys()
     for name, mask in second.items():
         assert mask.mean() == pytest.approx(1 - half["sparsity"], abs=0.01)

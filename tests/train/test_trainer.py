@@ -22,6 +22,7 @@ from vspdf.ledger import CONVENTIONS
 from vspdf.model import GPT
 from vspdf.pattern import Pattern, kept_count
 from vspdf.runs import checkpoint
+from vspdf.runs.folder import Run
 from vspdf.runs.record import PhaseRecord
 from vspdf.sparsity.layer import sparse_layers
 from vspdf.train.trainer import train
@@ -308,6 +309,7 @@ KILLED = """
 import os, signal, sys
 from vspdf import config
 from vspdf.runs import checkpoint
+from vspdf.runs.folder import Run
 from vspdf.train import train
 
 path, step, where, *overrides = sys.argv[1:]
@@ -357,7 +359,7 @@ def uninterrupted(tmp_path_factory, tiny_config):
 def test_killed_and_resumed_equals_uninterrupted_to_the_last_bit(tiny, tmp_path, uninterrupted, step, where, last):
     kill(tiny, step, where, *RESUMABLE)
     folder = tmp_path / "run" / "checkpoints"
-    assert [path.name for path in checkpoint.checkpoints(folder)][-1:] == ([f"step-{last:08d}"] if last else [])
+    assert [path.name for path in Run(folder.parent).checkpoints][-1:] == ([f"step-{last:08d}"] if last else [])
     drafts = list(folder.glob(".draft-*"))
     assert len(drafts) == (where == "write")
     summary, lines = run(tiny, *RESUMABLE, resume=True)
@@ -368,7 +370,7 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_last_bit(tiny, tmp_path,
     for found, exact in zip(saved(tmp_path / "run", 28), tensors, strict=True):
         assert found.keys() == exact.keys()
         assert all(torch.equal(found[name], exact[name]) for name in exact)
-    assert not list(folder.glob(".draft-*")) and len(checkpoint.checkpoints(folder)) == 2
+    assert not list(folder.glob(".draft-*")) and len(Run(folder.parent).checkpoints) == 2
 
 
 def test_killed_twice(tiny, tmp_path, uninterrupted):
@@ -471,11 +473,11 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(started, number):
     process.send_signal(number)
     process.wait(timeout=60)
     err = errors.read_text()
-    (path,) = checkpoint.checkpoints(folder / "checkpoints")
+    (path,) = Run(folder).checkpoints
     step = int(path.name.removeprefix("step-"))
     assert process.returncode == 130
     assert f"stopped after step {step}; a checkpoint was written: --resume goes on." in err.splitlines()[-1]
-    assert "Traceback" not in err and checkpoint.read(path)[0]["step"] == step == metrics(folder)[-1]["step"]
+    assert "Traceback" not in err and checkpoint.read(path).state["step"] == step == metrics(folder)[-1]["step"]
 
 
 def test_kill_9_from_outside_leaves_a_run_that_goes_on(started, tiny):
@@ -575,9 +577,9 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(tiny,
         run(tiny, "optimizer.lr=1e18", "train.checkpoint_every=1", f"optimizer.clip={clip}")
     step = int(str(caught.value).split("of step ")[1].split()[0])
     assert f"the checkpoint of step {step - 1} is intact" in str(caught.value)
-    state, tensors, _ = checkpoint.read(checkpoint.resolve(tmp_path / "run"))
-    assert state["step"] == step - 1
-    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    stored = checkpoint.read(tmp_path / "run")
+    assert stored.state["step"] == step - 1
+    assert all(torch.isfinite(tensor).all() for tensor in stored.tensors.values())
 
 
 def test_a_gradient_that_is_no_number_reaches_no_weight(tiny, tmp_path, monkeypatch):
@@ -594,5 +596,5 @@ def test_a_gradient_that_is_no_number_reaches_no_weight(tiny, tmp_path, monkeypa
     monkeypatch.setattr(GPT, "forward", poisoned)
     with pytest.raises(UserError, match=r"the gradient norm of step 3 is nan: .* checkpoint of step 2 is intact"):
         run(tiny, "train.checkpoint_every=1")
-    _, tensors, optimizer = checkpoint.read(checkpoint.resolve(tmp_path / "run"))
-    assert all(torch.isfinite(t).all() for t in (*tensors.values(), *optimizer.values()))
+    stored = checkpoint.read(tmp_path / "run")
+    assert all(torch.isfinite(t).all() for t in (*stored.tensors.values(), *stored.moments.values()))

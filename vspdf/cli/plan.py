@@ -123,10 +123,9 @@ def _print_plan(found: Plan) -> None:
 
 def _on_cs2(found: Plan) -> str:
     """The last line: simulated time, or why there is none."""
-    from vspdf.plan.cs2 import on_cs2
 
     try:
-        wafer = on_cs2(found)
+        wafer = found.on_cs2()
     except UserError as error:
         return f"Time on a CS-2: not known; {error}"
     seconds = wafer["seconds"]

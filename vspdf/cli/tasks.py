@@ -183,12 +183,12 @@ def evaluate(
 
 def _on_text(path: Path, loaded: Any, text: str, batch_size: int, body: dict[str, Any]) -> None:
     """Adds loss and bits per byte on `text`, or on what the run held out."""
-    from vspdf.config import loading
     from vspdf.data import pairs
     from vspdf.data.text import Dataset, Text, prepare
     from vspdf.evaluate.loss import evaluate as run
     from vspdf.interop import checkpoints
     from vspdf.runs import checkpoint
+    from vspdf.runs.folder import of_checkpoint
 
     window = loaded.model.shape.sequence_length
     if text:
@@ -196,11 +196,10 @@ def _on_text(path: Path, loaded: Any, text: str, batch_size: int, body: dict[str
         result = run(loaded.model, own, batch_size, progress=_Progress(own.source["tokens"], "tokens"))
         body |= {"text": own.source, "val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
         return
-    folder = checkpoint.resolve(path) if checkpoints.kind(path) == "checkpoint" else path
-    file = folder.parent.parent / "config.yaml"
-    if checkpoints.kind(path) != "checkpoint" or not file.is_file():
+    folder = checkpoint.resolve(path) if checkpoints.kind(path) == "checkpoint" else None
+    if folder is None or not of_checkpoint(folder).configured:
         raise UserError(f"'{path}' has no run with held-out text: give --text FILE, or --tasks.")
-    settings = loading.load(file)
+    settings = of_checkpoint(folder).config
     held: Dataset | pairs.Pairs
     progress = lambda done: None  # noqa: E731
     if settings.start:

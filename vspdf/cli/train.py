@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from rich.table import Table
 from vspdf.cli import simulate
 from vspdf.cli.console import Json, _say, emit, err, out
 from vspdf.draw import words
+from vspdf.errors import UserError
 from vspdf.kernels.hardware import keep_freed_memory
 
 
@@ -30,21 +32,33 @@ def train(
     `vspdf train my.yaml run_dir=runs/mine --resume`
     """
     from vspdf.config import loading
-    from vspdf.report.run_page import refresh
+    from vspdf.runs.folder import Run
     from vspdf.train.trainer import train as run
 
     keep_freed_memory()
     settings = loading.load(config, overrides or [])
     err.print(loading.to_yaml(settings).rstrip(), style="dim", markup=False, highlight=False)
-    summary = run(
-        settings, resume=resume, say=lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True),
-        on_evaluation=refresh,
-    )  # fmt: skip
+    run(settings, resume=resume, say=_say, on_evaluation=_draw)
+    summary = Run(Path(settings.run_dir or "")).summary
     if as_json:
         emit(summary)
     else:
         _print_summary(summary)
         out.print(f"\nEverything is in {settings.run_dir}/, drawn in report.html", highlight=False)
+
+
+def _draw(folder: Path) -> None:
+    """Refreshes the report, of a finished run with what a CS-2 would make of its masks."""
+    from vspdf.plan import cs2
+    from vspdf.report.run_page import refresh
+    from vspdf.runs.folder import Run
+
+    if Run(folder).finished:
+        try:
+            cs2.compare(folder)
+        except UserError as error:
+            _say(f"no CS-2 estimate: {error}")
+    refresh(folder)
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
@@ -109,7 +123,7 @@ def finetune(
     from vspdf.config import loading
     from vspdf.config import settings as configuration
     from vspdf.interop import checkpoints
-    from vspdf.report.run_page import refresh
+    from vspdf.runs.folder import Run
     from vspdf.train.trainer import train
 
     keep_freed_memory()
@@ -117,7 +131,8 @@ def finetune(
     model = configuration.ModelConfig(**asdict(shape), activation=activation)
     settings = loading.load(config, overrides or [], start=(start, model))
     err.print(loading.to_yaml(settings).rstrip(), style="dim", markup=False, highlight=False)
-    summary = train(settings, resume=resume, say=_say, on_evaluation=refresh)
+    train(settings, resume=resume, say=_say, on_evaluation=_draw)
+    summary = Run(Path(settings.run_dir or "")).summary
     if as_json:
         emit(summary)
         return

@@ -20,6 +20,7 @@ from vspdf.data.tasks import Example
 from vspdf.errors import UserError, did_you_mean
 from vspdf.evaluate.bleu import PROTOCOLS
 from vspdf.evaluate.generate import Decoding
+from vspdf.runs.folder import START
 
 KEYS = ("name", "about", "seeds", "tuning_seeds", "common", "arms", "pairs", "folder", "finetune", "tasks")
 # An arm that set one of these would not be the same study: the seed is the study's, the data are common to all arms.
@@ -96,7 +97,7 @@ class Arm:
     untrained: bool = False
     task: Task | None = None
     of: str = ""
-    begin: Callable[[int], Path] = field(default=lambda seed: Path("start"))
+    begin: Callable[[int], Path] = field(default=lambda seed: Path(START))
     model: ModelConfig = field(default_factory=ModelConfig)
 
     @property
@@ -180,7 +181,7 @@ class Study:
 
         def begin(seed: int) -> Path:
             folder = arm.folder(root, chosen, seed)
-            return folder / "start" if arm.untrained else folder
+            return folder / START if arm.untrained else folder
 
         where = f"{arm.where}, task '{task}'"
         model = arm.configure(chosen, self.seeds[0]).model

@@ -19,8 +19,8 @@ from vspdf.errors import UserError
 from vspdf.kernels import hardware
 from vspdf.report.comparison import Axis, at, curve, evaluated, paired, spread
 from vspdf.report.tables import LOSSES, main_axes
-from vspdf.runs import folder as runs_folder
-from vspdf.runs.folder import evaluation
+from vspdf.runs.folder import COLUMNS, Run
+
 
 # -- what finished runs say -------------------------------------------------------------------------------------------
 
@@ -86,7 +86,7 @@ def _arm(study: Study, root: Path, arm: Arm) -> dict[str, Any]:
     runs = []
     if state.chosen is not None:
         folders = [arm.folder(root, state.chosen, seed) for seed in study.seeds]
-        runs = [_run(folder) for folder in folders if {"test_loss", "diverged"} & evaluation(folder).keys()]
+        runs = [_run(folder) for folder in folders if {"test_loss", "diverged"} & Run(folder).evaluation.keys()]
     whole = [run for run in runs if run["test_loss"] is not None]
     return {
         "name": arm.name,
@@ -110,9 +110,8 @@ def _finite(losses: Sequence[float | None]) -> list[float | None]:
 
 def _run(folder: Path) -> dict[str, Any]:
     """A finished run. Its curve is what was logged while it trained, on `train.eval_tokens` of the validation text."""
-    known = evaluation(folder)
-    (run,) = runs_folder.read([folder])
-    shape = resolve.model_shape(run.config.model)
+    run = Run(folder)
+    known, shape = run.evaluation, run.shape
     points = []
     for point in evaluated(curve(run)):
         stages = _stages_until(run.config, point["tokens"])
@@ -163,11 +162,10 @@ def _task(study: Study, root: Path, name: str) -> dict[str, Any]:
             fine = study.fine_tuning(arm, name, root, chosen)
             state = tuned(study, root, fine)
             for seed in study.seeds if state.chosen is not None else ():
-                folder = fine.folder(root, state.chosen or {}, seed)
-                if {"bleu", "diverged"} & (known := evaluation(folder)).keys():
-                    manifest = json.loads((folder / "manifest.json").read_text())
-                    runs.append({"seed": seed, **_fine_tuned(folder, known), "order": manifest["order"]})
-                    sizes = {key: manifest[key] for key in ("corpus", "samples", "train", "validation", "test")}
+                run = Run(fine.folder(root, state.chosen or {}, seed))
+                if {"bleu", "diverged"} & (known := run.evaluation).keys():
+                    runs.append({"seed": seed, **_fine_tuned(run, known), "order": run.manifest["order"]})
+                    sizes = {key: run.manifest[key] for key in ("corpus", "samples", "train", "validation", "test")}
                     copied = known.get("bleu_of_contexts", copied)
         whole = [run for run in runs if run["bleu"] is not None]
         arms.append({
@@ -183,10 +181,10 @@ def _task(study: Study, root: Path, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _fine_tuned(folder: Path, known: dict[str, Any]) -> dict[str, Any]:
+def _fine_tuned(run: Run, known: dict[str, Any]) -> dict[str, Any]:
     if "diverged" in known:
         return {"diverged": known["diverged"], **dict.fromkeys(("bleu", "test_loss", "val_loss"))}
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = run.summary
     keys = ("bleu", "brevity_penalty", "hypothesis_length", "reference_length")
     return {
         **{key: known["bleu"][key] for key in keys}, **{key: known[key] for key in ("test_loss", "val_loss")},

@@ -37,7 +37,7 @@ from vspdf.draw import words
 from vspdf.errors import Interrupted, UserError
 from vspdf.kernels.hardware import device
 from vspdf.report import study_page
-from vspdf.runs.folder import evaluation
+from vspdf.runs.folder import Run
 
 log = logging.getLogger("vspdf")
 
@@ -179,20 +179,24 @@ class _Run:
         return 0 if self.arm.untrained else sum(phase.steps or 0 for phase in self.config.phases)
 
     @property
+    def files(self) -> Run:
+        """Its directory as it is now."""
+        return Run(self.folder)
+
+    @property
     def trained(self) -> bool:
-        return bool({"diverged", "val_loss"} & evaluation(self.folder).keys())
+        return bool({"diverged", "val_loss"} & self.files.evaluation.keys())
 
     @property
     def done(self) -> bool:
-        known = evaluation(self.folder)
+        known = self.files.evaluation
         return self.trained and (not self.test or bool({"diverged", "test_loss"} & known.keys()))
 
     def check(self) -> None:
         """A run of an older version of the study must not pass for one of this."""
-        if not (self.folder / "config.yaml").exists():
+        if not self.files.configured:
             return
-        stored = loading.load(self.folder / "config.yaml")
-        changed = differences(loading.to_dict(stored), loading.to_dict(self.config))
+        changed = differences(loading.to_dict(self.files.config), loading.to_dict(self.config))
         for key, (old, new) in changed.items():
             left_open = new is None  # to the trainer, which wrote down what it took
             # What it starts from is the study's own, wherever the study lies.
@@ -201,23 +205,6 @@ class _Run:
                     f"'{self.folder}' was trained with {key} = {old}, the study says {new}: remove it, or give the "
                     "study another folder (--runs)."
                 )
-
-    def step(self) -> int:
-        """Steps done so far, as the metrics tell."""
-        try:
-            with open(self.folder / "metrics.jsonl", "rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-                lines = file.read().split(b"\n")
-            return int(json.loads(lines[-2])["step"])
-        except (OSError, ValueError, IndexError):
-            return 0
-
-    def seconds(self) -> float | None:
-        """Wall clock of the whole training, over all its processes; None before its end."""
-        try:
-            return float(json.loads((self.folder / "summary.json").read_text())["seconds"])
-        except (OSError, ValueError, KeyError):
-            return None
 
 
 # -- all runs ---------------------------------------------------------------------------------------------------------
@@ -260,7 +247,7 @@ class _Runner:
                         return
                     if time.monotonic() - said > 30:
                         said = time.monotonic()
-                        self.say("; ".join(f"{run.name}: step {run.step()} of {run.steps}" for run in self.running))
+                        self.say("; ".join(f"{run.name}: step {run.files.step} of {run.steps}" for run in self.running))
                     time.sleep(0.05)
         finally:
             self._stop()
@@ -273,7 +260,7 @@ class _Runner:
         found: list[_Run] = []
         arms = list(self.study.arms.values())
         self._add(arms, found)
-        begun = {run.folder for run in found if run.done and "diverged" not in evaluation(run.folder)}
+        begun = {run.folder for run in found if run.done and "diverged" not in run.files.evaluation}
         fine: list[Arm] = []
         for arm in arms:
             if (chosen := tuned(self.study, self.root, arm).chosen) is not None:
@@ -348,7 +335,7 @@ class _Runner:
         return bool(ended)
 
     def _note(self, run: _Run) -> None:
-        known = evaluation(run.folder)
+        known = run.files.evaluation
         loss = known["diverged"] if "diverged" in known else f"validation loss {known['val_loss']:.4f}"
         score = f"BLEU {known['bleu']['bleu']:.2f}" if "bleu" in known else f"test loss {known.get('test_loss', 0):.4f}"
         if run.from_tuning:
@@ -366,8 +353,9 @@ class _Runner:
         runs: dict[str, list[_Run]] = {}
         for run in self._known():
             runs.setdefault(run.arm.title, []).append(run)
-        took = {name: sum(run.seconds() or 0.0 for run in some) for name, some in runs.items()}
-        steps = {name: sum(run.steps for run in some if run.seconds()) for name, some in runs.items()}
+        done = {name: [run for run in some if run.files.finished] for name, some in runs.items()}
+        took = {name: sum(run.files.summary["seconds"] for run in some) for name, some in done.items()}
+        steps = {name: sum(run.steps for run in some) for name, some in done.items()}
         if not sum(steps.values()):
             return None
         pace = {name: took[name] / steps[name] for name in runs if steps[name]}
@@ -379,7 +367,7 @@ class _Runner:
                 some = runs.get(name, [])
                 open_ = tuning.planned(of, self.study) - sum(run.trained for run in some)
                 size = fmean(run.steps for run in some) if some else each
-                under_way = sum(run.step() for run in self.running if run.arm.title == name)
+                under_way = sum(run.files.step for run in self.running if run.arm.title == name)
                 left += max(0.0, open_ * size - under_way) * pace.get(name, usual)
         return left / self.jobs
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from vspdf.compare.definition import Arm, Study, Values
-from vspdf.runs.folder import evaluation
+from vspdf.runs.folder import Run
 
 # -- tuning -----------------------------------------------------------------------------------------------------------
 
@@ -84,7 +84,7 @@ def tuned(study: Study, root: Path, arm: Arm) -> Tuning:
     """What the finished trials of an arm say about its values."""
 
     def loss(values: Values, seed: int) -> float | None:
-        known = evaluation(arm.folder(root, values, seed))
+        known = Run(arm.folder(root, values, seed)).evaluation
         return math.inf if "diverged" in known else known.get("val_loss")
 
     return tuning(arm, study.tuning_seeds, loss)

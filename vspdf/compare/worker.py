@@ -1,6 +1,6 @@
 """One run of a study, in a process of its own: trains, evaluates, and for a task answers and scores.
 
-What is known at the end is `evaluation.json` in the run's directory; what is there already is not made again.
+What is known at the end is kept in the run's directory; what is there already is not made again.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from vspdf.data.text import Dataset, prepare
 from vspdf.errors import Diverged, Interrupted, UserError
 from vspdf.evaluate.answers import _scored
 from vspdf.evaluate.loss import evaluate
-from vspdf.files import write_whole
 from vspdf.interop import checkpoints, hugging_face
 from vspdf.interop.checkpoints import Loaded
 from vspdf.kernels.hardware import device
 from vspdf.model import GPT
-from vspdf.runs.folder import evaluation
+from vspdf.runs.folder import START, Run
+from vspdf.runs.writer import Writer
 from vspdf.train.trainer import train
 
 
@@ -56,15 +56,16 @@ def _stop_at_the_end_of_input() -> None:
 
 def _work(config: Config, order: dict[str, Any]) -> None:
     folder = Path(config.run_dir or "")
-    result = evaluation(folder)
+    run = Run(folder)
+    result = run.evaluation
     if config.train.threads:  # the trainer sets it back when it is done
         torch.set_num_threads(config.train.threads)
     try:
         if order["untrained"]:
-            loaded = _drawn(config, folder / "start")
+            loaded = _drawn(config, folder / START)
         else:
-            if not (folder / "summary.json").exists():
-                train(config, resume=(folder / "config.yaml").exists(), say=lambda line: None)
+            if not run.finished:
+                train(config, resume=run.configured, say=lambda line: None)
                 result["load_average"] = os.getloadavg()[0]
             loaded = checkpoints.load(folder, config.train.backend)
         model = loaded.model.to(device(config.train.device, "train.device"))
@@ -83,7 +84,7 @@ def _work(config: Config, order: dict[str, Any]) -> None:
             result |= _scored(loaded, config, order["task"], folder)
     except Diverged as error:
         result = {"diverged": str(error)}
-    write_whole(folder / "evaluation.json", json.dumps(result))
+    Writer(folder).evaluation(result)
 
 
 def _drawn(config: Config, folder: Path) -> Loaded:

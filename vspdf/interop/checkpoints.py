@@ -12,6 +12,7 @@ from vspdf.interop.hugging_face import _configuration, read_configuration, read_
 from vspdf.kernels.hardware import device as find_device
 from vspdf.model import GPT
 from vspdf.runs import checkpoint
+from vspdf.runs.folder import of_checkpoint
 from vspdf.shapes import Shape
 from vspdf.sparsity.surgery import sparsify
 
@@ -46,7 +47,7 @@ def kind(path: Path) -> str:
     """
     if not path.exists():
         raise UserError(f"'{path}' not found.{near_path(path)}")
-    if (path / "state.json").is_file() or (path / "checkpoints").is_dir() or checkpoint.checkpoints(path):
+    if checkpoint.is_ours(path):
         return "checkpoint"
     if (path / "config.json").is_file():
         return "hugging-face"
@@ -84,16 +85,16 @@ def load(path: str | Path, backend: str = "auto", tokenizer: Tokenizer | None = 
         if masks:
             sparsify(model, masks, backend=backend)
         return Loaded(model.to(where), tokenizer, state)
-    folder = checkpoint.resolve(path)
-    state, tensors, _ = checkpoint.read(folder)
+    stored = checkpoint.read(path)
+    state = stored.state
     state.setdefault("activation", "gelu")
     model = GPT(Shape(**state["model"]), activation=state["activation"])
-    checkpoint.fit(model, tensors, backend)
-    file = folder.parent.parent / "tokenizer.json"
+    stored.restore(model, backend)
+    file = of_checkpoint(stored.folder).tokenizer
     if tokenizer is None and file.is_file():
         tokenizer = Tokenizer.load(file)
     if tokenizer is not None and tokenizer.vocab_size > model.shape.vocab_size:
-        raise _mismatch(tokenizer, f"the model of {folder} has {model.shape.vocab_size}")
+        raise _mismatch(tokenizer, f"the model of {stored.folder} has {model.shape.vocab_size}")
     return Loaded(model.to(where), tokenizer, state)
 
 

@@ -17,6 +17,7 @@ from vspdf.kernels import hardware
 from vspdf.model import GPT
 from vspdf.pattern import Pattern
 from vspdf.runs import checkpoint
+from vspdf.runs.folder import Run
 from vspdf.sparsity.layer import sparse_layers
 from vspdf.sparsity.surgery import densify
 
@@ -93,11 +94,11 @@ def _write_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer | None, sta
     """Laid out like a run directory, so that everything that reads a run reads it; without optimizer state."""
     folder.mkdir(parents=True)
     if tokenizer is not None:
-        (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        Run(folder).tokenizer.write_text(tokenizer.to_json(), encoding="utf-8")
     kept = ("model", "activation", "tokenizer", "corpus", "validation_fraction", "seed", "sequences", "task",
             "converted_from")  # fmt: skip
     body = {key: state[key] for key in kept if key in state} | {"vspdf": hardware.versions()["vspdf"]}
-    checkpoint.save(folder / "checkpoints", state["step"], model, None, body)
+    checkpoint.save(folder, state["step"], model, None, body)
 
 
 def _finalize_file(source: Path, target: Path) -> dict[str, Any]:

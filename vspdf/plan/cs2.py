@@ -1,36 +1,60 @@
-"""Where runs and plans meet the simulator: layers and steps as asked for, by sizes, by name, or of a run."""
+"""The one place where runs and plans meet the simulator: a run's phases, a layer or a step as asked for, a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from vspdf.errors import UserError
-from vspdf.runs.masks import _batch, read_run
+from vspdf.errors import UserError, did_you_mean
+from vspdf.runs.folder import Run
+from vspdf.runs.writer import Writer
 from vspdf.shapes import Shape, model_shape
-from vspdf.simulator.aggregate import step
+from vspdf.simulator import machine as machines
 from vspdf.simulator.aggregate.estimates import check_picture, plot_layer, simulate_layer, simulate_step, sweep_layer
 from vspdf.simulator.aggregate.layer import Weights
+from vspdf.simulator.aggregate.step import Model
 from vspdf.simulator.machine import Machine
 
-if TYPE_CHECKING:
-    from vspdf.plan.planner import Plan
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+def compare(folder: Path, machine: Machine | None = None) -> list[dict[str, Any]]:
+    """Compares a finished run with a CS-2, as `compare_phases` does, and keeps that as `comparison` in its summary.
+
+    Raises
+    ------
+    UserError
+        If the run is not finished, a file of it is broken, or its model's activations do not fit the wafer.
+    """
+    run = Run(folder).require(finished=True)
+    rows = compare_phases(machine or machines.load(), run.shape, _masks(run), run.summary["phases"])
+    Writer(folder).summary({**run.summary, "comparison": rows})
+    return rows
+
+
+def _masks(run: Run) -> list[Mapping[str, np.ndarray]]:
+    return [run.masks(index) for index in range(len(run.summary["phases"]))]
+
+
+def _batch(phase: Mapping[str, Any], shape: Shape) -> int:
+    """Sequences a step of a phase had."""
+    return max(1, round(phase["tokens"] / phase["steps"] / shape.sequence_length))
 
 
 def compare_phases(
-    machine: Machine, shape: Shape, masks: Sequence[dict[str, np.ndarray]], phases: Sequence[dict[str, Any]],
+    machine: Machine, shape: Shape, masks: Sequence[Mapping[str, np.ndarray]], phases: Sequence[dict[str, Any]],
     systems: int = 1,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """CPU-measured speed-up, ideal and CS-2 estimate of every sparse phase of a run, side by side.
 
     Parameters
     ----------
-    masks : sequence of dict
-        Of every phase, as `read_masks`; a sparse phase without any is simulated with positions by chance.
+    masks : sequence of mapping
+        Of every phase by layer, bool [out, in]; a sparse phase without any is simulated with positions by chance.
     phases : sequence of dict
         As in `summary.json`.
     """
@@ -40,9 +64,9 @@ def compare_phases(
             continue
         batch = _batch(phase, shape)
         if patterns:
-            model = step.Model.of_patterns(shape, patterns, batch, systems)
+            model = Model.of_patterns(shape, patterns, batch, systems)
         else:
-            model = step.Model.uniform(shape, batch, phase["sparsity"], systems)
+            model = Model.uniform(shape, batch, phase["sparsity"], systems)
         result = simulate_step(machine, model, sensitivity=False)
         flops = phase["flops"]
         table.append(
@@ -86,12 +110,15 @@ def layer_by_request(
     if run is not None:
         if in_features or out_features:
             raise UserError("--run gives the layer's size: leave --in and --out away.")
-        done = read_run(Path(run))
+        done = Run(Path(run)).require(finished=True)
+        masks = done.masks(0)
         if layer is None:
-            raise UserError(f"--layer: which of {', '.join(done.patterns) or 'none: the run was dense'}?")
-        mask = done.mask(layer)
+            raise UserError(f"--layer: which of {', '.join(masks) or 'none: the run was dense'}?")
+        if layer not in masks:
+            raise UserError(f"'{run}' has no sparse layer '{layer}'.{did_you_mean(layer, masks)}")
+        mask = masks[layer]
         weights = Weights(mask.shape[0], mask.shape[1], float(mask.mean()), mask)
-        tokens = tokens or done.batch(done.first) * done.shape.sequence_length
+        tokens = tokens or _batch(done.summary["phases"][0], done.shape) * done.shape.sequence_length
     elif tokens is None or in_features is None or out_features is None:
         raise UserError("expected --tokens, --in and --out (e.g. 65536, 12288, 12288), or --run and --layer.")
     else:
@@ -132,53 +159,121 @@ def step_by_request(
             raise UserError(f"{name} must be at least 1, not {value}.")
     if (model is None) == (run is None):
         raise UserError("expected --model NAME or --run RUN, one of them.")
-    done = read_run(Path(run)) if run is not None else None
+    done = Run(Path(run)).require(finished=True) if run is not None else None
+    masks = _masks(done) if done else []
     shape = done.shape if done else model_shape(model) if isinstance(model, str) else model
     assert shape is not None
     if sequence is not None:
         shape = replace(shape, sequence_length=sequence)
     if batch is None and done:
-        batch = done.batch(done.first)
+        batch = _batch(done.summary["phases"][0], done.shape)
     if batch is None:
         raise UserError("--batch: how many sequences does a step of this model have?")
-    if done and sparsity is None and done.patterns:
-        what = step.Model.of_patterns(shape, done.patterns, batch, systems)
+    if done and sparsity is None and masks[0]:
+        what = Model.of_patterns(shape, masks[0], batch, systems)
     else:
-        what = step.Model.uniform(shape, batch, sparsity or 0.0, systems)
+        what = Model.uniform(shape, batch, sparsity or 0.0, systems)
     result = simulate_step(machine, what)
-    result["comparison"] = compare_phases(machine, done.shape, done.masks, done.summary["phases"]) if done else []
+    result["comparison"] = compare_phases(machine, done.shape, masks, done.summary["phases"]) if done else []
     return result
 
 
-def on_cs2(found: Plan) -> dict[str, Any]:
-    """Simulated seconds of the plan and of its dense run on one CS-2; `low`, `central`, `high` as speed-ups.
+ESTIMATES: dict[str, Callable[..., dict[str, Any]]] = {"layer": layer_by_request, "step": step_by_request}
+
+
+def simulate(
+    program: str, *, machine: str | Path | Machine = "cs2", settings: Iterable[str] | Mapping[str, Any] = (),
+    level: str = "auto", trace: str | Path | None = None, plot: str | Path | None = None, **arguments: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Runs a program on a simulated wafer and returns its figures.
+
+    Parameters
+    ----------
+    program : {"spmm", "gemm", "gemv", "reduce", "layer", "step"}
+        Its arguments are those of `vspdf simulate PROGRAM` with underscores, e.g.
+        ``simulate("reduce", pes=512, elements=4096, group=32)``; of a layer ``in_features`` and ``out_features``.
+    machine : str or path
+        A machine by name, or a YAML file of one's own.
+    settings : list of "key=value", or mapping
+        Machine parameters to change.
+    level : {"auto", "event", "aggregate"}
+        "event" moves every wavelet and computes every value; "aggregate" is the closed form of the same program.
+        "auto" takes the event level where it ends within seconds.
+    trace : path, optional
+        Write a Chrome (Perfetto) trace here; takes the event level.
+    plot : path, optional
+        Draw heat maps per PE and a time line here (.html, .png); takes the event level. Of a layer at the aggregate
+        level: speed-up over sparsity (.png).
+
+    Returns
+    -------
+    dict
+        Cycles and what else the program reports, ``seconds`` at both clocks, ``level`` and ``why``.
+
+    Raises
+    ------
+    UserError
+        For an unknown program, machine, parameter or argument, and for what does not fit the machine.
+    """
+    from vspdf.simulator import simulate as programs  # needs the compiled core
+
+    chosen = machines.load(machine, settings)
+    if program not in programs.PROGRAMS and program not in ESTIMATES:
+        raise UserError(f"unknown program '{program}'.{did_you_mean(program, [*programs.PROGRAMS, *ESTIMATES])}")
+    if program in programs.PROGRAMS:
+        return programs.simulate(program, machine=chosen, level=level, trace=trace, plot=plot, **arguments)
+    programs.check_level(level)
+    if trace is not None or (plot is not None and program == "step"):
+        raise UserError(f"a {program} is not drawn so: leave trace{' and plot' if program == 'step' else ''} away.")
+    if plot is not None:
+        arguments["plot"] = Path(plot)
+    try:
+        return ESTIMATES[program](chosen, level="aggregate" if level == "auto" else level, **arguments)
+    except TypeError as error:
+        raise UserError(f"simulate('{program}'): {str(error).split('()', 1)[-1].strip()}.") from None
+
+
+# ---- a plan ----------------------------------------------------------------------------------------------------------
+
+
+def on_cs2(shape: Shape, batch: int, stages: Sequence[tuple[float, int]], dense_steps: int) -> dict[str, Any]:
+    """Simulated seconds of a planned run and of its dense run on one CS-2.
+
+    Parameters
+    ----------
+    shape : Shape
+    batch : int
+        Sequences of a step.
+    stages : sequence of (sparsity, steps)
+        Of the planned run.
+    dense_steps : int
+        Of the dense run.
+
+    Returns
+    -------
+    dict
+        `step_seconds` of every stage, `seconds` of both runs (`low`, `central` and `high` of the planned one), and the
+        `machine`, `clock` and `central` case they are of.
 
     Raises
     ------
     UserError
         If the model's activations do not fit the wafer.
     """
-    from vspdf.simulator import machine
-    from vspdf.simulator.aggregate import estimates
-    from vspdf.simulator.aggregate.step import Model
-
-    wafer, batch = machine.load(), found.config.train.batch_size
-    steps = {}
-    for sparsity in {phase.sparsity for phase in found.phases}:
-        model = Model.uniform(found.shape, batch, sparsity)
-        steps[sparsity] = estimates.simulate_step(wafer, model, sensitivity=False)
+    wafer, steps = machines.load(), {}
+    for sparsity in {sparsity for sparsity, _ in stages}:
+        steps[sparsity] = simulate_step(wafer, Model.uniform(shape, batch, sparsity), sensitivity=False)
     some = next(iter(steps.values()))
     second = lambda sparsity, key: steps[sparsity]["seconds"][some["clock"]]["sparse"][key]  # noqa: E731
     return {
         "machine": some["machine"],
         "clock": some["clock"],
         "central": some["central"],
-        "step_seconds": [second(phase.sparsity, "central") for phase in found.phases],
+        "step_seconds": [second(sparsity, "central") for sparsity, _ in stages],
         "seconds": {
-            "dense": found.dense.steps * some["seconds"][some["clock"]]["dense"],
+            "dense": dense_steps * some["seconds"][some["clock"]]["dense"],
             "planned": {
-                key: sum(phase.steps * second(phase.sparsity, key) for phase in found.phases)
-                for key in ("low", "central", "high")
+                key: sum(n * second(sparsity, key) for sparsity, n in stages) for key in ("low", "central", "high")
             },
         },
     }

@@ -120,9 +120,20 @@ class Plan:
             table[name] = {"dense": dense, "planned": planned, "saved_fraction": 1 - planned / dense}
         return table
 
+    def on_cs2(self) -> dict[str, Any]:
+        """As `vspdf.plan.cs2.on_cs2` estimates it.
+
+        Raises
+        ------
+        UserError
+            If the model's activations do not fit the wafer.
+        """
+        stages = [(phase.sparsity, phase.steps) for phase in self.phases]
+        return on_cs2(self.shape, self.config.train.batch_size, stages, self.dense.steps)
+
     def _cs2(self) -> dict[str, Any] | None:
         try:
-            return on_cs2(self)
+            return self.on_cs2()
         except UserError:
             return None
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from vspdf.config import loading, resolve
+from vspdf.config import loading
 from vspdf.draw.page import figure as figure
 from vspdf.draw.page import page as page
 from vspdf.draw.page import section as section
@@ -26,7 +26,8 @@ from vspdf.draw.words import count, duration, flops, listed, number, power, scal
 from vspdf.errors import BackendUnavailable, UserError
 from vspdf.pattern import Pattern
 from vspdf.report.comparison import AXES, Arm, Axis, _arms, _comparison, _measure
-from vspdf.runs.folder import _COLUMNS, Run, read
+from vspdf.runs.checkpoint import MODEL
+from vspdf.runs.folder import COLUMNS, REPORT, Run, read
 
 log = logging.getLogger("vspdf")
 
@@ -60,7 +61,7 @@ def write(folders: Sequence[Path], output: Path | None = None) -> Path:
         As `read`, or if the file cannot be written.
     """
     text = render(read(folders))
-    output = output or (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    output = output or (folders[0] if len(folders) == 1 else Path()) / REPORT
     draft = output.with_name(f".{output.name}.draft")
     try:
         draft.write_text(text, encoding="utf-8")
@@ -76,7 +77,7 @@ def refresh(folder: Path) -> None:
     try:
         write([folder])
     except Exception as error:
-        log.warning("report.html was not drawn: %s", " ".join(str(error).split()) or type(error).__name__)
+        log.warning("%s was not drawn: %s", REPORT, " ".join(str(error).split()) or type(error).__name__)
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -114,8 +115,7 @@ def _status(run: Run) -> str:
         state, kind = f"not finished: step {run.step:,} of {run.total_steps:,}", "open"
     else:
         state, kind = "not finished: no step was logged yet", "open"
-    shape = resolve.model_shape(run.config.model)
-    what = f"{count(shape.parameters)} parameters on {run.manifest['corpus']['name']}, seed {run.config.seed}"
+    what = f"{count(run.shape.parameters)} parameters on {run.manifest['corpus']['name']}, seed {run.config.seed}"
     return f'<p><b>{escape(run.label)}</b> <span class="badge {kind}">{state}</span> {escape(what)}</p>'
 
 
@@ -200,14 +200,14 @@ def _thinned(values: Sequence[float]) -> list[float]:
 def _flops(run: Run) -> str:
     if not run.phases:
         return ""
-    totals = {column: sum(phase["flops"][column] for phase in run.phases) for column in _COLUMNS}
+    totals = {column: sum(phase["flops"][column] for phase in run.phases) for column in COLUMNS}
     bars = [
         Bar(
             "as if dense" if column == "dense" else column,
             [(f"{p['name']}: {flops(p['flops'][column])}", p["flops"][column], i) for i, p in enumerate(run.phases)],
             f"{flops(totals[column])}, {totals[column] / totals['dense']:.1%}",
         )
-        for column in _COLUMNS
+        for column in COLUMNS
     ]  # fmt: skip
     chart = legend([(p["name"], i) for i, p in enumerate(run.phases)]) + bar_chart(bars, title="FLOPs by phase")
     saved = run.summary.get("flops_saved_fraction_by_convention") or {}
@@ -385,7 +385,7 @@ def _revived(run: Run) -> str:
         return section(
             title, f"<p>None at the last checkpoint (step {run.state['step']:,}): the first phase was not over.</p>"
         )
-    kept, revived = _magnitudes(run.checkpoint / "model.safetensors", run.patterns)
+    kept, revived = _magnitudes(run.checkpoint / MODEL, run.patterns)
     moved = revived[revived > 0]
     if not (moved.size and kept.any()):
         return section(
@@ -484,7 +484,7 @@ def _table(runs: Sequence[Run]) -> str:
         for p in run.phases:
             rows.append((
                 run.label, p["name"], f"{p['sparsity']:.4g}", str(p["steps"]), str(p["tokens"]), number(p["loss"]),
-                number(p["val_loss"]), number(p["val_bits_per_byte"]), *(f"{p['flops'][c]:.4g}" for c in _COLUMNS),
+                number(p["val_loss"]), number(p["val_bits_per_byte"]), *(f"{p['flops'][c]:.4g}" for c in COLUMNS),
                 f"{p['seconds']:.1f}", f"{p['step_seconds_median']:.4g}",
                 f"{p['dense_step_seconds_median']:.4g}" if "speedup" in p else "",
                 f"{p['speedup']['median']:.2f}" if "speedup" in p else "",

@@ -1,7 +1,8 @@
 """Checkpoints: a folder written whole or not at all.
 
 ``checkpoints/step-00000100/`` holds `model.safetensors` (values row-major, packed patterns as ``NAME.pattern``),
-`optimizer.safetensors` and `state.json` (step, configuration, data manifest, and the SHA-256 of the other files).
+`optimizer.safetensors` (``PARAMETER:KEY``, and patterns before the last switch as ``revived:LAYER``) and `state.json`
+(step, model, data, what was done so far, and the SHA-256 of the other files).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,14 @@ from torch import Tensor, nn
 from vspdf.errors import UserError
 from vspdf.files import flush, why_not
 from vspdf.pattern import Pattern
+from vspdf.runs.folder import CHECKPOINTS, STATE, steps
 from vspdf.sparsity.layer import SparseLinear
 from vspdf.sparsity.surgery import sparsify
 
-FILES = ("model.safetensors", "optimizer.safetensors")
+MODEL, OPTIMIZER = FILES = ("model.safetensors", "optimizer.safetensors")
 _EXTRA = "._extra_state"  # how torch names a module's own state
 _PATTERN = ".pattern"
+_REVIVED = "revived:"
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -34,33 +39,6 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
         name.removesuffix(_EXTRA) + _PATTERN if name.endswith(_EXTRA) else name: tensor.contiguous()
         for name, tensor in model.state_dict().items()
     }
-
-
-def stored_patterns(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Pattern]:
-    """Patterns in stored tensors, by layer name; shapes are those of the dense model's layers."""
-    patterns = {}
-    for name, bits in tensors.items():
-        if name.endswith(_PATTERN):
-            layer = model.get_submodule(name.removesuffix(_PATTERN))
-            assert isinstance(layer, (SparseLinear, nn.Linear))
-            patterns[name.removesuffix(_PATTERN)] = Pattern((layer.out_features, layer.in_features), bits.numpy())
-    return patterns
-
-
-def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copies stored tensors into a model whose sparse layers already have the stored patterns."""
-    named = {
-        name.removesuffix(_PATTERN) + _EXTRA if name.endswith(_PATTERN) else name: tensor
-        for name, tensor in tensors.items()
-    }
-    model.load_state_dict(named)
-
-
-def fit(model: nn.Module, tensors: dict[str, Tensor], backend: str = "auto") -> None:
-    """Brings a fresh dense model into the form of stored tensors, sparse layers included, and loads them."""
-    if patterns := stored_patterns(tensors, model):
-        sparsify(model, patterns, backend=backend)
-    load_model_tensors(model, tensors)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -73,43 +51,108 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`."""
-    parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        parameter, _, key = name.rpartition(":")
-        optimizer.state[parameters[parameter]][key] = tensor.to(parameters[parameter].device)
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory.
+
+    Attributes
+    ----------
+    folder : Path
+    state : dict
+        What `state.json` holds.
+    tensors : dict of str to Tensor
+        The model's, as `model_tensors` names them.
+    moments : dict of str to Tensor
+        The optimizer's, as `optimizer_tensors` names them; empty where there was none.
+    revived : dict of str to Tensor
+        Packed patterns of the layers before the last switch, while the weights it added warm up.
+    """
+
+    folder: Path
+    state: dict[str, Any]
+    tensors: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    revived: dict[str, Tensor]
+
+    def restore(self, model: nn.Module, backend: str = "auto") -> None:
+        """Brings a fresh dense model into the stored form, sparse layers included, and loads its weights."""
+        packed = {name.removesuffix(_PATTERN): t for name, t in self.tensors.items() if name.endswith(_PATTERN)}
+        if packed:
+            sparsify(model, _patterns(model, packed), backend=backend)
+        model.load_state_dict({
+            name.removesuffix(_PATTERN) + _EXTRA if name.endswith(_PATTERN) else name: tensor
+            for name, tensor in self.tensors.items()
+        })  # fmt: skip
+
+    def restore_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Loads stored moments into an optimizer over the parameters of a restored model."""
+        parameters = dict(model.named_parameters())
+        for name, tensor in self.moments.items():
+            parameter, _, key = name.rpartition(":")
+            optimizer.state[parameters[parameter]][key] = tensor.to(parameters[parameter].device)
+
+    def before_switch(self, model: nn.Module) -> dict[str, Pattern]:
+        """Patterns before the last switch, by layer of a restored model; empty once its new weights are warm."""
+        return _patterns(model, self.revived)
+
+
+def _patterns(model: nn.Module, packed: Mapping[str, Tensor]) -> dict[str, Pattern]:
+    """Patterns of packed bits, by layer name; shapes are those of the model's layers."""
+    patterns = {}
+    for name, bits in packed.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, (SparseLinear, nn.Linear))
+        patterns[name] = Pattern((layer.out_features, layer.in_features), bits.numpy())
+    return patterns
 
 
 def save(
-    folder: Path,
+    run: Path,
     step: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     state: dict[str, Any],
-    extra: dict[str, Tensor] | None = None,
+    before_switch: Mapping[str, Pattern] | None = None,
 ) -> Path:
-    """Writes ``folder/step-N``: everything into a hidden folder, flushed to disk, then one rename.
+    """Writes a checkpoint of a run: everything into a hidden folder, flushed to disk, then one rename.
 
-    `extra` tensors go beside the optimizer's.
+    Parameters
+    ----------
+    run : Path
+        The run directory.
+    step : int
+        Steps done.
+    model : nn.Module
+    optimizer : Optimizer, optional
+    state : dict
+        What else is to be known, as JSON has it.
+    before_switch : mapping of str to Pattern, optional
+        Patterns before the last switch, while the weights it added warm up.
+
+    Returns
+    -------
+    Path
+        Folder of the checkpoint.
 
     Raises
     ------
     UserError
         If the disk is full or not writable; earlier checkpoints stay as they are.
     """
+    folder = run / CHECKPOINTS
     final = folder / f"step-{step:08d}"
     draft = folder / f".draft-{step:08d}"
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        save_file(model_tensors(model), draft / FILES[0])
+        save_file(model_tensors(model), draft / MODEL)
         moments = optimizer_tensors(model, optimizer) if optimizer else {}
-        save_file({**moments, **(extra or {})}, draft / FILES[1])
+        revived = {_REVIVED + name: torch.from_numpy(p.bits.copy()) for name, p in (before_switch or {}).items()}
+        save_file(moments | revived, draft / OPTIMIZER)
         body = {"step": step, **state, "sha256": {name: _sha256(draft / name) for name in FILES}}
         text = json.dumps({**body, "state_sha256": _digest(body)}, indent=1)
-        (draft / "state.json").write_text(text)
-        for name in (*FILES, "state.json"):
+        (draft / STATE).write_text(text)
+        for name in (*FILES, STATE):
             flush(draft / name)
         flush(draft)
         if final.exists():  # the same step, reached again after a resume
@@ -124,15 +167,16 @@ def save(
     return final
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Removes all but the last `keep` checkpoints, and drafts that a killed process left."""
-    for old in [*checkpoints(folder)[:-keep], *folder.glob(".draft-*")]:
+def prune(run: Path, keep: int) -> None:
+    """Removes all but the last `keep` checkpoints of a run, and drafts that a killed process left."""
+    folder = run / CHECKPOINTS
+    for old in [*steps(folder)[:-keep], *folder.glob(".draft-*")]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+def is_ours(path: Path) -> bool:
+    """Whether a path is a checkpoint of ours, a folder of them, or a directory laid out as a run's."""
+    return (path / STATE).is_file() or (path / CHECKPOINTS).is_dir() or bool(steps(path))
 
 
 def resolve(path: Path) -> Path:
@@ -143,10 +187,10 @@ def resolve(path: Path) -> Path:
     UserError
         If there is none.
     """
-    if (path / "state.json").is_file():
+    if (path / STATE).is_file() or (path / OPTIMIZER).is_file():
         return path
-    for folder in (path / "checkpoints", path):
-        if found := checkpoints(folder):
+    for folder in (path / CHECKPOINTS, path):
+        if found := steps(folder):
             return found[-1]
     raise UserError(f"no checkpoint in '{path}': expected a run directory or one of its checkpoints/step-N folders.")
 
@@ -160,39 +204,42 @@ def read_state(path: Path) -> dict[str, Any]:
         If it is missing or altered.
     """
     try:
-        state = json.loads((path / "state.json").read_text())
+        state = json.loads((path / STATE).read_text())
         stated = state.pop("state_sha256")
     except FileNotFoundError:
-        raise UserError(f"checkpoint {path} has no state.json; it is not whole.") from None
+        raise UserError(f"checkpoint {path} has no {STATE}; it is not whole.") from None
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise _damaged(path / "state.json") from None
+        raise _damaged(path / STATE) from None
     if _digest(state) != stated:
-        raise _damaged(path / "state.json")
+        raise _damaged(path / STATE)
     return state
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """State, model tensors and optimizer tensors of one checkpoint, every byte verified.
+def read(path: Path) -> Checkpoint:
+    """One checkpoint, every byte verified; of a run directory the last.
 
     Raises
     ------
     UserError
-        If a file is missing, truncated or altered; the message names it.
+        If there is none, or a file is missing, truncated or altered; the message names it.
     """
-    state = read_state(path)
+    folder = resolve(path)
+    state = read_state(folder)
     tensors = []
     for name in FILES:
-        file = path / name
+        file = folder / name
         if not file.is_file():
-            raise UserError(f"checkpoint {path} has no {name}; it is not whole.")
+            raise UserError(f"checkpoint {folder} has no {name}; it is not whole.")
         if _sha256(file) != state["sha256"][name]:
             raise _damaged(file)
         tensors.append(load_file(file))
-    return state, tensors[0], tensors[1]
+    model, rest = tensors
+    revived = {name.removeprefix(_REVIVED): rest.pop(name) for name in list(rest) if name.startswith(_REVIVED)}
+    return Checkpoint(folder, state, model, rest, revived)
 
 
 def _damaged(file: Path) -> UserError:
-    others = [path.name for path in checkpoints(file.parent.parent) if path != file.parent]
+    others = [path.name for path in steps(file.parent.parent) if path != file.parent]
     cure = f"move that folder away to resume from {others[-1]}" if others else "no other checkpoint is there"
     return UserError(f"{file} is damaged (truncated or altered since it was written); {cure}.")
 

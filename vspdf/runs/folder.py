@@ -1,67 +1,193 @@
-"""A run directory: names, writers and readers of its files."""
+"""A run directory: its files by name, and `Run`, which reads them. `vspdf.runs.writer` fills it."""
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vspdf.config import loading
+from vspdf.config import loading, resolve
 from vspdf.config.settings import Config
 from vspdf.errors import UserError, near_path
-from vspdf.pattern import Pattern
-from vspdf.runs import checkpoint
+from vspdf.runs import masks
+from vspdf.runs.masks import Masks
+from vspdf.runs.record import beside_dense
+from vspdf.shapes import Shape
 
-_LINE = ("step", "phase", "sparsity", "tokens", "loss", "flops", "training_seconds", "step_seconds")
+if TYPE_CHECKING:
+    from vspdf.pattern import Pattern
+
+CONFIG = "config.yaml"  # as it was resolved
+TOKENIZER = "tokenizer.json"
+MANIFEST = "manifest.json"  # what the data is, and in which order it is read
+METRICS = "metrics.jsonl"  # a line per logged step
+CHECKPOINTS = "checkpoints"  # folders step-N, see `vspdf.runs.checkpoint`
+STATE = "state.json"  # of a checkpoint
+SUMMARY = "summary.json"  # once the run is finished
+REPORT = "report.html"
+TENSORBOARD = "tensorboard"
+EVALUATION = "evaluation.json"  # of a study's run: losses on all of the held-out text, or why it diverged
+START = "start"  # of a study's run that is not trained: its initial weights, as a Hugging Face folder
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+def masks_file(phase: int) -> str:
+    """Name of the file with the masks at the start of a phase, if that was sparse."""
+    return f"patterns-{phase + 1}.npz" if phase else "patterns.npz"
 
 
-@dataclass
+def steps(folder: Path) -> list[Path]:
+    """Whole checkpoints in the checkpoints folder of a run, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def of_checkpoint(step: Path) -> Run:
+    """The run that a checkpoint's folder belongs to."""
+    return Run(step.parent.parent)
+
+
 class Run:
-    """A run directory, read.
+    """A run directory. Each file is read when it is first asked for, and kept: a new `Run` sees what is new.
 
-    Attributes
+    Parameters
     ----------
-    label : str
-        Unique within the report.
-    lines : list of dict
-        Of `metrics.jsonl`.
-    state : dict
-        Of the last checkpoint's `state.json`; empty where there is none.
-    summary : dict
-        Of `summary.json`; empty while the run is not finished.
+    folder : Path
+    label : str, optional
+        What a report calls it; default: the folder's name.
     """
 
-    folder: Path
-    label: str
-    config: Config
-    manifest: dict[str, Any]
-    lines: list[dict[str, Any]]
-    patterns: dict[str, Pattern]
-    checkpoint: Path | None
-    state: dict[str, Any]
-    summary: dict[str, Any]
+    def __init__(self, folder: Path, label: str | None = None) -> None:
+        self.folder = folder
+        self.label = label or folder.resolve().name
+
+    @property
+    def begun(self) -> bool:
+        """Whether the directory holds a run at all."""
+        return any((self.folder / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS))
+
+    @property
+    def configured(self) -> bool:
+        """Whether its configuration is there, so that it is a run and no mere folder of checkpoints."""
+        return (self.folder / CONFIG).is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is at its end."""
+        return (self.folder / SUMMARY).exists()
+
+    def require(self, *, finished: bool = False) -> Run:
+        """The run itself.
+
+        Raises
+        ------
+        UserError
+            If the directory holds none, or one that is not finished where that is asked for.
+        """
+        folder = self.folder
+        if not folder.exists():
+            raise UserError(f"no run directory '{folder}'.{near_path(folder)}")
+        if not self.configured:
+            inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+            hint = f" Did you mean '{inside[0]}'?" if inside else ""
+            raise UserError(f"'{folder}' holds no run: expected a directory that `vspdf train` filled.{hint}")
+        if finished and not self.finished:
+            raise UserError(f"'{folder}' has no {SUMMARY}: the run is not finished (vspdf train --resume).")
+        return self
+
+    # -- what was wanted -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def config(self) -> Config:
+        """The configuration, resolved."""
+        return loading.load(self.require().folder / CONFIG)
+
+    @cached_property
+    def shape(self) -> Shape:
+        """Shape of the model."""
+        return resolve.model_shape(self.config.model)
 
     @property
     def total_steps(self) -> int:
+        """Steps that are wanted, over all phases."""
         return sum(phase.steps or 0 for phase in self.config.phases)
 
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What the data is: `corpus`, `tokenizer`, parts, and `order`, a hash of the order in which it is read."""
+        return _json(self.folder / MANIFEST)
+
     @property
-    def step(self) -> int:
-        return self.lines[-1]["step"] if self.lines else 0
+    def tokenizer(self) -> Path:
+        """Of the tokenizer's file."""
+        return self.folder / TOKENIZER
+
+    # -- what was done -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def lines(self) -> list[dict[str, Any]]:
+        """Lines of the metrics."""
+        return _metrics(self.folder / METRICS)
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
+        """Lines of the metrics at which the model was evaluated."""
         return [line for line in self.lines if "val_loss" in line]
+
+    @property
+    def step(self) -> int:
+        """Steps done so far, as the last whole line of the metrics tells now; 0 before there is one."""
+        try:
+            with open(self.folder / METRICS, "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+                ends = file.read().split(b"\n")
+            return int(json.loads(ends[-2])["step"])
+        except (OSError, ValueError, IndexError, KeyError, TypeError):
+            return 0
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Folders of whole checkpoints, oldest first."""
+        return steps(self.folder / CHECKPOINTS)
+
+    @cached_property
+    def checkpoint(self) -> Path | None:
+        """Folder of the last checkpoint."""
+        return self.checkpoints[-1] if self.checkpoints else None
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """What the last checkpoint says beside its tensors; empty where there is none."""
+        return _json(self.checkpoint / STATE) if self.checkpoint else {}
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """What the run did, from its end; empty before that."""
+        body = _json(self.folder / SUMMARY) if self.finished else {}
+        if self.finished and "phases" not in body:
+            raise UserError(f"{self.folder / SUMMARY} cannot be read: it has no 'phases'.")
+        return body
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """Of a study's run, losses on all of the held-out text, or why it diverged; empty where not known yet."""
+        path = self.folder / EVALUATION
+        return _json(path) if path.exists() else {}
+
+    def masks(self, phase: int) -> Masks:
+        """Masks by layer at the start of a phase; none where it was dense, or where an older run did not keep them."""
+        return masks.read(self.folder / masks_file(phase))
+
+    @cached_property
+    def patterns(self) -> dict[str, Pattern]:
+        """Patterns by layer at the start of the first phase; none where it was dense."""
+        from vspdf.pattern import Pattern  # brings torch
+
+        return {name: Pattern(*stored) for name, stored in self.masks(0).bits.items()}
 
     @cached_property
     def phases(self) -> list[dict[str, Any]]:
@@ -69,7 +195,7 @@ class Run:
         return self.summary.get("phases") or list(self._phases_so_far())
 
     def _phases_so_far(self) -> Iterator[dict[str, Any]]:
-        before: dict[str, Any] = {"step": 0, "tokens": 0, "training_seconds": 0.0, "flops": dict.fromkeys(_COLUMNS, 0)}
+        before: dict[str, Any] = {"step": 0, "tokens": 0, "training_seconds": 0.0, "flops": dict.fromkeys(COLUMNS, 0)}
         ends = np.cumsum([phase.steps or 0 for phase in self.config.phases])
         records = self.state.get("records") or [{}] * len(ends)
         for phase, end, record in zip(self.config.phases, ends, records, strict=True):
@@ -87,30 +213,25 @@ class Run:
                 "loss": last["loss"],
                 "val_loss": None,
                 "val_bits_per_byte": None,
-                "flops": {column: last["flops"][column] - before["flops"][column] for column in _COLUMNS},
+                "flops": {column: last["flops"][column] - before["flops"][column] for column in COLUMNS},
                 "time_fractions": record.get("parts") or {},
             }
             for line in mine:
                 body.update({key: line[key] for key in ("val_loss", "val_bits_per_byte") if key in line})
-            if pairs:
-                mine_median, dense = (statistics.median(column) for column in zip(*pairs, strict=True))
-                ratios = [b / a for a, b in pairs]
-                body["dense_step_seconds_median"] = dense
-                body["speedup"] = {"median": dense / mine_median, "low": min(ratios), "high": max(ratios)}
-            yield body
+            yield body | (beside_dense(pairs) if pairs else {})
             before = last
 
 
-_COLUMNS = ("dense", "useful", "executed")
+COLUMNS = ("dense", "useful", "executed")  # of FLOPs
 
 
 def read(folders: Sequence[Path]) -> list[Run]:
-    """Reads run directories.
+    """Run directories, each under a label that no other has.
 
     Raises
     ------
     UserError
-        If a directory holds no run, is given twice, or a file of it is broken; the message names it, and the line.
+        If a directory holds no run or is given twice, or none is given.
     """
     if not folders:
         raise UserError("a report needs at least one run directory.")
@@ -119,37 +240,12 @@ def read(folders: Sequence[Path]) -> list[Run]:
     for folder, name in zip(folders, names, strict=True):
         if any(folder.resolve() == other.folder.resolve() for other in runs):
             raise UserError(f"'{folder}' is given twice.")
-        runs.append(_read(folder, name if names.count(name) == 1 else str(folder)))
+        runs.append(Run(folder, name if names.count(name) == 1 else str(folder)).require())
     return runs
 
 
-def _read(folder: Path, label: str) -> Run:
-    if not folder.exists():
-        raise UserError(f"no run directory '{folder}'.{near_path(folder)}")
-    if not (folder / "config.yaml").is_file():
-        inside = sorted(path.parent for path in folder.glob("*/config.yaml")) if folder.is_dir() else []
-        hint = f" Did you mean '{inside[0]}'?" if inside else ""
-        raise UserError(f"'{folder}' holds no run: expected a directory that `vspdf train` filled.{hint}")
-    config = loading.load(folder / "config.yaml")
-    found = checkpoint.checkpoints(folder / "checkpoints")
-    return Run(
-        folder, label, config,
-        manifest=_json(folder / "manifest.json"),
-        lines=_metrics(folder / "metrics.jsonl"),
-        patterns=_patterns(folder / "patterns.npz"),
-        checkpoint=found[-1] if found else None,
-        state=_json(found[-1] / "state.json") if found else {},
-        summary=_json(folder / "summary.json") if (folder / "summary.json").exists() else {},
-    )  # fmt: skip
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: the run directory is not whole.") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
+# What a line of the metrics has at least.
+_LINE = ("step", "phase", "sparsity", "tokens", "loss", "flops", "training_seconds", "step_seconds")
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
@@ -172,26 +268,13 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _patterns(path: Path) -> dict[str, Pattern]:
-    """Which weights the first phase had, by layer; none where it was dense."""
-    if not path.exists():
-        return {}
+def _json(path: Path) -> dict[str, Any]:
     try:
-        with np.load(path) as arrays:
-            names = [name for name in arrays.files if not name.endswith(".shape")]
-            return {name: Pattern(tuple(arrays[f"{name}.shape"]), arrays[name]) for name in names}
-    except (ValueError, KeyError, OSError, EOFError, BadZipFile) as error:
-        raise UserError(f"{path} is damaged: {error}.") from None
-
-
-# -- what runs leave behind -------------------------------------------------------------------------------------------
-
-
-def evaluation(folder: Path) -> dict[str, Any]:
-    """What is known of a finished run: losses on all of the held-out text, or why it diverged; empty before that."""
-    try:
-        return json.loads((folder / "evaluation.json").read_text())
+        body = json.loads(path.read_text())
     except FileNotFoundError:
-        return {}
+        raise UserError(f"{path} is missing: the run directory is not whole.") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{folder / 'evaluation.json'} cannot be read: {error}.") from None
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(body, dict):
+        raise UserError(f"{path} cannot be read: expected a JSON object.")
+    return body

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -63,14 +64,16 @@ class PhaseRecord:
             "time_fractions": self.parts,
         }
         if self.paired_seconds:
-            mine, dense, ratios = self.beside_dense()
-            body["dense_step_seconds_median"] = dense
-            body["paired_step_seconds_median"] = mine
-            body["speedup"] = {"median": dense / mine, "low": min(ratios), "high": max(ratios)}
-            body["dense_threads"] = self.dense_threads
+            body |= beside_dense(self.paired_seconds) | {"dense_threads": self.dense_threads}
         return body
 
-    def beside_dense(self) -> tuple[float, float, list[float]]:
-        """Median seconds of the steps timed beside dense ones, of those, and how much faster each was."""
-        mine, dense = (statistics.median(column) for column in zip(*self.paired_seconds, strict=True))
-        return mine, dense, [b / a for a, b in self.paired_seconds]
+
+def beside_dense(paired_seconds: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """How much faster steps were than dense ones on the same batches, from (seconds, seconds of the dense one)."""
+    mine, dense = (statistics.median(column) for column in zip(*paired_seconds, strict=True))
+    ratios = [b / a for a, b in paired_seconds]
+    return {
+        "dense_step_seconds_median": dense,
+        "paired_step_seconds_median": mine,
+        "speedup": {"median": dense / mine, "low": min(ratios), "high": max(ratios)},
+    }

@@ -1,15 +1,12 @@
 """The trainer: takes a model through its phases and writes down what was done.
 
-A run directory holds `config.yaml`, `metrics.jsonl` (a line per logged step), `patterns.npz`, `checkpoints/` and, at
-the end, `summary.json`. A run killed at any moment goes on from its last checkpoint with metrics equal to the last bit.
+A run killed at any moment goes on from its last checkpoint with metrics equal to the last bit.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import io
-import json
 import logging
 import math
 import os
@@ -27,8 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from vspdf import ledger
-from vspdf.config import loading, resolve
-from vspdf.config.loading import FREE_TO_CHANGE, differences
+from vspdf.config import resolve
 from vspdf.config.settings import Config, PhaseConfig
 from vspdf.data import pairs
 from vspdf.data.text import Dataset, prepare
@@ -37,18 +33,15 @@ from vspdf.draw import words
 from vspdf.errors import Diverged, Interrupted, UserError
 from vspdf.evaluate.generate import Decoding, generate
 from vspdf.evaluate.loss import Evaluation, autocast, evaluate
-from vspdf.files import write_whole
 from vspdf.interop import checkpoints
 from vspdf.kernels import hardware, tuning
 from vspdf.kernels.hardware import device
 from vspdf.ledger import Count
 from vspdf.model import GPT
 from vspdf.pattern import Pattern
-from vspdf.plan import cs2
-from vspdf.runs import checkpoint
-from vspdf.runs.masks import masks_file, read_masks
-from vspdf.runs.record import PhaseRecord
-from vspdf.simulator import machine
+from vspdf.runs import checkpoint, writer
+from vspdf.runs.folder import TENSORBOARD, Run
+from vspdf.runs.record import PhaseRecord, beside_dense
 from vspdf.sparsity import phases, schedule
 from vspdf.sparsity.layer import build_plans, sparse_layers
 from vspdf.sparsity.optimizer import RevivedWarmup
@@ -105,7 +98,8 @@ class _Run:
         self.config, self.say = config, say
         self.folder = Path(config.run_dir or "")
         self.device = device(config.train.device, "train.device")
-        self._check_folder(resume)
+        writer.check(config, resume)
+        self.writer = writer.Writer(self.folder)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         assert config.model.sequence_length is not None
@@ -142,7 +136,7 @@ class _Run:
         self.saved_step: int | None = None
         self.stop_signal: int | None = None
         self._twin: _DenseTwin | None = None
-        if not checkpoint.checkpoints(self.folder / "checkpoints"):
+        if not Run(self.folder).checkpoints:
             if config.init_from:
                 self._begin_from(config.init_from)
             phases.check_zeros(self.model, config)
@@ -151,17 +145,17 @@ class _Run:
         if resume:
             self._restore()
         else:
-            self._begin_folder()
-        self._trim_metrics()
+            self.writer.begin(config, self.data.tokenizer.to_json(), self.data.manifest)
+        self.writer.go_on_from(self.step)
         self.board = _tensorboard(self.folder) if config.train.tensorboard else None
 
     def _begin_with(self, resume: bool) -> tuple[GPT, Tokenizer] | None:
         """Fine-tuning: the model to start from, dense, and its tokenizer; of a run that goes on, only their form."""
         if self.config.start is None:
             return None
-        if resume and checkpoint.checkpoints(self.folder / "checkpoints"):
+        if resume and Run(self.folder).checkpoints:
             model = GPT(resolve.model_shape(self.config.model), activation=self.config.model.activation)
-            return model, Tokenizer.load(self.folder / "tokenizer.json")
+            return model, Tokenizer.load(Run(self.folder).tokenizer)
         model, tokenizer, _ = checkpoints.load(self.config.start)
         if sparse := sparse_layers(model):
             kept = sum(layer.pattern.nnz for layer in sparse.values()) / sum(
@@ -175,51 +169,6 @@ class _Run:
         return model, words
 
     # -- the run directory -------------------------------------------------------------------------------------------
-
-    def _check_folder(self, resume: bool) -> None:
-        holds_run = any((self.folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
-        if holds_run and not resume:
-            raise UserError(
-                f"run_dir '{self.folder}' already holds a run: --resume goes on with it, run_dir=... starts another."
-            )
-        if resume and not holds_run:
-            raise UserError(f"nothing to resume: '{self.folder}' holds no run.")
-        if resume:
-            stored = loading.load(self.folder / "config.yaml")
-            if self.config.model.vocab_size is None:
-                self.config.model.vocab_size = stored.model.vocab_size
-            if self.config.data.first_sequence is None:
-                self.config.data.first_sequence = stored.data.first_sequence
-            for key, (old, new) in differences(loading.to_dict(stored), loading.to_dict(self.config)).items():
-                if key in ("train.threads", "train.device"):
-                    log.warning(
-                        "resuming with %s = %s instead of %s: results will differ in the last bits.", key, new, old
-                    )
-                elif key not in FREE_TO_CHANGE:
-                    raise UserError(f"cannot resume '{self.folder}': {key} was {old}, is now {new}.")
-
-    def _begin_folder(self) -> None:
-        """Only now, with model and data at hand: a run that cannot start leaves nothing behind."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run_dir '{self.folder}' cannot be made: {error.strerror}.") from None
-        write_whole(self.folder / "tokenizer.json", self.data.tokenizer.to_json())
-        write_whole(self.folder / "manifest.json", json.dumps(self.data.manifest, indent=1))
-        write_whole(self.folder / "config.yaml", loading.to_yaml(self.config))
-
-    def _trim_metrics(self) -> None:
-        """Drops lines after the step the run goes on from, and one that a killed process left half written."""
-        path = self.folder / "metrics.jsonl"
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= self.step:
-                        kept.append(line + "\n")
-                except ValueError:
-                    continue
-        write_whole(path, "".join(kept))
 
     def _begin_from(self, source: str) -> None:
         """Takes over weights, masks, moments and the place in the data of another run, or the weights of a folder."""
@@ -241,11 +190,10 @@ class _Run:
             raise UserError(f"init_from '{source}' needs model.activation={old['activation']}.")
         self.model = loaded.model.to(self.device)
         if checkpoints.kind(Path(source)) == "checkpoint":
-            _, _, moments = checkpoint.read(checkpoint.resolve(Path(source)))
-            moments = {name: t for name, t in moments.items() if not name.startswith("revived:")}
-            if moments and config.phases[0].moments == "keep":
+            stored = checkpoint.read(Path(source))
+            if stored.moments and config.phases[0].moments == "keep":
                 self.optimizer = self._new_optimizer(config.phases[0])
-                checkpoint.load_optimizer_tensors(self.model, self.optimizer, moments)
+                stored.restore_optimizer(self.model, self.optimizer)
         ours = (self.data.manifest["corpus"], config.data.validation_fraction, config.seed)
         same_text = (old.get("corpus"), old.get("validation_fraction"), old.get("seed")) == ours
         if config.data.first_sequence is None and same_text:
@@ -258,14 +206,14 @@ class _Run:
         )
 
     def _restore(self) -> None:
-        folder = self.folder / "checkpoints"
-        if not checkpoint.checkpoints(folder):
+        if not Run(self.folder).checkpoints:
             self.say("no checkpoint was written yet: starting again from step 0")
             return
-        state, tensors, optimizer_state = checkpoint.read(checkpoint.resolve(self.folder))
+        stored = checkpoint.read(self.folder)
+        state = stored.state
         if state["corpus"]["sha256"] != self.data.manifest["corpus"]["sha256"]:
             raise UserError(
-                f"checkpoint {checkpoint.resolve(self.folder)} belongs to another corpus: sha256 was "
+                f"checkpoint {stored.folder} belongs to another corpus: sha256 was "
                 f"{state['corpus']['sha256'][:12]}..., is {self.data.manifest['corpus']['sha256'][:12]}...."
             )
         if state["model"] != asdict(self.shape):
@@ -274,7 +222,7 @@ class _Run:
                 f"the checkpoint belongs to another model: its {wrong} is {state['model'].get(wrong)}, "
                 f"here it is {asdict(self.shape)[wrong]}."
             )
-        checkpoint.fit(self.model, tensors, self.config.train.backend)
+        stored.restore(self.model, self.config.train.backend)
         tuning.pin(state["kernel_choices"])
         build_plans(self.model)
         self.step, self.phase, self.seconds = state["step"], state["phase"], state["seconds"]
@@ -284,14 +232,10 @@ class _Run:
         self.samples = state["samples"]
         self.records = [PhaseRecord.from_json(body) for body in state["records"]]
         self.optimizer = self._new_optimizer(self.config.phases[self.phase])
-        before = {name[8:]: t for name, t in optimizer_state.items() if name.startswith("revived:")}
-        checkpoint.load_optimizer_tensors(
-            self.model, self.optimizer, {k: v for k, v in optimizer_state.items() if not k.startswith("revived:")}
-        )
-        if before:
-            patterns = checkpoint.stored_patterns({f"{k}.pattern": v for k, v in before.items()}, self.model)
+        stored.restore_optimizer(self.model, self.optimizer)
+        if before := stored.before_switch(self.model):
             steps = self.config.phases[self.phase].revived_warmup
-            self.revived = RevivedWarmup(self.model, patterns, steps, done=state["revived_done"])
+            self.revived = RevivedWarmup(self.model, before, steps, done=state["revived_done"])
         self.saved_step = self.step
         self.say(f"resumed at step {self.step} of {self.total_steps}")
 
@@ -317,10 +261,8 @@ class _Run:
             "kernel_choices": tuning.choices(),
         }
         ramp = self.revived.before if self.revived and self.revived.done < self.revived.steps else {}
-        extra = {f"revived:{name}": torch.from_numpy(pattern.bits.copy()) for name, pattern in ramp.items()}
-        folder = self.folder / "checkpoints"
-        checkpoint.save(folder, self.step, self.model, self.optimizer, state, extra)
-        checkpoint.prune(folder, self.config.train.keep_checkpoints)
+        checkpoint.save(self.folder, self.step, self.model, self.optimizer, state, ramp)
+        checkpoint.prune(self.folder, self.config.train.keep_checkpoints)
         self.saved_step = self.step
 
     # -- phases ------------------------------------------------------------------------------------------------------
@@ -334,7 +276,7 @@ class _Run:
         else:
             before = phases.grow(self.model, self.config, index, 0, self.optimizer)
         if sparse_layers(self.model):
-            self._export_patterns(index)
+            self.writer.masks(index, {name: layer.pattern for name, layer in sparse_layers(self.model).items()})
         if self.optimizer is not None and phase.moments == "reset":
             self.optimizer.state.clear()
         self.phase, self.stage = index, 0
@@ -376,16 +318,6 @@ class _Run:
 
     def _new_optimizer(self, phase: PhaseConfig) -> torch.optim.Optimizer:
         return _adamw(self.model, self.config, phase)
-
-    def _export_patterns(self, index: int) -> None:
-        """Positions at the start of a phase, for the simulator, which knows no torch."""
-        arrays: dict[str, np.ndarray] = {}
-        for name, layer in sparse_layers(self.model).items():
-            arrays[name] = layer.pattern.bits
-            arrays[f"{name}.shape"] = np.array(layer.pattern.shape, dtype=np.int64)
-        stream = io.BytesIO()
-        np.savez(stream, **arrays)  # type: ignore[arg-type]
-        write_whole(self.folder / masks_file(index), stream.getvalue())
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -514,11 +446,12 @@ class _Run:
         record.paired_seconds.append((seconds, self._twin.step(samples)))
         if len(record.paired_seconds) == wanted:
             self._twin = None
-            mine, dense, ratios = record.beside_dense()
+            found = beside_dense(record.paired_seconds)
             self.say(
-                f"measured beside each other: a step takes {mine:.3f} s, a dense step {dense:.3f} s "
-                f"({record.dense_threads} threads): {dense / mine:.2f}x faster (pairs {min(ratios):.2f}-"
-                f"{max(ratios):.2f})"
+                "measured beside each other: a step takes {paired_step_seconds_median:.3f} s, a dense step "
+                "{dense_step_seconds_median:.3f} s".format(**found)
+                + f" ({record.dense_threads} threads): "
+                + "{median:.2f}x faster (pairs {low:.2f}-{high:.2f})".format(**found["speedup"])
             )
 
     def _evaluate(self, record: PhaseRecord, line: dict[str, Any]) -> Evaluation:
@@ -544,11 +477,7 @@ class _Run:
         line["seconds"] = self.seconds
         line["training_seconds"] = sum(record.seconds for record in self.records)
         line["training_cpu_seconds"] = self._cpu_seconds()
-        try:
-            with (self.folder / "metrics.jsonl").open("a") as stream:
-                stream.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.folder / 'metrics.jsonl'} cannot be written: {error.strerror}.") from None
+        self.writer.append(line)
         if self.board:
             for key in ("loss", "lr", "grad_norm", "val_loss", "val_bits_per_byte", "tokens_per_second"):
                 if key in line:
@@ -629,7 +558,6 @@ class _Run:
             "val_loss": last.val_loss,
             "val_bits_per_byte": last.val_bits_per_byte,
             "phases": phases,
-            "comparison": self._on_the_wafer(phases),
             "flops": self._total().flops(),
             "flops_saved_fraction_by_convention": {
                 name: 1
@@ -642,17 +570,8 @@ class _Run:
             "hardware": hardware.hardware(),
             "versions": hardware.versions(),
         }
-        write_whole(self.folder / "summary.json", json.dumps(summary, indent=1))
+        self.writer.summary(summary)
         return summary
-
-    def _on_the_wafer(self, phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Measured speed-up, ideal and what a CS-2 would make of the same masks, of every sparse phase."""
-        try:
-            masks = read_masks(self.folder, len(phases))
-            return cs2.compare_phases(machine.load(), self.shape, masks, phases)
-        except UserError as error:
-            self.say(f"no CS-2 estimate: {error}")
-            return []
 
 
 class _DenseTwin:
@@ -704,4 +623,4 @@ def _tensorboard(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("train.tensorboard needs the package 'tensorboard': pip install tensorboard.") from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / TENSORBOARD))
