@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import vspdf as package
-from vspdf.draw.svg import rgba_png
+from vspdf.draw.png import rgba_png
 from vspdf.errors import UserError
 from vspdf.simulator import machine as machines
 from vspdf.simulator import simulate, validate

@@ -21,7 +21,6 @@ from vspdf.report.comparison import Axis, at, curve, evaluated, paired, spread
 from vspdf.report.tables import LOSSES, main_axes
 from vspdf.runs.folder import COLUMNS, Run
 
-
 # -- what finished runs say -------------------------------------------------------------------------------------------
 
 

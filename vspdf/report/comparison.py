@@ -1,4 +1,4 @@
-"""The statistics of a comparison, of runs side by side and of studies alike: axes, arms, paired differences, intervals."""
+"""The statistics of comparisons, of runs side by side and of studies: axes, arms, paired differences, intervals."""
 
 from __future__ import annotations
 
