@@ -33,10 +33,10 @@ def main() -> None:
     def normal(*shape: int) -> np.ndarray:
         return random.standard_normal(shape).astype(np.float32)
 
-    def sparse(fmt: str, width: int, height: int, nnz: int) -> programs.Run:
+    def sparse(fmt: str, width: int, height: int, nnz: int) -> programs.Outcome:
         return programs.spmm(cs2, fmt, random.random((768, 768)) < 0.05, 68, width, height, nnz)
 
-    cases: dict[str, tuple[str, Callable[[], programs.Run]]] = {
+    cases: dict[str, tuple[str, Callable[[], programs.Outcome]]] = {
         "COO, 48x6 PEs": ("vectors", lambda: sparse("coo", 48, 6, 127)),
         "CSC, 32x6 PEs": ("vectors", lambda: sparse("csc", 32, 6, 184)),
         "ELLPACK, 24x8 PEs": ("vectors", lambda: sparse("ellpack", 24, 8, 768)),

@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "columns_24.hpp"
 #include "isa.hpp"
 #include "materialise.hpp"
 #include "parallel.hpp"
@@ -58,23 +57,6 @@ PYBIND11_MODULE(_C, m) {
 
     m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("seconds") = 0.2, py::call_guard<py::gil_scoped_release>(),
           "GFLOP/s of multiply-adds from registers: the ceiling.");
-
-    m.def(
-        "columns_24",
-        [](const Array<uint8_t>& mask, uint64_t seed, int64_t proposals, int threads) {
-            if (mask.ndim() != 2) throw std::invalid_argument("mask must be a matrix.");
-            const int64_t rows = mask.shape(0), columns = mask.shape(1);
-            Array<int32_t> order({(rows + kRows24 - 1) / kRows24, (columns + 3) / 4 * 4});
-            int32_t* out = order.mutable_data();
-            const uint8_t* in = mask.data();
-            {
-                py::gil_scoped_release unlocked;
-                columns_24(out, in, rows, columns, seed, proposals, threads);
-            }
-            return order;
-        },
-        py::arg("mask"), py::arg("seed"), py::arg("proposals"), py::arg("threads"),
-        "Order of columns, per 128 rows, in which a mask comes nearest to 2:4; see columns_24.hpp.");
 
     const auto release = py::call_guard<py::gil_scoped_release>();
     py::class_<Plan>(m, "Plan")

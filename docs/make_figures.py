@@ -107,7 +107,7 @@ def savings() -> None:
     left.set(xlim=(0, 95), xlabel="FLOPs saved by the 6.7B recipe, %")
     sparsity = np.linspace(0, 0.99, 100)
     for name in ("cerebras-gpt-111m", "cerebras-gpt-1.3b", "cerebras-gpt-13b"):
-        shape = shapes.model_shape(name)
+        shape = shapes.named_shape(name)
         cost = np.array([ledger.flops_per_token(shape, s) for s in sparsity])
         right.plot(sparsity, cost[0] / cost, label=name.removeprefix("cerebras-gpt-").upper())
     right.plot(sparsity, 1 / (1 - sparsity), "--", color=GREY, label="sparse layers alone")

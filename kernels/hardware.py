@@ -79,7 +79,7 @@ def tuning() -> list[str]:
     return describe_table()
 
 
-def device(name: str, key: str = "--device") -> torch.device:
+def device(name: str, key: str = "`device`") -> torch.device:
     """The device of that name; `key` is the setting that named it.
 
     Raises

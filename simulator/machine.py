@@ -128,7 +128,7 @@ def load(machine: str | Path | Machine = "cs2", settings: Iterable[str] | Mappin
             except YAMLError:
                 equals = ""
             if not equals:
-                raise UserError(f"--set '{setting}': expected key=value, e.g. trigger_cycles=10.")
+                raise UserError(f"`settings` '{setting}': expected key=value, e.g. trigger_cycles=10.")
         settings = values
     return machine.override(settings) if settings else machine
 

@@ -30,7 +30,7 @@ class Work:
     """A program with its arguments: the aggregate model's figures, and the event simulator's on demand."""
 
     aggregate: dict[str, Any]
-    event: Callable[[], tuple[programs.Run, dict[str, Any]]]
+    event: Callable[[], tuple[programs.Outcome, dict[str, Any]]]
     pes: int
     speed: float
 
@@ -60,26 +60,26 @@ def _grid(text: str) -> tuple[int, int]:
     try:
         width, height = (int(part) for part in str(text).lower().split("x"))
     except ValueError:
-        raise UserError(f"--grid '{text}': expected WIDTHxHEIGHT, e.g. 64x32.") from None
+        raise UserError(f"`grid` '{text}': expected WIDTHxHEIGHT, e.g. 64x32.") from None
     return width, height
 
 
-def _choice(option: str, value: str, known: Iterable[str]) -> str:
+def _choice(argument: str, value: str, known: Iterable[str]) -> str:
     if value not in known:
-        raise UserError(f"{option} '{value}': expected one of {', '.join(known)}.{did_you_mean(value, known)}")
+        raise UserError(f"`{argument}` '{value}': expected one of {', '.join(known)}.{did_you_mean(value, known)}")
     return value
 
 
 def _positive(**numbers: int) -> None:
     for name, value in numbers.items():
         if value < 1:
-            raise UserError(f"--{name} must be at least 1, not {value}.")
+            raise UserError(f"`{name}` must be at least 1, not {value}.")
 
 
 def _square(grid: str, n: int) -> int:
     width, height = _grid(grid)
     if width != height:
-        raise UserError(f"--grid {grid}: this program runs on a square grid, e.g. {height}x{height}.")
+        raise UserError(f"`grid` {grid}: this program runs on a square grid, e.g. {height}x{height}.")
     _positive(n=n)
     return width
 
@@ -102,15 +102,15 @@ def spmm(
     """Sparse [n, k] x dense [k, m] in fp32; the grid's width splits k, its height n; `density` in percent."""
     width, height = _grid(grid)
     _positive(n=n, k=k, m=m)
-    _choice("--format", format, (*programs.FORMATS, "dense"))
+    _choice("format", format, (*programs.FORMATS, "dense"))
     nt, kt = programs.check_spmm(machine, width, height, n, k, m)
     if not 0 <= density <= 100:
-        raise UserError(f"--density {density}: expected a percentage between 0 and 100.")
+        raise UserError(f"`density` {density}: expected a percentage between 0 and 100.")
     if nnz_per_pe is not None and not 1 <= nnz_per_pe <= nt * kt:
-        raise UserError(f"--nnz-per-pe {nnz_per_pe}: a PE's tile of {nt} x {kt} holds 1 to {nt * kt}.")
+        raise UserError(f"`nnz_per_pe` {nnz_per_pe}: a PE's tile of {nt} x {kt} holds 1 to {nt * kt}.")
     if format == "dense":
 
-        def run_dense() -> tuple[programs.Run, dict[str, Any]]:
+        def run_dense() -> tuple[programs.Outcome, dict[str, Any]]:
             run = programs.dense(machine, n, k, m, width, height, seed)
             c, a, b = run.result
             return run, _window(run, _error(c, a @ b))
@@ -132,9 +132,9 @@ def spmm(
     aggregate = aggregate_programs.spmm(machine, format, n, k, m, width, height, stored, mean, slots)
     aggregate |= {"nnz_per_pe": stored}
 
-    def run_sparse() -> tuple[programs.Run, dict[str, Any]]:
+    def run_sparse() -> tuple[programs.Outcome, dict[str, Any]]:
         if mask is None:
-            raise UserError(f"--level event: a matrix of {n} x {k} is too large; the aggregate level takes it.")
+            raise UserError(f"`level` event: a matrix of {n} x {k} is too large; the aggregate level takes it.")
         run = programs.spmm(machine, format, mask, m, width, height, nnz_per_pe, seed)
         c, a, b = run.result
         return run, _window(run, _error(c, a @ b)) | {"nnz_per_pe": stored}
@@ -142,7 +142,7 @@ def spmm(
     return Work(aggregate, run_sparse, width * height, VECTOR_SPEED)
 
 
-def _window(run: programs.Run, error: float) -> dict[str, Any]:
+def _window(run: programs.Outcome, error: float) -> dict[str, Any]:
     return {
         "cycles_max": run.cycles,
         "cycles_avg": float(run.per_pe.mean()),
@@ -161,8 +161,8 @@ def gemm(machine: Machine, algorithm: str, grid: str, n: int, dtype: str = "fp32
 
     `efficiency` is the time of the local products alone over the whole time.
     """
-    _choice("--algorithm", algorithm, ALGORITHMS)
-    pes, half = _square(grid, n), _choice("--dtype", dtype, ("fp32", "fp16")) == "fp16"
+    _choice("algorithm", algorithm, ALGORITHMS)
+    pes, half = _square(grid, n), _choice("dtype", dtype, ("fp32", "fp16")) == "fp16"
     model = aggregate_programs.gemm(machine, algorithm, pes, n, half)
 
     def figures(cycles: float) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def gemm(machine: Machine, algorithm: str, grid: str, n: int, dtype: str = "fp32
             "fraction_of_peak": 2 * n**3 / cycles / peak,
         }
 
-    def run() -> tuple[programs.Run, dict[str, Any]]:
+    def run() -> tuple[programs.Outcome, dict[str, Any]]:
         a, b = _normal(seed, n, n, half=half), _normal(seed + 1, n, n, half=half)
         if algorithm == "summa":
             done = programs.summa(machine, a, b, pes, half)
@@ -188,10 +188,10 @@ def gemm(machine: Machine, algorithm: str, grid: str, n: int, dtype: str = "fp32
 
 def gemv(machine: Machine, grid: str, n: int, algorithm: str = "meshgemv", dtype: str = "fp16", seed: int = 0) -> Work:
     """Dense [n, n] x vector on a square grid."""
-    _choice("--algorithm", algorithm, ("meshgemv",))
-    pes, half = _square(grid, n), _choice("--dtype", dtype, ("fp32", "fp16")) == "fp16"
+    _choice("algorithm", algorithm, ("meshgemv",))
+    pes, half = _square(grid, n), _choice("dtype", dtype, ("fp32", "fp16")) == "fp16"
 
-    def run() -> tuple[programs.Run, dict[str, Any]]:
+    def run() -> tuple[programs.Outcome, dict[str, Any]]:
         a, v = _normal(seed, n, n, half=half), _normal(seed + 1, n, half=half)
         done = programs.mesh_gemv(machine, a, v, pes, half)
         return done, {
@@ -210,11 +210,11 @@ def reduce(machine: Machine, pes: int, elements: int, group: int | str = "star",
         try:
             group = int(group)
         except ValueError:
-            raise UserError(f"--group '{group}': expected a number of PEs or 'star'.") from None
+            raise UserError(f"`group` '{group}': expected a number of PEs or 'star'.") from None
     cycles = aggregate_programs.reduce(machine, pes, elements, group, everywhere)
     programs.check_memory(machine, 4 * elements)
 
-    def run() -> tuple[programs.Run, dict[str, Any]]:
+    def run() -> tuple[programs.Outcome, dict[str, Any]]:
         values = _normal(0, pes, elements)
         done = programs.reduce(machine, values, group, everywhere)
         error = _error(done.result, values.astype(np.float64).sum(0))
@@ -234,7 +234,7 @@ def check_level(level: str) -> None:
     UserError
         If it is not.
     """
-    _choice("--level", level, LEVELS)
+    _choice("level", level, LEVELS)
 
 
 def simulate(
@@ -256,7 +256,7 @@ def simulate(
     pictures.check_paths(to_trace, to_plot)
     drawn = trace is not None or plot is not None
     if drawn and level == "aggregate":
-        raise UserError("--trace and --plot show events: the aggregate level has none.")
+        raise UserError("`trace` and `plot` show events: the aggregate level has none.")
     try:
         work = PROGRAMS[program](chosen, **arguments)
     except TypeError as error:

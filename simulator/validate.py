@@ -165,7 +165,7 @@ def validate(
         For an unknown case, level or machine.
     """
     chosen = machines.load(machine, settings)
-    simulate._choice("--level", level, simulate.LEVELS)
+    simulate.check_level(level)
     known = facts()
     cases: list[dict[str, Any]] = []
     for name in only or known:

@@ -1,6 +1,7 @@
 """What is importable, how light it is, and who may take whom."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -122,6 +123,23 @@ def test_files_and_functions_are_short():
         if isinstance(node, ast.FunctionDef)
     }
     assert {name: n for name, n in functions.items() if n > 60 and name not in LONG_FUNCTIONS} == {}
+
+
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+
+
+@pytest.mark.parametrize("module", sorted(m for m in SOURCES if m.split(".")[0] != "cli"))
+def test_messages_name_arguments_and_leave_flags_to_the_command_line(module):
+    tree = ast.parse(SOURCES[module].read_text())
+    told = [
+        text.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("UserError", "Interrupted", "require", "one_of")
+        for text in ast.walk(node)
+        if isinstance(text, ast.Constant) and isinstance(text.value, str)
+    ]
+    wrong = [text for text in told if FLAG.search(text) and "vspdf " not in text]  # whole commands may be told
+    assert not wrong
 
 
 def run(code, **how):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from vspdf.errors import UserError, did_you_mean
-from vspdf.shapes import Shape, model_shape
+from vspdf.shapes import Shape, named_shape
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Conventions: what a training run costs
@@ -45,7 +45,6 @@ def flops_per_token(
     sparsity: float = 0.0,
     convention: str = "vspdf",
     causal: bool = False,
-    dense_weight_gradient: bool = False,
 ) -> float:
     """Training FLOPs (forward and backward) per token under a named convention.
 
@@ -58,9 +57,6 @@ def flops_per_token(
         A key of `CONVENTIONS`.
     causal : bool
         Count half of the attention products.
-    dense_weight_gradient : bool
-        Of the three products of a layer, only the forward one and the gradient of its input skip masked weights, as
-        where a framework masks the weight's gradient after the fact: at 75 % 6.7B saves 44.8 % (``spdf``), not 67.25 %.
 
     Raises
     ------
@@ -75,8 +71,7 @@ def flops_per_token(
     attention = shape.attention * (0.5 if causal else 1.0)
     softmax = rule.softmax * shape.n_layer * shape.n_head * shape.sequence_length / 2  # FLOPs -> multiply-adds
     dense_part = rule.attention * attention + softmax + rule.vocabulary * shape.vocabulary
-    kept = 1 - sparsity * (2 / 3 if dense_weight_gradient else 1)
-    return 6 * (shape.linear * kept + dense_part)
+    return 6 * (shape.linear * (1 - sparsity) + dense_part)
 
 
 def training_flops(
@@ -115,7 +110,7 @@ def training_flops(
     UserError
         For an unknown model or convention, or if neither `phases` nor `tokens` is given.
     """
-    shape = model_shape(model) if isinstance(model, str) else model
+    shape = named_shape(model) if isinstance(model, str) else model
     if sequence_length is not None:
         shape = replace(shape, sequence_length=sequence_length)
     if phases is None:

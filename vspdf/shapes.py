@@ -67,7 +67,7 @@ MODELS: dict[str, Shape] = {
 }
 
 
-def model_shape(name: str) -> Shape:
+def named_shape(name: str) -> Shape:
     """Shape of a named model.
 
     Raises

@@ -83,13 +83,3 @@ def _beyond_two(density: float) -> float:
     """Share of all positions of a random mask that are a third or fourth of their group of four: (P3 + 2·P4) / 4."""
     three, four = 4 * density**3 * (1 - density), density**4
     return (three + 2 * four) / 4
-
-
-def break_even(device: Device, product: str, shape: tuple[int, int], tokens: int, precision: str) -> float | None:
-    """Least sparsity, to a tenth of a percent, from which the gather kernel is predicted to be as fast as dense."""
-    numel = shape[0] * shape[1]
-    for permille in range(1000):
-        seconds = predict(device, product, shape, round(numel * (1 - permille / 1000)), tokens, precision)
-        if seconds["triton"] <= seconds["dense"]:
-            return permille / 1000
-    return None

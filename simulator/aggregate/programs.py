@@ -113,7 +113,7 @@ def reduce(machine: Machine, pes: int, elements: int, group: int | str, everywhe
     if pes < 2:
         raise UserError("a reduction needs at least 2 PEs.")
     if group != "star" and not (isinstance(group, int) and 1 <= group <= pes):
-        raise UserError(f"--group {group}: expected 1 to {pes} (the number of PEs) or 'star'.")
+        raise UserError(f"`group` {group}: expected 1 to {pes} (the number of PEs) or 'star'.")
     cycles = machine.launch_cycles + machine.vector_startup
     if group == "star":
         cycles += (pes - 1) * (elements + machine.vector_startup)

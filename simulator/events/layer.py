@@ -40,15 +40,15 @@ def event_layer(
     rows_out, rows_in = weights.out_features, weights.in_features
     if weights.numel * tokens > MOST_MACS:
         raise UserError(
-            f"--level event runs layers of up to {MOST_MACS:.0e} multiply-adds, this one has "
-            f"{weights.numel * tokens:.1e}: take fewer features or tokens, or --level aggregate."
+            f"`level` event runs layers of up to {MOST_MACS:.0e} multiply-adds, this one has "
+            f"{weights.numel * tokens:.1e}: take fewer features or tokens, or `level` aggregate."
         )
     columns = _divisor(math.gcd(rows_in, rows_out))
     rows = _divisor(tokens // 4) if tokens % 4 == 0 else 0
     if columns < 2 or rows < 1:
         raise UserError(
-            f"--level event needs --in and --out with a common divisor and --tokens that are a multiple of 4, not "
-            f"{rows_in}, {rows_out} and {tokens}."
+            "`level` event needs `in_features` and `out_features` with a common divisor and `tokens` that are a "
+            f"multiple of 4, not {rows_in}, {rows_out} and {tokens}."
         )
     random = np.random.default_rng(seed)
     kept = random.random((rows_out, rows_in)) < weights.density if weights.mask is None else weights.mask

@@ -47,7 +47,7 @@ def check_paths(trace: Path | None, plot: Path | None) -> None:
         if not path.parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.parent}.")
     if plot is not None and plot.suffix != ".html" and find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib: pip install 'vspdf[plot]'; a page (.html) does not.")
+        raise UserError("`plot` needs matplotlib: pip install 'vspdf[plot]'; a page (.html) does not.")
 
 
 # -- trace -------------------------------------------------------------------------------------------------------------

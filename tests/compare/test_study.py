@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from vspdf.errors import UserError
 from vspdf.evaluate.loss import evaluate
 from vspdf.interop import checkpoints
 from vspdf.report import comparison, tables
-from vspdf.runs.folder import evaluation
+from vspdf.runs.folder import Run
 from vspdf.train.trainer import train
 
 STUDY = """
@@ -129,8 +130,8 @@ def test_values_are_chosen_on_validation_text_and_tuning_reads_no_test(finished)
     diverged, good = dense["trials"]
     assert diverged["val_loss"] == [None] and math.isfinite(good["val_loss"][0])
     trials = root / "dense"
-    assert "diverged" in evaluation(trials / "optimizer.lr=1e+30" / "seed-7")
-    assert "test_loss" not in evaluation(trials / "optimizer.lr=0.003" / "seed-7")
+    assert "diverged" in Run(trials / "optimizer.lr=1e+30" / "seed-7").evaluation
+    assert "test_loss" not in Run(trials / "optimizer.lr=0.003" / "seed-7").evaluation
     assert results["complete"] and results["paired"][0]["seeds"] == [0, 1]
     assert any("ETA" in line for line in said) and said[-1].startswith("6/6")
 
@@ -192,7 +193,7 @@ def test_a_seed_that_was_tuned_on_is_not_trained_twice(finished, written, tmp_pa
     root = tmp_path / "runs"
     shutil.copytree(done, root)
     chosen = root / "dense" / "optimizer.lr=0.003" / "seed-0"
-    known = evaluation(chosen)
+    known = Run(chosen).evaluation
     trial = {key: known[key] for key in ("val_loss", "val_bits_per_byte")}
     (chosen / "evaluation.json").write_text(json.dumps(trial))
     trained = (chosen / "summary.json").stat().st_mtime_ns
@@ -200,7 +201,7 @@ def test_a_seed_that_was_tuned_on_is_not_trained_twice(finished, written, tmp_pa
     again = runner.run(written(tmp_path, ("tuning_seeds: [7]", "tuning_seeds: [0]")), root, jobs=2, say=said.append)
     assert said[0].startswith("mine: 5 runs, 3 of them done")
     assert any("seed 0: chosen by tuning, so a result as it is" in line for line in said)
-    assert (chosen / "summary.json").stat().st_mtime_ns == trained and evaluation(chosen) == {**trial, **{
+    assert (chosen / "summary.json").stat().st_mtime_ns == trained and Run(chosen).evaluation == {**trial, **{
         key: known[key] for key in ("test_loss", "test_bits_per_byte")
     }}  # fmt: skip
     assert arm(again, "dense")["test_loss"] == arm(results, "dense")["test_loss"]
@@ -264,6 +265,20 @@ def test_common_settings_of_another_study(written, tmp_path):
     other.write_text(other.read_text().replace("mine.yaml", "toy"))
     toy, same = (definition.load(one).arms["dense"].configure({}, 0) for one in ("toy", other))
     assert (same.model, same.data, same.train) == (toy.model, toy.data, toy.train)
+
+
+def test_an_arm_may_have_a_sparsity_block_but_no_seed_of_its_own(tmp_path):
+    text = """
+seeds: [0, 1]
+common: {model: {n_layer: 2, d_model: 32, n_head: 4, sequence_length: 16}, data: {test_fraction: 0.1}}
+arms: {theirs: {sparsity: {sparsity: 0.8}, phases: [{steps: 2}, {steps: 2}]}}
+"""
+    (tmp_path / "theirs.yaml").write_text(text)
+    config = definition.load(tmp_path / "theirs.yaml").arms["theirs"].configure({}, 1)
+    assert [phase.sparsity for phase in config.phases] == [0.8, 0.0] and config.seed == 1
+    (tmp_path / "theirs.yaml").write_text(text.replace("{sparsity: 0.8}", "{sparsity: 0.8, seed: 7}"))
+    with pytest.raises(UserError, match=r"arm 'theirs': the seed is the study's to set, also that of a sparsity block"):
+        definition.load(tmp_path / "theirs.yaml")
 
 
 def test_results_that_ship_are_shown_without_running(vspdf, monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from vspdf.config.resolve import resolve_task
 from vspdf.config.settings import DataConfig
 from vspdf.data import pairs
 from vspdf.data.tokenizer import Tokenizer
@@ -24,7 +25,8 @@ def write(folder, rows, name="pairs.jsonl"):
 
 
 def config(path, **changes):
-    return DataConfig(**{"path": path, "length": 24, "validation_fraction": 0.3, **changes})
+    data = {"path": path, "length": 24, "validation_fraction": 0.3, **changes}
+    return resolve_task(DataConfig(**data), longest=64)
 
 
 ROWS = [("ab", ["xyz", "w"]), ("cde", ["v"]), ("f", ["uuuuuu"]), ("ghij", ["st", "r", "q"]), ("k", ["p"])]
@@ -154,16 +156,16 @@ def test_running_out_of_pairs(tmp_path):
 
 
 def test_the_tokenizer_is_the_models(tmp_path):
-    assert pairs.tokenizer_for(DataConfig(), TOKENIZER, "run") is TOKENIZER
+    assert pairs.tokenizer_for(config("pairs.jsonl"), TOKENIZER, "run") is TOKENIZER
     with pytest.raises(
         UserError, match=r"'folder' has no tokenizer: put a tokenizer.json beside its weights, or give data.t"
     ):
-        pairs.tokenizer_for(DataConfig(), None, "folder")
+        pairs.tokenizer_for(config("pairs.jsonl"), None, "folder")
     with pytest.raises(UserError, match="would learn a new one"):
-        pairs.tokenizer_for(DataConfig(tokenizer="bpe:300"), None, "folder")
+        pairs.tokenizer_for(config("pairs.jsonl", tokenizer="bpe:300"), None, "folder")
     trained = Tokenizer.train(["some words, some more words"] * 3, 260)
     trained.save(tmp_path / "tokenizer.json")
-    asked = DataConfig(tokenizer=str(tmp_path / "tokenizer.json"))
+    asked = config("pairs.jsonl", tokenizer=str(tmp_path / "tokenizer.json"))
     assert pairs.tokenizer_for(asked, trained, "run").vocab_size == 260
     assert pairs.tokenizer_for(asked, None, "folder").vocab_size == 260
     with pytest.raises(UserError, match=r"is not that of 'run' \(bytes\)"):

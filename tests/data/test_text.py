@@ -15,6 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vspdf.config.resolve import resolve_data
+from vspdf.config.resolved import ResolvedData
 from vspdf.config.settings import DataConfig
 from vspdf.data import text as data_text
 from vspdf.data import tokens as data_tokens
@@ -42,7 +44,10 @@ def text_file(tmp_path):
 
 @pytest.fixture
 def settings_for(tmp_path):
-    return lambda corpus, **more: DataConfig(**{"corpus": str(corpus), "cache_dir": str(tmp_path / "cache")} | more)
+    def settings(corpus, **more):
+        return resolve_data(DataConfig(**{"corpus": str(corpus), "cache_dir": str(tmp_path / "cache")} | more))
+
+    return settings
 
 
 @pytest.fixture
@@ -58,7 +63,7 @@ def refused(settings_for):
     return message
 
 
-def texts(config: DataConfig) -> list[str]:
+def texts(config: ResolvedData) -> list[str]:
     return [document.text for document in load_documents(config)]
 
 
@@ -243,8 +248,7 @@ def test_nothing_to_hold_out(tmp_path, refused):
 
 
 def test_unfit_settings(text_file, refused):
-    assert "validation_fraction is 0.0" in refused(text_file, validation_fraction=0.0)
-    assert "validation_fraction is 1.0" in refused(text_file, validation_fraction=1.0)
+    assert "validation_fraction must lie between 0 and 1, is 0.0" in refused(text_file, validation_fraction=0.0)
     assert "sequence_length is 0" in refused(text_file, 0)
     assert "seed is -1" in refused(text_file, seed=-1)
     assert "Did you mean 'bytes'?" in refused(text_file, tokenizer="byts")
@@ -396,7 +400,7 @@ def datasets(tmp_path_factory):
     def get(length: int, seed: int, repeat: bool = False) -> Dataset:
         if (length, seed, repeat) not in made:
             config = DataConfig(corpus=str(folder / "text.txt"), cache_dir=str(folder / "cache"), repeat=repeat)
-            made[length, seed, repeat] = prepare(config, length, seed)
+            made[length, seed, repeat] = prepare(resolve_data(config), length, seed)
         return made[length, seed, repeat]
 
     return get
@@ -587,11 +591,13 @@ def test_the_cache_of_another_corpus_is_not_taken(text_file, tmp_path, settings_
 
 PREPARE = """
 import json, sys
+from vspdf.config.resolve import resolve_data
 from vspdf.config.settings import DataConfig
 from vspdf.data.text import prepare
 
 sys.stdin.readline()  # both start at the parent's word
-dataset = prepare(DataConfig(corpus=sys.argv[1], tokenizer="bpe:300", cache_dir=sys.argv[2]), 16, 0)
+config = DataConfig(corpus=sys.argv[1], tokenizer="bpe:300", cache_dir=sys.argv[2])
+dataset = prepare(resolve_data(config), 16, 0)
 print(json.dumps([dataset.manifest, dataset.batch(0, 20)[0].tolist()]))
 """
 
@@ -645,5 +651,5 @@ def test_user_cache_that_cannot_be_written(tmp_path, monkeypatch, caplog):
 
 def test_default_cache_is_the_users(text_file, tmp_path, monkeypatch):
     monkeypatch.setenv("VSPDF_CACHE", str(tmp_path / "own"))
-    prepare(DataConfig(corpus=str(text_file)), 16, 0)
+    prepare(resolve_data(DataConfig(corpus=str(text_file))), 16, 0)
     assert len(list((tmp_path / "own" / "tokens").iterdir())) == 1

@@ -1,6 +1,7 @@
 """Charts: ticks are round, labels keep apart and inside, what is put in is escaped."""
 
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -25,7 +26,7 @@ def test_labels_of_an_axis_do_not_collide(form):
     below = [t for t in chart([0, 0.3, 1], [1, 2, 3], form).iter("text") if t.get("y") == "226"]
     places = [(float(t.get("x")), len(t.text) * svg._CHARACTER) for t in below]
     assert places and all(0 <= x - w / 2 and x + w / 2 <= svg.WIDTH + 0.1 for x, w in places)
-    assert all(a + wa / 2 < b - wb / 2 for (a, wa), (b, wb) in zip(places, places[1:], strict=False))
+    assert all(a + wa / 2 < b - wb / 2 for (a, wa), (b, wb) in pairwise(places))
 
 
 def test_a_long_name_is_cut_and_can_be_read_by_pointing():

@@ -6,11 +6,12 @@ import json
 import pytest
 import yaml
 
-from vspdf.config import loading, resolve
+from vspdf.config import loading
 from vspdf.config.settings import ModelConfig
 from vspdf.data.text import prepare
 from vspdf.errors import UserError
-from vspdf.interop import cerebras, checkpoints
+from vspdf.interop import checkpoints, load_config
+from vspdf.interop.cerebras_sparsity import sparsity
 from vspdf.pattern import kept_count
 from vspdf.sparsity.layer import sparse_layers
 
@@ -69,7 +70,7 @@ def older(sparsity=None, steps=8, warmup=2, decay="Linear", peak=3.6e-4, end=1.2
 def loaded(body, tmp_path, *overrides):
     path = tmp_path / "theirs.yaml"
     path.write_text(yaml.safe_dump(body))
-    return loading.load(path, ["data.corpus=stdlib", "data.tokenizer=bytes", *overrides])
+    return load_config(path, ["data.corpus=stdlib", "data.tokenizer=bytes", *overrides])
 
 
 # -- whole files ------------------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ def test_a_whole_file_is_read_as_it_is(tmp_path, form):
 def test_without_a_sparsity_block_it_is_dense_and_text_must_be_named(tmp_path):
     found = loaded(older(), tmp_path)
     assert found.phases[0].sparsity == 0 and found.phases[0].name == "dense"
-    unnamed = loading.load(tmp_path / "theirs.yaml")  # enough to plan a run
+    unnamed = load_config(tmp_path / "theirs.yaml")  # enough to plan a run
     with pytest.raises(UserError, match=r"the text is not named: give data.corpus=FILE and data.tokenizer=gpt2:FOLDER"):
         prepare(unnamed.data, 16, 0)
 
@@ -208,7 +209,7 @@ BLOCKS = {
 
 @pytest.mark.parametrize("block, expected", BLOCKS.values(), ids=BLOCKS)
 def test_every_form_of_the_block(block, expected):
-    found = cerebras.sparsity(block, 2, "x.yaml")
+    found = sparsity(block, 2, "x.yaml")
     if block is not None:
         expected = {"init_method": "random", "count": "truncate"} | expected
     assert found == expected
@@ -238,19 +239,19 @@ NOT_OFFERED = {
 @pytest.mark.parametrize("block, message", NOT_OFFERED.values(), ids=NOT_OFFERED)
 def test_blocks_that_cannot_be_kept_are_refused_with_the_reason(block, message):
     with pytest.raises(UserError, match=message):
-        cerebras.sparsity(block, 2, "x.yaml")
+        sparsity(block, 2, "x.yaml")
 
 
 def test_a_block_beside_our_own_settings(tiny):
     body = yaml.safe_load(tiny.read_text())
     body["phases"] = [{"steps": 2}, {"steps": 2}]
     tiny.write_text(yaml.safe_dump(body | {"sparsity": {"sparsity": 0.8, "init_method": "checkerboard"}}))
-    first, second = loading.load(tiny).phases
+    first, second = load_config(tiny).phases
     assert (first.sparsity, first.init_method, first.count, second.sparsity) == (0.8, "checkerboard", "round", 0.0)
     body["phases"][0]["sparsity"] = 0.9
     tiny.write_text(yaml.safe_dump(body | {"sparsity": 0.8}))
     with pytest.raises(UserError, match=r"the first of which has no sparsity of its own"):
-        loading.load(tiny)
+        load_config(tiny)
 
 
 # -- a recipe in three files ------------------------------------------------------------------------------------------
@@ -287,9 +288,8 @@ def test_stage_1_stage_2_and_dart_run_from_three_files(tmp_path, corpus, vspdf):
 
 def test_the_three_files_are_the_published_recipe():
     ours, start = loading.load("cerebras-gpt-6.7b-variable"), ModelConfig("cerebras-gpt-6.7b", vocab_size=50257)
-    resolve.resolve_model(start)
-    files = [loading.load(f"cerebras-6.7b-stage{i}") for i in (1, 2)]
-    files.append(loading.load("cerebras-6.7b-dart", ["data.path=x"], start=("stage2", start)))
+    files = [load_config(f"cerebras-6.7b-stage{i}") for i in (1, 2)]
+    files.append(load_config("cerebras-6.7b-dart", ["data.path=x"], start=("stage2", start)))
     phases = [*ours.phases, loading.load("dart-6.7b", ["data.path=x"], start=("stage2", start)).phases[0]]
     for file, phase in zip(files, phases, strict=True):
         (theirs,) = file.phases

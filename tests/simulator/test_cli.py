@@ -82,6 +82,24 @@ def test_settings_and_machines_reach_the_result(vspdf, tmp_path):
     assert json.loads(out)["machine"] == "own" and json.loads(out)["cycles"] == plain["cycles"] + 30 - CS2.task_switch
 
 
+@pytest.mark.parametrize(
+    "program, arguments, message",
+    [
+        ("gemm", {"grid": "4x5", "n": 8}, "`grid` 4x5: this program runs on a square grid"),
+        ("gemm", {"grid": "4x4", "n": 8, "level": "exact"}, "`level` 'exact': expected one of"),
+        ("reduce", {"pes": 8, "elements": 4, "group": 9}, "`group` 9: expected 1 to 8"),
+        ("spmm", {"format": "coo", "grid": "2x2", "n": 8, "k": 8, "m": 4, "nnz_per_pe": 17}, "`nnz_per_pe` 17"),
+        ("layer", {"tokens": 9, "in_features": 9}, "expected `tokens`, `in_features` and `out_features`"),
+        ("step", {}, "expected `model` NAME or `run` RUN"),
+    ],
+    ids=["grid", "level", "group", "non-zeros", "layer", "step"],
+)
+def test_a_caller_in_python_is_told_of_arguments(program, arguments, message):
+    with pytest.raises(UserError) as caught:
+        package.simulate(program, **({"algorithm": "summa"} if program == "gemm" else {}), **arguments)
+    assert message in str(caught.value) and "--" not in str(caught.value)
+
+
 def test_padding_to_a_stated_number(vspdf):
     arguments = ["simulate", "spmm", "--format", "coo", "--grid", "2x2", "--n", 16, "--k", 16, "--m", 20]
     _, out, _ = vspdf(*arguments, "--density", 20, "--nnz-per-pe", 40, "--json")

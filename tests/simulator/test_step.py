@@ -10,7 +10,7 @@ import pytest
 from vspdf.errors import UserError
 from vspdf.ledger import flops_per_token
 from vspdf.runs.folder import Run
-from vspdf.shapes import MODELS, Shape, model_shape
+from vspdf.shapes import MODELS, Shape, named_shape
 from vspdf.simulator import machine as machines
 from vspdf.simulator.aggregate import estimates, layer, step
 
@@ -27,7 +27,7 @@ def simulate(name="gpt3-xl", batch=121, sparsity=0.0, systems=1, machine=CS2, **
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.75])
 def test_flops_are_the_ledgers(sparsity):
-    model = step.Model.uniform(model_shape("gpt3-xl"), 10, sparsity)
+    model = step.Model.uniform(named_shape("gpt3-xl"), 10, sparsity)
     expected = 10 * 2048 * flops_per_token(model.shape, sparsity, "spdf")
     assert model.flops() == pytest.approx(expected)
     estimate = step.search(CS2, CLOCK, model, layer.central(CS2))
@@ -68,7 +68,7 @@ def test_speedup_is_monotone_and_never_beyond_the_ideal():
 
 
 def test_no_placement_beats_the_one_found():
-    model = step.Model.uniform(model_shape("gpt2-small"), 480, 0.9)
+    model = step.Model.uniform(named_shape("gpt2-small"), 480, 0.9)
     found = step.search(CS2, CLOCK, model, layer.central(CS2))
     for place in step.placements(CS2, model):
         other = step.estimate(CS2, CLOCK, model, place, layer.central(CS2))
@@ -88,7 +88,7 @@ def test_two_systems_halve_the_work_of_each():
 
 
 def test_a_small_batch_waits_for_weights():
-    model = step.Model.uniform(model_shape("cerebras-gpt-13b"), 1)
+    model = step.Model.uniform(named_shape("cerebras-gpt-13b"), 1)
     found = step.search(CS2, CLOCK, model, layer.central(CS2))
     assert found.parts["linear layers"].io > 0.2 * found.total.cycles
     slow = CS2.override({"host_bandwidth": 2e10})
@@ -244,7 +244,7 @@ def test_every_parameter_is_live(key, value):
 
 
 def moved(machine):
-    model = step.Model.uniform(model_shape("gpt2-small"), 256, 0.9, systems=2)
+    model = step.Model.uniform(named_shape("gpt2-small"), 256, 0.9, systems=2)
     return [
         step.search(machine, clock, m, layer.central(machine)).seconds
         for clock in machine.clocks.values()

@@ -94,14 +94,14 @@ def test_the_run_directory_tells_all(tuned):
 
 def test_stopped_and_resumed_equals_uninterrupted_to_the_last_bit(vspdf, tuned, files, tmp_path, monkeypatch):
     expected = tuned[0]
-    say = cli._say
+    say = cli.say
 
     def stop(line):
         say(line)
         if line.startswith("step  7/"):
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(cli, "_say", stop)
+    monkeypatch.setattr(cli, "say", stop)
     status, _, err = vspdf(*arguments(files, tmp_path / "run"))
     assert status == 130 and "stopped after step 7; a checkpoint was written: --resume goes on." in err
     before = content(tmp_path / "run")

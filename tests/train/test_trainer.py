@@ -484,7 +484,7 @@ def test_kill_9_from_outside_leaves_a_run_that_goes_on(started, tiny):
     process, _, _ = started
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    with pytest.raises(UserError, match=r"already holds a run: --resume goes on with it, run_dir=... starts another"):
+    with pytest.raises(UserError, match=r"already holds a run: `resume` goes on with it, run_dir=... starts another"):
         run(tiny)
 
 
@@ -511,7 +511,7 @@ def refused(tiny, folder, message, *overrides, resume=True):
 
 
 def test_a_directory_that_holds_a_run_is_refused(tiny, stopped):
-    refused(tiny, stopped, r"already holds a run: --resume", resume=False)
+    refused(tiny, stopped, r"already holds a run: `resume`", resume=False)
 
 
 def test_nothing_to_resume(tiny, tmp_path):

@@ -341,14 +341,3 @@ def plot(result: dict[str, Any], path: Path, threads: int | None = None) -> None
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def geometric_means(
-    result: dict[str, Any], candidate: str = "vspdf"
-) -> dict[tuple[int, str, float], tuple[float, float]]:
-    """(geometric mean, minimum over the shapes) of the ratio to dense, by (threads, product, sparsity)."""
-    groups: dict[tuple[int, str, float], list[float]] = {}
-    for row in result["rows"]:
-        if row["candidate"] == candidate:
-            groups.setdefault((row["threads"], row["product"], row["sparsity"]), []).append(row["ratio_to_dense"])
-    return {key: (statistics.geometric_mean(ratios), min(ratios)) for key, ratios in groups.items()}

@@ -10,7 +10,7 @@ import typer
 from rich.logging import RichHandler
 
 from vspdf.cli import bench, plan, programs, runs, simulate, tasks, train
-from vspdf.cli.console import err
+from vspdf.cli.console import Verb, err
 from vspdf.errors import BackendUnavailable, Interrupted, UserError, did_you_mean
 
 app = typer.Typer(
@@ -70,11 +70,11 @@ for verb in (
     tasks.generate,
     tasks.bleu,
 ):
-    app.command(name="eval" if verb is tasks.evaluate else None)(verb)
+    app.command(name="eval" if verb is tasks.evaluate else None, cls=Verb)(verb)
 for program in programs.PROGRAMS:
-    simulate.simulate.command()(program)
+    simulate.simulate.command(cls=Verb)(program)
 app.add_typer(simulate.simulate, name="simulate")
-app.command()(runs.compare)
+app.command(cls=Verb)(runs.compare)
 app.add_typer(bench.bench, name="bench")
-app.command()(programs.validate)
-app.command()(runs.info)
+app.command(cls=Verb)(programs.validate)
+app.command(cls=Verb)(runs.info)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from vspdf.cli.console import Json, emit, err, out
+from vspdf.cli.console import Json, Verb, emit, err, murmur, out
 from vspdf.draw import words
 from vspdf.errors import UserError
 from vspdf.kernels.hardware import keep_freed_memory
@@ -50,7 +50,7 @@ def _write_results(result: dict[str, Any], csv: Path | None, as_json: bool) -> N
         emit(result)
 
 
-@bench.command(name="linear")
+@bench.command(name="linear", cls=Verb)
 def bench_linear(
     shapes: Annotated[str, typer.Option(help="TOKENSxINxOUT, with commas between; default: five layers of GPTs.")] = "",
     sparsity: Annotated[str, typer.Option(help="With commas between.")] = "0.5,0.75,0.9,0.95,0.99",
@@ -86,11 +86,10 @@ def bench_linear(
         raise UserError(f"--shapes '{shapes}': expected TOKENSxINxOUT, e.g. 1024x768x3072.") from None
     _destination(csv, "--csv", (".csv",))
     _destination(plot, "--plot", (".png", ".svg", ".pdf"))
-    progress = lambda line: err.print(line, style="dim", highlight=False)  # noqa: E731
     amounts = _numbers(sparsity, float, "--sparsity", most=1)
     if device == "cuda":
         result = linear_gpu.bench_linear(
-            chosen or linear_gpu.SHAPES, amounts, precision.split(","), rounds, peers, tune, progress
+            chosen or linear_gpu.SHAPES, amounts, precision.split(","), rounds, peers, tune, murmur
         )
         _write_results(result, csv, as_json)
         if not as_json:
@@ -103,7 +102,7 @@ def bench_linear(
         _numbers(threads, int, "--threads", least=1) or None,
         rounds,
         peers,
-        progress,
+        murmur,
     )
     _write_results(result, csv, as_json)
     if plot:
@@ -168,7 +167,7 @@ def _print_linear(result: dict[str, Any]) -> None:
         out.print(f"{name} was not timed: {reason}", highlight=False)
 
 
-@bench.command(name="step")
+@bench.command(name="step", cls=Verb)
 def bench_step(
     n_layer: Positive = 12,
     d_model: Positive = 768,
@@ -192,7 +191,7 @@ def bench_step(
     keep_freed_memory()
     result = step.bench_step(
         n_layer, d_model, n_head, sequence_length, batch_size, sparsities, threads, rounds,
-        progress=lambda line: err.print(line, style="dim", highlight=False),
+        progress=murmur,
     )  # fmt: skip
     _write_results(result, csv, as_json)
     if as_json:

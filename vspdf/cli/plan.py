@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from vspdf.cli.console import Json, emit, err, out
+from vspdf.cli.console import Json, emit, murmur, out, say
 from vspdf.draw import words
 from vspdf.errors import UserError
 from vspdf.kernels.hardware import keep_freed_memory
@@ -50,11 +50,11 @@ def plan(
     found = planner.plan(
         model, sparsity=sparsity, effective=effective, split=split, phases=_stages(phases) if phases else None,
         steps=steps, batch_size=batch_size, convention=convention, causal=causal, save=save, memory=memory, hours=hours,
-        time=time, progress=lambda line: err.print(line, style="dim", highlight=False),
+        time=time, progress=murmur,
     )  # fmt: skip
     if write:
         plan_write.write(found, write)
-        err.print(f"wrote {write}: vspdf train {write}", markup=False, highlight=False, soft_wrap=True)
+        say(f"wrote {write}: vspdf train {write}")
     if as_json:
         emit(found.to_json())
     else:
@@ -66,7 +66,7 @@ def _stages(text: str) -> list[tuple[float, int]]:
         pairs = [part.split(":") for part in text.split(",") if part]
         return [(float(sparsity), int(steps)) for sparsity, steps in pairs]
     except ValueError:
-        raise UserError(f"--phases '{text}': expected SPARSITY:STEPS,..., e.g. 0.9:62523,0:9379.") from None
+        raise UserError(f"`phases` '{text}': expected SPARSITY:STEPS,..., e.g. 0.9:62523,0:9379.") from None
 
 
 def _print_plan(found: Plan) -> None:

@@ -8,13 +8,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from vspdf.cli.console import Json, emit, err, out
+from vspdf.cli.console import Json, MachineName, Settings, emit, murmur, out, say, tell
 from vspdf.draw import words
 
-MachineName = Annotated[str, typer.Option("--machine", help="A machine by name, or a YAML file of your own.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a machine parameter; repeatable.")
-]
 Level = Annotated[
     str, typer.Option(help="event (every wavelet), aggregate (closed form), or auto: event where it ends in seconds.")
 ]
@@ -31,7 +27,7 @@ def _run(program: str, as_json: bool, trace: Path | None, plot: Path | None, **a
     result = simulate(program, trace=trace, plot=plot, **arguments)
     for path in (trace, plot):
         if path is not None:
-            err.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+            say(f"wrote {path}")
     if as_json:
         emit(result)
         return
@@ -165,7 +161,7 @@ def validate(
 
     result = check(
         machine, settings or (), level, [name.upper() for name in case or ()] or None,
-        say=lambda line: err.print(line, style="dim", markup=False, highlight=False),
+        say=murmur,
     )  # fmt: skip
     if as_json:
         emit(result)
@@ -195,5 +191,4 @@ def validate(
         "Predicted: no number was set from this row. Mechanisms chosen with a table in view:",
         *(f"  {name}: {view}." for name, view in result["chosen_in_view"].items()),
     ]
-    for line in lines:
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    tell(*lines)

@@ -11,13 +11,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import JustifyMethod
 from rich.table import Table
 
-from vspdf.cli.console import Json, emit, err, out
+from vspdf.cli.console import Json, emit, out, say, tell
 
 
 def compare(
     study: Annotated[str, typer.Argument(help="A YAML file, or a study that ships: toy, small, finetune, gpu.")],
     changes: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
-    runs: Annotated[Path | None, typer.Option(help="Folder of its runs; default runs/NAME.")] = None,
+    root: Annotated[Path | None, typer.Option("--runs", help="Folder of its runs; default runs/NAME.")] = None,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Runs at a time; default: as many as the cores allow.")
     ] = None,
@@ -48,13 +48,10 @@ def compare(
     if results:
         body = read(studies.load(study, changes or []))
     else:
-        body = runner.run(
-            study, runs, jobs, changes=changes or [], minutes=minutes,
-            say=lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True),
-        )  # fmt: skip
+        body = runner.run(study, root, jobs, changes=changes or [], minutes=minutes, say=say)
     if plot:
         study_page.plot(body, plot)
-        err.print(f"wrote {plot}", markup=False, highlight=False, soft_wrap=True)
+        say(f"wrote {plot}")
     if as_json:
         emit(body)
     else:
@@ -74,8 +71,7 @@ def _print(body: dict[str, Any]) -> None:
         for row in found.rows:
             table.add_row(*row)
         out.print(table, "")
-    for line in tables.notes(body):
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    tell(*tables.notes(body))
 
 
 def report(
@@ -92,8 +88,7 @@ def report(
     """
     from vspdf.report.run_page import write
 
-    path = write(runs, output)
-    out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    tell(f"wrote {write(runs, output)}")
 
 
 def convert(
@@ -139,10 +134,9 @@ def convert(
     what = f"{count}, {' to '.join(amounts)} sparse" if layers else "no masked weights"
     forms = {"hugging-face": "a Hugging Face folder", "dense": "a dense checkpoint", "sparse": "a sparse checkpoint",
              "file": "a dense file"}  # fmt: skip
-    out.print(f"{source}: {kinds[found['kind']]}, {size}, {what}", markup=False, highlight=False, soft_wrap=True)
-    out.print(f"wrote {target}: {forms[found['to']]}", markup=False, highlight=False, soft_wrap=True)
+    tell(f"{source}: {kinds[found['kind']]}, {size}, {what}", f"wrote {target}: {forms[found['to']]}")
     if found["tokenizer"] is None and found["to"] != "file":
-        err.print("no tokenizer was found or written: --tokenizer names one.", highlight=False, soft_wrap=True)
+        say("no tokenizer was found or written: --tokenizer names one.")
 
 
 def info(as_json: Json = False) -> None:
@@ -164,8 +158,7 @@ def info(as_json: Json = False) -> None:
     for title, entries in body.items():
         if title == "tuning":
             out.print("paths that auto has measured on this machine", style="bold")
-            for line in entries or ["none yet"]:
-                out.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+            tell(*(f"  {line}" for line in entries or ["none yet"]))
             continue
         out.print(title, style="bold")
         for key, value in entries.items():

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from vspdf.cli.console import Json, emit, err, out
+from vspdf.cli.console import Json, MachineName, Settings, Verb, emit, out, say
 from vspdf.draw import words
 from vspdf.errors import UserError
 
@@ -17,10 +17,6 @@ simulate = typer.Typer(
     help="A Cerebras CS-2 at work: programs on a grid, one layer, a whole training step.", no_args_is_help=True
 )
 
-MachineName = Annotated[str, typer.Option("--machine", help="A machine by name, or a YAML file of your own.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a machine parameter; repeatable.")
-]
 Level = Annotated[str, typer.Option(help="event (every wavelet) or aggregate (closed form).")]
 
 
@@ -33,11 +29,11 @@ def _machine(name: str, settings: Sequence[str] | None) -> Any:
 # ---- layer -----------------------------------------------------------------------------------------------------------
 
 
-@simulate.command(name="layer")
+@simulate.command(name="layer", cls=Verb)
 def simulate_layer(
     tokens: Annotated[int | None, typer.Option(help="On the wafer at once.")] = None,
-    n_in: Annotated[int | None, typer.Option("--in", help="Features in.")] = None,
-    n_out: Annotated[int | None, typer.Option("--out", help="Features out.")] = None,
+    in_features: Annotated[int | None, typer.Option("--in", help="Features in.")] = None,
+    out_features: Annotated[int | None, typer.Option("--out", help="Features out.")] = None,
     sparsity: Annotated[float, typer.Option(help="In [0, 1); positions by chance.")] = 0.9,
     run: Annotated[Path | None, typer.Option(help="Take a layer's real mask from this run.")] = None,
     layer: Annotated[str | None, typer.Option(help="Which one, by its name in the run.")] = None,
@@ -59,10 +55,10 @@ def simulate_layer(
     from vspdf.plan import cs2
 
     wafer = _machine(machine, settings)
-    asked = {"tokens": tokens, "in_features": n_in, "out_features": n_out, "sparsity": sparsity}
+    asked = {"tokens": tokens, "in_features": in_features, "out_features": out_features, "sparsity": sparsity}
     result = cs2.layer_by_request(wafer, **asked, run=run, layer=layer, level=level, plot=plot)  # type: ignore[arg-type]
     if plot is not None:
-        err.print(f"wrote {plot}", markup=False, highlight=False, soft_wrap=True)
+        say(f"wrote {plot}")
     if as_json:
         emit(result)
     elif level == "event":
@@ -92,7 +88,7 @@ def _print_layer(result: dict[str, Any]) -> None:
     table.add_section()
     _cost_row(table, "layer", total)
     out.print(table)
-    _say(
+    _print_lines(
         [
             _band(result),
             _where(result["products"].values()),
@@ -129,7 +125,7 @@ def _print_event_layer(result: dict[str, Any]) -> None:
 # ---- step ------------------------------------------------------------------------------------------------------------
 
 
-@simulate.command(name="step")
+@simulate.command(name="step", cls=Verb)
 def simulate_step(
     model: Annotated[str | None, typer.Option(help="A named model, a configuration, or a Hugging Face folder.")] = None,
     run: Annotated[
@@ -155,7 +151,7 @@ def simulate_step(
 
     wafer = _machine(machine, settings)
     if (model is None) == (run is None):
-        raise UserError("expected --model NAME or --run RUN, one of them.")
+        raise UserError("expected `model` NAME or `run` RUN, one of them.")
     shape, known = model_and_batch(model) if model else (None, None)
     asked = {"sequence": sequence, "systems": systems, "sparsity": sparsity, "level": level}
     result = cs2.step_by_request(wafer, model=shape, run=run, batch=known if batch is None else batch, **asked)  # type: ignore[arg-type]
@@ -206,7 +202,7 @@ def _print_step(result: dict[str, Any]) -> None:
             f"replicas, {m['local']} tokens a PE, {again}; {result['utilisation'][kind]:.1%} of fp16 peak, "
             f"{joules[0]:.3g} to {joules[1]:.3g} J a token."
         )
-    _say(lines)
+    _print_lines(lines)
     _print_sensitivity(result)
     if result["comparison"]:
         out.print(comparison_table(result["comparison"]))
@@ -298,6 +294,6 @@ def _print_sensitivity(result: dict[str, Any]) -> None:
     out.print(table)
 
 
-def _say(lines: Sequence[str]) -> None:
+def _print_lines(lines: Sequence[str]) -> None:
     for line in lines:
         out.print(line, markup=False, highlight=False)

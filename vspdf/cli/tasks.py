@@ -5,14 +5,18 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from vspdf.cli.console import Json, _Progress, _say, emit, out
-from vspdf.errors import Interrupted, UserError, did_you_mean
-from vspdf.evaluate.answers import _fitted
+from vspdf.cli.console import Json, Progress, emit, out, say, tell
+from vspdf.errors import UserError, one_of, require
+
+if TYPE_CHECKING:
+    from vspdf.config.resolved import ResolvedConfig
+    from vspdf.data.tokenizer import Tokenizer
+    from vspdf.model import GPT
 
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
 
@@ -24,7 +28,9 @@ def generate(
     output: Annotated[Path | None, typer.Option(help="Answers, one a line; default: stdout.")] = None,
     format: Annotated[str, typer.Option(help="Of --input: lines, dart, webnlg, e2e, jsonl.")] = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts of --input.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="At most, of an answer; 64, or 200 after --prompt.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--tokens", min=1, help="At most, of an answer; 64, or 200 after --prompt.")
+    ] = None,
     beams: Annotated[int | None, typer.Option(min=1, help="1: greedy or sampling; default 10 for task files.")] = None,
     length_penalty: Annotated[float, typer.Option(help="Of beam search.")] = 0.8,
     no_repeat_ngram: Annotated[int, typer.Option(min=0, help="Of beam search, within an answer; 0: off.")] = 4,
@@ -41,84 +47,57 @@ def generate(
 
     `vspdf generate runs/dart --input dart-test.xml --output answers.txt`
     """
-    from vspdf.data import tasks
+    from vspdf.evaluate import answers
     from vspdf.evaluate.generate import Decoding
-    from vspdf.evaluate.generate import generate as run
-    from vspdf.interop import checkpoints
+    from vspdf.files import write_whole
 
-    if overlong not in ("refuse", "cut"):
-        raise UserError(f"--overlong '{overlong}' is not known.{did_you_mean(overlong, ['refuse', 'cut'])}")
-    if output and output.exists():
-        raise UserError(f"'{output}' exists already: nothing is overwritten; name another or move it away.")
-    if output and not input:
-        raise UserError("--output goes with --input; text after --prompt goes to stdout.")
-    model, tokenizer, state = checkpoints.load(path, device=device)
-    if tokenizer is None:
-        raise UserError(f"'{path}' has no tokenizer: put a tokenizer.json beside its weights.")
-    # A model that was fine-tuned here, and a task file, have an end of document between context and answer.
+    one_of("`overlong`", overlong, answers.OVERLONG)
+    require(
+        not output or not output.exists(),
+        f"'{output}' exists already: nothing is overwritten; name another or move it away.",
+    )
+    require(not output or input is not None, "`output` goes with `input`; text after `prompt` goes to stdout.")
+    model, tokenizer, state = _with_tokenizer(path, device)
     task = state.get("task")
-    lower = bool(task and task["lower_relations"])
-    if prompt is None:
-        if task and not input:
-            raise UserError(f"'{path}' was fine-tuned to answer: give --prompt a context, or --input a task file.")
-        prompt = "def "
-    if lower and (input or tasks.lowered(prompt) != prompt):
-        _say("relations of triples are in lower case, as in the fine-tuning (data.lower_relations)")
-    if input:
-        examples = tasks.read(input, format, lower_relations=lower)[:limit]
-        answering = bool(task) or any(example.references for example in examples) or format not in ("auto", "lines")
-        texts = [example.context for example in examples]
-    else:
-        answering, texts = bool(task), [tasks.lowered(prompt) if lower else prompt]
+    prompts = answers.read_prompts(input, format, task, limit, say) if input else answers.one_prompt(prompt, task, say)
     decoding = Decoding(
-        max_tokens=tokens or (64 if input else 200), beams=beams or (10 if input and answering else 1),
+        max_tokens=max_tokens or (64 if input else 200), beams=beams or (10 if input and prompts.answering else 1),
         length_penalty=length_penalty, no_repeat_ngram=no_repeat_ngram,
         temperature=temperature if temperature is not None else (0.0 if input else 0.8), seed=seed,
     )  # fmt: skip
-    prompts = [tokenizer.encode(text).tolist() for text in texts]
-    if not answering and not all(prompts):
-        number = next(i for i, ids in enumerate(prompts, 1) if not ids)
-        what = f"prompt {number} of '{input}'" if input else "the prompt"
-        raise UserError(f"{what} is empty: give at least one character{'' if input else ' with --prompt'}.")
-    if input or decoding.beams > 1:
-        room = model.shape.sequence_length - decoding.max_tokens - answering
-        prompts = _fitted(prompts, room, overlong, keep_end=not answering, say=_say)
-    if answering:
-        prompts = [[*ids, tokenizer.end_of_document] for ids in prompts]
     started = time.perf_counter()
-    try:
-        answers = run(
-            model, prompts, decoding, tokenizer.end_of_document, batch_size,
-            progress=_Progress(len(prompts), "answers") if input else lambda done: None,
-        )  # fmt: skip
-    except KeyboardInterrupt:
-        raise Interrupted("stopped; no answer was written.") from None
-    seconds = time.perf_counter() - started
     if input:
-        lines = [" ".join(tokenizer.decode(answer).split()) for answer in answers]
-    else:
-        lines = [texts[0] + (" " if answering else "") + tokenizer.decode(answers[0]).lstrip(" " if answering else "")]
-    if output:
-        from vspdf.files import write_whole
-
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(output, "".join(f"{line}\n" for line in lines))
-    count = sum(map(len, answers))
-    body: dict[str, Any] = {
-        "checkpoint": str(path), "step": state["step"], "answers": len(answers), "tokens": count, "seconds": seconds,
-        "decoding": asdict(decoding), **({"output": str(output)} if output else {"texts": lines}),
-    }  # fmt: skip
-    if as_json:
-        emit(body)
-    elif output:
-        out.print(
-            f"wrote {len(answers):,} answers of {count / len(answers):.1f} tokens on average to {output} in "
-            f"{seconds:,.1f} s",
-            markup=False, highlight=False, soft_wrap=True,
+        found = answers.answer(
+            model, tokenizer, prompts, decoding, overlong=overlong, batch_size=batch_size, say=say,
+            progress=Progress(len(prompts.texts), "answers"),
         )  # fmt: skip
     else:
-        for line in lines:
-            out.print(line, markup=False, highlight=False, soft_wrap=True)
+        found = answers.go_on(model, tokenizer, prompts, decoding, overlong=overlong, say=say)
+    seconds = time.perf_counter() - started
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, "".join(f"{line}\n" for line in found.lines))
+    texts = {"output": str(output)} if output else {"texts": found.lines}
+    body = {"checkpoint": str(path), "step": state["step"], "answers": len(found.lines), "tokens": found.tokens,
+            "seconds": seconds, "decoding": asdict(decoding), **texts}  # fmt: skip
+    emit(body) if as_json else _print_answers(body)
+
+
+def _print_answers(body: dict[str, Any]) -> None:
+    if "texts" in body:
+        return tell(*body["texts"])
+    mean = body["tokens"] / body["answers"]
+    tell("wrote {answers:,} answers of {0:.1f} tokens on average to {output} in {seconds:,.1f} s".format(mean, **body))
+
+
+def _with_tokenizer(path: Path, device: str) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """Model, tokenizer and state of a checkpoint for what needs words."""
+    from vspdf.interop import checkpoints
+
+    model, tokenizer, state = checkpoints.load(path, device=device)
+    if tokenizer is None:
+        raise UserError(f"'{path}' has no tokenizer: put a tokenizer.json beside its weights.")
+    return model, tokenizer, state
 
 
 def evaluate(
@@ -146,73 +125,57 @@ def evaluate(
 
     `vspdf eval runs/mine --tasks my_task --task-folder tasks/`
     """
+    from vspdf.evaluate import harness, held_out
     from vspdf.interop import checkpoints
 
     names = [name for name in tasks.split(",") if name]
-    if task_folder and not names:
-        raise UserError("--task-folder goes with --tasks: name the tasks in it.")
-    if text and names:
-        raise UserError("--text and --tasks are two evaluations: give one of them.")
-    loaded = checkpoints.load(path, device=device)
-    if loaded.tokenizer is None and (text or names):
-        raise UserError(f"'{path}' has no tokenizer: put a tokenizer.json beside its weights.")
-    body: dict[str, Any] = {"checkpoint": str(path), "step": loaded.state["step"]}
-    if not names:
-        _on_text(path, loaded, text, batch_size, body)
-    else:
-        from vspdf.evaluate.harness import evaluate_tasks
-
-        assert loaded.tokenizer is not None
-        body |= evaluate_tasks(
-            loaded.model, loaded.tokenizer, names, folder=task_folder, few_shot=few_shot, limit=limit,
-            batch_size=batch_size, say=_say,
+    require(bool(names) or not task_folder, "`task_folder` goes with `tasks`: name the tasks in it.")
+    require(not (text and names), "`text` and `tasks` are two evaluations: give one of them.")
+    progress = lambda total: Progress(total, "tokens")  # noqa: E731
+    body: dict[str, Any]
+    if names or text:
+        model, tokenizer, state = _with_tokenizer(path, device)
+        body = {"checkpoint": str(path), "step": state["step"]}
+    if names:
+        body |= harness.evaluate_tasks(
+            model, tokenizer, names, folder=task_folder, few_shot=few_shot, limit=limit, batch_size=batch_size, say=say,
         )  # fmt: skip
+    elif text:
+        loss, body["text"] = held_out.on_text(model, tokenizer, text, batch_size, progress)
+    else:
+        loaded = checkpoints.load(path, device=device)
+        folder, settings = _run_of(path)
+        body = {"checkpoint": str(folder), "step": loaded.state["step"]}
+        sha256 = loaded.state["corpus"]["sha256"]
+        loss = held_out.on_run(loaded.model, loaded.tokenizer, settings, sha256, progress)
+    if not names:
+        body |= {"val_loss": loss.loss, "val_bits_per_byte": loss.bits_per_byte}
     if as_json:
         emit(body)
-    elif "val_loss" in body:
-        figures = f"{body['val_loss']:.4f} nats/token, {body['val_bits_per_byte']:.4f} bits/byte"
-        where = "all held-out text"
-        if text:
-            where = "{name} ({bytes:,} bytes, {tokens:,} tokens; documents: {documents:,})".format(**body["text"])
-        out.print(f"{body['checkpoint']}: {figures} on {where}", markup=False, highlight=False, soft_wrap=True)
     else:
-        _print_tasks(body)
+        _print_tasks(body) if names else _print_loss(body)
     if names and not body["tasks"]:
         raise UserError("no task could be evaluated: see above which data could not be reached.")
 
 
-def _on_text(path: Path, loaded: Any, text: str, batch_size: int, body: dict[str, Any]) -> None:
-    """Adds loss and bits per byte on `text`, or on what the run held out."""
-    from vspdf.data import pairs
-    from vspdf.data.text import Dataset, Text, prepare
-    from vspdf.evaluate.loss import evaluate as run
+def _run_of(path: Path) -> tuple[Path, ResolvedConfig]:
+    """The checkpoint that a path means, and the configuration of its run."""
     from vspdf.interop import checkpoints
     from vspdf.runs import checkpoint
     from vspdf.runs.folder import of_checkpoint
 
-    window = loaded.model.shape.sequence_length
-    if text:
-        own = Text.read(text, loaded.tokenizer, window)
-        result = run(loaded.model, own, batch_size, progress=_Progress(own.source["tokens"], "tokens"))
-        body |= {"text": own.source, "val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
-        return
-    folder = checkpoint.resolve(path) if checkpoints.kind(path) == "checkpoint" else None
-    if folder is None or not of_checkpoint(folder).configured:
-        raise UserError(f"'{path}' has no run with held-out text: give --text FILE, or --tasks.")
-    settings = of_checkpoint(folder).config
-    held: Dataset | pairs.Pairs
-    progress = lambda done: None  # noqa: E731
-    if settings.start:
-        held = pairs.prepare(settings.data, settings.seed, loaded.tokenizer)
-    else:
-        held = prepare(settings.data, window, settings.seed)
-        progress = _Progress(held.manifest["validation"]["tokens"], "tokens")
-    if held.manifest["corpus"]["sha256"] != loaded.state["corpus"]["sha256"]:
-        name = settings.data.path or settings.data.corpus
-        raise UserError(f"the corpus '{name}' has changed since {folder} was written.")
-    batch_size = settings.train.micro_batch_size or 1
-    result = run(loaded.model, held, batch_size, precision=settings.train.precision, progress=progress)
-    body |= {"checkpoint": str(folder), "val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
+    if checkpoints.kind(path) == "checkpoint":
+        folder = checkpoint.resolve(path)
+        if (run := of_checkpoint(folder)).configured:
+            return folder, run.config
+    raise UserError(f"'{path}' has no run with held-out text: give `text` FILE, or `tasks`.")
+
+
+def _print_loss(body: dict[str, Any]) -> None:
+    where = "all held-out text"
+    if "text" in body:
+        where = "{name} ({bytes:,} bytes, {tokens:,} tokens; documents: {documents:,})".format(**body["text"])
+    tell("{checkpoint}: {val_loss:.4f} nats/token, {val_bits_per_byte:.4f} bits/byte on ".format(**body) + where)
 
 
 def _print_tasks(body: dict[str, Any]) -> None:
@@ -231,7 +194,7 @@ def _print_tasks(body: dict[str, Any]) -> None:
         table.add_row(f"average of {count}", "acc", f"{body['average']:.4f}", "", "", style="bold")
     out.print(table)
     for name, why in body["missing"].items():
-        out.print(f"{name} was not evaluated: {why}", markup=False, highlight=False, soft_wrap=True)
+        tell(f"{name} was not evaluated: {why}")
 
 
 def bleu(
@@ -273,5 +236,4 @@ def bleu(
             "multi-bleu takes an empty reference for one of no words, which counts here; "
             f"without missing references BLEU = {score.bleu_without_missing:.2f}."
         )
-    for line in lines:
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    tell(*lines)

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from vspdf.cli import simulate
-from vspdf.cli.console import Json, _say, emit, err, out
+from vspdf.cli.console import Json, emit, err, out, say, tell
 from vspdf.draw import words
 from vspdf.errors import UserError
 from vspdf.kernels.hardware import keep_freed_memory
@@ -32,14 +32,15 @@ def train(
     `vspdf train my.yaml run_dir=runs/mine --resume`
     """
     from vspdf.config import loading
+    from vspdf.interop import load_config
     from vspdf.runs.folder import Run
     from vspdf.train.trainer import train as run
 
     keep_freed_memory()
-    settings = loading.load(config, overrides or [])
+    settings = load_config(config, overrides or [])
     err.print(loading.to_yaml(settings).rstrip(), style="dim", markup=False, highlight=False)
-    run(settings, resume=resume, say=_say, on_evaluation=_draw)
-    summary = Run(Path(settings.run_dir or "")).summary
+    run(settings, resume=resume, say=say, on_evaluation=_draw)
+    summary = Run(Path(settings.run_dir)).summary
     if as_json:
         emit(summary)
     else:
@@ -57,7 +58,7 @@ def _draw(folder: Path) -> None:
         try:
             cs2.compare(folder)
         except UserError as error:
-            _say(f"no CS-2 estimate: {error}")
+            say(f"no CS-2 estimate: {error}")
     refresh(folder)
 
 
@@ -122,17 +123,17 @@ def finetune(
     """
     from vspdf.config import loading
     from vspdf.config import settings as configuration
-    from vspdf.interop import checkpoints
+    from vspdf.interop import checkpoints, load_config
     from vspdf.runs.folder import Run
     from vspdf.train.trainer import train
 
     keep_freed_memory()
     shape, activation = checkpoints.shape_of(start)
     model = configuration.ModelConfig(**asdict(shape), activation=activation)
-    settings = loading.load(config, overrides or [], start=(start, model))
+    settings = load_config(config, overrides or [], start=(start, model))
     err.print(loading.to_yaml(settings).rstrip(), style="dim", markup=False, highlight=False)
-    train(settings, resume=resume, say=_say, on_evaluation=_draw)
-    summary = Run(Path(settings.run_dir or "")).summary
+    train(settings, resume=resume, say=say, on_evaluation=_draw)
+    summary = Run(Path(settings.run_dir)).summary
     if as_json:
         emit(summary)
         return
@@ -143,5 +144,4 @@ def finetune(
         f"held-out completions: {last['val_loss']:.4f} nats/token, {last['val_bits_per_byte']:.4f} bits/byte",
         f"Everything is in {settings.run_dir}/. Texts: vspdf generate {settings.run_dir} --input FILE --output FILE",
     ]
-    for line in lines:
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    tell(*lines)

@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,15 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from vspdf.config import loading
-from vspdf.config.settings import Config, DataConfig, ModelConfig, TrainConfig
+from vspdf.config.resolve import resolve_task
+from vspdf.config.resolved import ResolvedConfig, ResolvedTask
+from vspdf.config.settings import DataConfig, ModelConfig, TrainConfig
 from vspdf.data import pairs
 from vspdf.data.tasks import Example
 from vspdf.errors import UserError, did_you_mean
 from vspdf.evaluate.bleu import PROTOCOLS
 from vspdf.evaluate.generate import Decoding
+from vspdf.interop.cerebras import translated
 from vspdf.runs.folder import START
 
 KEYS = ("name", "about", "seeds", "tuning_seeds", "common", "arms", "pairs", "folder", "finetune", "tasks")
@@ -38,7 +41,7 @@ class Task:
 
     Attributes
     ----------
-    data : DataConfig
+    data : ResolvedTask
         Its file and the parts held out: "validation" to tune on, "test" to score.
     protocol : str
         A key of `vspdf.bleu.PROTOCOLS`.
@@ -47,7 +50,7 @@ class Task:
     """
 
     name: str
-    data: DataConfig
+    data: ResolvedTask
     protocol: str
     decoding: Decoding
     source: str
@@ -104,7 +107,7 @@ class Arm:
     def title(self) -> str:
         return f"{self.of} on {self.name}" if self.of else self.name
 
-    def configure(self, values: Values, seed: int, run_dir: Path | None = None) -> Config:
+    def configure(self, values: Values, seed: int, run_dir: Path | None = None) -> ResolvedConfig:
         """The configuration of one run."""
         body = {**self.body, "name": f"{self.of}-{self.name}" if self.of else self.name, "seed": seed}
         if run_dir is not None:
@@ -112,7 +115,7 @@ class Arm:
         settings = {key: value for key, value in values.items() if key != "epochs"}
         if "epochs" in self.tune:
             settings["phases.0.steps"] = self._steps(values["epochs"]) if "epochs" in values else 1
-        start = (str(self.begin(seed)), replace(self.model)) if self.task else None
+        start = (str(self.begin(seed)), self.model) if self.task else None
         overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
         try:
             return loading.build(body, self.where, overrides, start=start)
@@ -184,7 +187,7 @@ class Study:
             return folder / START if arm.untrained else folder
 
         where = f"{arm.where}, task '{task}'"
-        model = arm.configure(chosen, self.seeds[0]).model
+        model = ModelConfig(**asdict(arm.configure(chosen, self.seeds[0]).model))
         return replace(self.fine_tunings[task], of=arm.name, where=where, begin=begin, model=model)
 
 
@@ -295,9 +298,17 @@ def _arm(name: str, arm: Any, common: Form, where: str) -> Arm:
             raise UserError(f"{here}: '{key}' must be the same for all arms: set it in 'common'.")
     if untrained:
         own["phases"] = [{"steps": 1}]  # a configuration wants one; none is run
-    read = Arm(name, _merged(common, own), tune, here, untrained)
+    read = Arm(name, _ours(_merged(common, own), here), tune, here, untrained)
     _check_values(read)
     return read
+
+
+def _ours(body: Form, here: str, fine_tuning: bool = False) -> Form:
+    """Settings in the Cerebras stack's form as ours."""
+    found = translated(body, here, fine_tuning)
+    if "seed" in found:
+        raise UserError(f"{here}: the seed is the study's to set, also that of a sparsity block.")
+    return found
 
 
 def _values_to_try(tune: Any, here: str) -> dict[str, list[Any]]:
@@ -350,15 +361,17 @@ def _fine_tunings(body: Form, first: Arm, where: str) -> dict[str, Arm]:
             wrong = next(iter({*decoding} - {*known})) if isinstance(decoding, dict) else decoding
             raise UserError(f"{here}: decoding has no '{wrong}'.{did_you_mean(str(wrong), known)}")
         model = first.configure({}, 0).model
-        about = Task(str(name), DataConfig(), protocol, Decoding(**decoding), str(task.get("source", "")))
-        read = Arm(str(name), own, tune, here, task=about, model=model)
+        data = resolve_task(DataConfig(path=own["data"]["path"]), model.sequence_length)
+        about = Task(str(name), data, protocol, Decoding(**decoding), str(task.get("source", "")))
+        own = _ours(own, here, fine_tuning=True)
+        read = Arm(str(name), own, tune, here, task=about, model=ModelConfig(**asdict(model)))
         _check_values(read)
-        data = read.configure({}, 0).data
-        if not data.test_fraction:
+        settled = read.configure({}, 0).task
+        if settled is None or not settled.test_fraction:
             raise UserError(f"{here}: data.test_fraction is not set: answers are scored on a part of their own.")
-        if about.decoding.max_tokens + 2 > (model.sequence_length or 0):
+        if about.decoding.max_tokens + 2 > model.sequence_length:
             raise UserError(f"{here}: decoding.max_tokens leaves no room for a context of {model.sequence_length}.")
-        found[str(name)] = replace(read, task=replace(about, data=data))
+        found[str(name)] = replace(read, task=replace(about, data=settled))
     return found
 
 

@@ -14,7 +14,7 @@ from vspdf import ledger
 from vspdf.compare.definition import Arm, Study
 from vspdf.compare.tuning import Tuning, tuned
 from vspdf.config import resolve
-from vspdf.config import settings as configuration
+from vspdf.config.resolved import ResolvedConfig
 from vspdf.errors import UserError
 from vspdf.kernels import hardware
 from vspdf.report.comparison import Axis, at, curve, evaluated, paired, spread
@@ -140,7 +140,7 @@ def _run(folder: Path) -> dict[str, Any]:
     }
 
 
-def _stages_until(config: configuration.Config, tokens: float) -> list[tuple[float, float]]:
+def _stages_until(config: ResolvedConfig, tokens: float) -> list[tuple[float, float]]:
     """(sparsity, tokens) of the stretches of a run until it had read so many tokens."""
     stages: list[tuple[float, float]] = []
     for sparsity, size in resolve.amounts(config):

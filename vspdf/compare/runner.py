@@ -31,7 +31,7 @@ from vspdf.compare.results import collect
 from vspdf.compare.tuning import tuned
 from vspdf.config import loading
 from vspdf.config.loading import FREE_TO_CHANGE, differences
-from vspdf.config.settings import Config
+from vspdf.config.resolved import ResolvedConfig
 from vspdf.data.text import prepare
 from vspdf.draw import words
 from vspdf.errors import Interrupted, UserError
@@ -110,9 +110,9 @@ def _check_data(wanted: Study) -> None:
     for arm in wanted.arms.values():
         config = arm.configure({}, wanted.seeds[0])
         device(config.train.device, "common.train.device")
-        data = prepare(config.data, config.model.sequence_length or 0, config.seed)
+        data = prepare(config.data, config.model.sequence_length, config.seed)
         try:
-            data.check(sum((phase.steps or 0) * (phase.batch_size or 0) for phase in config.phases))
+            data.check(sum(phase.steps * phase.batch_size for phase in config.phases))
         except UserError as error:
             raise UserError(f"{arm.where}: {error}") from None
 
@@ -153,7 +153,7 @@ def _signals() -> Iterator[Callable[[], bool]]:
 
 
 @dataclass
-class _Run:
+class _StudyRun:
     """One run of an arm, and the process that is at work on it."""
 
     arm: Arm
@@ -167,7 +167,7 @@ class _Run:
     from_tuning: bool = False  # it was trained before its test loss was asked for
 
     @cached_property
-    def config(self) -> Config:
+    def config(self) -> ResolvedConfig:
         return self.arm.configure(self.values, self.seed, self.folder)
 
     @property
@@ -176,7 +176,7 @@ class _Run:
 
     @property
     def steps(self) -> int:
-        return 0 if self.arm.untrained else sum(phase.steps or 0 for phase in self.config.phases)
+        return 0 if self.arm.untrained else self.config.steps
 
     @property
     def files(self) -> Run:
@@ -203,7 +203,7 @@ class _Run:
             if key not in FREE_TO_CHANGE | {"start"} and not left_open:
                 raise UserError(
                     f"'{self.folder}' was trained with {key} = {old}, the study says {new}: remove it, or give the "
-                    "study another folder (--runs)."
+                    "study another folder (`root`)."
                 )
 
 
@@ -219,7 +219,7 @@ class _Runner:
     ) -> None:  # fmt: skip
         self.study, self.root, self.jobs, self.lock, self.say, self.stopped = wanted, root, jobs, lock, say, stopped
         self.until = until  # by the monotonic clock
-        self.running: list[_Run] = []
+        self.running: list[_StudyRun] = []
         fine = sum(tuning.planned(arm, wanted) for arm in wanted.fine_tunings.values())
         self.total = sum(tuning.planned(arm, wanted) + fine for arm in wanted.arms.values())
 
@@ -252,12 +252,12 @@ class _Runner:
         finally:
             self._stop()
 
-    def _known(self) -> list[_Run]:
+    def _known(self) -> list[_StudyRun]:
         """Runs that are done or can start now: trials first, so that all arms are tuned; then seed by seed.
 
         Fine-tuning comes after pre-training, in the same order, each run as soon as what it begins with is done.
         """
-        found: list[_Run] = []
+        found: list[_StudyRun] = []
         arms = list(self.study.arms.values())
         self._add(arms, found)
         begun = {run.folder for run in found if run.done and "diverged" not in run.files.evaluation}
@@ -269,10 +269,10 @@ class _Runner:
         return found
 
     def _add(
-        self, arms: Sequence[Arm], found: list[_Run], may: Callable[[Arm, int], bool] = lambda arm, seed: True
+        self, arms: Sequence[Arm], found: list[_StudyRun], may: Callable[[Arm, int], bool] = lambda arm, seed: True
     ) -> None:
-        trials: list[_Run] = []
-        finals: list[_Run] = []
+        trials: list[_StudyRun] = []
+        finals: list[_StudyRun] = []
         for arm in arms:
             state = tuned(self.study, self.root, arm)
             mine = [
@@ -290,13 +290,13 @@ class _Runner:
         # A seed that was tuned on has its run already: the trial that was chosen.
         found.extend({run.folder: run for run in trials + finals}.values())
 
-    def _missing(self) -> list[_Run]:
+    def _missing(self) -> list[_StudyRun]:
         return [run for run in self._known() if not run.done]
 
-    def _run(self, arm: Arm, values: Values, seed: int, test: bool) -> _Run:
-        return _Run(arm, values, seed, test, arm.folder(self.root, values, seed))
+    def _run(self, arm: Arm, values: Values, seed: int, test: bool) -> _StudyRun:
+        return _StudyRun(arm, values, seed, test, arm.folder(self.root, values, seed))
 
-    def _start(self, run: _Run) -> None:
+    def _start(self, run: _StudyRun) -> None:
         run.check()
         run.from_tuning = run.trained
         try:
@@ -334,7 +334,7 @@ class _Runner:
             self._note(run)
         return bool(ended)
 
-    def _note(self, run: _Run) -> None:
+    def _note(self, run: _StudyRun) -> None:
         known = run.files.evaluation
         loss = known["diverged"] if "diverged" in known else f"validation loss {known['val_loss']:.4f}"
         score = f"BLEU {known['bleu']['bleu']:.2f}" if "bleu" in known else f"test loss {known.get('test_loss', 0):.4f}"
@@ -350,7 +350,7 @@ class _Runner:
 
     def _eta(self) -> float | None:
         """Seconds left, from what finished runs of each arm took a step; arms not seen yet: the mean of the others."""
-        runs: dict[str, list[_Run]] = {}
+        runs: dict[str, list[_StudyRun]] = {}
         for run in self._known():
             runs.setdefault(run.arm.title, []).append(run)
         done = {name: [run for run in some if run.files.finished] for name, some in runs.items()}
@@ -378,6 +378,6 @@ class _Runner:
             assert run.process is not None
             run.process.wait()
 
-    def _close(self, run: _Run) -> None:
+    def _close(self, run: _StudyRun) -> None:
         assert run.process is not None and run.process.stdin is not None
         run.process.stdin.close()

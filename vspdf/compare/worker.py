@@ -17,12 +17,14 @@ from typing import Any
 import torch
 
 from vspdf.config import loading, resolve
-from vspdf.config.settings import Config
-from vspdf.data import pairs
-from vspdf.data.text import Dataset, prepare
+from vspdf.config.resolved import ResolvedConfig, ResolvedTask
+from vspdf.data import pairs, source
+from vspdf.data.text import prepare
 from vspdf.errors import Diverged, Interrupted, UserError
-from vspdf.evaluate.answers import _scored
+from vspdf.evaluate import answers
+from vspdf.evaluate.generate import Decoding
 from vspdf.evaluate.loss import evaluate
+from vspdf.files import write_whole
 from vspdf.interop import checkpoints, hugging_face
 from vspdf.interop.checkpoints import Loaded
 from vspdf.kernels.hardware import device
@@ -54,8 +56,8 @@ def _stop_at_the_end_of_input() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _work(config: Config, order: dict[str, Any]) -> None:
-    folder = Path(config.run_dir or "")
+def _work(config: ResolvedConfig, order: dict[str, Any]) -> None:
+    folder = Path(config.run_dir)
     run = Run(folder)
     result = run.evaluation
     if config.train.threads:  # the trainer sets it back when it is done
@@ -69,31 +71,34 @@ def _work(config: Config, order: dict[str, Any]) -> None:
                 result["load_average"] = os.getloadavg()[0]
             loaded = checkpoints.load(folder, config.train.backend)
         model = loaded.model.to(device(config.train.device, "train.device"))
-        data: Dataset | pairs.Pairs
-        if config.start:
-            assert loaded.tokenizer is not None
-            data = pairs.prepare(config.data, config.seed, loaded.tokenizer)
-        else:
-            data = prepare(config.data, config.model.sequence_length or 0, config.seed)
+        data = source.prepare(config, loaded.tokenizer)
         for part, text in {"val": data, **({"test": data.for_test()} if order["test"] else {})}.items():
             if f"{part}_loss" in result:  # of a trial that is now a result
                 continue
-            found = evaluate(model, text, config.train.micro_batch_size or 1, precision=config.train.precision)
+            found = evaluate(model, text, config.train.micro_batch_size, precision=config.train.precision)
             result[f"{part}_loss"], result[f"{part}_bits_per_byte"] = found
-        if order["task"] and order["test"]:
-            result |= _scored(loaded, config, order["task"], folder)
+        if config.task and order["test"]:
+            result |= _answered(loaded, config.task, order["task"], folder)
     except Diverged as error:
         result = {"diverged": str(error)}
     Writer(folder).evaluation(result)
 
 
-def _drawn(config: Config, folder: Path) -> Loaded:
+def _answered(loaded: Loaded, data: ResolvedTask, task: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Answers the test part of a task, keeps the answers, and scores them."""
+    assert loaded.tokenizer is not None
+    examples = pairs.parts(data)["test"]
+    prompts = answers.Prompts([example.context for example in examples], answering=True)
+    lines = answers.answer(loaded.model, loaded.tokenizer, prompts, Decoding(**task["decoding"])).lines
+    write_whole(folder / "answers.txt", "".join(f"{line}\n" for line in lines))
+    return answers.scored(lines, examples, task["protocol"])
+
+
+def _drawn(config: ResolvedConfig, folder: Path) -> Loaded:
     """The initial weights of a seed, kept where fine-tuning finds them."""
-    assert config.model.sequence_length is not None
     if not folder.exists():
         data = prepare(config.data, config.model.sequence_length, config.seed)
-        config.model.vocab_size = config.model.vocab_size or data.vocab_size
-        shape = resolve.model_shape(config.model)
+        shape = resolve.model_shape(config.model, data.vocab_size)
         model = GPT(shape, config.model.init_std, seed=config.seed, activation=config.model.activation)
         draft = folder.with_name(".draft")
         shutil.rmtree(draft, ignore_errors=True)

@@ -12,13 +12,17 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vspdf.config.resolve import resolve
+from vspdf.config.resolve import resolve, resolve_model
+from vspdf.config.resolved import ResolvedConfig
 from vspdf.config.settings import Config, ModelConfig
 from vspdf.errors import UserError, did_you_mean
-from vspdf.interop.cerebras import from_cerebras
+
+_CEREBRAS = {"trainer", "runconfig", "train_input", "sparsity"}  # one of them is in each of its files
 
 
-def load(source: str | Path, overrides: Sequence[str] = (), *, start: tuple[str, ModelConfig] | None = None) -> Config:
+def load(
+    source: str | Path, overrides: Sequence[str] = (), *, start: tuple[str, ModelConfig] | None = None
+) -> ResolvedConfig:
     """Reads a configuration, applies overrides, fills in what follows from the rest, and checks it.
 
     Parameters
@@ -29,10 +33,16 @@ def load(source: str | Path, overrides: Sequence[str] = (), *, start: tuple[str,
     start : (str, ModelConfig), optional
         Fine-tuning: where the model to begin with is, and its shape; the configuration itself names none, or the same.
 
+    Returns
+    -------
+    ResolvedConfig
+        Frozen, and complete but for what the data tell.
+
     Raises
     ------
     UserError
-        For a missing file, an unknown key, a wrong type or an impossible value; one line that names the key.
+        For a missing file, one of another program, an unknown key, a wrong type or an impossible value; one line
+        that names the key.
     """
     path = find_config(source)
     return build(read_yaml(path), str(path), overrides, start=start)
@@ -58,9 +68,12 @@ def read_yaml(path: Path) -> Any:
 
 def build(
     body: Any, where: str, overrides: Sequence[str] = (), *, start: tuple[str, ModelConfig] | None = None
-) -> Config:
+) -> ResolvedConfig:
     """As `load`, from what a file holds; `where` begins error messages."""
-    body = from_cerebras(body, where, fine_tuning=start is not None)
+    if isinstance(body, dict) and (theirs := sorted(_CEREBRAS & body.keys())):
+        raise UserError(
+            f"{where}: '{theirs[0]}' is a setting of the Cerebras stack: vspdf.interop.load_config reads such files."
+        )
     try:
         _check_form(body, Config, "", where)
         tree = OmegaConf.merge(OmegaConf.structured(Config), body)
@@ -80,14 +93,14 @@ def build(
         raise _explained(error, where) from None
     assert isinstance(config, Config)
     if start is not None:
-        config.start, shape = start
-        for key, value in dataclasses.asdict(shape).items():
+        config.start, model = start
+        found = dataclasses.asdict(resolve_model(model))
+        for key, value in found.items():
             mine = getattr(config.model, key)
             if key != "init_std" and mine not in (None, value, getattr(ModelConfig(), key)):
                 raise UserError(f"model.{key} = {mine}, but the model to start from has {value}: leave it out.")
-        config.model = shape
-    resolve(config)
-    return config
+        config.model = ModelConfig(**found)
+    return resolve(config)
 
 
 def parse_override(override: str) -> tuple[str, DictConfig | ListConfig]:
@@ -128,13 +141,15 @@ def find_config(source: str | Path, folder: str = "configs", what: str = "config
     raise UserError(f"no {what} '{source}': neither a file nor one that ships.{did_you_mean(str(source), near)}")
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: ResolvedConfig) -> str:
     """A resolved configuration as `load` reads it."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    return dataclasses.asdict(config)
+def to_dict(config: ResolvedConfig) -> dict[str, Any]:
+    """A resolved configuration as `build` takes it."""
+    body = dataclasses.asdict(config)
+    return body | {"phases": [phase | {"levels": list(phase["levels"])} for phase in body["phases"]]}
 
 
 def _first_line(error: Exception) -> str:

@@ -1,34 +1,105 @@
-"""What is left out follows from the rest; what cannot be is refused."""
+"""From settings as written to those a run is taken with: what is left out follows, what cannot be is refused."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
+from dataclasses import asdict
 
 from vspdf import shapes
-from vspdf.config.settings import Config, ModelConfig, PhaseConfig
-from vspdf.errors import check_device, one_of, require
+from vspdf.config.resolved import (
+    ResolvedConfig,
+    ResolvedData,
+    ResolvedModel,
+    ResolvedOptimizer,
+    ResolvedPhase,
+    ResolvedTask,
+    ResolvedTrain,
+)
+from vspdf.config.settings import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PhaseConfig,
+    TrainConfig,
+)
+from vspdf.errors import UserError, check_device, one_of, require
 from vspdf.sparsity.schedule import mean_sparsity, resolve_amounts, stages
 
 
-def model_shape(model: ModelConfig, vocab_size: int | None = None) -> shapes.Shape:
-    """Shape of the configured model; `vocab_size` is the tokenizer's, for where the configuration leaves it open."""
-    vocab_size = model.vocab_size or vocab_size
-    assert vocab_size and model.n_layer and model.d_model and model.n_head and model.d_ff and model.sequence_length
-    return shapes.Shape(model.n_layer, model.d_model, model.n_head, model.d_ff, vocab_size, model.sequence_length)
-
-
-def resolve(config: Config) -> None:
-    """Fills in, in place, what follows from other settings, and checks every value.
+def resolve(config: Config) -> ResolvedConfig:
+    """Every setting, those that follow from others included, and checked; `config` stays as it is.
 
     Raises
     ------
     UserError
         Naming the setting, its value and what was expected.
     """
-    resolve_model(config.model)
-    train, optimizer = config.train, config.optimizer
+    model = resolve_model(config.model)
+    train = _train(config.train)
+    optimizer = _optimizer(config.optimizer)
+    require(config.seed >= 0, f"seed must not be negative, is {config.seed}.")
+    require(bool(re.fullmatch(r"\w[\w.-]*", config.name)), f"name = '{config.name}' must be usable as a folder's name.")
+    require(
+        bool(config.phases), "phases: at least one phase is needed, e.g. [{sparsity: 0.9, steps: 250}, {steps: 50}]."
+    )
+    found = ResolvedConfig(
+        name=config.name,
+        run_dir=config.run_dir or f"runs/{config.name}",
+        init_from=config.init_from,
+        seed=config.seed,
+        start=config.start,
+        model=model,
+        data=_data(config, model.sequence_length),
+        optimizer=optimizer,
+        train=train,
+        phases=(),
+    )
+    for written in config.phases:
+        found = dataclasses.replace(found, phases=(*found.phases, _phase(written, found)))
+    return found
+
+
+def resolve_model(model: ModelConfig) -> ResolvedModel:
+    """What a preset or other keys tell of a model, with its sizes checked.
+
+    Raises
+    ------
+    UserError
+        Naming the setting, its value and what was expected.
+    """
+    sizes = {key: getattr(model, key) for key in ("n_layer", "d_model", "n_head", "sequence_length")}
+    d_ff, vocab_size = model.d_ff, model.vocab_size
+    if model.name is not None:
+        preset = asdict(shapes.named_shape(model.name))
+        sizes = {key: preset[key] if size is None else size for key, size in sizes.items()}
+        d_ff = preset["d_ff"] if d_ff is None else d_ff
+        vocab_size = preset["vocab_size"] if vocab_size is None else vocab_size
+    for key, size in sizes.items():
+        require(
+            size is not None,
+            f"model.{key} is not set; give it, or model.name for a preset "
+            "(fine-tuning: vspdf finetune CHECKPOINT CONFIG).",
+        )
+        require(size >= 1, f"model.{key} must be at least 1, not {size}.")
+    d_ff = 4 * sizes["d_model"] if d_ff is None else d_ff
+    require(d_ff >= 1, f"model.d_ff must be at least 1, not {d_ff}.")
+    require(vocab_size is None or vocab_size >= 1, f"model.vocab_size must be at least 1, not {vocab_size}.")
+    require(
+        sizes["d_model"] % sizes["n_head"] == 0,
+        f"model.n_head = {sizes['n_head']} does not divide model.d_model = {sizes['d_model']}.",
+    )
+    one_of("model.activation", model.activation, ("gelu", "gelu_tanh"))
+    require(0 < model.init_std < math.inf, f"model.init_std must be positive, not {model.init_std}.")
+    return ResolvedModel(
+        name=model.name, **sizes, d_ff=d_ff, vocab_size=vocab_size, activation=model.activation,
+        init_std=model.init_std,
+    )  # fmt: skip
+
+
+def _train(train: TrainConfig) -> ResolvedTrain:
     one_of("train.precision", train.precision, ("fp32", "bf16"))
     one_of("train.backend", train.backend, ("auto", "cpu", "reference", "triton"))
     check_device("train.device", train.device)
@@ -37,115 +108,131 @@ def resolve(config: Config) -> None:
             train.backend != backend or not train.device.startswith(device),
             f"train.backend = '{backend}' does not run on train.device = '{train.device}'.",
         )
-    train.micro_batch_size = train.batch_size if train.micro_batch_size is None else train.micro_batch_size
+    micro = train.batch_size if train.micro_batch_size is None else train.micro_batch_size
+    found = ResolvedTrain(**{**vars(train), "micro_batch_size": micro})
     for key in ("batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
-        require(getattr(train, key) >= 1, f"train.{key} must be at least 1, not {getattr(train, key)}.")
+        require(getattr(found, key) >= 1, f"train.{key} must be at least 1, not {getattr(found, key)}.")
     for key in ("eval_every", "eval_tokens", "sample_tokens", "checkpoint_every", "measure_dense"):
-        require(getattr(train, key) >= 0, f"train.{key} must not be negative, is {getattr(train, key)}.")
-    require(train.threads is None or train.threads >= 1, f"train.threads must be at least 1, not {train.threads}.")
+        require(getattr(found, key) >= 0, f"train.{key} must not be negative, is {getattr(found, key)}.")
+    require(found.threads is None or found.threads >= 1, f"train.threads must be at least 1, not {found.threads}.")
+    return found
+
+
+def _optimizer(optimizer: OptimizerConfig) -> ResolvedOptimizer:
     require(0 < optimizer.lr < math.inf, f"optimizer.lr must be positive, not {optimizer.lr}.")
     for key in ("eps", "weight_decay", "clip"):
         value = getattr(optimizer, key)
         require(0 <= value < math.inf, f"optimizer.{key} must not be negative, is {value}.")
-    require(config.seed >= 0, f"seed must not be negative, is {config.seed}.")
-    first = config.data.first_sequence
-    require(first is None or first >= 0, f"data.first_sequence must not be negative, is {first}.")
     for key in ("beta1", "beta2"):
         require(0 <= getattr(optimizer, key) < 1, f"optimizer.{key} must lie in [0, 1), not {getattr(optimizer, key)}.")
-    fraction = config.data.validation_fraction
-    require(0 < fraction < 1, f"data.validation_fraction must lie between 0 and 1, is {fraction}.")
-    test = config.data.test_fraction
-    require(0 <= test < 1 - fraction, f"data.test_fraction must lie in [0, {1 - fraction:.4g}), is {test}.")
-    require(bool(re.fullmatch(r"\w[\w.-]*", config.name)), f"name = '{config.name}' must be usable as a folder's name.")
-    require(
-        bool(config.phases), "phases: at least one phase is needed, e.g. [{sparsity: 0.9, steps: 250}, {steps: 50}]."
-    )
-    config.run_dir = config.run_dir or f"runs/{config.name}"
-    _resolve_task(config)
-    for i, phase in enumerate(config.phases):
-        _resolve_phase(config, i, phase)
+    return ResolvedOptimizer(**vars(optimizer))
 
 
-def _resolve_task(config: Config) -> None:
-    """Fine-tuning: a task to learn and a model to start from, both or neither."""
-    data, longest = config.data, config.model.sequence_length
+def _data(config: Config, longest: int) -> ResolvedData:
+    """Text to pre-train on; or, of fine-tuning, a task to learn beside a model to start from, both or neither."""
+    data, found = config.data, resolve_data(config.data)
     require(
         config.start is None or data.path is not None,
         "data.path is not set: give the task's file, data.path=FILE (DART, WebNLG, E2E, or JSONL).",
     )
     if data.path is None:
-        return
+        return found
     require(config.init_from is None, "init_from is for pre-training; fine-tuning names its checkpoint first.")
     require(config.start is not None, "data.path is for fine-tuning: vspdf finetune CHECKPOINT CONFIG data.path=FILE.")
+    require(not any(phase.sparsity for phase in config.phases), "fine-tuning is dense: phases must have no sparsity.")
+    return resolve_task(data, longest)
+
+
+def resolve_data(data: DataConfig) -> ResolvedData:
+    """Data of text as they are taken.
+
+    Raises
+    ------
+    UserError
+        Naming the setting, its value and what was expected.
+    """
+    first, fraction, test = data.first_sequence, data.validation_fraction, data.test_fraction
+    require(first is None or first >= 0, f"data.first_sequence must not be negative, is {first}.")
+    require(0 < fraction < 1, f"data.validation_fraction must lie between 0 and 1, is {fraction}.")
+    require(0 <= test < 1 - fraction, f"data.test_fraction must lie in [0, {1 - fraction:.4g}), is {test}.")
+    return ResolvedData(**vars(data))
+
+
+def resolve_task(data: DataConfig, longest: int) -> ResolvedTask:
+    """A task's data as they are taken for a model whose window is `longest` tokens.
+
+    Raises
+    ------
+    UserError
+        Naming the setting, its value and what was expected.
+    """
     one_of("data.format", data.format, ("auto", "dart", "webnlg", "e2e", "jsonl"))
     one_of("data.overlong", data.overlong, ("refuse", "cut", "drop"))
-    assert longest is not None
-    data.length = longest if data.length is None else data.length
+    length = longest if data.length is None else data.length
     require(
-        4 <= data.length <= longest,
-        f"data.length = {data.length} must lie between 4 and the model's sequence length of {longest}.",
+        4 <= length <= longest,
+        f"data.length = {length} must lie between 4 and the model's sequence length of {longest}.",
     )
-    require(not any(phase.sparsity for phase in config.phases), "fine-tuning is dense: phases must have no sparsity.")
+    return ResolvedTask(**{**vars(data), "length": length})
 
 
-def resolve_model(model: ModelConfig) -> None:
-    """Fills in, in place, what a preset or other keys tell of a model, and checks its sizes."""
-    if model.name is not None:
-        preset = shapes.model_shape(model.name)
-        for key, value in dataclasses.asdict(preset).items():
-            if getattr(model, key) is None:
-                setattr(model, key, value)
-    for key in ("n_layer", "d_model", "n_head", "sequence_length"):
-        value = getattr(model, key)
-        require(
-            value is not None,
-            f"model.{key} is not set; give it, or model.name for a preset "
-            "(fine-tuning: vspdf finetune CHECKPOINT CONFIG).",
-        )
-        require(value >= 1, f"model.{key} must be at least 1, not {value}.")
-    assert model.d_model is not None and model.n_head is not None
-    model.d_ff = 4 * model.d_model if model.d_ff is None else model.d_ff
-    require(model.d_ff >= 1, f"model.d_ff must be at least 1, not {model.d_ff}.")
+def _phase(phase: PhaseConfig, run: ResolvedConfig) -> ResolvedPhase:
+    """The phase that follows those that `run` has."""
+    key, previous = f"phases.{len(run.phases)}", run.phases[-1] if run.phases else None
+    batch_size = run.train.batch_size if phase.batch_size is None else phase.batch_size
+    require(batch_size >= 1, f"{key}.batch_size must be at least 1, not {batch_size}.")
+    micro = min(run.train.micro_batch_size, batch_size)
+    steps = _steps(phase, key, batch_size * (run.data.length or run.model.sequence_length))
     require(
-        model.vocab_size is None or model.vocab_size >= 1,
-        f"model.vocab_size must be at least 1, not {model.vocab_size}.",
+        batch_size % micro == 0,
+        f"train.micro_batch_size = {micro} does not divide {key}.batch_size = {batch_size}.",
     )
-    require(
-        model.d_model % model.n_head == 0,
-        f"model.n_head = {model.n_head} does not divide model.d_model = {model.d_model}.",
-    )
-    one_of("model.activation", model.activation, ("gelu", "gelu_tanh"))
-    require(0 < model.init_std < math.inf, f"model.init_std must be positive, not {model.init_std}.")
-
-
-def _resolve_phase(config: Config, i: int, phase: PhaseConfig) -> None:
-    key, previous = f"phases.{i}", config.phases[i - 1] if i else None
-    phase.batch_size = config.train.batch_size if phase.batch_size is None else phase.batch_size
-    require(phase.batch_size >= 1, f"{key}.batch_size must be at least 1, not {phase.batch_size}.")
-    step_tokens = phase.batch_size * (config.data.length or config.model.sequence_length)  # type: ignore[operator]
-    require((phase.steps is None) != (phase.tokens is None) or phase.tokens == (phase.steps or 0) * step_tokens,
-             f"{key} needs steps or tokens, one of them.")  # fmt: skip
-    require(phase.tokens is None or phase.tokens >= 1, f"{key}.tokens must be at least 1, not {phase.tokens}.")
-    if phase.steps is None:
-        phase.steps = max(1, round(phase.tokens / step_tokens))  # type: ignore[operator]
-    require(phase.steps >= 1, f"{key}.steps must be at least 1, not {phase.steps}.")
-    phase.tokens = phase.steps * step_tokens
-    assert config.train.micro_batch_size is not None
-    micro = min(config.train.micro_batch_size, phase.batch_size)
-    require(
-        phase.batch_size % micro == 0,
-        f"train.micro_batch_size = {micro} does not divide {key}.batch_size = {phase.batch_size}.",
-    )
-    resolve_amounts(config.model, key, phase, previous)
-    phase.name = phase.name or (f"sparse {phase.sparsity:.4g}" if phase.sparsity else "dense")
+    amounts = dataclasses.replace(phase, steps=steps)
+    resolve_amounts(run.model, key, amounts, previous)
     one_of(f"{key}.decay", phase.decay, ("linear", "cosine", "constant"))
     one_of(f"{key}.moments", phase.moments, ("keep", "reset"))
-    phase.lr = config.optimizer.lr if phase.lr is None else phase.lr
-    phase.lr_end = config.optimizer.lr / 10 if phase.lr_end is None else phase.lr_end
-    phase.weight_decay = config.optimizer.weight_decay if phase.weight_decay is None else phase.weight_decay
-    phase.beta2 = config.optimizer.beta2 if phase.beta2 is None else phase.beta2
-    if phase.warmup_steps is None:
-        phase.warmup_steps = phase.steps // (10 if previous else 20)
+    optimizer = run.optimizer
+    found = ResolvedPhase(
+        name=phase.name or (f"sparse {amounts.sparsity:.4g}" if amounts.sparsity else "dense"),
+        sparsity=amounts.sparsity,
+        schedule=phase.schedule,
+        sparsity_end=amounts.sparsity_end,
+        levels=tuple(phase.levels),
+        update_every=amounts.update_every,
+        layers=dict(phase.layers),
+        init_method=phase.init_method,
+        count=phase.count,
+        steps=steps,
+        tokens=steps * batch_size * (run.data.length or run.model.sequence_length),
+        lr=optimizer.lr if phase.lr is None else phase.lr,
+        lr_multiple=phase.lr_multiple,
+        s_mu_par=phase.s_mu_par,
+        lr_end=optimizer.lr / 10 if phase.lr_end is None else phase.lr_end,
+        decay=phase.decay,
+        warmup_steps=steps // (10 if previous else 20) if phase.warmup_steps is None else phase.warmup_steps,
+        batch_size=batch_size,
+        weight_decay=optimizer.weight_decay if phase.weight_decay is None else phase.weight_decay,
+        beta2=optimizer.beta2 if phase.beta2 is None else phase.beta2,
+        moments=phase.moments,
+        revived_warmup=phase.revived_warmup,
+    )
+    _check_rates(found, key)
+    return found
+
+
+def _steps(phase: PhaseConfig, key: str, step_tokens: int) -> int:
+    """Steps of a phase, from whichever of steps and tokens is given; both, where they agree."""
+    steps, tokens = phase.steps, phase.tokens
+    if steps is None and tokens is not None:
+        require(tokens >= 1, f"{key}.tokens must be at least 1, not {tokens}.")
+        return max(1, round(tokens / step_tokens))
+    if steps is None or tokens not in (None, steps * step_tokens):
+        raise UserError(f"{key} needs steps or tokens, one of them.")
+    require(steps >= 1, f"{key}.steps must be at least 1, not {steps}.")
+    return steps
+
+
+def _check_rates(phase: ResolvedPhase, key: str) -> None:
     peak = phase.lr * phase.lr_multiple
     require(phase.lr > 0 and phase.lr_multiple > 0 and peak < math.inf, f"{key}: lr and lr_multiple must be positive.")
     require(
@@ -161,10 +248,40 @@ def _resolve_phase(config: Config, i: int, phase: PhaseConfig) -> None:
     require(0 <= phase.beta2 < 1, f"{key}.beta2 must lie in [0, 1), not {phase.beta2}.")
 
 
-def amounts(config: Config) -> list[tuple[float, float]]:
+def written(config: ResolvedConfig) -> Config:
+    """A resolved configuration as settings that say all of it, to be changed and resolved again."""
+    return Config(
+        name=config.name,
+        run_dir=config.run_dir,
+        init_from=config.init_from,
+        seed=config.seed,
+        start=config.start,
+        model=ModelConfig(**asdict(config.model)),
+        data=DataConfig(**asdict(config.data)),
+        optimizer=OptimizerConfig(**asdict(config.optimizer)),
+        train=TrainConfig(**asdict(config.train)),
+        phases=[PhaseConfig(**{**asdict(phase), "levels": list(phase.levels)}) for phase in config.phases],
+    )
+
+
+def model_shape(model: ResolvedModel, vocab_size: int | None = None) -> shapes.Shape:
+    """Shape of a configured model; `vocab_size` is the tokenizer's, for where the configuration leaves it open.
+
+    Raises
+    ------
+    UserError
+        If neither tells the size of the vocabulary.
+    """
+    vocab_size = vocab_size if model.vocab_size is None else model.vocab_size
+    if vocab_size is None:
+        raise UserError("model.vocab_size is not set, and no tokenizer tells it here: set it.")
+    return shapes.Shape(model.n_layer, model.d_model, model.n_head, model.d_ff, vocab_size, model.sequence_length)
+
+
+def amounts(config: ResolvedConfig) -> list[tuple[float, float]]:
     """(sparsity over all weights of the layers, tokens) of every stretch of a run, in order."""
     return [
-        (mean_sparsity(config.model, phase, stage.sparsity), stage.steps * (phase.tokens or 0) / (phase.steps or 1))
+        (mean_sparsity(config.model, phase, stage.sparsity), stage.steps * phase.tokens / phase.steps)
         for phase in config.phases
         for stage in stages(phase)
     ]

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vspdf.config.settings import DataConfig
+from vspdf.config.resolved import ResolvedData
 from vspdf.errors import UserError, did_you_mean, near_path
 from vspdf.files import json_line
 
@@ -47,7 +47,7 @@ class Corpus:
         return (document for document in self.read() if document.text and not document.text.isspace())
 
 
-def load_documents(config: DataConfig, cut: bool = True) -> Corpus:
+def load_documents(config: ResolvedData, cut: bool = True) -> Corpus:
     """The corpus that `config` names. Nothing is read yet, but what is missing is found out.
 
     A file of text is cut at blank lines into about a hundred documents; in a folder each file is a document, in JSON
@@ -55,7 +55,7 @@ def load_documents(config: DataConfig, cut: bool = True) -> Corpus:
 
     Parameters
     ----------
-    config : DataConfig
+    config : ResolvedData
     cut : bool
         False: a file of text is one document.
 

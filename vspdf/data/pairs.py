@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from vspdf.config.resolved import ResolvedTask
 from vspdf.config.settings import DataConfig
 from vspdf.data.samples import Samples, ValidationBatch
 from vspdf.data.tasks import Example, read
@@ -32,7 +33,7 @@ class Pair(NamedTuple):
     begin: int
 
 
-def parts(config: DataConfig) -> dict[str, list[Example]]:
+def parts(config: ResolvedTask) -> dict[str, list[Example]]:
     """Examples of a task file by part: "train", "validation" and, where one is held out, "test".
 
     Contexts are held out whole: equal ones are in the same part.
@@ -42,7 +43,6 @@ def parts(config: DataConfig) -> dict[str, list[Example]]:
     UserError
         If a file is missing or unfit, or has too few contexts.
     """
-    assert config.path is not None
     examples = _usable(Path(config.path), config)
     content = [json.dumps([example.context]).encode() for example in examples]
     keys = np.array([int.from_bytes(hashlib.sha256(c).digest()[:8], "little") for c in content], np.uint64)
@@ -67,7 +67,7 @@ def parts(config: DataConfig) -> dict[str, list[Example]]:
     return {name: some for name, some in found.items() if some}
 
 
-def prepare(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Pairs:
+def prepare(config: ResolvedTask, seed: int, tokenizer: Tokenizer) -> Pairs:
     """Training pairs of a task file, one for each reference, and held-out ones.
 
     Examples without a context or without a reference teach nothing and are left out; how many is said, and so is what
@@ -78,7 +78,6 @@ def prepare(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Pairs:
     UserError
         If a file is missing or unfit, nothing is left to train on or to hold out, or a pair is too long.
     """
-    assert config.path is not None and config.length is not None
     sides = parts(config)
     pairs = {side: _pairs(some, config, tokenizer, side) for side, some in sides.items()}
     order = hashlib.sha256(json.dumps([config.length, seed]).encode())
@@ -113,7 +112,7 @@ def _digest(*paths: str | None) -> str:
     return digest.hexdigest()
 
 
-def _usable(path: Path, config: DataConfig) -> list[Example]:
+def _usable(path: Path, config: ResolvedTask) -> list[Example]:
     examples = read(path, config.format, lower_relations=config.lower_relations)
     kept = [
         Example(example.context, tuple(text for text in example.references if text.strip()))
@@ -132,8 +131,7 @@ def _usable(path: Path, config: DataConfig) -> list[Example]:
     return kept
 
 
-def _pairs(examples: Sequence[Example], config: DataConfig, tokenizer: Tokenizer, side: str) -> list[Pair]:
-    assert config.length is not None
+def _pairs(examples: Sequence[Example], config: ResolvedTask, tokenizer: Tokenizer, side: str) -> list[Pair]:
     end = tokenizer.end_of_document
     contexts = tokenizer.encode_batch([example.context for example in examples])
     texts = [" " + text.strip() for example in examples for text in example.references]
@@ -168,7 +166,7 @@ def _pairs(examples: Sequence[Example], config: DataConfig, tokenizer: Tokenizer
     return pairs
 
 
-def tokenizer_for(config: DataConfig, found: Tokenizer | None, start: str) -> Tokenizer:
+def tokenizer_for(config: ResolvedTask, found: Tokenizer | None, start: str) -> Tokenizer:
     """The tokenizer of the model to start from, or the configured one where there is none beside it.
 
     Raises

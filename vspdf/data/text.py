@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from vspdf.config.resolve import resolve_data
+from vspdf.config.resolved import ResolvedData
 from vspdf.config.settings import DataConfig
 from vspdf.data.corpora import load_documents
 from vspdf.data.samples import Samples, ValidationBatch
@@ -31,7 +33,7 @@ from vspdf.files import user_cache
 log = logging.getLogger("vspdf")
 
 
-def prepare(config: DataConfig, sequence_length: int, seed: int) -> Dataset:
+def prepare(config: ResolvedData, sequence_length: int, seed: int) -> Dataset:
     """Tokenise the corpus, or find its tokens in the cache, and fix the order of samples.
 
     Parameters
@@ -56,12 +58,6 @@ def prepare(config: DataConfig, sequence_length: int, seed: int) -> Dataset:
         raise UserError(f"model.sequence_length is {sequence_length}: expected at least 1.")
     if seed < 0:
         raise UserError(f"seed is {seed}: expected 0 or more.")
-    if not 0 < config.validation_fraction < 1:
-        raise UserError(f"data.validation_fraction is {config.validation_fraction}: expected between 0 and 1.")
-    if not 0 <= config.test_fraction < 1 - config.validation_fraction:
-        raise UserError(
-            f"data.test_fraction is {config.test_fraction}: expected at least 0, and less than 1 with validation."
-        )
     tokenizer_key, make_tokenizer = tokenizer_maker(config.tokenizer)
     corpus = load_documents(config)
     survey = _Survey.of(corpus)
@@ -240,7 +236,7 @@ class Text:
         UserError
             If it is missing, empty or no text, or the tokenizer alters it.
         """
-        corpus = load_documents(DataConfig(corpus=source), cut=False)
+        corpus = load_documents(resolve_data(DataConfig(corpus=source)), cut=False)
         texts = [text for _, text in corpus]
         if not texts:
             raise UserError(f"'{source}' is empty: expected text.")

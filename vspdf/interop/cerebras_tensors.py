@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vspdf.errors import UserError
-from vspdf.interop.cerebras import ROLES
+from vspdf.interop.cerebras_sparsity import ROLES
 from vspdf.interop.tensors import _MASK
 
 _LAYERS = "transformer_decoder.layers."

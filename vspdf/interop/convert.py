@@ -56,13 +56,13 @@ def convert(
     """
     source, target = Path(source), Path(target)
     if to is not None and to not in FORMS:
-        raise UserError(f"--to '{to}' is not known.{did_you_mean(to, FORMS)}")
+        raise UserError(f"`to` '{to}' is not known.{did_you_mean(to, FORMS)}")
     if target.exists():  # before the work; new_whole asks again
         raise UserError(f"'{target}' exists already: nothing is overwritten; name another or move it away.")
     if source.is_file():
         if to is not None:
             raise UserError(
-                f"'{source}' is a file: it becomes a file with zeros for masked weights. For --to {to} give the folder "
+                f"'{source}' is a file: it becomes a file with zeros for masked weights. For `to` {to} give the folder "
                 "that holds it and its config.json, or its YAML of the Cerebras stack."
             )
         return _finalize_file(source, target)

@@ -12,7 +12,7 @@ import numpy as np
 from vspdf.errors import UserError, did_you_mean
 from vspdf.runs.folder import Run
 from vspdf.runs.writer import Writer
-from vspdf.shapes import Shape, model_shape
+from vspdf.shapes import Shape, named_shape
 from vspdf.simulator import machine as machines
 from vspdf.simulator.aggregate.estimates import check_picture, plot_layer, simulate_layer, simulate_step, sweep_layer
 from vspdf.simulator.aggregate.layer import Weights
@@ -106,27 +106,29 @@ def layer_by_request(
         For arguments that are missing or contradict each other, and as the two functions do.
     """
     if level not in ("aggregate", "event"):
-        raise UserError(f"--level {level}: expected event or aggregate.")
+        raise UserError(f"`level` {level}: expected event or aggregate.")
     if run is not None:
         if in_features or out_features:
-            raise UserError("--run gives the layer's size: leave --in and --out away.")
+            raise UserError("`run` gives the layer's size: leave `in_features` and `out_features` away.")
         done = Run(Path(run)).require(finished=True)
         masks = done.masks(0)
         if layer is None:
-            raise UserError(f"--layer: which of {', '.join(masks) or 'none: the run was dense'}?")
+            raise UserError(f"`layer`: which of {', '.join(masks) or 'none: the run was dense'}?")
         if layer not in masks:
             raise UserError(f"'{run}' has no sparse layer '{layer}'.{did_you_mean(layer, masks)}")
         mask = masks[layer]
         weights = Weights(mask.shape[0], mask.shape[1], float(mask.mean()), mask)
         tokens = tokens or _batch(done.summary["phases"][0], done.shape) * done.shape.sequence_length
     elif tokens is None or in_features is None or out_features is None:
-        raise UserError("expected --tokens, --in and --out (e.g. 65536, 12288, 12288), or --run and --layer.")
+        raise UserError(
+            "expected `tokens`, `in_features` and `out_features` (e.g. 65536, 12288, 12288), or `run` and `layer`."
+        )
     else:
         if not 0 <= sparsity < 1:
             raise UserError(f"sparsity must lie in [0, 1), not {sparsity}.")
         weights = Weights(out_features, in_features, 1 - sparsity)
     if min(weights.in_features, weights.out_features, tokens) < 1:
-        raise UserError("--in, --out and --tokens must be at least 1.")
+        raise UserError("`in_features`, `out_features` and `tokens` must be at least 1.")
     if level == "event":
         from vspdf.simulator.events.layer import event_layer  # needs the compiled core
 
@@ -153,22 +155,22 @@ def step_by_request(
         For arguments that are missing or wrong, and as `simulate_step` does.
     """
     if level != "aggregate":
-        raise UserError(f"--level {level}: a training step is simulated at the aggregate level only.")
-    for name, value in (("--batch", batch), ("--sequence", sequence), ("--systems", systems)):
+        raise UserError(f"`level` {level}: a training step is simulated at the aggregate level only.")
+    for name, value in (("batch", batch), ("sequence", sequence), ("systems", systems)):
         if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}.")
+            raise UserError(f"`{name}` must be at least 1, not {value}.")
     if (model is None) == (run is None):
-        raise UserError("expected --model NAME or --run RUN, one of them.")
+        raise UserError("expected `model` NAME or `run` RUN, one of them.")
     done = Run(Path(run)).require(finished=True) if run is not None else None
     masks = _masks(done) if done else []
-    shape = done.shape if done else model_shape(model) if isinstance(model, str) else model
+    shape = done.shape if done else named_shape(model) if isinstance(model, str) else model
     assert shape is not None
     if sequence is not None:
         shape = replace(shape, sequence_length=sequence)
     if batch is None and done:
         batch = _batch(done.summary["phases"][0], done.shape)
     if batch is None:
-        raise UserError("--batch: how many sequences does a step of this model have?")
+        raise UserError("`batch`: how many sequences does a step of this model have?")
     if done and sparsity is None and masks[0]:
         what = Model.of_patterns(shape, masks[0], batch, systems)
     else:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vspdf import shapes
 from vspdf.config import loading, resolve
+from vspdf.config.resolved import ResolvedModel, ResolvedPhase
 from vspdf.config.settings import Config, ModelConfig
 from vspdf.errors import UserError, did_you_mean, near_path
+from vspdf.interop import load_config
 from vspdf.shapes import PUBLISHED, Shape, _nearest
 
 TOKENS_PER_PARAMETER = 20  # compute-optimal (arXiv:2203.15556), as Cerebras-GPT was trained
@@ -32,21 +35,37 @@ HF_KEYS = {
 }
 
 
-def _source(model: str | Path) -> tuple[str, Config]:
-    """Name and configuration, resolved where it comes from a file; models get one whose phases are still open."""
+class Source(NamedTuple):
+    """What is planned for: settings to be changed into the planned run's, and what they say so far.
+
+    Of a configuration they say all of it; of a model alone its phases, and the batch, are still open.
+    """
+
+    name: str
+    settings: Config
+    model: ResolvedModel
+    phases: tuple[ResolvedPhase, ...] = ()
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the model; where the tokenizer decides on the vocabulary, by its name."""
+        return _shape(self.model, self.settings.data.tokenizer)
+
+
+def _source(model: str | Path) -> Source:
     path, name = Path(model), str(model)
     if name in shapes.MODELS:
-        return name, _template(ModelConfig(name=name), name)
+        return _template(ModelConfig(name=name), name)
     if path.is_dir() and name:  # "" would be the current directory
         if not (path / "config.json").is_file():
             raise UserError(f"'{model}' holds no config.json: expected a Hugging Face folder.")
-        return path.resolve().name, _from_hugging_face(path)
+        return _from_hugging_face(path)._replace(name=path.resolve().name)
     if not path.is_file() and name not in {file.stem for file in loading.shipped()}:
         known = [*shapes.MODELS, *(file.stem for file in loading.shipped())]
         hint = (name and near_path(path)) or did_you_mean(name, known)
         raise UserError(f"unknown model '{model}': neither a name, a configuration nor a Hugging Face folder.{hint}")
-    config = loading.load(path if path.is_file() else name)
-    return config.name, config
+    config = load_config(path if path.is_file() else name)
+    return Source(config.name, resolve.written(config), config.model, config.phases)
 
 
 def model_and_batch(model: str | Path) -> tuple[Shape, int | None]:
@@ -57,12 +76,12 @@ def model_and_batch(model: str | Path) -> tuple[Shape, int | None]:
     UserError
         If there is no such model.
     """
-    name, config = _source(model)
-    batch = PUBLISHED[name].batch_size if name in PUBLISHED else config.train.batch_size if config.phases else None
-    return _shape(config), batch
+    source = _source(model)
+    own = source.settings.train.batch_size if source.phases else None
+    return source.shape, PUBLISHED[source.name].batch_size if source.name in PUBLISHED else own
 
 
-def _from_hugging_face(folder: Path) -> Config:
+def _from_hugging_face(folder: Path) -> Source:
     file = folder / "config.json"
     try:
         body = json.loads(file.read_text())
@@ -79,58 +98,59 @@ def _from_hugging_face(folder: Path) -> Config:
         sizes[key] = next((body[name] for name in names if body.get(name) is not None), None)
         if (sizes[key] is None and key != "d_ff") or not isinstance(sizes[key], int | None):
             raise UserError(f"{file}: expected a whole number as {' or '.join(names)}, not {sizes[key]}.")
-    config = _template(ModelConfig(**sizes), re.sub(r"[^\w.-]", "-", folder.resolve().name))
+    source = _template(ModelConfig(**sizes), re.sub(r"[^\w.-]", "-", folder.resolve().name))
     if (folder / "tokenizer.json").is_file():
-        config.data.tokenizer = str(folder / "tokenizer.json")
-    return config
+        source.settings.data.tokenizer = str(folder / "tokenizer.json")
+    return source
 
 
-def _template(model: ModelConfig, name: str) -> Config:
+def _template(model: ModelConfig, name: str) -> Source:
     """What a configuration of a model alone starts from; like gpt2-small-variable, it runs on the embedded corpus."""
-    config = Config(name=name, model=model)
+    found = resolve.resolve_model(model)
+    config = Config(name=name, model=ModelConfig(**asdict(found)))
     config.data.repeat = True
     config.train.eval_every = config.train.checkpoint_every = 500
     config.train.micro_batch_size = 1
-    resolve.resolve_model(model)
-    config.data.tokenizer = "bpe:8192" if (model.vocab_size or 0) >= 8192 else "bytes"
-    config.optimizer.lr = _nearest(_shape(config))[1].lr
-    return config
+    config.data.tokenizer = "bytes" if found.vocab_size is None or found.vocab_size < 8192 else "bpe:8192"
+    source = Source(name, config, found)
+    config.optimizer.lr = _nearest(source.shape)[1].lr
+    return source
 
 
-def _shape(config: Config) -> Shape:
-    """Shape of the configured model; where the tokenizer decides on the vocabulary, by its name."""
-    text = config.data.tokenizer
-    size = 257 if text == "bytes" else int(text[4:]) if re.fullmatch(r"bpe:\d+", text) else None
-    if config.model.vocab_size is None and size is None:
-        raise UserError(f"model.vocab_size is not set and tokenizer '{text}' does not tell it by name: set it to plan.")
-    return resolve.model_shape(config.model, size)
+def _shape(model: ResolvedModel, tokenizer: str) -> Shape:
+    size = 257 if tokenizer == "bytes" else int(tokenizer[4:]) if re.fullmatch(r"bpe:\d+", tokenizer) else None
+    if model.vocab_size is None and size is None:
+        raise UserError(
+            f"model.vocab_size is not set and tokenizer '{tokenizer}' does not tell it by name: set it to plan."
+        )
+    return resolve.model_shape(model, size)
 
 
 def _dense_run(
-    config: Config, shape: Shape, steps: int | None, batch_size: int | None, planned: int | None
+    source: Source, shape: Shape, steps: int | None, batch_size: int | None, planned: int | None
 ) -> tuple[int, str]:
     """Steps of the dense run to compare with, and where they come from; fills in the batch of a model's template.
 
     `planned` are the steps of phases that were asked for.
     """
-    name = config.model.name or ""
-    published = PUBLISHED.get(name) if shape == shapes.MODELS.get(name) else None
+    name, train = source.model.name, source.settings.train
+    published = PUBLISHED.get(name) if name is not None and shape == shapes.MODELS.get(name) else None
     near, run = _nearest(shape)
-    if not config.phases:
+    if not source.phases:
         tokens = run.batch_size * shapes.MODELS[near].sequence_length
-        config.train.batch_size = batch_size or max(1, round(tokens / shape.sequence_length))
-    batch = config.train.batch_size
+        train.batch_size = batch_size or max(1, round(tokens / shape.sequence_length))
+    batch = train.batch_size
     step_tokens = batch * shape.sequence_length
     if steps is not None:
         return steps, f"{steps:,} steps of {batch:,} x {shape.sequence_length:,} tokens, as asked for"
     if published and batch == published.batch_size:
         steps, origin = published.steps, "the published one"
-    elif published and not config.phases:
+    elif published and not source.phases:
         steps, origin = round(published.steps * published.batch_size / batch), "the published one's tokens"
     elif planned:
         steps, origin = planned, "the phases' own tokens"
-    elif config.phases:
-        steps, origin = round(sum(phase.tokens or 0 for phase in config.phases) / step_tokens), "the phases' own tokens"
+    elif source.phases:
+        steps, origin = round(sum(phase.tokens for phase in source.phases) / step_tokens), "the phases' own tokens"
     else:
         steps = round(TOKENS_PER_PARAMETER * shape.parameters / step_tokens)
         origin = f"{TOKENS_PER_PARAMETER} tokens a parameter, none being known"

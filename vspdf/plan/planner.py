@@ -15,10 +15,11 @@ from typing import Any
 from vspdf import ledger
 from vspdf.bench.calibrate import Calibration
 from vspdf.config import resolve
-from vspdf.config.settings import Config, PhaseConfig
+from vspdf.config.resolved import ResolvedConfig
+from vspdf.config.settings import PhaseConfig
 from vspdf.errors import UserError, did_you_mean
 from vspdf.plan.cs2 import on_cs2
-from vspdf.plan.models import _dense_run, _shape, _source
+from vspdf.plan.models import _dense_run, _source
 from vspdf.plan.wish import SPLITS, _Wish, state_bytes
 from vspdf.shapes import Shape
 from vspdf.sparsity import schedule
@@ -32,7 +33,7 @@ LR_MULTIPLE = 3.0  # of both its stages: 3.6e-4 against the dense run's 1.2e-4
 
 
 @dataclass(frozen=True)
-class Stage:
+class PlannedPhase:
     """A phase, or the dense run. `state_bytes` is the whole model's, as the function of that name counts it."""
 
     name: str
@@ -56,10 +57,10 @@ class Plan:
     shape: Shape
     convention: str
     causal: bool
-    dense: Stage
+    dense: PlannedPhase
     baseline: str  # which dense run that is
-    phases: list[Stage]
-    config: Config
+    phases: list[PlannedPhase]
+    config: ResolvedConfig
     calibration: Calibration | None
     notes: list[str]
 
@@ -221,14 +222,14 @@ def plan(
         raise UserError(f"phases leave nothing to split: give them, or split = '{split}'.")
     split = "add-on" if split is None else split
     _check_arguments(sparsity, effective, split, phases, save, memory, hours, steps, batch_size)
-    name, config = _source(model)
-    shape = _shape(config)
-    own = bool(config.phases) and sparsity is effective is phases is save is memory is hours is None
-    if batch_size and config.phases:
-        raise UserError(f"the batch size of {model} is in that file (train.batch_size): --batch-size is for models.")
+    source = _source(model)
+    shape, settings = source.shape, source.settings
+    own = bool(source.phases) and sparsity is effective is phases is save is memory is hours is None
+    if batch_size and source.phases:
+        raise UserError(f"the batch size of {model} is in that file (train.batch_size): `batch_size` is for models.")
     planned = sum(n for _, n in phases) if phases else None
-    dense_steps, baseline = _dense_run(config, shape, steps, batch_size, planned)
-    step_tokens = config.train.batch_size * shape.sequence_length
+    dense_steps, baseline = _dense_run(source, shape, steps, batch_size, planned)
+    step_tokens = settings.train.batch_size * shape.sequence_length
     run = _Wish(shape, dense_steps, step_tokens, split, sparsity, effective, convention, causal, progress)
 
     if not own:
@@ -243,25 +244,25 @@ def plan(
         else:
             stages = run.split()
         multiple = LR_MULTIPLE if any(s for s, _ in stages) else 1.0
-        config.phases = [PhaseConfig(sparsity=s, steps=n, lr_multiple=multiple) for s, n in stages if n]
-        resolve.resolve(config)
+        settings.phases = [PhaseConfig(sparsity=s, steps=n, lr_multiple=multiple) for s, n in stages if n]
+    config = resolve.resolve(settings)
     if time:
         run.measure([
             schedule.mean_sparsity(config.model, p, s.sparsity) for p in config.phases for s in schedule.stages(p)
         ])  # fmt: skip
 
-    def stage(name: str, s: float, steps: int, tokens: int) -> Stage:
+    def stage(name: str, s: float, steps: int, tokens: int) -> PlannedPhase:
         flops = ledger.training_flops(shape, [(s, tokens)], convention=convention, causal=causal)
         seconds = run.calibration.step_seconds(shape, s, tokens // steps) if run.calibration else None
-        return Stage(name, s, steps, tokens, flops, state_bytes(shape, s), seconds)
+        return PlannedPhase(name, s, steps, tokens, flops, state_bytes(shape, s), seconds)
 
     return Plan(
-        name, shape, convention, causal,
+        source.name, shape, convention, causal,
         stage("dense run", 0.0, dense_steps, dense_steps * step_tokens), baseline,
         [
-            stage(f"{p.name} {s.sparsity:.4g}" if len(schedule.stages(p)) > 1 else p.name or "",
+            stage(f"{p.name} {s.sparsity:.4g}" if len(schedule.stages(p)) > 1 else p.name,
                   schedule.mean_sparsity(config.model, p, s.sparsity),
-                  s.steps, s.steps * (p.tokens or 0) // (p.steps or 1))
+                  s.steps, s.steps * p.tokens // p.steps)
             for p in config.phases
             for s in schedule.stages(p)
         ],

@@ -85,7 +85,7 @@ class _Wish:
         raise UserError(
             f"finishing in {hours:.4g} hours is not possible here: the fastest found, sparsity {fastest:.4g} "
             f"throughout, takes {self.dense_steps * seconds / 3600:.4g}; {hours:.4g} hours are enough "
-            f"for {math.floor(budget / seconds):,} of {self.dense_steps:,} steps (--steps)."
+            f"for {math.floor(budget / seconds):,} of {self.dense_steps:,} steps (`steps`)."
         )
 
     def _step_seconds(self, sparsity: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 from pathlib import Path
@@ -31,7 +30,7 @@ def write(found: Plan, path: str | Path) -> None:
         If the file exists or cannot be written.
     """
     path = Path(path)
-    config = copy.deepcopy(found.config)
+    config = resolve.written(found.config)
     if re.fullmatch(r"\w[\w.-]*", path.stem):
         config.name, config.run_dir = path.stem, None
     _drop_what_follows(config)
@@ -52,8 +51,7 @@ def write(found: Plan, path: str | Path) -> None:
 
 def _drop_what_follows(config: Config) -> None:
     """Empties, in place, every setting that resolving would fill in again."""
-    resolve.resolve(config)
-    whole = copy.deepcopy(config)
+    whole = resolve.resolve(config)
     for phase in config.phases:
         phase.tokens = None  # rather than steps
     parts: list[Any] = [config, config.model, config.train, *config.phases]
@@ -63,12 +61,11 @@ def _drop_what_follows(config: Config) -> None:
             if f.default is not None or value is None:
                 continue
             setattr(part, f.name, None)
-            again = copy.deepcopy(config)
             try:
-                resolve.resolve(again)
+                follows = resolve.resolve(config) == whole
             except UserError:
-                again.phases = []
-            if again != whole:
+                follows = False
+            if not follows:
                 setattr(part, f.name, value)
 
 

@@ -140,11 +140,11 @@ def _bands(
     """Where the phases of a run were on an axis, as far as it got."""
     bands, start, end_step = [], 0.0, 0
     for phase in run.config.phases:
-        end_step += phase.steps or 0
+        end_step += phase.steps
         until = [point for point in points if point["step"] <= end_step]
         end = axis.value(until[-1]) / divisor if until else start
         if end > start:
-            bands.append(Band(start, end, phase.name or "", phase.sparsity, index, row))
+            bands.append(Band(start, end, phase.name, phase.sparsity, index, row))
         start = end
     return bands
 

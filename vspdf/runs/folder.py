@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vspdf.config import loading, resolve
-from vspdf.config.settings import Config
+from vspdf.config.resolved import ResolvedConfig
 from vspdf.errors import UserError, near_path
 from vspdf.runs import masks
 from vspdf.runs.masks import Masks
@@ -102,7 +102,7 @@ class Run:
     # -- what was wanted -----------------------------------------------------------------------------------------------
 
     @cached_property
-    def config(self) -> Config:
+    def config(self) -> ResolvedConfig:
         """The configuration, resolved."""
         return loading.load(self.require().folder / CONFIG)
 
@@ -114,7 +114,7 @@ class Run:
     @property
     def total_steps(self) -> int:
         """Steps that are wanted, over all phases."""
-        return sum(phase.steps or 0 for phase in self.config.phases)
+        return self.config.steps
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
@@ -167,16 +167,12 @@ class Run:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """What the run did, from its end; empty before that."""
-        body = _json(self.folder / SUMMARY) if self.finished else {}
-        if self.finished and "phases" not in body:
-            raise UserError(f"{self.folder / SUMMARY} cannot be read: it has no 'phases'.")
-        return body
+        return _json(self.folder / SUMMARY, needed=False, key="phases")
 
     @property
     def evaluation(self) -> dict[str, Any]:
         """Of a study's run, losses on all of the held-out text, or why it diverged; empty where not known yet."""
-        path = self.folder / EVALUATION
-        return _json(path) if path.exists() else {}
+        return _json(self.folder / EVALUATION, needed=False)
 
     def masks(self, phase: int) -> Masks:
         """Masks by layer at the start of a phase; none where it was dense, or where an older run did not keep them."""
@@ -196,7 +192,7 @@ class Run:
 
     def _phases_so_far(self) -> Iterator[dict[str, Any]]:
         before: dict[str, Any] = {"step": 0, "tokens": 0, "training_seconds": 0.0, "flops": dict.fromkeys(COLUMNS, 0)}
-        ends = np.cumsum([phase.steps or 0 for phase in self.config.phases])
+        ends = np.cumsum([phase.steps for phase in self.config.phases])
         records = self.state.get("records") or [{}] * len(ends)
         for phase, end, record in zip(self.config.phases, ends, records, strict=True):
             mine = [line for line in self.lines if before["step"] < line["step"] <= end]
@@ -268,13 +264,16 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, *, needed: bool = True, key: str | None = None) -> dict[str, Any]:
+    """What a file holds, with a `key` that it must have; empty where it is missing and not `needed`."""
     try:
         body = json.loads(path.read_text())
     except FileNotFoundError:
+        if not needed:
+            return {}
         raise UserError(f"{path} is missing: the run directory is not whole.") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(body, dict):
-        raise UserError(f"{path} cannot be read: expected a JSON object.")
+    if not isinstance(body, dict) or (key and key not in body):
+        raise UserError(f"{path} cannot be read: expected a JSON object{f' with {key!r}' if key else ''}.")
     return body

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vspdf.config.settings import ModelConfig, PhaseConfig
+from vspdf.config.resolved import ResolvedModel, ResolvedPhase
 from vspdf.ledger import Count, Tally
 from vspdf.sparsity import schedule
 from vspdf.sparsity.schedule import mean_sparsity
@@ -45,7 +45,7 @@ class PhaseRecord:
         record.paired_seconds = [(a, b) for a, b in body["paired_seconds"]]
         return record
 
-    def summary(self, model: ModelConfig, phase: PhaseConfig, tokens: int) -> dict[str, Any]:
+    def summary(self, model: ResolvedModel, phase: ResolvedPhase, tokens: int) -> dict[str, Any]:
         """What `summary.json` says of the phase."""
         body: dict[str, Any] = {
             "name": phase.name,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vspdf.config import loading
 from vspdf.config.loading import FREE_TO_CHANGE, differences
-from vspdf.config.settings import Config
+from vspdf.config.resolved import ResolvedConfig
 from vspdf.errors import UserError
 from vspdf.files import write_whole
 from vspdf.runs import folder as names
@@ -23,34 +23,35 @@ if TYPE_CHECKING:
 log = logging.getLogger("vspdf")
 
 
-def check(config: Config, resume: bool) -> None:
+def check(config: ResolvedConfig, resume: bool) -> ResolvedConfig:
     """That the run directory is free, or to `resume`, that its run can go on as configured.
 
-    What the configuration leaves open for data to decide is taken over from the run that goes on.
+    Returns
+    -------
+    ResolvedConfig
+        The configuration; of a run that goes on, with what data decided where it leaves that open.
 
     Raises
     ------
     UserError
         If the directory holds a run already, none to resume, or one that was configured otherwise.
     """
-    run = Run(Path(config.run_dir or ""))
+    run = Run(Path(config.run_dir))
     if run.begun and not resume:
         raise UserError(
-            f"run_dir '{run.folder}' already holds a run: --resume goes on with it, run_dir=... starts another."
+            f"run_dir '{run.folder}' already holds a run: `resume` goes on with it, run_dir=... starts another."
         )
     if not resume:
-        return
+        return config
     if not run.begun:
         raise UserError(f"nothing to resume: '{run.folder}' holds no run.")
-    if config.model.vocab_size is None:
-        config.model.vocab_size = run.config.model.vocab_size
-    if config.data.first_sequence is None:
-        config.data.first_sequence = run.config.data.first_sequence
+    config = config.with_data(run.config.model.vocab_size, run.config.data.first_sequence)
     for key, (old, new) in differences(loading.to_dict(run.config), loading.to_dict(config)).items():
         if key in ("train.threads", "train.device"):
             log.warning("resuming with %s = %s instead of %s: results will differ in the last bits.", key, new, old)
         elif key not in FREE_TO_CHANGE:
             raise UserError(f"cannot resume '{run.folder}': {key} was {old}, is now {new}.")
+    return config
 
 
 class Writer:
@@ -65,13 +66,12 @@ class Writer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def begin(self, config: Config, tokenizer: str, manifest: Mapping[str, Any]) -> None:
+    def begin(self, config: ResolvedConfig, tokenizer: str, manifest: Mapping[str, Any]) -> None:
         """Makes the directory: only with model and data at hand, so that a run that cannot start leaves nothing.
 
         Parameters
         ----------
-        config : Config
-            Resolved.
+        config : ResolvedConfig
         tokenizer : str
             Content of its file.
         manifest : mapping

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from vspdf.config.settings import Config, ModelConfig, PhaseConfig
+from vspdf.config.resolved import ResolvedConfig
+from vspdf.config.settings import PhaseConfig
 from vspdf.errors import UserError
 from vspdf.pattern import Pattern, kept_count
 from vspdf.sparsity import schedule
@@ -73,12 +74,12 @@ class Phases:
             if phase.steps is None or phase.steps < 1:
                 raise UserError(f"phases.{i} needs a number of steps of at least 1, not {phase.steps}.")
             phase.revived_warmup = revived_warmup
-            resolve_amounts(ModelConfig(), f"phases.{i}", phase, self.phases[i - 1] if i else None)
+            resolve_amounts(None, f"phases.{i}", phase, cast(Any, self.phases[i - 1]) if i else None)
         self.seed, self.moments, self.options = seed, moments, options
         self.stages: list[tuple[int, float]] = []  # first step and sparsity, over all phases
         start = 0
         for phase in self.phases:
-            for stage in schedule.stages(phase):
+            for stage in schedule.stages(cast(Any, phase)):
                 if not self.stages or self.stages[-1][1] != stage.sparsity:
                     self.stages.append((start + stage.start, stage.sparsity))
             start += phase.steps or 0
@@ -161,7 +162,7 @@ class Phases:
 # What follows takes our own GPT through the phases of a configuration, layer by layer; the trainer uses it.
 
 
-def begin(model: nn.Module, config: Config, optimizer: torch.optim.Optimizer | None = None) -> None:
+def begin(model: nn.Module, config: ResolvedConfig, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Brings a dense model into the form of the first phase."""
     phase = config.phases[0]
     amounts = layer_sparsities(config.model, phase)
@@ -172,7 +173,7 @@ def begin(model: nn.Module, config: Config, optimizer: torch.optim.Optimizer | N
         )  # fmt: skip
 
 
-def check_zeros(model: nn.Module, config: Config) -> None:
+def check_zeros(model: nn.Module, config: ResolvedConfig) -> None:
     """Zeros that are to become masks must be there: figures go by the configured sparsity.
 
     Raises
@@ -193,7 +194,7 @@ def check_zeros(model: nn.Module, config: Config) -> None:
 
 
 def grow(
-    model: nn.Module, config: Config, index: int, stage: int, optimizer: torch.optim.Optimizer | None = None
+    model: nn.Module, config: ResolvedConfig, index: int, stage: int, optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Pattern]:
     """Adds positions until the model has the sparsities of a stage of a phase; returns the patterns before.
 

@@ -3,12 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vspdf.errors import UserError, did_you_mean, one_of, require
+
+
+class Amounts(Protocol):
+    """What is asked here of a phase that is resolved: how much it keeps, and when."""
+
+    @property
+    def sparsity(self) -> float: ...
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def sparsity_end(self) -> float | None: ...
+    @property
+    def levels(self) -> Sequence[float]: ...
+    @property
+    def update_every(self) -> int | None: ...
+    @property
+    def layers(self) -> Mapping[str, float]: ...
+    @property
+    def steps(self) -> int: ...
+
+
+class Sizes(Protocol):
+    """What is asked here of a model of ours."""
+
+    @property
+    def n_layer(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def d_ff(self) -> int: ...
 
 
 class Stage(NamedTuple):
@@ -19,17 +49,15 @@ class Stage(NamedTuple):
     sparsity: float
 
 
-def stages(phase: PhaseConfig) -> list[Stage]:
+def stages(phase: Amounts) -> list[Stage]:
     """The stretches of a phase: one where its schedule is constant, else one per update that changes its sparsity.
 
     With u from 0 at the first update to 1 at the last, the sparsity s goes from a to b as: linear, a + (b − a)u; exp,
     1 − s grows by equal factors; power, b + (a − b)(1 − u)³ (arXiv:1710.01878); cosine, b + (a − b)(1 + cos πu)/2;
     cycling, the levels one after the other.
     """
-    assert phase.steps is not None
-    if phase.schedule == "constant":
+    if phase.update_every is None:
         return [Stage(0, phase.steps, phase.sparsity)]
-    assert phase.update_every is not None
     starts = range(0, phase.steps, phase.update_every)
     found: list[Stage] = []
     for k, start in enumerate(starts):
@@ -42,15 +70,14 @@ def stages(phase: PhaseConfig) -> list[Stage]:
     return found
 
 
-def stage_at(phase: PhaseConfig, step: int) -> int:
+def stage_at(phase: Amounts, step: int) -> int:
     """Which of its stages a step of a phase falls into."""
     return sum(stage.start <= step for stage in stages(phase)) - 1
 
 
-def _amount(phase: PhaseConfig, k: int, last: int) -> float:
+def _amount(phase: Amounts, k: int, last: int) -> float:
     """Sparsity after update `k` of a phase, the first being 0."""
-    a, b = phase.sparsity, phase.sparsity_end
-    assert b is not None
+    a, b = phase.sparsity, _end(phase)
     if phase.schedule == "cycling":
         return phase.levels[k % len(phase.levels)]
     if k == last:
@@ -120,7 +147,7 @@ def time_average_sparsity(stages: Sequence[tuple[float, float]]) -> float:
 INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard")  # how first masks are drawn
 
 if TYPE_CHECKING:
-    from vspdf.config.settings import ModelConfig, PhaseConfig
+    from vspdf.config.settings import PhaseConfig
 
 SCHEDULES = ("constant", "linear", "exp", "power", "cosine", "cycling")
 
@@ -129,18 +156,17 @@ SCHEDULES = ("constant", "linear", "exp", "power", "cosine", "cycling")
 _LAYERS = {"attn.c_attn": (3, 0), "attn.c_proj": (1, 0), "mlp.c_fc": (0, 1), "mlp.c_proj": (0, 1)}
 
 
-def layer_sparsities(model: ModelConfig, phase: PhaseConfig, sparsity: float | None = None) -> dict[str, float]:
+def layer_sparsities(model: Sizes, phase: Amounts | PhaseConfig, sparsity: float | None = None) -> dict[str, float]:
     """Sparsity of each layer in a phase, or where the phase's own has come to be `sparsity`."""
     amount = phase.sparsity if sparsity is None else sparsity
-    names = [f"h.{i}.{name}" for i in range(model.n_layer or 0) for name in _LAYERS]
+    names = [f"h.{i}.{name}" for i in range(model.n_layer) for name in _LAYERS]
     return {name: next((s for glob, s in phase.layers.items() if fnmatchcase(name, glob)), amount) for name in names}
 
 
-def mean_sparsity(model: ModelConfig, phase: PhaseConfig, sparsity: float | None = None) -> float:
+def mean_sparsity(model: Sizes, phase: Amounts, sparsity: float | None = None) -> float:
     """Sparsity over all weights of those layers."""
     if not phase.layers:
         return phase.sparsity if sparsity is None else sparsity
-    assert model.d_model and model.d_ff
     masked = total = 0.0
     for name, amount in layer_sparsities(model, phase, sparsity).items():
         squares, wide = _LAYERS[name.split(".", 2)[2]]
@@ -149,12 +175,14 @@ def mean_sparsity(model: ModelConfig, phase: PhaseConfig, sparsity: float | None
     return masked / total
 
 
-def _end(phase: PhaseConfig) -> float:
+def _end(phase: Amounts) -> float:
     return phase.sparsity if phase.sparsity_end is None else phase.sparsity_end
 
 
-def resolve_amounts(model: ModelConfig, key: str, phase: PhaseConfig, previous: PhaseConfig | None) -> None:
+def resolve_amounts(model: Sizes | None, key: str, phase: PhaseConfig, previous: Amounts | None) -> None:
     """Fills in, in place, the sparsities of a phase, and checks that no weight is dropped within it or at its start.
+
+    Layers have names in a `model` of ours alone; None: another.
 
     Raises
     ------
@@ -164,7 +192,8 @@ def resolve_amounts(model: ModelConfig, key: str, phase: PhaseConfig, previous: 
     one_of(f"{key}.schedule", phase.schedule, SCHEDULES)
     one_of(f"{key}.init_method", phase.init_method, INIT_METHODS)
     one_of(f"{key}.count", phase.count, ("round", "truncate"))
-    assert phase.steps is not None
+    if phase.steps is None:
+        raise UserError(f"{key}.steps is not set.")
     cycling = phase.schedule == "cycling"
     require(cycling or not phase.levels, f"{key}.levels belong to schedule: cycling, not to {phase.schedule}.")
     if cycling:
@@ -207,7 +236,7 @@ def resolve_amounts(model: ModelConfig, key: str, phase: PhaseConfig, previous: 
             )
     for glob, amount in phase.layers.items():
         require(0 <= amount < 1, f"{key}.layers: the sparsity of '{glob}' must lie in [0, 1), not {amount}.")
-        names = list(layer_sparsities(model, phase))
+        names = list(layer_sparsities(model, phase)) if model else []
         require(
             any(fnmatchcase(name, glob) for name in names),
             f"{key}.layers: '{glob}' matches no layer.{did_you_mean(glob, names)}",
@@ -217,7 +246,7 @@ def resolve_amounts(model: ModelConfig, key: str, phase: PhaseConfig, previous: 
         f"{key}.sparsity = {phase.sparsity} is above the phase before ({_end(previous) if previous else 0}): "
         "weights are only ever added.",
     )
-    if previous and (phase.layers or previous.layers):
+    if model and previous and (phase.layers or previous.layers):
         old = layer_sparsities(model, previous, _end(previous))
         for name, amount in layer_sparsities(model, phase).items():
             require(

@@ -6,13 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vspdf.config.settings import PhaseConfig
+from vspdf.config.resolved import ResolvedPhase
 
 
-def learning_rate(phase: PhaseConfig, step: int) -> float:
+def learning_rate(phase: ResolvedPhase, step: int) -> float:
     """Learning rate of a phase's step, 0-based: linear warm-up to the peak, then decay to `lr_end` at the last step."""
-    assert phase.lr is not None and phase.lr_end is not None
-    assert phase.steps is not None and phase.warmup_steps is not None
     peak, warmup = phase.lr * phase.lr_multiple, phase.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -32,11 +30,10 @@ class Position(NamedTuple):
     samples: int
 
 
-def position(phases: Sequence[PhaseConfig], step: int) -> Position:
+def position(phases: Sequence[ResolvedPhase], step: int) -> Position:
     """Position of a global step, 0-based; ``phase == len(phases)`` after the last."""
     samples = 0
     for i, phase in enumerate(phases):
-        assert phase.steps is not None and phase.batch_size is not None
         if step < phase.steps:
             return Position(i, step, samples + step * phase.batch_size)
         step -= phase.steps

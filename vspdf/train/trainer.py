@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vspdf import ledger
 from vspdf.config import resolve
-from vspdf.config.settings import Config, PhaseConfig
+from vspdf.config.resolved import ResolvedConfig, ResolvedPhase
 from vspdf.data import pairs
 from vspdf.data.text import Dataset, prepare
 from vspdf.data.tokenizer import Tokenizer, check_tokenizer
@@ -54,7 +54,7 @@ log = logging.getLogger("vspdf")
 
 
 def train(
-    config: Config,
+    config: ResolvedConfig,
     *,
     resume: bool = False,
     say: Callable[[str], None] = log.info,
@@ -64,8 +64,8 @@ def train(
 
     Parameters
     ----------
-    config : Config
-        Resolved, as `vspdf.config.load` returns it.
+    config : ResolvedConfig
+        As `vspdf.config.load` returns it.
     resume : bool
         Go on from the last checkpoint of the run directory.
     say : callable
@@ -94,25 +94,24 @@ def train(
 
 
 class _Run:
-    def __init__(self, config: Config, resume: bool, say: Callable[[str], None]) -> None:
+    def __init__(self, config: ResolvedConfig, resume: bool, say: Callable[[str], None]) -> None:
         self.config, self.say = config, say
-        self.folder = Path(config.run_dir or "")
+        self.folder = Path(config.run_dir)
         self.device = device(config.train.device, "train.device")
-        writer.check(config, resume)
+        self.config = config = writer.check(config, resume)
         self.writer = writer.Writer(self.folder)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
-        assert config.model.sequence_length is not None
         begun = self._begin_with(resume)
         self.data: Dataset | pairs.Pairs
-        if begun:
-            self.data = pairs.prepare(config.data, config.seed, begun[1])
+        if begun and config.task:
+            self.data = pairs.prepare(config.task, config.seed, begun[1])
         else:
             self.data = prepare(config.data, config.model.sequence_length, config.seed)
         vocabulary = config.model.vocab_size or self.data.vocab_size
         if vocabulary < self.data.vocab_size:
             raise UserError(f"model.vocab_size = {vocabulary} is less than the tokenizer's {self.data.vocab_size}.")
-        config.model.vocab_size = vocabulary
+        self.config = config = config.with_data(vocabulary)
         self.shape = resolve.model_shape(config.model)
         weights = 4 * self.shape.parameters  # fp32; a model is dense before it is sparse
         if weights > hardware.memory():
@@ -140,7 +139,8 @@ class _Run:
             if config.init_from:
                 self._begin_from(config.init_from)
             phases.check_zeros(self.model, config)
-        self.first = config.data.first_sequence = config.data.first_sequence or 0
+        self.config = config = self.config.with_data(first_sequence=0)
+        self.first = config.data.first_sequence or 0
         self.data.check(self.first + train_schedule.position(config.phases, self.total_steps).samples)
         if resume:
             self._restore()
@@ -151,21 +151,22 @@ class _Run:
 
     def _begin_with(self, resume: bool) -> tuple[GPT, Tokenizer] | None:
         """Fine-tuning: the model to start from, dense, and its tokenizer; of a run that goes on, only their form."""
-        if self.config.start is None:
+        task, start = self.config.task, self.config.start
+        if task is None or start is None:
             return None
         if resume and Run(self.folder).checkpoints:
             model = GPT(resolve.model_shape(self.config.model), activation=self.config.model.activation)
             return model, Tokenizer.load(Run(self.folder).tokenizer)
-        model, tokenizer, _ = checkpoints.load(self.config.start)
+        model, tokenizer, _ = checkpoints.load(start)
         if sparse := sparse_layers(model):
             kept = sum(layer.pattern.nnz for layer in sparse.values()) / sum(
                 layer.pattern.numel for layer in sparse.values()
             )
             densify(model)
-            self.say(f"'{self.config.start}' keeps {kept:.1%} of {len(sparse)} layers: densified, every weight learns")
-        words = pairs.tokenizer_for(self.config.data, tokenizer, self.config.start)
+            self.say(f"'{start}' keeps {kept:.1%} of {len(sparse)} layers: densified, every weight learns")
+        words = pairs.tokenizer_for(task, tokenizer, start)
         if tokenizer is None:
-            check_tokenizer(words, model.shape, self.config.start)
+            check_tokenizer(words, model.shape, start)
         return model, words
 
     # -- the run directory -------------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ class _Run:
         ours = (self.data.manifest["corpus"], config.data.validation_fraction, config.seed)
         same_text = (old.get("corpus"), old.get("validation_fraction"), old.get("seed")) == ours
         if config.data.first_sequence is None and same_text:
-            config.data.first_sequence = old["sequences"]
+            self.config = config = config.with_data(first_sequence=old["sequences"])
         elif config.data.first_sequence is None and old.get("corpus") == self.data.manifest["corpus"]:
             log.warning("init_from '%s' saw this text in another order: some of it will be seen again.", source)
         where = f", its data from sequence {config.data.first_sequence}" if config.data.first_sequence else ""
@@ -290,14 +291,14 @@ class _Run:
         self._renew(phase, before)
         self.say(self._describe(phase))
 
-    def _densify_to(self, phase: PhaseConfig, stage: int) -> None:
+    def _densify_to(self, phase: ResolvedPhase, stage: int) -> None:
         """A step of densification within a phase; positions are added, kept values and moments stay."""
         before = phases.grow(self.model, self.config, self.phase, stage, self.optimizer)
         self.stage = stage
         self._renew(phase, before)
         self.say(f"densified to sparsity {self._sparsity():.4g}: {phases.form(self.model)}")
 
-    def _renew(self, phase: PhaseConfig, before: dict[str, Pattern]) -> None:
+    def _renew(self, phase: ResolvedPhase, before: dict[str, Pattern]) -> None:
         """An optimizer over the model's present parameters with the state of the old one."""
         ramped = bool(before and phase.revived_warmup)
         self.revived = RevivedWarmup(self.model, before, phase.revived_warmup) if ramped else None
@@ -312,11 +313,11 @@ class _Run:
         phase = self.config.phases[self.phase]
         return schedule.mean_sparsity(self.config.model, phase, schedule.stages(phase)[self.stage].sparsity)
 
-    def _describe(self, phase: PhaseConfig) -> str:
+    def _describe(self, phase: ResolvedPhase) -> str:
         tokens = self._tokens(self.step + (phase.steps or 0)) - self._tokens(self.step)
         return f"phase '{phase.name}': {phase.steps:,} steps, {tokens:,} tokens; {phases.form(self.model)}"
 
-    def _new_optimizer(self, phase: PhaseConfig) -> torch.optim.Optimizer:
+    def _new_optimizer(self, phase: ResolvedPhase) -> torch.optim.Optimizer:
         return _adamw(self.model, self.config, phase)
 
     # -- steps -------------------------------------------------------------------------------------------------------
@@ -350,12 +351,12 @@ class _Run:
                 if "val_loss" in line and self.step < self.total_steps:
                     on_evaluation(self.folder)
                 if stop and self.step < self.total_steps:
-                    raise Interrupted(f"stopped after step {self.step}; a checkpoint was written: --resume goes on.")
+                    raise Interrupted(f"stopped after step {self.step}; a checkpoint was written: `resume` goes on.")
         summary = self._summarise()
         on_evaluation(self.folder)
         return summary
 
-    def _train_step(self, phase: PhaseConfig, record: PhaseRecord, phase_step: int, samples: int) -> dict[str, Any]:
+    def _train_step(self, phase: ResolvedPhase, record: PhaseRecord, phase_step: int, samples: int) -> dict[str, Any]:
         assert self.optimizer is not None and phase.batch_size is not None
         lr = train_schedule.learning_rate(phase, phase_step)
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -395,7 +396,7 @@ class _Run:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        phase: PhaseConfig,
+        phase: ResolvedPhase,
         batch: tuple[Tensor, Tensor],
         lr: float,
         revived: RevivedWarmup | None = None,
@@ -434,7 +435,7 @@ class _Run:
                 f"the {what} of step {self.step + 1} is {value}: training stopped, {kept}. Lower optimizer.lr?"
             )
 
-    def _measure_dense(self, phase: PhaseConfig, record: PhaseRecord, samples: int, seconds: float) -> None:
+    def _measure_dense(self, phase: ResolvedPhase, record: PhaseRecord, samples: int, seconds: float) -> None:
         """Times steps of a dense twin on the batches of the sparse steps beside them, a few per phase."""
         wanted = self.config.train.measure_dense if sparse_layers(self.model) else 0
         if len(record.paired_seconds) >= wanted or len(record.step_seconds) < 2:
@@ -461,7 +462,7 @@ class _Run:
         line["val_loss"], line["val_bits_per_byte"] = result
         return result
 
-    def _sample(self, phase: PhaseConfig) -> None:
+    def _sample(self, phase: ResolvedPhase) -> None:
         count = self.config.train.sample_tokens
         if not count:
             return
@@ -471,7 +472,7 @@ class _Run:
         self.samples.append({"step": self.step, "phase": phase.name, "text": text})
         self.say(f"sample after phase '{phase.name}': {text!r}")
 
-    def _log(self, phase: PhaseConfig, line: dict[str, Any]) -> None:
+    def _log(self, phase: ResolvedPhase, line: dict[str, Any]) -> None:
         total = self._total()
         line["flops"] = total.flops()
         line["seconds"] = self.seconds
@@ -577,7 +578,7 @@ class _Run:
 class _DenseTwin:
     """The plain dense model with the same weights, to be timed beside the sparse one; it never feeds back."""
 
-    def __init__(self, run: _Run, phase: PhaseConfig, samples: int) -> None:
+    def __init__(self, run: _Run, phase: ResolvedPhase, samples: int) -> None:
         self.run, self.phase = run, phase
         self.model = copy.deepcopy(run.model)
         densify(self.model)
@@ -603,7 +604,7 @@ class _DenseTwin:
             torch.set_num_threads(current)
 
 
-def _adamw(model: nn.Module, config: Config, phase: PhaseConfig) -> torch.optim.AdamW:
+def _adamw(model: nn.Module, config: ResolvedConfig, phase: ResolvedPhase) -> torch.optim.AdamW:
     """AdamW over matrices and sparse values with weight decay, the rest without; fused where torch has it."""
     o = config.optimizer
     sparse = {layer.values: 1 / layer.pattern.density for layer in sparse_layers(model).values() if layer.pattern.nnz}

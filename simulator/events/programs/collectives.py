@@ -6,7 +6,7 @@ import numpy as np
 
 from vspdf.errors import UserError, did_you_mean
 from vspdf.simulator.events.fabric import Code, Region
-from vspdf.simulator.events.programs.common import Run, align
+from vspdf.simulator.events.programs.common import Outcome, align
 from vspdf.simulator.machine import Machine
 
 VECTOR_MODES = {
@@ -16,7 +16,7 @@ VECTOR_MODES = {
 }  # shift of one operand in bytes, packed
 
 
-def vector_op(machine: Machine, length: int, mode: str = "single") -> Run:
+def vector_op(machine: Machine, length: int, mode: str = "single") -> Outcome:
     """y = y · x in fp32. Modes: both operands in the same banks; one shifted by a word; two elements per cycle."""
     if mode not in VECTOR_MODES:
         raise UserError(f"unknown vector mode '{mode}'.{did_you_mean(mode, VECTOR_MODES)}")
@@ -37,10 +37,10 @@ def vector_op(machine: Machine, length: int, mode: str = "single") -> Run:
     region.activate(0, 0, task)
     region.run()
     per_pe = region.stamps(1) - region.stamps(0)
-    return Run(int(per_pe.max()), per_pe, region.read(0, 0, at_y, length), region)
+    return Outcome(int(per_pe.max()), per_pe, region.read(0, 0, at_y, length), region)
 
 
-def broadcast(machine: Machine, values: np.ndarray, pes: int) -> Run:
+def broadcast(machine: Machine, values: np.ndarray, pes: int) -> Outcome:
     """`values` (fp32) from the first of `pes` PEs in a row to all of them by multicast."""
     if pes < 2:
         raise UserError("a broadcast needs at least 2 PEs.")
@@ -67,10 +67,10 @@ def broadcast(machine: Machine, values: np.ndarray, pes: int) -> Run:
     region.run()
     result = np.stack([region.read(x, 0, 0, n) for x in range(pes)])
     per_pe = region.stamps(1) - region.stamps(0)
-    return Run(int(region.stamps(1).max() - region.stamps(0).min()) + machine.launch_cycles, per_pe, result, region)
+    return Outcome(int(region.stamps(1).max() - region.stamps(0).min()) + machine.launch_cycles, per_pe, result, region)
 
 
-def reduce(machine: Machine, values: np.ndarray, group: int | str, everywhere: bool = False) -> Run:
+def reduce(machine: Machine, values: np.ndarray, group: int | str, everywhere: bool = False) -> Outcome:
     """Sum of `values` [pes, elements] (fp32), PE by PE, into the last PE; with `everywhere` broadcast back to all.
 
     `group` PEs form a chain that ends in a leader, the leaders form a second chain (two-phase); group = pes is one
@@ -80,7 +80,7 @@ def reduce(machine: Machine, values: np.ndarray, group: int | str, everywhere: b
     if pes < 2:
         raise UserError("a reduction needs at least 2 PEs.")
     if group != "star" and not (isinstance(group, int) and 1 <= group <= pes):
-        raise UserError(f"--group {group}: expected 1 to {pes} (the number of PEs) or 'star'.")
+        raise UserError(f"`group` {group}: expected 1 to {pes} (the number of PEs) or 'star'.")
     region = Region(machine, pes, 1)
     root = pes - 1
     for x in range(pes):
@@ -112,7 +112,7 @@ def reduce(machine: Machine, values: np.ndarray, group: int | str, everywhere: b
     region.run()
     result = np.stack([region.read(x, 0, 0, n) for x in range(pes)]) if everywhere else region.read(root, 0, 0, n)
     per_pe = region.stamps(1) - region.stamps(0)
-    return Run(int(region.stamps(1).max() - region.stamps(0).min()) + machine.launch_cycles, per_pe, result, region)
+    return Outcome(int(region.stamps(1).max() - region.stamps(0).min()) + machine.launch_cycles, per_pe, result, region)
 
 
 def _star(code: Code, region: Region, x: int, pes: int, n: int, memory: int) -> None:

@@ -13,7 +13,7 @@ from vspdf.simulator.machine import Machine
 
 
 @dataclass
-class Run:
+class Outcome:
     """What a program did.
 
     Attributes

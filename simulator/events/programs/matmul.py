@@ -10,7 +10,7 @@ import numpy as np
 
 from vspdf.errors import UserError
 from vspdf.simulator.events.fabric import Code, Region
-from vspdf.simulator.events.programs.common import Run, align, check_memory
+from vspdf.simulator.events.programs.common import Outcome, align, check_memory
 from vspdf.simulator.machine import Machine
 
 
@@ -84,7 +84,7 @@ def check_gemm(machine: Machine, pes: int, n: int, half: bool, padded: bool) -> 
             f"a grid of {pes}x{pes} PEs does not fit: 2 to {min(machine.width, machine.height)} on {machine.name}."
         )
     if n < pes:
-        raise UserError(f"--n {n} is smaller than the grid's side {pes}: some PEs would have nothing to do.")
+        raise UserError(f"`n` {n} is smaller than the grid's side {pes}: some PEs would have nothing to do.")
     layout = Product(-(-n // pes), half, padded)
     check_memory(machine, layout.end + 8)
     return layout
@@ -114,7 +114,7 @@ def _collect(
     return c[:n, :n]
 
 
-def summa(machine: Machine, a: np.ndarray, b: np.ndarray, pes: int, half: bool = False) -> Run:
+def summa(machine: Machine, a: np.ndarray, b: np.ndarray, pes: int, half: bool = False) -> Outcome:
     """SUMMA: per step, column k's tiles of A run along the rows and row k's tiles of B along the columns, then every PE
     multiplies. Routers switch to where the next root lies."""
     n = a.shape[0]
@@ -188,7 +188,7 @@ def summa(machine: Machine, a: np.ndarray, b: np.ndarray, pes: int, half: bool =
     cycles = region.run()
     product = int((region.stamps(2) - region.stamps(1)).max())
     phases = {"compute": pes * product, "broadcast_step": int((region.stamps(1) - region.stamps(0)).max())}
-    return Run(cycles, region.stamps(3), _collect(region, pes, layout, n, lambda i, j: (j, i)), region, phases)
+    return Outcome(cycles, region.stamps(3), _collect(region, pes, layout, n, lambda i, j: (j, i)), region, phases)
 
 
 def ring_order(pes: int, interleaved: bool) -> list[int]:
@@ -207,7 +207,9 @@ def ring_colours(order: Sequence[int]) -> list[int]:
     return colours
 
 
-def ring_gemm(machine: Machine, a: np.ndarray, b: np.ndarray, pes: int, interleaved: bool, half: bool = False) -> Run:
+def ring_gemm(
+    machine: Machine, a: np.ndarray, b: np.ndarray, pes: int, interleaved: bool, half: bool = False
+) -> Outcome:
     """Cannon's algorithm, or MeshGEMM (`interleaved`): tiles of A travel along rows and of B along columns, one ring
     place per step, starting skewed.
 
@@ -267,7 +269,7 @@ def ring_gemm(machine: Machine, a: np.ndarray, b: np.ndarray, pes: int, interlea
     cycles = region.run()
     product = int((region.stamps(2) - region.stamps(1)).max())
     result = _collect(region, pes, layout, n, lambda i, j: (order[j], order[i]))
-    return Run(cycles, region.stamps(3), result, region, {"compute": pes * product})
+    return Outcome(cycles, region.stamps(3), result, region, {"compute": pes * product})
 
 
 _R_STEP, _R_P = 1, 4

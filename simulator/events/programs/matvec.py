@@ -6,7 +6,7 @@ import numpy as np
 
 from vspdf.errors import UserError
 from vspdf.simulator.events.fabric import Code, Region
-from vspdf.simulator.events.programs.common import Run, align, check_memory
+from vspdf.simulator.events.programs.common import Outcome, align, check_memory
 from vspdf.simulator.machine import Machine
 
 
@@ -17,7 +17,7 @@ def tree(pes: int) -> tuple[list[int], list[int]]:
     return [roots[y // size] for y in range(pes)], roots
 
 
-def mesh_gemv(machine: Machine, a: np.ndarray, v: np.ndarray, pes: int, half: bool = True) -> Run:
+def mesh_gemv(machine: Machine, a: np.ndarray, v: np.ndarray, pes: int, half: bool = True) -> Outcome:
     """y = A·v: tiles of A on pes x pes PEs (x splits the rows of A, y its columns), a local product per PE, then an
     all-reduce down the columns: groups inwards from both ends, their roots likewise, and a multicast back."""
     n = a.shape[0]
@@ -109,7 +109,7 @@ def mesh_gemv(machine: Machine, a: np.ndarray, v: np.ndarray, pes: int, half: bo
     )
     if not np.array_equal(result[0], result[1]):
         raise RuntimeError("the all-reduce left different sums in one column.")
-    return Run(cycles, region.stamps(1), result[0], region)
+    return Outcome(cycles, region.stamps(1), result[0], region)
 
 
 def emit_gemv(code: Code, t: int, column: int, at_v: int, at_y: int, half: bool) -> None:

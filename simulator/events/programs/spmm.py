@@ -9,7 +9,7 @@ import numpy as np
 
 from vspdf.errors import UserError, did_you_mean
 from vspdf.simulator.events.fabric import Code, Region
-from vspdf.simulator.events.programs.common import Run, align, check_memory
+from vspdf.simulator.events.programs.common import Outcome, align, check_memory
 from vspdf.simulator.machine import Machine
 
 FORMATS = ("coo", "csc", "csr", "ellpack")
@@ -193,7 +193,7 @@ def check_spmm(machine: Machine, width: int, height: int, n: int, k: int, m: int
             "(width x height) for programs."
         )
     if n < 1 or k < 1 or m < 1 or n % height or k % width:
-        raise UserError(f"--n {n} must be a multiple of the grid's height {height}, --k {k} of its width {width}.")
+        raise UserError(f"`n` {n} must be a multiple of the grid's height {height}, `k` {k} of its width {width}.")
     return n // height, k // width
 
 
@@ -206,7 +206,7 @@ def spmm(
     height: int,
     nnz_per_pe: int | None = None,
     seed: int = 0,
-) -> Run:
+) -> Outcome:
     """C = A·B in fp32, A sparse [N, K] with positions `mask`, B dense [K, m]; width splits K, height splits N.
 
     B runs down the columns by multicast, every PE computes its part (the timed window), the parts are summed up along
@@ -259,7 +259,7 @@ def spmm(
     return run
 
 
-def dense(machine: Machine, n: int, k: int, m: int, width: int, height: int, seed: int = 0) -> Run:
+def dense(machine: Machine, n: int, k: int, m: int, width: int, height: int, seed: int = 0) -> Outcome:
     """C = A·B in fp32, all dense, by the same flow: for every element of B one AXPY down a column of A and of C.
 
     A is stored [Nt, Kt] and C [Nt, m] row by row, so both columns are strided: what the banks make of that is theirs.
@@ -312,7 +312,7 @@ def emit_dense(code: Code, address: dict[str, int], nt: int, kt: int, m: int) ->
 def _grid(
     machine: Machine, width: int, height: int, nt: int, kt: int, m: int, address: dict[str, int], b: np.ndarray,
     kernel: Callable[[Code], None], fill: Callable[[Region, int, int], None], forward: bool = False,
-) -> Run:  # fmt: skip
+) -> Outcome:  # fmt: skip
     """Columns receive their part of B, compute, rows sum up C into the last column; stamps 0 and 1 frame the kernel.
 
     `forward`: PEs pass B on to the south themselves inside the timed window, one after the other.
@@ -384,4 +384,4 @@ def _grid(
     region.run()
     per_pe = region.stamps(1) - region.stamps(0)
     c = np.concatenate([region.read(width - 1, y, address["C"], size_c) for y in range(height)])
-    return Run(int(per_pe.max()), per_pe, c, region, window=(0, 1))
+    return Outcome(int(per_pe.max()), per_pe, c, region, window=(0, 1))

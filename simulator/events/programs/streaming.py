@@ -9,7 +9,7 @@ import numpy as np
 
 from vspdf.errors import UserError
 from vspdf.simulator.events.fabric import Code, Region
-from vspdf.simulator.events.programs.common import Run, align, check_memory
+from vspdf.simulator.events.programs.common import Outcome, align, check_memory
 from vspdf.simulator.events.programs.matmul import ring_colours, ring_order
 from vspdf.simulator.machine import Machine
 
@@ -68,7 +68,7 @@ def gradient_layout(s: Stream) -> tuple[int, int, int, int]:
     return at_buffer, at_dy, at_sums, align(at_sums + 4 * s.block)
 
 
-def stream_layer(machine: Machine, w: np.ndarray, mask: np.ndarray, x: np.ndarray, columns: int, rows: int) -> Run:
+def stream_layer(machine: Machine, w: np.ndarray, mask: np.ndarray, x: np.ndarray, columns: int, rows: int) -> Outcome:
     """y = W·x in fp16: the kept weights of W [outputs, features] stream past the activations x [features, tokens].
 
     The forward product; with W transposed and x the output's gradient, the delta. Every weight wavelet triggers an AXPY
@@ -106,7 +106,7 @@ def stream_layer(machine: Machine, w: np.ndarray, mask: np.ndarray, x: np.ndarra
             y[-member % columns :: columns, py * n : (py + 1) * n] = region.read(
                 px, py, at_y, per_owner * n, np.float16
             ).reshape(per_owner, n)
-    return Run(cycles, region.stats["busy"], y[:outputs], region)
+    return Outcome(cycles, region.stats["busy"], y[:outputs], region)
 
 
 def _ring_routes(region: Region, order: Sequence[int], colours: Sequence[int]) -> None:
@@ -169,7 +169,9 @@ def stream_code(machine: Machine, s: Stream, at_acc: int, at_y: int, colour: int
     return code
 
 
-def stream_gradient(machine: Machine, mask: np.ndarray, dy: np.ndarray, x: np.ndarray, columns: int, rows: int) -> Run:
+def stream_gradient(
+    machine: Machine, mask: np.ndarray, dy: np.ndarray, x: np.ndarray, columns: int, rows: int
+) -> Outcome:
     """dW = dy·xᵀ at kept positions only, in fp32 sums of fp16 products, streamed out at the south.
 
     dy [outputs, tokens] lies where the forward product left it; each of its rows is sent along the PEs' rows, the
@@ -223,7 +225,7 @@ def stream_gradient(machine: Machine, mask: np.ndarray, dy: np.ndarray, x: np.nd
         part = np.zeros((outputs, s.block), np.float32)
         part[mask[:, block]] = words.view(np.float32)
         gradient[:, block] = part
-    return Run(cycles, region.stats["busy"], gradient, region)
+    return Outcome(cycles, region.stats["busy"], gradient, region)
 
 
 def gradient_code(
