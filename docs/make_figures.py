@@ -179,8 +179,7 @@ def evidence() -> None:
     """Losses and paired differences of the studies whose results are kept; their tables in the pages."""
     for path in loading.shipped("studies"):
         if results := kept(path):
-            with plt.rc_context({"axes.prop_cycle": plt.cycler(color=plt.get_cmap("tab10").colors)}):
-                study_page.plot(results, IMAGES / f"study-{path.stem}.svg")
+            study_page.plot(results, IMAGES / f"study-{path.stem}.svg")
     for page in PAGES:
         page.write_text(filled(page))
 

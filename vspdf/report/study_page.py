@@ -107,8 +107,7 @@ def _intervals(pairs: Sequence[tuple[str, dict[str, Any]]], what: str) -> Elemen
         )
         for label, pair in pairs
     ]
-    unit = " (nats a token)" if what == "test losses" else ""
-    return interval_chart(rows, title="Paired differences", x_label=f"difference of {what}{unit}, 95 % interval")
+    return interval_chart(rows, title="Paired differences", x_label=f"difference of {what}, 95 % interval")
 
 
 def _curves(results: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +134,7 @@ def _chart(arms: Sequence[dict[str, Any]], axis: Axis) -> Element:
         shown.extend(loss for some in losses[len(losses) // 5 :] for loss in some)  # the first fall would flatten it
     return line_chart(
         series, title=f"loss against {axis.name}", x_label=f"{axis.name} ({unit})",
-        y_label="validation loss (nats a token)", y_limits=(min(shown), max(shown)),
+        y_label="loss (nats a token)", y_limits=(min(shown), max(shown)),
     )  # fmt: skip
 
 
