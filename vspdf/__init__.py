@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vspdf.sparsity.layer import SparseLinear as SparseLinear
     from vspdf.sparsity.layer import explain as explain
     from vspdf.sparsity.phases import Phases as Phases
+    from vspdf.sparsity.schedule import Phase as Phase
     from vspdf.sparsity.surgery import densify as densify
     from vspdf.sparsity.surgery import set_sparsity as set_sparsity
     from vspdf.sparsity.surgery import sparsify as sparsify
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BackendUnavailable": "vspdf.errors",
     "Pattern": "vspdf.pattern",
+    "Phase": "vspdf.sparsity.schedule",
     "Phases": "vspdf.sparsity.phases",
     "PhasesCallback": "vspdf.interop.transformers_trainer",
     "SparseLinear": "vspdf.sparsity.layer",

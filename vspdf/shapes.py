@@ -15,7 +15,10 @@ from vspdf.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Shape:
-    """What FLOPs depend on. Multiply-adds per token: ``linear``, ``attention`` (QKᵀ and AV, full), ``vocabulary``."""
+    """The sizes of a GPT that FLOPs depend on.
+
+    Multiply-adds per token: ``linear``, ``attention`` (QKᵀ and AV, full), ``vocabulary``.
+    """
 
     n_layer: int
     d_model: int
@@ -43,6 +46,13 @@ class Shape:
         d, f = self.d_model, self.d_ff
         block = 4 * d * d + 2 * d * f + 9 * d + f  # weights + biases (4d attention, f + d FFN) + two norms (4d)
         return self.n_layer * block + (self.vocab_size + self.sequence_length) * d + 2 * d
+
+
+def linear_layers(n_layer: int, d_model: int, d_ff: int) -> dict[str, int]:
+    """The layers of a GPT that can be sparse, by name, and how many weights each has (`Shape.linear` is their sum)."""
+    square, wide = d_model * d_model, d_model * d_ff
+    block = {"attn.c_attn": 3 * square, "attn.c_proj": square, "mlp.c_fc": wide, "mlp.c_proj": wide}
+    return {f"h.{i}.{name}": weights for i in range(n_layer) for name, weights in block.items()}
 
 
 def _gpt(

@@ -148,7 +148,7 @@ def _mixed(covered: Sequence[np.ndarray], kinds: Sequence[int]) -> np.ndarray:
 
 
 def shown_cycles(region: Region) -> int:
-    """How far the time line goes: to the end, or as far as events were noted."""
+    """The last cycle on the time line: to the end, or as far as events were noted."""
     events = region.trace_events()
     return max(1, region.cycles if len(events) < MOST_EVENTS else int(events[-1, 1]))
 

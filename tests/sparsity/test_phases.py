@@ -8,7 +8,6 @@ import transformers
 from torch import nn
 
 import vspdf
-from vspdf.config.settings import PhaseConfig
 from vspdf.errors import UserError
 from vspdf.sparsity.layer import sparse_layers
 
@@ -29,7 +28,7 @@ def loop(phases, model, optimizer, steps, seen):
         optimizer.zero_grad()
 
 
-STAGES = [PhaseConfig(schedule="cycling", levels=[0.9, 0.5], steps=6), (0.0, 4)]
+STAGES = [vspdf.Phase(schedule="cycling", levels=[0.9, 0.5], steps=6), (0.0, 4)]
 
 
 def test_a_plain_loop_goes_through_its_phases_and_resumes(tmp_path):
@@ -76,6 +75,74 @@ REFUSED = {
 def test_impossible_phases_are_refused(phases, message):
     with pytest.raises(UserError, match=message):
         vspdf.Phases(phases)
+
+
+def masks(model):
+    return {name: layer.pattern for name, layer in sparse_layers(model).items()}
+
+
+def test_layers_have_sparsities_of_their_own_and_seeds_follow_from_phase_and_stage():
+    apart = vspdf.Phase(sparsity=0.9, layers={"2": 0.5}, steps=2)
+    falling = vspdf.Phase(schedule="cycling", levels=[0.4, 0.2], steps=4)
+    model, phases = mlp(), vspdf.Phases([apart, falling], seed=7)
+    phases.start(model)
+    assert [round(p.sparsity, 2) for p in masks(model).values()] == [0.9, 0.5]
+    assert phases.sparsity == pytest.approx(0.7)  # both have 360 weights
+    by_hand = mlp()
+    vspdf.sparsify(by_hand, {"2": 0.5, "*": 0.9}, seed=7)
+    for step, amount, seed in ((2, 0.4, 8), (4, 0.2, 8 + 1_000_003)):
+        assert masks(model) == masks(by_hand)
+        assert phases.at(step, model) and not phases.at(step + 1, model)
+        vspdf.set_sparsity(by_hand, amount, seed=seed)
+    assert masks(model) == masks(by_hand) and phases.now[:3] == (4, 1, 1)
+    with pytest.raises(UserError, match=r"phases.0.layers: '3' matches no layer"):
+        vspdf.Phases([vspdf.Phase(sparsity=0.9, layers={"3": 0.5}, steps=2)]).start(mlp())
+    with pytest.raises(UserError, match=r"layer '2' would go from sparsity 0.5 to 0.8: weights are only ever added"):
+        vspdf.Phases([apart, (0.8, 3)]).start(mlp())
+
+
+def test_a_model_that_is_sparse_already_goes_on_and_gets_no_sparser():
+    model = mlp()
+    before = vspdf.sparsify(model, {"0": 0.9}, seed=3)
+    with pytest.raises(UserError, match=r"layer '2' is dense already and would go to 0.5: weights are only ever"):
+        vspdf.Phases([(0.5, 2)]).start(model)
+    with pytest.raises(UserError, match=r"layer '0' has sparsity 0.9 and would go to 0.95: weights are only ever"):
+        vspdf.Phases([(0.95, 2)], exclude="2").start(model)
+    vspdf.Phases([(0.5, 2)], exclude="2").start(model)
+    assert masks(model)["0"].sparsity == 0.5 and masks(model)["0"].issuperset(before["0"])
+
+
+@pytest.mark.parametrize("moments", ["keep", "reset"])
+def test_moments_are_kept_or_forgotten_at_the_start_of_a_phase_alone(moments):
+    stages = [(0.9, 2), vspdf.Phase(schedule="cycling", levels=[0.5, 0.2], steps=4)]
+    model, phases = mlp(), vspdf.Phases(stages, moments=moments)
+    phases.start(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    loop(phases, model, optimizer, range(5), [])
+    assert {int(state["step"]) for state in optimizer.state.values()} == {5 if moments == "keep" else 3}
+
+
+def test_a_ramp_goes_on_after_a_resume(caplog):
+    ends, stages = [], [(0.9, 3), (0.0, 9)]
+    for stop in (8, 5):
+        model, phases = mlp(), vspdf.Phases(stages, revived_warmup=4)
+        phases.start(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        loop(phases, model, optimizer, range(stop), [])
+        if stop < 8:
+            (before, done), saved, state = phases.ramp, model.state_dict(), optimizer.state_dict()
+            assert set(before) == {"0", "2"} and done == 2
+            model, phases = mlp(), vspdf.Phases(stages, revived_warmup=4)
+            phases.restore(model, saved, stop, (before, done))
+            model.load_state_dict(saved)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+            optimizer.load_state_dict(state)
+            loop(phases, model, optimizer, range(stop, 8), [])
+            assert not caplog.records
+            vspdf.Phases(stages, revived_warmup=4).restore(mlp(), saved, stop)
+            assert "resumed within a ramp of revived weights" in caplog.text
+        ends.append(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 def test_start_comes_first_and_checkpoints_belong_to_phases():

@@ -5,7 +5,9 @@ import pytest
 
 from vspdf.config.settings import PhaseConfig
 from vspdf.errors import UserError
+from vspdf.shapes import linear_layers
 from vspdf.sparsity import schedule
+from vspdf.sparsity.schedule import Phase
 from vspdf.train.schedule import Position, learning_rate, position
 
 
@@ -90,7 +92,7 @@ def test_the_published_recipe_is_75_percent_effective_and_78_over_time():
 
 
 def amounts(**settings):
-    return [stage.sparsity for stage in schedule.stages(PhaseConfig(**{"sparsity_end": 0.0, **settings}))]
+    return [stage.sparsity for stage in Phase(**settings).resolved("phase").stages()]
 
 
 def test_every_schedule_goes_from_the_start_to_the_end():
@@ -107,13 +109,22 @@ def test_every_schedule_goes_from_the_start_to_the_end():
         assert found[0] == 0.9 and found[-1] == 0.0 and all(a > b for a, b in pairwise(found))
 
 
+def stages(**settings):
+    return Phase(**settings).resolved("phase").stages()
+
+
 def test_cycling_takes_its_levels_in_turn_and_stretches_add_up():
-    phase = PhaseConfig(
-        schedule="cycling", levels=[0.9, 0.75, 0.5, 0.0], sparsity=0.9, sparsity_end=0.0, steps=10, update_every=3
-    )
-    assert schedule.stages(phase) == [(0, 3, 0.9), (3, 3, 0.75), (6, 3, 0.5), (9, 1, 0.0)]
-    assert [schedule.stage_at(phase, step) for step in range(10)] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
-    constant = PhaseConfig(sparsity=0.9, steps=10)
-    assert schedule.stages(constant) == [(0, 10, 0.9)] and schedule.stage_at(constant, 9) == 0
-    level = PhaseConfig(schedule="linear", sparsity=0.5, sparsity_end=0.5, steps=10, update_every=3)
-    assert schedule.stages(level) == [(0, 10, 0.5)]
+    assert stages(schedule="cycling", levels=[0.9, 0.75, 0.5, 0.0], steps=10, update_every=3) == [
+        (0, 3, 0.9), (3, 3, 0.75), (6, 3, 0.5), (9, 1, 0.0),
+    ]  # fmt: skip
+    assert stages(sparsity=0.9, steps=10) == [(0, 10, 0.9)]
+    assert stages(schedule="linear", sparsity=0.5, sparsity_end=0.5, steps=10, update_every=3) == [(0, 10, 0.5)]
+
+
+def test_what_is_left_out_follows_and_layers_have_amounts_of_their_own():
+    found = Phase(schedule="exp", sparsity=0.9, steps=25).resolved("phase")
+    assert (found.sparsity_end, found.update_every, found.name) == (0.0, 3, "sparse 0.9")
+    layers = linear_layers(2, 10, 40)
+    apart = Phase(sparsity=0.5, layers={"*.c_fc": 0.9, "h.0.*": 0.0}, steps=1).resolved("phase", None, layers)
+    assert apart.of_layers(layers)["h.0.mlp.c_fc"] == 0.9 and apart.of_layers(layers)["h.1.attn.c_proj"] == 0.5
+    assert apart.mean(layers) == pytest.approx((2 * 400 * 0.9 + (400 + 400) * 0.5) / 2400)

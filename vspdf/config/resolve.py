@@ -26,7 +26,6 @@ from vspdf.config.settings import (
     TrainConfig,
 )
 from vspdf.errors import UserError, check_device, one_of, require
-from vspdf.sparsity.schedule import mean_sparsity, resolve_amounts, stages
 
 
 def resolve(config: Config) -> ResolvedConfig:
@@ -187,22 +186,11 @@ def _phase(phase: PhaseConfig, run: ResolvedConfig) -> ResolvedPhase:
         batch_size % micro == 0,
         f"train.micro_batch_size = {micro} does not divide {key}.batch_size = {batch_size}.",
     )
-    amounts = dataclasses.replace(phase, steps=steps)
-    resolve_amounts(run.model, key, amounts, previous)
+    amounts = dataclasses.replace(phase, steps=steps).resolved(key, previous, linear_layers(run.model))
     one_of(f"{key}.decay", phase.decay, ("linear", "cosine", "constant"))
-    one_of(f"{key}.moments", phase.moments, ("keep", "reset"))
     optimizer = run.optimizer
     found = ResolvedPhase(
-        name=phase.name or (f"sparse {amounts.sparsity:.4g}" if amounts.sparsity else "dense"),
-        sparsity=amounts.sparsity,
-        schedule=phase.schedule,
-        sparsity_end=amounts.sparsity_end,
-        levels=tuple(phase.levels),
-        update_every=amounts.update_every,
-        layers=dict(phase.layers),
-        init_method=phase.init_method,
-        count=phase.count,
-        steps=steps,
+        **vars(amounts),
         tokens=steps * batch_size * (run.data.length or run.model.sequence_length),
         lr=optimizer.lr if phase.lr is None else phase.lr,
         lr_multiple=phase.lr_multiple,
@@ -213,8 +201,6 @@ def _phase(phase: PhaseConfig, run: ResolvedConfig) -> ResolvedPhase:
         batch_size=batch_size,
         weight_decay=optimizer.weight_decay if phase.weight_decay is None else phase.weight_decay,
         beta2=optimizer.beta2 if phase.beta2 is None else phase.beta2,
-        moments=phase.moments,
-        revived_warmup=phase.revived_warmup,
     )
     _check_rates(found, key)
     return found
@@ -243,7 +229,6 @@ def _check_rates(phase: ResolvedPhase, key: str) -> None:
         0 <= phase.warmup_steps <= phase.steps,
         f"{key}.warmup_steps = {phase.warmup_steps} must lie between 0 and the phase's {phase.steps} steps.",
     )
-    require(phase.revived_warmup >= 0, f"{key}.revived_warmup must not be negative, is {phase.revived_warmup}.")
     require(0 <= phase.weight_decay < math.inf, f"{key}.weight_decay must not be negative, is {phase.weight_decay}.")
     require(0 <= phase.beta2 < 1, f"{key}.beta2 must lie in [0, 1), not {phase.beta2}.")
 
@@ -278,10 +263,16 @@ def model_shape(model: ResolvedModel, vocab_size: int | None = None) -> shapes.S
     return shapes.Shape(model.n_layer, model.d_model, model.n_head, model.d_ff, vocab_size, model.sequence_length)
 
 
+def linear_layers(model: ResolvedModel) -> dict[str, int]:
+    """The layers of a configured model that can be sparse, and how many weights each has."""
+    return shapes.linear_layers(model.n_layer, model.d_model, model.d_ff)
+
+
 def amounts(config: ResolvedConfig) -> list[tuple[float, float]]:
     """(sparsity over all weights of the layers, tokens) of every stretch of a run, in order."""
+    layers = linear_layers(config.model)
     return [
-        (mean_sparsity(config.model, phase, stage.sparsity), stage.steps * phase.tokens / phase.steps)
+        (phase.mean(layers, stage.sparsity), stage.steps * phase.tokens / phase.steps)
         for phase in config.phases
-        for stage in stages(phase)
+        for stage in phase.stages()
     ]

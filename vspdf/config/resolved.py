@@ -9,8 +9,9 @@ None means here that there is no such thing: no preset (`model.name`), no folder
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+
+from vspdf.sparsity.schedule import Amounts
 
 
 @dataclass(frozen=True)
@@ -89,19 +90,9 @@ class ResolvedTrain:
 
 
 @dataclass(frozen=True)
-class ResolvedPhase:
-    """One stage of training, at one sparsity or densifying in steps."""
+class ResolvedPhase(Amounts):
+    """One stage of training: how much is kept, and how it learns."""
 
-    name: str
-    sparsity: float
-    schedule: str
-    sparsity_end: float | None
-    levels: tuple[float, ...]
-    update_every: int | None
-    layers: Mapping[str, float]
-    init_method: str
-    count: str
-    steps: int
     tokens: int
     lr: float
     lr_multiple: float
@@ -112,8 +103,6 @@ class ResolvedPhase:
     batch_size: int
     weight_decay: float
     beta2: float
-    moments: str
-    revived_warmup: int
 
 
 @dataclass(frozen=True)

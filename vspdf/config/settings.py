@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vspdf.sparsity.schedule import Phase
+
 
 @dataclass
 class ModelConfig:
@@ -63,21 +65,12 @@ class OptimizerConfig:
 
 
 @dataclass
-class PhaseConfig:
-    """One stage of training, at one sparsity or densifying in steps. Give `steps` or `tokens`."""
+class PhaseConfig(Phase):
+    """One stage of training: how much is kept (`vspdf.sparsity.schedule.Phase`), and how it learns.
 
-    name: str | None = None  # default: "sparse 90 %" or "dense"
-    sparsity: float = 0.0  # at the phase's start
-    # How it falls within the phase: "constant", "linear", "exp" (density grows by a factor), "power" (cubic), "cosine",
-    # or "cycling" through `levels`; weights are only ever added
-    schedule: str = "constant"
-    sparsity_end: float | None = None  # from the last update on; default 0, for a schedule that is not constant
-    levels: list[float] = field(default_factory=list)  # of "cycling", e.g. [0.9, 0.75, 0.5, 0]
-    update_every: int | None = None  # steps between updates; default: ten updates, or one per level
-    layers: dict[str, float] = field(default_factory=dict)  # glob over layers to sparsity, the first match counts
-    init_method: str = "random"  # of the first masks: "random", "topk", "from_zeros" or "checkerboard"
-    count: str = "round"  # kept weights: numel − round(s·numel); "truncate": int((1−s)·numel), as the Cerebras stack
-    steps: int | None = None
+    Give `steps` or `tokens`.
+    """
+
     tokens: int | None = None
     lr: float | None = None  # peak; default optimizer.lr
     lr_multiple: float = 1.0  # of `lr`; at 90 % about 3 (published, and best of 3, 5 and 8 in study "toy")
@@ -89,8 +82,6 @@ class PhaseConfig:
     batch_size: int | None = None  # sequences a step; default train.batch_size
     weight_decay: float | None = None
     beta2: float | None = None
-    moments: str = "keep"  # "keep" or "reset": Adam moments of the weights that were there before the switch
-    revived_warmup: int = 0  # steps over which the updates of newly added weights ramp up; 50-100 where beta2 > 0.98
 
 
 @dataclass

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from vspdf.config.settings import PhaseConfig
 from vspdf.errors import UserError
 from vspdf.interop import tensors
 from vspdf.sparsity.layer import sparse_layers
 from vspdf.sparsity.phases import Phases
+from vspdf.sparsity.schedule import Phase
 
 try:
     from transformers import TrainerCallback
@@ -44,7 +44,7 @@ class PhasesCallback(TrainerCallback):
     ``trainer.train(resume_from_checkpoint="out/checkpoint-500")``.
     """
 
-    def __init__(self, phases: Sequence[tuple[float, int] | PhaseConfig], **options: Any) -> None:
+    def __init__(self, phases: Sequence[tuple[float, int] | Phase], **options: Any) -> None:
         self.phases = Phases(phases, **options)
         self._resumed: int | None = None
 
@@ -66,7 +66,7 @@ class PhasesCallback(TrainerCallback):
         return self.phases.restore(model, tensors.read_folder(folder), self._resumed)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
-        if self.phases._now is None:
+        if not self.phases.started:
             raise UserError("PhasesCallback: prepare(model) comes before Trainer(model, ...).")
         if args.world_size > 1:
             raise UserError(
@@ -77,7 +77,7 @@ class PhasesCallback(TrainerCallback):
                 f"the Trainer goes on from step {state.global_step}, the model was prepared for "
                 f"{self._resumed or 0}: give prepare(model, resume_from) the same checkpoint."
             )
-        last = self.phases.stages[-1][0]
+        last = self.phases.stages[-1].start
         if 0 < state.max_steps <= last:
             log.warning("training ends at step %s, before the last switch at step %s.", state.max_steps, last)
         if bool(sparse_layers(model)) != bool(self.phases.sparsity):
@@ -94,5 +94,6 @@ class PhasesCallback(TrainerCallback):
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **others: Any
     ) -> None:
-        if state.global_step < state.max_steps or state.max_steps <= 0:
-            self.phases.at(state.global_step, model, getattr(optimizer, "optimizer", optimizer))
+        over = 0 < state.max_steps <= state.global_step
+        if not over and self.phases.at(state.global_step, model, getattr(optimizer, "optimizer", optimizer)):
+            log.info("step %s: sparsity is now %.4g", state.global_step, self.phases.sparsity)

@@ -247,9 +247,7 @@ def plan(
         settings.phases = [PhaseConfig(sparsity=s, steps=n, lr_multiple=multiple) for s, n in stages if n]
     config = resolve.resolve(settings)
     if time:
-        run.measure([
-            schedule.mean_sparsity(config.model, p, s.sparsity) for p in config.phases for s in schedule.stages(p)
-        ])  # fmt: skip
+        run.measure([sparsity for sparsity, _ in resolve.amounts(config)])
 
     def stage(name: str, s: float, steps: int, tokens: int) -> PlannedPhase:
         flops = ledger.training_flops(shape, [(s, tokens)], convention=convention, causal=causal)
@@ -260,11 +258,11 @@ def plan(
         source.name, shape, convention, causal,
         stage("dense run", 0.0, dense_steps, dense_steps * step_tokens), baseline,
         [
-            stage(f"{p.name} {s.sparsity:.4g}" if len(schedule.stages(p)) > 1 else p.name,
-                  schedule.mean_sparsity(config.model, p, s.sparsity),
+            stage(f"{p.name} {s.sparsity:.4g}" if len(p.stages()) > 1 else p.name,
+                  p.mean(resolve.linear_layers(config.model), s.sparsity),
                   s.steps, s.steps * p.tokens // p.steps)
             for p in config.phases
-            for s in schedule.stages(p)
+            for s in p.stages()
         ],
         config, run.calibration, run.notes,
     )  # fmt: skip

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vspdf.config.resolved import ResolvedModel, ResolvedPhase
+from vspdf.config.resolved import ResolvedPhase
 from vspdf.ledger import Count, Tally
-from vspdf.sparsity import schedule
-from vspdf.sparsity.schedule import mean_sparsity
 
 
 @dataclass
@@ -45,12 +43,12 @@ class PhaseRecord:
         record.paired_seconds = [(a, b) for a, b in body["paired_seconds"]]
         return record
 
-    def summary(self, model: ResolvedModel, phase: ResolvedPhase, tokens: int) -> dict[str, Any]:
-        """What `summary.json` says of the phase."""
+    def summary(self, layers: Mapping[str, int], phase: ResolvedPhase, tokens: int) -> dict[str, Any]:
+        """What `summary.json` says of the phase, of a model that has `layers` with so many weights each."""
         body: dict[str, Any] = {
             "name": phase.name,
-            "sparsity": mean_sparsity(model, phase),
-            "stages": [stage._asdict() for stage in schedule.stages(phase)],
+            "sparsity": phase.mean(layers),
+            "stages": [stage._asdict() for stage in phase.stages()],
             "steps": phase.steps,
             "tokens": tokens,
             "seconds": self.seconds,

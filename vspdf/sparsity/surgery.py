@@ -109,63 +109,105 @@ def sparsify(
     for glob, amount in rules.items():
         if not isinstance(amount, Pattern) and not 0 <= amount < 1:
             raise UserError(f"sparsity must lie in [0, 1), not {amount}{'' if glob == '*' else f' (for {glob!r})'}.")
-    if _is_linear(model):
+    linears, layers = _linears(model), {}
+    _check_globs(model, linears, (*rules, *_globs(include)), _globs(exclude))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not _is_linear(module) and not _matches(name, UNEMBEDDINGS):
+            log.warning("sparsify: '%s' stays dense: %s is a kind of its own.", name, type(module).__name__)
+    uses = _uses(model)
+    for name, module in _chosen(linears, include, exclude).items():
+        amount = next((rule for glob, rule in rules.items() if fnmatchcase(name, glob)), 0.0)
+        if not isinstance(amount, Pattern) and amount == 0:
+            continue
+        if why := _stays_dense(module, uses):
+            log.warning("sparsify: '%s' stays dense: its weight is %s.", name, why)
+            continue
+        if not isinstance(amount, Pattern):
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            dense = weight.detach().T if _is_conv1d(module) else weight.detach()
+            amount = _draw(dense, amount, init_method, _layer_seed(seed, name), truncate)
+            if init_method == "from_zeros" and amount.nnz == amount.numel:
+                log.warning("sparsify: '%s' stays dense: none of its weights is zero.", name)
+                continue
+        layers[name] = SparseLinear.from_linear(module, amount, backend=backend)
+    for name, layer in layers.items():
+        _exchange(model, linears[name], layer, rescale, optimizer)
+    return {name: layer.pattern for name, layer in layers.items()}
+
+
+def sparsifiable(
+    model: nn.Module, include: str | Iterable[str] = "*", exclude: str | Iterable[str] = ()
+) -> dict[str, nn.Module]:
+    """The dense layers of a model that `sparsify` can replace, by name."""
+    uses = _uses(model)
+    chosen = _chosen(_linears(model, need=False), include, exclude)
+    return {name: module for name, module in chosen.items() if not _stays_dense(module, uses)}
+
+
+def _linears(model: nn.Module, need: bool = True) -> dict[str, nn.Module]:
+    """Linear layers of a model beside unembeddings, by name; an error where some are needed and there is none."""
+    if need and _is_linear(model):
         raise UserError("sparsify replaces layers inside a model; for a single one use SparseLinear.from_linear.")
     linears = {
         name: module
         for name, module in model.named_modules()
         if _is_linear(module) and not _matches(name, UNEMBEDDINGS)
     }
-    if not linears:
+    if need and not linears:
         if already := len(sparse_layers(model)):
             raise UserError(
                 f"sparsify found no layer: {already} are sparse already; set_sparsity adds weights to them."
             )
         raise UserError("sparsify found no layer: the model has no nn.Linear or Conv1D beside unembeddings.")
-    include, exclude = _globs(include), _globs(exclude)
-    for glob in (*rules, *include):
+    return linears
+
+
+def _check_globs(model: nn.Module, linears: Iterable[str], wanted: Iterable[str], exclude: Iterable[str]) -> None:
+    for glob in wanted:
         if not any(fnmatchcase(name, glob) for name in linears):
             raise UserError(f"'{glob}' matches no linear layer.{did_you_mean(glob, linears)}")
     for glob in exclude:
         if not any(fnmatchcase(name, glob) for name, _ in model.named_modules()):
             raise UserError(f"'{glob}' matches no module.{did_you_mean(glob, linears)}")
-    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not _is_linear(module) and not _matches(name, UNEMBEDDINGS):
-            log.warning("sparsify: '%s' stays dense: %s is a kind of its own.", name, type(module).__name__)
-    layers: dict[str, SparseLinear] = {}
-    for name, module in linears.items():
-        amount = next((rule for glob, rule in rules.items() if fnmatchcase(name, glob)), 0.0)
-        if not _matches(name, include) or _matches(name, exclude) or (not isinstance(amount, Pattern) and amount == 0):
-            continue
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        if type(weight) is not nn.Parameter or not weight.is_floating_point():
-            what = f"{type(weight).__name__} of {weight.dtype}"
-            log.warning("sparsify: '%s' stays dense: its weight is a %s (quantised?).", name, what)
-        elif uses[id(weight)] > 1:
-            log.warning("sparsify: '%s' stays dense: its weight is tied to another module's.", name)
-        elif not weight.requires_grad:
-            log.warning("sparsify: '%s' stays dense: its weight is frozen (requires_grad is False).", name)
-        else:
-            if not isinstance(amount, Pattern):
-                dense = weight.detach().T if _is_conv1d(module) else weight.detach()
-                amount = _draw(dense, amount, init_method, _layer_seed(seed, name), truncate)
-                if init_method == "from_zeros" and amount.nnz == amount.numel:
-                    log.warning("sparsify: '%s' stays dense: none of its weights is zero.", name)
-                    continue
-            layers[name] = SparseLinear.from_linear(module, amount, backend=backend)
-    for name, layer in layers.items():
-        module, pattern = linears[name], layer.pattern
-        layer.bias = module.bias
-        if rescale and pattern.nnz:
-            with torch.no_grad():
-                layer.values.mul_(1 / math.sqrt(pattern.density))
-        mask, conv1d = pattern.mask().to(layer.values.device), _is_conv1d(module)
-        gather = lambda t, mask=mask, conv1d=conv1d: (t.T if conv1d else t)[mask]  # noqa: E731
-        _carry(optimizer, module.weight, layer.values, gather)
-        _replace(model, module, layer)
-    return {name: layer.pattern for name, layer in layers.items()}
+
+
+def _chosen(
+    linears: Mapping[str, nn.Module], include: str | Iterable[str], exclude: str | Iterable[str]
+) -> dict[str, nn.Module]:
+    include, exclude = _globs(include), _globs(exclude)
+    return {n: module for n, module in linears.items() if _matches(n, include) and not _matches(n, exclude)}
+
+
+def _uses(model: nn.Module) -> Counter[int]:
+    """In how many places each parameter is, by its id."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+
+
+def _stays_dense(module: nn.Module, uses: Counter[int]) -> str | None:
+    """What keeps a layer's weight from being replaced, if anything does."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        return f"a {type(weight).__name__} of {weight.dtype} (quantised?)"
+    if uses[id(weight)] > 1:
+        return "tied to another module's"
+    return None if weight.requires_grad else "frozen (requires_grad is False)"
+
+
+def _exchange(
+    model: nn.Module, module: nn.Module, layer: SparseLinear, rescale: bool, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Puts a sparse layer in the place of a dense one, with its bias and the optimizer's state of its weight."""
+    pattern, bias = layer.pattern, module.bias
+    assert bias is None or isinstance(bias, nn.Parameter)
+    layer.bias = bias
+    if rescale and pattern.nnz:
+        with torch.no_grad():
+            layer.values.mul_(1 / math.sqrt(pattern.density))
+    mask, conv1d = pattern.mask().to(layer.values.device), _is_conv1d(module)
+    _carry(optimizer, module.weight, layer.values, lambda t: (t.T if conv1d else t)[mask])
+    _replace(model, module, layer)
 
 
 def _draw(weight: Tensor, sparsity: float, method: str, seed: int, truncate: bool) -> Pattern:

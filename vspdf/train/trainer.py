@@ -38,13 +38,12 @@ from vspdf.kernels import hardware, tuning
 from vspdf.kernels.hardware import device
 from vspdf.ledger import Count
 from vspdf.model import GPT
-from vspdf.pattern import Pattern
 from vspdf.runs import checkpoint, writer
 from vspdf.runs.folder import TENSORBOARD, Run
 from vspdf.runs.record import PhaseRecord, beside_dense
-from vspdf.sparsity import phases, schedule
+from vspdf.sparsity import schedule
 from vspdf.sparsity.layer import build_plans, sparse_layers
-from vspdf.sparsity.optimizer import RevivedWarmup
+from vspdf.sparsity.phases import Phases
 from vspdf.sparsity.surgery import densify
 from vspdf.train import schedule as train_schedule
 from vspdf.train.beside import profiled
@@ -126,8 +125,11 @@ class _Run:
             else GPT(self.shape, config.model.init_std, seed=config.seed, activation=config.model.activation)
         ).to(self.device)
         self.optimizer: torch.optim.Optimizer | None = None
-        self.revived: RevivedWarmup | None = None
-        self.phase, self.stage = -1, 0  # the ones whose form the model has
+        self.layers = resolve.linear_layers(config.model)
+        self.phases = Phases(
+            config.phases, seed=config.seed, backend=config.train.backend,
+            rescale=config.phases[0].s_mu_par and not config.init_from,
+        )  # fmt: skip
         self.step = 0  # global steps done
         self.seconds = 0.0  # wall clock, evaluation and checkpoints included
         self.records = [PhaseRecord() for _ in config.phases]
@@ -138,7 +140,7 @@ class _Run:
         if not Run(self.folder).checkpoints:
             if config.init_from:
                 self._begin_from(config.init_from)
-            phases.check_zeros(self.model, config)
+            self.phases.check(self.model)
         self.config = config = self.config.with_data(first_sequence=0)
         self.first = config.data.first_sequence or 0
         self.data.check(self.first + train_schedule.position(config.phases, self.total_steps).samples)
@@ -226,17 +228,12 @@ class _Run:
         stored.restore(self.model, self.config.train.backend)
         tuning.pin(state["kernel_choices"])
         build_plans(self.model)
-        self.step, self.phase, self.seconds = state["step"], state["phase"], state["seconds"]
-        self.stage = schedule.stage_at(
-            self.config.phases[self.phase], train_schedule.position(self.config.phases, self.step - 1).step
-        )
+        self.step, self.seconds = state["step"], state["seconds"]
         self.samples = state["samples"]
         self.records = [PhaseRecord.from_json(body) for body in state["records"]]
-        self.optimizer = self._new_optimizer(self.config.phases[self.phase])
+        self.optimizer = self._new_optimizer(self.config.phases[state["phase"]])
         stored.restore_optimizer(self.model, self.optimizer)
-        if before := stored.before_switch(self.model):
-            steps = self.config.phases[self.phase].revived_warmup
-            self.revived = RevivedWarmup(self.model, before, steps, done=state["revived_done"])
+        self.phases.resume(self.model, self.step, (stored.before_switch(self.model), state["revived_done"]))
         self.saved_step = self.step
         self.say(f"resumed at step {self.step} of {self.total_steps}")
 
@@ -251,71 +248,57 @@ class _Run:
             "tokenizer": self.data.manifest["tokenizer"],
             "corpus": self.data.manifest["corpus"],
             "task": {"lower_relations": self.config.data.lower_relations} if self.config.start else None,
-            "phase": self.phase,
+            "phase": self.phases.now.phase,
             "seed": self.config.seed,
             "validation_fraction": self.config.data.validation_fraction,
             "sequences": self.first + train_schedule.position(self.config.phases, self.step).samples,
             "seconds": self.seconds,
             "samples": self.samples,
             "records": [record.to_json() for record in self.records],
-            "revived_done": self.revived.done if self.revived else 0,
+            "revived_done": self.phases.revived.done if self.phases.revived else 0,
             "kernel_choices": tuning.choices(),
         }
-        ramp = self.revived.before if self.revived and self.revived.done < self.revived.steps else {}
-        checkpoint.save(self.folder, self.step, self.model, self.optimizer, state, ramp)
+        checkpoint.save(self.folder, self.step, self.model, self.optimizer, state, self.phases.ramp[0])
         checkpoint.prune(self.folder, self.config.train.keep_checkpoints)
         self.saved_step = self.step
 
     # -- phases ------------------------------------------------------------------------------------------------------
 
-    def _enter(self, index: int) -> None:
-        """Brings the model into the form of a phase."""
-        phase, first = self.config.phases[index], self.phase < 0
-        before: dict[str, Pattern] = {}
-        if first and not sparse_layers(self.model):
-            phases.begin(self.model, self.config, self.optimizer)
-        else:
-            before = phases.grow(self.model, self.config, index, 0, self.optimizer)
+    def _switch(self, phase: ResolvedPhase) -> None:
+        """Brings the model into the form of the step at hand, where it has another."""
+        engine, begun = self.phases, self.phases.started
+        old = engine.now.phase
+        if not begun:
+            engine.start(self.model, self.optimizer)
+        elif not engine.at(self.step, self.model, self.optimizer):
+            return
+        self._renew(phase)
+        if begun and engine.now.phase == old:
+            self.say(f"densified to sparsity {engine.sparsity:.4g}: {_form(self.model)}")
+            return
         if sparse_layers(self.model):
-            self.writer.masks(index, {name: layer.pattern for name, layer in sparse_layers(self.model).items()})
-        if self.optimizer is not None and phase.moments == "reset":
-            self.optimizer.state.clear()
-        self.phase, self.stage = index, 0
-        if before and not phase.revived_warmup and (phase.beta2 or 0) > 0.98:
+            patterns = {name: layer.pattern for name, layer in sparse_layers(self.model).items()}
+            self.writer.masks(engine.now.phase, patterns)
+        if engine.before and not phase.revived_warmup and (phase.beta2 or 0) > 0.98:
             log.warning(
                 "phase '%s' revives weights under beta2 = %s: without revived_warmup (50-100 steps) the loss may "
                 "spike.",
                 phase.name,
                 phase.beta2,
             )
-        self._renew(phase, before)
         self.say(self._describe(phase))
 
-    def _densify_to(self, phase: ResolvedPhase, stage: int) -> None:
-        """A step of densification within a phase; positions are added, kept values and moments stay."""
-        before = phases.grow(self.model, self.config, self.phase, stage, self.optimizer)
-        self.stage = stage
-        self._renew(phase, before)
-        self.say(f"densified to sparsity {self._sparsity():.4g}: {phases.form(self.model)}")
-
-    def _renew(self, phase: ResolvedPhase, before: dict[str, Pattern]) -> None:
+    def _renew(self, phase: ResolvedPhase) -> None:
         """An optimizer over the model's present parameters with the state of the old one."""
-        ramped = bool(before and phase.revived_warmup)
-        self.revived = RevivedWarmup(self.model, before, phase.revived_warmup) if ramped else None
         old, self.optimizer = self.optimizer, self._new_optimizer(phase)
         if old is not None:
             self.optimizer.state.update(old.state)
         build_plans(self.model)
         self._twin = None
 
-    def _sparsity(self) -> float:
-        """Mean sparsity that the model has now."""
-        phase = self.config.phases[self.phase]
-        return schedule.mean_sparsity(self.config.model, phase, schedule.stages(phase)[self.stage].sparsity)
-
     def _describe(self, phase: ResolvedPhase) -> str:
         tokens = self._tokens(self.step + (phase.steps or 0)) - self._tokens(self.step)
-        return f"phase '{phase.name}': {phase.steps:,} steps, {tokens:,} tokens; {phases.form(self.model)}"
+        return f"phase '{phase.name}': {phase.steps:,} steps, {tokens:,} tokens; {_form(self.model)}"
 
     def _new_optimizer(self, phase: ResolvedPhase) -> torch.optim.Optimizer:
         return _adamw(self.model, self.config, phase)
@@ -328,10 +311,7 @@ class _Run:
             while self.step < self.total_steps:
                 index, phase_step, samples = train_schedule.position(self.config.phases, self.step)
                 phase, record = self.config.phases[index], self.records[index]
-                if index != self.phase:
-                    self._enter(index)
-                elif (stage := schedule.stage_at(phase, phase_step)) != self.stage:
-                    self._densify_to(phase, stage)
+                self._switch(phase)
                 line = self._train_step(phase, record, phase_step, samples)
                 self.step += 1
                 self._measure_dense(phase, record, samples, line["step_seconds"])
@@ -361,7 +341,7 @@ class _Run:
         lr = train_schedule.learning_rate(phase, phase_step)
         start, cpu_start = time.perf_counter(), time.process_time()
         batch = self.data.batch(self.first + samples, phase.batch_size)
-        take = lambda: self._optimise(self.model, self.optimizer, phase, batch, lr, self.revived)  # noqa: E731
+        take = lambda: self._optimise(self.model, self.optimizer, phase, batch, lr, self.phases.step)  # noqa: E731
         with ledger.counting() as tally:
             # The second step: plans are built, nothing else is special about it. The profiler sees the CPU alone.
             if phase_step == 1 and self.device.type == "cpu":
@@ -380,7 +360,7 @@ class _Run:
         return {
             "step": self.step + 1,
             "phase": phase.name,
-            "sparsity": self._sparsity(),
+            "sparsity": self.phases.sparsity,
             "tokens": self._tokens(self.step + 1),
             "loss": loss,
             "lr": lr,
@@ -399,7 +379,7 @@ class _Run:
         phase: ResolvedPhase,
         batch: tuple[Tensor, Tensor],
         lr: float,
-        revived: RevivedWarmup | None = None,
+        take: Callable[[torch.optim.Optimizer], object] = lambda optimizer: optimizer.step(),
     ) -> tuple[float, float]:
         """One optimizer step; returns loss and gradient norm. Sparse runs and the dense twin share it."""
         train = self.config.train
@@ -418,10 +398,7 @@ class _Run:
         self._require_finite("gradient norm", norm)  # before it reaches weights that a checkpoint would keep
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        if revived is None:
-            optimizer.step()
-        else:
-            revived.step(optimizer)
+        take(optimizer)
         optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # so that a step's seconds hold all of it
@@ -542,7 +519,7 @@ class _Run:
     def _summarise(self) -> dict[str, Any]:
         ends = np.cumsum([phase.steps for phase in self.config.phases]).tolist()
         phases = [
-            record.summary(self.config.model, phase, self._tokens(end) - self._tokens(end - (phase.steps or 0)))
+            record.summary(self.layers, phase, self._tokens(end) - self._tokens(end - (phase.steps or 0)))
             for phase, record, end in zip(self.config.phases, self.records, ends, strict=True)
         ]
         last = self.records[-1]
@@ -573,6 +550,16 @@ class _Run:
         }
         self.writer.summary(summary)
         return summary
+
+
+def _form(model: nn.Module) -> str:
+    """How much of a model is trained, in words."""
+    layers = sparse_layers(model)
+    kept = sum(layer.pattern.nnz for layer in layers.values())
+    numel = sum(layer.pattern.numel for layer in layers.values())
+    if not layers:
+        return "every weight is trained"
+    return f"{len(layers)} sparse layers keep {kept:,} of {numel:,} weights"
 
 
 class _DenseTwin:
