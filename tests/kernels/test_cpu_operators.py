@@ -8,7 +8,7 @@ from torch import nn
 
 import vspdf
 from vspdf.errors import UserError
-from vspdf.kernels import cpu, dense, derivatives
+from vspdf.kernels import cpu, dense
 from vspdf.pattern import Pattern
 
 PATTERN = Pattern.random((6, 10), 0.5, seed=5)
@@ -29,7 +29,7 @@ def call(product, given, backend="cpu"):
         "grad_values": ("grad_output", "x"),
     }
     tensors = [given[name] for name in names[product]]
-    return getattr(derivatives, product)(*tensors, PATTERN.digest, backend)
+    return getattr(ops, product)(*tensors, PATTERN.digest, backend)
 
 
 CHANGES = {
