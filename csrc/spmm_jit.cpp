@@ -13,7 +13,6 @@ constexpr int kLine = 64;        // bytes of a line of x and of a row's sums
 constexpr double kThin = 0.03;   // density below which a longer block pays: the sums then cost more than the lines
 constexpr int kThinBlock = 512;  // features
 constexpr int kBlock = 256;
-constexpr int kRun = 16;  // values that are moved together
 
 struct Entry {
     uint32_t col;
@@ -232,8 +231,14 @@ void SpmmProgram::refresh(float* out, const T* values, const uint32_t* start, in
         return;
     }
     const int tasks = std::min(threads, chains());
+    const bool few = nnz() < 4 * int64_t(order_.size());  // values in a run, on average
     parallel_for(tasks, threads, [&](int64_t task) {
-        refresh_runs(out, values, start, int(chains() * task / tasks), int(chains() * (task + 1) / tasks));
+        const int first = int(chains() * task / tasks), last = int(chains() * (task + 1) / tasks);
+        if (few) {
+            refresh_runs<8>(out, values, start, first, last);
+        } else {
+            refresh_runs<16>(out, values, start, first, last);
+        }
     });
 }
 
@@ -250,11 +255,12 @@ void SpmmProgram::refresh_rows(float* out, const T* values, const uint32_t* star
     }
 }
 
-template <class T>
+// Runs move as whole vectors where neither side has an end: what is written too far is written again.
+template <int Run, class T>
 void SpmmProgram::refresh_runs(float* out, const T* values, const uint32_t* start, int first_chain,
                                int last_chain) const {
     std::vector<uint32_t> next(start, start + cols_);  // by row of W, which is a feature here
-    const uint32_t nnz = value_.back(), end = value_[size_t(last_chain) * blocks_];
+    const uint32_t end = value_[size_t(last_chain) * blocks_];
     const uint8_t* count = order_.data();
     uint32_t i = 0;
     for (int c = 0; c < last_chain; ++c) {
@@ -269,21 +275,15 @@ void SpmmProgram::refresh_runs(float* out, const T* values, const uint32_t* star
                     continue;
                 }
                 for (int f = 0; f < features; ++f) {
-                    const uint32_t n = count[f];
-                    for (uint32_t done = 0; done < n; done += kRun) {
-                        const T* run = values + from[f] + done;
-                        float* to = out + i + done;
-                        // Whole vectors where neither side has an end: what is written too far is written again.
-                        const bool whole = from[f] + done + kRun <= nnz && i + done + kRun <= end;
-                        const uint32_t move = whole ? kRun : std::min<uint32_t>(kRun, n - done);
-                        if (whole) {
-                            for (int j = 0; j < kRun; ++j) to[j] = to_float(run[j]);
-                        } else {
-                            for (uint32_t j = 0; j < move; ++j) to[j] = to_float(run[j]);
-                        }
+                    int64_t at = from[f];
+                    int left = count[f];
+                    from[f] += uint32_t(left);
+                    for (; left > 0 && at + Run <= nnz() && int64_t(i) + Run <= end; left -= Run, at += Run, i += Run) {
+                        for (int j = 0; j < Run; ++j) out[i + j] = to_float(values[at + j]);
                     }
-                    from[f] += n;
-                    i += n;
+                    // `left` may be below 0 by now: so much less than a whole vector belonged to the run.
+                    if (left < 0) i -= uint32_t(-left);
+                    for (; left > 0; --left) out[i++] = to_float(values[at++]);
                 }
             }
         }
