@@ -5,6 +5,7 @@ A pattern travels through an operator as its digest, a plain string, which torch
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -159,10 +160,12 @@ def _backward(ctx, grad_output):
     x, values = ctx.saved_tensors
     key = ctx.pattern.digest
     grad_x = grad_v = grad_b = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grad_input(grad_output, values, key, ctx.backend)
-    if ctx.needs_input_grad[1]:
-        grad_v = grad_values(grad_output, x, key, ctx.backend, values.dtype)
+    # Unless somebody wants to differentiate again, and is told that it cannot be done, autograd need not look on.
+    with contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd():
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_input(grad_output, values, key, ctx.backend)
+        if ctx.needs_input_grad[1]:
+            grad_v = grad_values(grad_output, x, key, ctx.backend, values.dtype)
     if ctx.has_bias and ctx.needs_input_grad[2]:
         grad_b = _tokens(grad_output).sum(0, dtype=values.dtype)
     return grad_x, grad_v, grad_b, None, None
