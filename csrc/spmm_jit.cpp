@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "bf16.hpp"
 #include "parallel.hpp"
@@ -255,14 +256,32 @@ void SpmmProgram::refresh_rows(float* out, const T* values, const uint32_t* star
     }
 }
 
+// fn(f, count[f]) for every count that is not 0, eight at a glance: most are 0 in sparse patterns.
+template <class Fn>
+inline void each_count(const uint8_t* count, int features, const Fn& fn) {
+    int f = 0;
+    for (; f + 8 <= features; f += 8) {
+        uint64_t eight;
+        std::memcpy(&eight, count + f, sizeof eight);
+        while (eight) {
+            const int j = __builtin_ctzll(eight) & ~7;
+            fn(f + j / 8, int(eight >> j & 0xFF));
+            eight &= ~(uint64_t(0xFF) << j);
+        }
+    }
+    for (; f < features; ++f) {
+        if (count[f]) fn(f, count[f]);
+    }
+}
+
 // Runs move as whole vectors where neither side has an end: what is written too far is written again.
 template <int Run, class T>
 void SpmmProgram::refresh_runs(float* out, const T* values, const uint32_t* start, int first_chain,
                                int last_chain) const {
     std::vector<uint32_t> next(start, start + cols_);  // by row of W, which is a feature here
-    const uint32_t end = value_[size_t(last_chain) * blocks_];
+    const int64_t nnz = value_.back(), end = value_[size_t(last_chain) * blocks_];
     const uint8_t* count = order_.data();
-    uint32_t i = 0;
+    int64_t i = 0;
     for (int c = 0; c < last_chain; ++c) {
         const int panels = chain_panel(c + 1) - chain_panel(c);
         if (c == first_chain) i = value_[size_t(c) * blocks_];
@@ -274,17 +293,15 @@ void SpmmProgram::refresh_runs(float* out, const T* values, const uint32_t* star
                     for (int f = 0; f < features; ++f) from[f] += count[f];
                     continue;
                 }
-                for (int f = 0; f < features; ++f) {
+                each_count(count, features, [&](int f, int left) {
                     int64_t at = from[f];
-                    int left = count[f];
                     from[f] += uint32_t(left);
-                    for (; left > 0 && at + Run <= nnz() && int64_t(i) + Run <= end; left -= Run, at += Run, i += Run) {
+                    for (; left > 0 && at + Run <= nnz && i + Run <= end; left -= Run, at += Run, i += Run) {
                         for (int j = 0; j < Run; ++j) out[i + j] = to_float(values[at + j]);
                     }
-                    // `left` may be below 0 by now: so much less than a whole vector belonged to the run.
-                    if (left < 0) i -= uint32_t(-left);
+                    if (left < 0) i += left;  // so much of the last vector did not belong to the run
                     for (; left > 0; --left) out[i++] = to_float(values[at++]);
-                }
+                });
             }
         }
     }

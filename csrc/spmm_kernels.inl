@@ -171,9 +171,11 @@ void pack_pairs(float* out, int lanes, const bf16* x, int64_t stride, int tokens
     }
 }
 
-template <class T>
-void unpack(T* out, int64_t stride, const float* y, int lanes, int tokens, int features, const float* bias,
-            bool streaming) {
+// Lines of a known length spare the arithmetic of addresses; 0: any.
+template <int Lanes, class T>
+void unpack_lanes(T* out, int64_t stride, const float* y, int any_lanes, int tokens, int features, const float* bias,
+                  bool streaming) {
+    const int lanes = Lanes ? Lanes : any_lanes;
     streaming = streaming && stride * sizeof(T) % (4 * W) == 0 && reinterpret_cast<uintptr_t>(out) % (4 * W) == 0;
     for (int t = 0; t < tokens; t += W) {
         const int here = tokens - t < W ? tokens - t : W;
@@ -212,6 +214,13 @@ void unpack(T* out, int64_t stride, const float* y, int lanes, int tokens, int f
             for (int i = 0; i < W; ++i) store_narrow(to + i * stride, row[i] + shift);
         }
     }
+}
+
+template <class T>
+void unpack(T* out, int64_t stride, const float* y, int lanes, int tokens, int features, const float* bias,
+            bool streaming) {
+    const auto run = lanes == 16 ? unpack_lanes<16, T> : lanes == 64 ? unpack_lanes<64, T> : unpack_lanes<0, T>;
+    run(out, stride, y, lanes, tokens, features, bias, streaming);
 }
 
 // ---- Row loops --------------------------------------------------------------------------------------------------
