@@ -248,6 +248,9 @@ void SpmmProgram::refresh_rows(float* out, const T* values, const uint32_t* star
     const int first = chain_panel(chain), last = chain_panel(chain + 1);
     std::vector<uint32_t> next(start + row_[chain], start + row_[chain + 1]);
     const uint32_t* segment = segment_.data() + size_t(first) * blocks_;
+    // The chain's values lie together, but are read from as many places at once as it has rows.
+    constexpr uint32_t kStep = kLine / sizeof(T);
+    for (uint32_t i = start[row_[chain]]; i < start[row_[chain + 1]]; i += kStep) __builtin_prefetch(values + i);
     for (int b = 0; b < blocks_; ++b) {
         for (int p = first; p < last; ++p, ++segment) {
             uint32_t* row = next.data() + (panel_row(p) - row_[chain]);
