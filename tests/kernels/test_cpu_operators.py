@@ -159,3 +159,10 @@ def test_more_than_65536_features_run():
     vspdf.densify(model)
     torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
     assert isinstance(model[0], nn.Linear) and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 200])
+def test_explain_says_which_kernel_runs(tokens):
+    told = vspdf.explain(PATTERN, tokens, backend="cpu")
+    assert [line.split(":")[0] for line in told.splitlines()] == ["forward", "grad_input", "grad_values"]
+    assert told.count(f"cpu-{cpu.isa()} (") == 3
