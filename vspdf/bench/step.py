@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vspdf.bench.rounds import _quartiles
+from vspdf.bench.rounds import Timed, compared, ideal, others_at_work, quartiles
 from vspdf.kernels import hardware
 
 
@@ -33,8 +32,8 @@ def bench_step(
     Returns
     -------
     dict
-        ``rows`` with ``sparsity``, ``seconds_median`` and quartiles, ``ratio_to_dense``, memory of the training state;
-        ``hardware``, ``versions``.
+        ``rows`` with ``sparsity``, ``seconds_median`` and quartiles, ``ratio_to_dense`` (of rounds, `compared`) and
+        whether it is ``possible``, memory of the training state; ``load``, ``hardware``, ``versions``.
     """
     from vspdf.model import GPT
     from vspdf.shapes import Shape
@@ -55,35 +54,38 @@ def bench_step(
         if sparsity:
             sparsify(model, sparsity)
         steps[sparsity], models[sparsity] = _training_step(model, tokens), model
-    times: dict[float, list[float]] = {sparsity: [] for sparsity in steps}
+    load = others_at_work()
+    times: dict[float, list[Timed]] = {sparsity: [] for sparsity in steps}
     try:
         for i in range(rounds + 2):
             progress(f"round {i} of {rounds + 1}")
             for sparsity, step in steps.items():
-                start = time.perf_counter()
-                step()
+                timed = Timed.of(step)
                 if i > 1:  # two rounds of warm-up: plans, tuning, moments
-                    times[sparsity].append(time.perf_counter() - start)
+                    times[sparsity].append(timed)
         for sparsity, model in models.items():
             memory[sparsity] = training_state_bytes(model) if sparsity else None
         used = torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
-    dense = statistics.median(times[0.0])
     rows = []
-    for sparsity, seconds in times.items():
-        low, high = _quartiles(seconds)
-        median = statistics.median(seconds)
+    for sparsity, column in times.items():
+        seconds = [timed.seconds for timed in column]
+        low, high = quartiles(seconds)
+        ratio = compared(times[0.0], column)
         rows.append(
             {
-                "sparsity": sparsity, "threads": used, "seconds_median": median,
+                "sparsity": sparsity, "threads": used, "seconds_median": statistics.median(seconds),
                 "seconds_low": low, "seconds_high": high,
-                "ratio_to_dense": dense / median, "memory": memory[sparsity],
+                "ratio_to_dense": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high,
+                "possible": ratio.median <= ideal(sparsity), "rounds": len(column), "disturbed_rounds": ratio.disturbed,
+                "memory": memory[sparsity],
             }
         )  # fmt: skip
     return {
         "model": {**asdict(shape), "batch_size": batch_size, "parameters": shape.parameters},
         "rows": rows,
+        "load": load,
         "hardware": hardware.hardware(),
         "versions": hardware.versions(),
     }

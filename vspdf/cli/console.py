@@ -9,7 +9,10 @@ import time
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 from typer.core import TyperCommand
 
 from vspdf.draw import words
@@ -73,6 +76,14 @@ def tell(*lines: str) -> None:
     """Prints lines of text to stdout as they are, however wide the terminal is."""
     for line in lines:
         out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """Prints a table to stdout: close together where the terminal is narrow, and wider than it before a word is cut."""
+    widest = out.options.update(max_width=10_000)
+    if Measurement.get(out, widest, table).maximum > out.width:
+        table.box, table.pad_edge, table.show_edge = SIMPLE_HEAD, False, False
+    Console(width=max(out.width, Measurement.get(out, widest, table).maximum)).print(table)
 
 
 class Progress:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from vspdf.cli.console import Json, Progress, emit, only, out, say, tell
+from vspdf.cli.console import Json, Progress, emit, only, say, show, tell
 from vspdf.errors import UserError, one_of, require
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def _print_tasks(body: dict[str, Any]) -> None:
         table.add_section()
         count = sum(row["acc"] is not None for row in body["tasks"].values())
         table.add_row(f"average of {count}", "acc", f"{body['average']:.4f}", "", "", style="bold")
-    out.print(table)
+    show(table)
     for name, why in body["missing"].items():
         tell(f"{name} was not evaluated: {why}")
 
