@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import numpy as np
 from vspdf.config import loading, resolve
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.errors import UserError, near_path
-from vspdf.runs import masks
+from vspdf.runs import digests, masks
 from vspdf.runs.masks import Masks
 from vspdf.runs.record import beside_dense
 from vspdf.shapes import Shape
@@ -34,6 +34,8 @@ REPORT = "report.html"
 TENSORBOARD = "tensorboard"
 EVALUATION = "evaluation.json"  # of a study's run: losses on all of the held-out text, or why it diverged
 ANSWERS = "answers.txt"  # of a study's fine-tuning, to the test part of its task: a line each
+LOCK = ".lock"  # while a process trains there
+LOG = "worker.log"  # of a study's run: what its process said, until it ended well
 START = "start"  # of a study's run that is not trained: its initial weights, as a Hugging Face folder
 
 
@@ -45,6 +47,33 @@ def masks_file(phase: int) -> str:
 def steps(folder: Path) -> list[Path]:
     """Whole checkpoints in the checkpoints folder of a run, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def damaged(file: Path) -> UserError:
+    """The error that a file of a checkpoint is not what was written."""
+    others = [path.name for path in steps(file.parent.parent) if path != file.parent]
+    cure = f"move that folder away to resume from {others[-1]}" if others else "no other checkpoint is there"
+    return UserError(f"{file} is damaged (truncated or altered since it was written); {cure}.")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """State of one checkpoint, without its tensors.
+
+    Raises
+    ------
+    UserError
+        If it is missing or altered.
+    """
+    try:
+        state = json.loads((path / STATE).read_text())
+        stated = state.pop("state_sha256")
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path} has no {STATE}; it is not whole.") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise damaged(path / STATE) from None
+    if digests.of_body(state) != stated:
+        raise damaged(path / STATE)
+    return state
 
 
 def of_checkpoint(step: Path) -> Run:
@@ -98,7 +127,38 @@ class Run:
             raise UserError(f"'{folder}' holds no run: expected a directory that `vspdf train` filled.{hint}")
         if finished and not self.finished:
             raise UserError(f"'{folder}' has no {SUMMARY}: the run is not finished (vspdf train --resume).")
+        self.check(self.state)
         return self
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """That its files are those that a checkpoint of it was written with; older ones say nothing of them.
+
+        Parameters
+        ----------
+        state : mapping
+            Of the checkpoint, with `bytes` and `sha256` of `files` by name. Metrics may have grown since.
+
+        Raises
+        ------
+        UserError
+            If one is missing or altered; the message names it.
+        """
+        for name, was in state.get("files", {}).items():
+            path = self.folder / name
+            try:
+                found = digests.of_file(path, was["bytes"] if name == METRICS else None)
+            except FileNotFoundError:
+                if not self.configured:  # a folder of checkpoints that were taken out of their run
+                    continue
+                raise UserError(f"{path} is missing: the run directory is not whole.") from None
+            except OSError as error:
+                raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+            if found != was["sha256"]:
+                if name == METRICS:
+                    _ = self.lines  # may name the line
+                raise UserError(
+                    f"{path} is damaged: it was another when step {state['step']} was saved. Put back a copy of it."
+                )
 
     # -- what was wanted -----------------------------------------------------------------------------------------------
 
@@ -163,12 +223,15 @@ class Run:
     @cached_property
     def state(self) -> dict[str, Any]:
         """What the last checkpoint says beside its tensors; empty where there is none."""
-        return _json(self.checkpoint / STATE) if self.checkpoint else {}
+        return read_state(self.checkpoint) if self.checkpoint else {}
 
     @cached_property
     def summary(self) -> dict[str, Any]:
         """What the run did, from its end; empty before that."""
-        return _json(self.folder / SUMMARY, needed=False, key="phases")
+        body = _json(self.folder / SUMMARY, needed=False, key="phases")
+        if body.pop("sha256", None) not in (None, digests.of_body(body)):
+            raise UserError(f"{self.folder / SUMMARY} is damaged; `vspdf train --resume` writes it again.")
+        return body
 
     @property
     def evaluation(self) -> dict[str, Any]:
