@@ -212,7 +212,9 @@ def lock(path: Path, what: str, patience: float = 0.0) -> Iterator[int | None]:
     Raises
     ------
     UserError
-        If another process holds it, or the file cannot be made.
+        If another process holds it.
+    OSError
+        If the file cannot be made.
     """
     held = _patiently_locked(path, what, patience)
     try:
@@ -245,7 +247,7 @@ def _patiently_locked(path: Path, what: str, patience: float) -> int | None:
             time.sleep(0.05)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                raise UserError(f"{what} cannot be written to: {error.strerror} ({path}).") from None
+                raise
             log.warning("%s cannot be locked (%s): let no other process write to it.", what, error.strerror)
             return None
 

@@ -7,7 +7,6 @@ one that was stopped, or one that is done.
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -24,6 +23,7 @@ from vspdf.draw.page import section as section
 from vspdf.draw.svg import Band, Bar, Series, bar_chart, legend, line_chart, mask_png
 from vspdf.draw.words import count, duration, flops, listed, number, power, scale
 from vspdf.errors import BackendUnavailable, UserError
+from vspdf.files import write_whole
 from vspdf.pattern import Pattern
 from vspdf.report.comparison import AXES, Arm, Axis, _arms, _comparison, _measure
 from vspdf.runs.checkpoint import MODEL
@@ -62,13 +62,7 @@ def write(folders: Sequence[Path], output: Path | None = None) -> Path:
     """
     text = render(read(folders))
     output = output or (folders[0] if len(folders) == 1 else Path()) / REPORT
-    draft = output.with_name(f".{output.name}.draft")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(output)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise UserError(f"the report cannot be written to '{output}': {os.strerror(error.errno or 0)}.") from None
+    write_whole(output, text)
     return output
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,15 +65,13 @@ class Writer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, Digest] = {}  # what was written, for checkpoints
-        self._lock: AbstractContextManager[object] | None = None
+        self._held = ExitStack()
 
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, *how: Any) -> None:
-        if self._lock is not None:
-            self._lock.__exit__(*how)
-            self._lock = None
+    def __exit__(self, *how: object) -> None:
+        self._held.close()
 
     def hold(self) -> None:
         """Locks the directory, which is there, against other processes.
@@ -83,12 +81,14 @@ class Writer:
         UserError
             If another process holds it.
         """
-        if self._lock is None:
-            held = lock(self.folder / names.LOCK, f"run_dir '{self.folder}'")
-            held.__enter__()
-            self._lock = held
+        try:
+            self._held.enter_context(lock(self.folder / names.LOCK, f"run_dir '{self.folder}'"))
+        except OSError as error:
+            raise UserError(f"run_dir '{self.folder}' cannot be written: {error.strerror}.") from None
 
-    def begin(self, config: ResolvedConfig, tokenizer: str, manifest: Mapping[str, Any], *, again: bool = False) -> None:
+    def begin(
+        self, config: ResolvedConfig, tokenizer: str, manifest: Mapping[str, Any], *, again: bool = False
+    ) -> None:
         """Makes the directory: only with model and data at hand, so that a run that cannot start leaves nothing.
 
         Parameters
@@ -99,7 +99,7 @@ class Writer:
         manifest : mapping
             What the data is, and in which order it is read.
         again : bool
-            Whether a run may be there already that was cut off before its first checkpoint.
+            Whether this is held already, and has a run that was cut off before its first checkpoint.
 
         Raises
         ------
@@ -111,9 +111,10 @@ class Writer:
             flush(self.folder.parent)
         except OSError as error:
             raise UserError(f"run_dir '{self.folder}' cannot be made: {error.strerror}.") from None
-        self.hold()
-        if Run(self.folder).begun and not again:
-            raise _taken(self.folder)
+        if not again:
+            self.hold()
+            if Run(self.folder).begun:
+                raise _taken(self.folder)
         self._write(names.TOKENIZER, tokenizer)
         self._write(names.MANIFEST, json.dumps(manifest, indent=1))
         self._write(names.CONFIG, loading.to_yaml(config))
@@ -122,14 +123,20 @@ class Writer:
     def go_on_from(self, step: int) -> None:
         """Drops metrics after the checkpoint of a step, and a line that a killed process left half written."""
         run, path = Run(self.folder), self.folder / names.METRICS
-        stated = run.state.get("files")
         try:
-            if stated:  # it was read, so these were checked
-                kept = path.read_bytes()[: stated[names.METRICS]["bytes"]]
+            kept = path.read_bytes()
+            if stated := run.state.get("files"):  # the checkpoint was read, so that they were compared
+                kept = kept[: stated[names.METRICS]["bytes"]]
             else:  # an older version's
-                stated = [file.name for file in self.folder.iterdir() if file.suffix in (".json", ".yaml", ".npz")]
+                stated = (
+                    names.TOKENIZER,
+                    names.MANIFEST,
+                    names.CONFIG,
+                    *(file.name for file in self.folder.glob("patterns*.npz")),
+                )
                 kept = "".join(json.dumps(line) + "\n" for line in run.lines if line["step"] <= step).encode()
-            self._files = {name: Digest((self.folder / name).read_bytes()) for name in stated if name in _CONSTANT}
+            there = (self.folder / name for name in stated)
+            self._files = {file.name: Digest(file.read_bytes()) for file in there if file.is_file() and file != path}
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from None
         self._write(names.METRICS, kept)
