@@ -26,7 +26,7 @@ from vspdf.compare import results as results_of
 from vspdf.config import loading
 from vspdf.errors import UserError
 from vspdf.plan.planner import plan
-from vspdf.report import run_page, study_page, tables
+from vspdf.report import study_page, tables, weights
 from vspdf.runs.folder import read
 from vspdf.train.trainer import train
 
@@ -127,7 +127,7 @@ def switch() -> None:
         train(loading.load("quickstart", [*overrides, f"run_dir={folder}/run"]), say=lambda line: None)
         (run,) = read([Path(folder, "run")])
         assert run.checkpoint is not None
-        kept, revived = run_page._magnitudes(run.checkpoint / "model.safetensors", run.patterns)
+        kept, revived = weights.magnitudes(run.checkpoint / "model.safetensors", run.patterns)
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 2.5))
     steps, losses = zip(*((line["step"], line["val_loss"]) for line in run.evaluations), strict=True)
     left.plot(steps, losses, marker="o", ms=3)
@@ -179,8 +179,7 @@ def evidence() -> None:
     """Losses and paired differences of the studies whose results are kept; their tables in the pages."""
     for path in loading.shipped("studies"):
         if results := kept(path):
-            with plt.rc_context({"axes.prop_cycle": plt.cycler(color=plt.get_cmap("tab10").colors)}):
-                study_page.plot(results, IMAGES / f"study-{path.stem}.svg")
+            study_page.plot(results, IMAGES / f"study-{path.stem}.svg")
     for page in PAGES:
         page.write_text(filled(page))
 

@@ -75,7 +75,7 @@ def backends() -> dict[str, str]:
 
 
 def tuning() -> list[str]:
-    """What `auto` has measured on this machine and chose from it, a line each."""
+    """Tells what `auto` has measured on this machine and chose from it, a line each."""
     return describe_table()
 
 

@@ -193,7 +193,7 @@ def cpu_key(product: str, pattern: Pattern, tokens: int, dtype: torch.dtype) -> 
 
 
 def gpu_key(product: str, pattern: Pattern, tokens: int, dtype: torch.dtype) -> str:
-    """What a GPU's timings hold for, beside the device and the builds."""
+    """The key of what a GPU's timings hold for, beside the device and the builds."""
     return (
         f"{product} T={_bucket(tokens)} in={pattern.in_features} out={pattern.out_features} "
         f"sparsity={pattern.sparsity:.3f} {launch.precision(dtype)}"
@@ -209,7 +209,7 @@ def _timing(rounds: dict[str, list[float]]) -> GpuTiming:
 
 
 def best(rounds: dict[str, list[float]]) -> Choice:
-    """What the seconds of interleaved rounds, by path, speak for."""
+    """Finds what the seconds of interleaved rounds, by path, speak for."""
     return _timing(rounds).choice("measured")
 
 

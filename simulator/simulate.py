@@ -36,7 +36,7 @@ class Work:
 
     @property
     def seconds(self) -> float:
-        """That the event level would take, roughly."""
+        """Seconds that the event level would take, roughly."""
         cycles = self.aggregate.get("cycles", self.aggregate.get("cycles_max", 0))
         return self.pes * (cycles / self.speed + SET_UP)
 
@@ -227,7 +227,7 @@ PROGRAMS: dict[str, Callable[..., Work]] = {"spmm": spmm, "gemm": gemm, "gemv": 
 
 
 def check_level(level: str) -> None:
-    """That a level of simulation is one there is.
+    """Refuses a level of simulation that does not exist.
 
     Raises
     ------

@@ -29,7 +29,7 @@ def table(name: str) -> list[dict[str, str]]:
 
 
 def facts() -> dict[str, Any]:
-    """Which cases there are, their tolerances, and which rows calibrated what."""
+    """Reads the cases, their tolerances, and which rows calibrated what."""
     return OmegaConf.to_container(OmegaConf.load(DATA / "cases.yaml"))  # type: ignore[return-value]
 
 

@@ -47,16 +47,18 @@ def near_path(path: Path, keywords: Iterable[str] = ()) -> str:
 
 
 def require(ok: bool, message: str) -> None:
+    """Raises `UserError` with a message where a condition does not hold."""
     if not ok:
         raise UserError(message)
 
 
 def one_of(key: str, value: str, known: Iterable[str]) -> None:
+    """Refuses a value that is not among those known; the message names the nearest."""
     known = list(known)
     require(value in known, f"{key} = '{value}' is not known.{did_you_mean(value, known)}")
 
 
 def check_device(key: str, name: str) -> None:
-    """Whether a device has a name that is known, be it here or not."""
+    """Refuses a device whose name is not known; whether it is here is not asked."""
     known = bool(re.fullmatch(r"cpu|cuda(:\d+)?", name))
     require(known, f"{key} = '{name}' is not known.{did_you_mean(name, ('cpu', 'cuda', 'cuda:1'))}")

@@ -126,7 +126,7 @@ def flush(path: Path) -> None:
 
 
 def json_line(line: str, where: str) -> Any:
-    """What one line of a JSONL file holds; `where` names the line.
+    """Reads what one line of a JSONL file holds; `where` names the line.
 
     Raises
     ------

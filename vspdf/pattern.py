@@ -206,22 +206,27 @@ class Pattern:
 
     @property
     def out_features(self) -> int:
+        """Rows of the dense weight matrix."""
         return self.shape[0]
 
     @property
     def in_features(self) -> int:
+        """Columns of the dense weight matrix."""
         return self.shape[1]
 
     @property
     def numel(self) -> int:
+        """All positions of the matrix, kept or not."""
         return self.shape[0] * self.shape[1]
 
     @property
     def density(self) -> float:
+        """The fraction of positions that is kept."""
         return self.nnz / self.numel
 
     @property
     def sparsity(self) -> float:
+        """The fraction of positions that is not kept."""
         return 1 - self.density
 
     def _flat(self) -> np.ndarray:
@@ -243,7 +248,7 @@ class Pattern:
         return rows, np.nonzero(mask)[1].astype(np.int32)
 
     def issuperset(self, other: Pattern) -> bool:
-        """Whether every position of `other` is kept here too."""
+        """Tells whether every position of `other` is kept here too."""
         return self.shape == other.shape and not np.any(other.bits & ~self.bits)
 
     def __copy__(self) -> Pattern:

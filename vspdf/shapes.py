@@ -15,7 +15,10 @@ from vspdf.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Shape:
-    """What FLOPs depend on. Multiply-adds per token: ``linear``, ``attention`` (QKᵀ and AV, full), ``vocabulary``."""
+    """The sizes of a GPT that FLOPs depend on.
+
+    Multiply-adds per token: ``linear``, ``attention`` (QKᵀ and AV, full), ``vocabulary``.
+    """
 
     n_layer: int
     d_model: int

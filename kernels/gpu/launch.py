@@ -38,7 +38,7 @@ OPTIONS = {
 
 
 def interpreted() -> bool:
-    """Whether Triton interprets kernels on the CPU in this process."""
+    """Tells whether Triton interprets kernels on the CPU in this process."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -75,7 +75,7 @@ def refusal(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def device_name(device: torch.device | None = None) -> str:
-    """As the driver tells it."""
+    """The name of a GPU, as its driver tells it."""
     return torch.cuda.get_device_name(device)
 
 
@@ -89,7 +89,7 @@ def build() -> str:
 
 
 def tf32() -> bool:
-    """Whether the user lets torch multiply float32 matrices in TF32; off by default."""
+    """Tells whether the user lets torch multiply float32 matrices in TF32; off by default."""
     matmul = torch.backends.cuda.matmul
     if not hasattr(matmul, "fp32_precision"):  # torch < 2.9
         return matmul.allow_tf32
@@ -98,7 +98,7 @@ def tf32() -> bool:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How torch multiplies matrices of this dtype here: "fp32", "tf32", "fp16" or "bf16"."""
+    """Names how torch multiplies matrices of this dtype here: "fp32", "tf32", "fp16" or "bf16"."""
     return "tf32" if dtype == torch.float32 and tf32() else KINDS[dtype]
 
 
@@ -120,7 +120,7 @@ class Side(NamedTuple):
 
 
 class Plan:
-    """What the kernels need of a pattern on one device, each part built on first use; no weights.
+    """The parts of a pattern that kernels need on one device, each part built on first use; no weights.
 
     Bytes per kept weight: 2 (columns) + 2 (rows, for the SDDMM) + 6 (the transposed side), twice that where a side of
     the pattern is above 65,536.
@@ -303,7 +303,7 @@ def grad_values(grad_output: Tensor, x: Tensor, pattern: Pattern) -> tuple[Tenso
 
 
 def sampled_grad_values(grad_output: Tensor, x: Tensor, pattern: Pattern) -> tuple[Tensor, int]:
-    """The same as `grad_values` by a dense GEMM whose epilogue keeps what the pattern keeps."""
+    """Computes `grad_values` by a dense GEMM whose epilogue keeps what the pattern keeps."""
     (tokens, rows), columns, count = grad_output.shape, x.shape[1], pattern.nnz
     if not tokens or not count:
         return x.new_zeros(count), 0

@@ -145,7 +145,7 @@ def ones(word):
 
 @triton.jit
 def store_kept(out, sums, row, bits, before, n, word_index, rows, words_stride):
-    """Of 32 columns, those that the pattern keeps, where the counts ahead of them say."""
+    """Stores those of 32 columns that the pattern keeps, where the counts ahead of them say."""
     inside = n < tl.where(word_index < words_stride, rows, 0)
     where = n.to(tl.int64) * words_stride + word_index
     word = tl.load(bits + where, mask=inside, other=0)[:, None]

@@ -22,7 +22,7 @@ BASE = 128  # of the digits by which places are learnt: 1 to 128 are exact in bf
 
 
 class Library(Protocol):
-    """What multiplies the compressed form."""
+    """A library that multiplies the compressed form."""
 
     name: str
 
@@ -81,7 +81,7 @@ def split(pattern: Pattern) -> Split:
 
 
 class Layout:
-    """Where the values of one side go in the library's compressed form."""
+    """The places that the values of one side go in the library's compressed form."""
 
     def __init__(
         self, pattern: Pattern, source: np.ndarray, dtype: torch.dtype, device: torch.device, library: Library

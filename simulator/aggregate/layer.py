@@ -85,7 +85,7 @@ class Law:
         return max(triggered, shared, z + 1) + self.command
 
     def attribute(self, z: float, rows: float) -> dict[str, float]:
-        """Where the cycles of `rows` rows of z weights go."""
+        """Splits the cycles of `rows` rows of z weights into the parts that they go to."""
         triggered, shared = z * (self.start_up + self.vector), z * (self.vector + self.sums) + self.words
         work = max(triggered, shared)
         return {
@@ -232,7 +232,7 @@ class Cost:
 
     @property
     def bound_by(self) -> str:
-        """What bounds most of the time: compute, reduction, broadcast, I/O, or latency (filling and draining)."""
+        """Names what bounds most of the time: compute, reduction, broadcast, I/O, or latency (filling and draining)."""
         return max(self.bounds, key=lambda name: self.bounds[name])
 
     @property
@@ -295,7 +295,7 @@ def law(machine: Machine, start_up: float, tokens: int, product: str) -> Law:
 
 @lru_cache(maxsize=4096)
 def fill(machine: Machine, mapping: Mapping) -> float:
-    """From a layer's first weight at the edge to all PEs at work, and from the last weight to the last sum at home."""
+    """Cycles from a first weight at the edge to all PEs at work, and from a last weight to the last sum at home."""
     spread = (machine.width + mapping.rows) * machine.hop_cycles + 2 * machine.ramp_cycles
     return spread + machine.reduce_startup + mapping.columns * machine.relay_cycles + ceil(mapping.local / 2)
 

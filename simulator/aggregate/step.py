@@ -64,7 +64,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Model:
-    """What is trained: a shape, its sparsified matrices with how often each occurs, a batch of sequences."""
+    """A model in training: a shape, its sparsified matrices with how often each occurs, a batch of sequences."""
 
     shape: Shape
     layers: tuple[tuple[Weights, int], ...]
@@ -99,7 +99,7 @@ class Model:
 
     @property
     def kept(self) -> float:
-        """Of the projection and FFN weights, a fraction."""
+        """The fraction of projection and FFN weights that is kept."""
         return sum(w.nnz * n for w, n in self.layers) / sum(w.numel * n for w, n in self.layers)
 
     @property
@@ -107,7 +107,7 @@ class Model:
         return self.batch * self.shape.sequence_length
 
     def flops(self, dense: bool = False) -> float:
-        """Of a step, useful ones: kept weights, attention in full, vocabulary (convention `spdf`)."""
+        """Useful FLOPs of a step: kept weights, attention in full, vocabulary (convention `spdf`)."""
         s = self.shape
         linear = s.linear * (1.0 if dense else self.kept)
         return 6 * self.tokens * (linear + s.attention + s.vocabulary)
@@ -149,7 +149,7 @@ def token_bytes(shape: Shape, columns: int, recompute: bool) -> int:
 
 
 def placements(machine: Machine, model: Model) -> list[Placement]:
-    """For every ring width, both ways to keep activations, with as many sequences at a time as fit.
+    """Lists for every ring width both ways to keep activations, with as many sequences at a time as fit.
 
     Raises
     ------
@@ -257,7 +257,7 @@ def estimate(
 
 
 def update(machine: Machine, clock: float, model: Model) -> Cost:
-    """What of the update shows: the last gradient's way out and the first weights' way back cannot hide; of the rest a
+    """Cycles of the update that show: the last gradient's way out and the first weights' way back, and of the rest a
     fraction (`update_exposed`). Several systems add their gradients on the way, a tree of exchanges."""
     last, _ = model.layers[0]
     dense_form = last.numel * (machine.dense_weight_bytes + machine.gradient_bytes)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from vspdf.draw.page import figure, page, section
-from vspdf.draw.svg import rgba_png, ticks
+from vspdf.draw import page
+from vspdf.draw.png import rgba_png
+from vspdf.draw.svg import add, drawing, ticks
 from vspdf.errors import UserError
 from vspdf.files import write_whole
 from vspdf.simulator.events.fabric import EVENT_KINDS, MOST_EVENTS, OPERATIONS, Region
 
+TEMPLATE = Path(__file__).with_name("region.html")
 MOST_LINES = 32  # PEs on a time line
 MOST_BINS = 1000  # stretches of time on it
 COLOURS = {
@@ -146,7 +148,7 @@ def _mixed(covered: Sequence[np.ndarray], kinds: Sequence[int]) -> np.ndarray:
 
 
 def shown_cycles(region: Region) -> int:
-    """How far the time line goes: to the end, or as far as events were noted."""
+    """The last cycle on the time line: to the end, or as far as events were noted."""
     events = region.trace_events()
     return max(1, region.cycles if len(events) < MOST_EVENTS else int(events[-1, 1]))
 
@@ -167,7 +169,7 @@ def plot(region: Region, path: Path, title: str) -> None:
     """
     title = f"{title}: {region.cycles:,} cycles"
     if path.suffix == ".html":
-        write_whole(path, page(title, [f"<header><h1>{escape(title)}</h1></header>", *sections(region)]))
+        write_whole(path, page.render(TEMPLATE, title=title, region=drawn(region)))
         return
     try:
         _picture(region, path, title)
@@ -176,14 +178,6 @@ def plot(region: Region, path: Path, title: str) -> None:
 
 
 # -- on a page ---------------------------------------------------------------------------------------------------------
-
-
-def sections(region: Region) -> list[str]:
-    """Heat maps and time line as parts of a page, pictures and all."""
-    return [
-        section("Heat maps", maps_html(region), MAPS_NOTE),
-        section("Time line", time_line_html(region), TIME_NOTE),
-    ]
 
 
 MAPS_NOTE = (
@@ -197,18 +191,22 @@ TIME_NOTE = (
 )
 
 
-def maps_html(region: Region) -> str:
-    """The heat maps, each with its mean, and the scale that all but traffic share."""
-    ratio = min(8.0, max(0.5, region.width / region.height))
-    figures = []
+def drawn(region: Region) -> dict[str, Any]:
+    """Heat maps and time line as the macros `heat_maps` and `time_line` of pages want them, with what explains them."""
+    size = f"{region.width} x {region.height} PEs"
+    maps = []
     for name, values in heat_maps(region).items():
         top, caption = _scale(name, values)
-        alt = f"heat map of {name} over {region.width} x {region.height} PEs: {values.min():.2g} to {values.max():.2g}"
-        source = rgba_png(_ramp(values / top))
-        picture = f'<img class="mask" style="aspect-ratio:{ratio:.3g}" src="{source}" alt="{alt}">'
-        figures.append(figure(picture, escape(caption)))
-    scale = f'<img class="ramp" src="{rgba_png(_ramp(np.linspace(0, 1, 128)[None]))}" alt="colours from 0 to 100 %">'
-    return f'<div class="masks">{"".join(figures)}</div><p class="legend">0 {scale} 100 % of the cycles</p>'
+        maps.append({
+            "source": rgba_png(_ramp(values / top)), "caption": caption,
+            "alt": f"heat map of {name} over {size}: {values.min():.2g} to {values.max():.2g}",
+        })  # fmt: skip
+    return {
+        "maps": maps, "ratio": f"{min(8.0, max(0.5, region.width / region.height)):.3g}",
+        "ramp": rgba_png(_ramp(np.linspace(0, 1, 128)[None])), "maps_note": MAPS_NOTE,
+        "time_line": time_line_chart(region), "time_note": TIME_NOTE,
+        "colours": [(name, f"rgb{colour}") for name, colour in COLOURS.items()],
+    }  # fmt: skip
 
 
 def _ramp(values: np.ndarray) -> np.ndarray:
@@ -220,32 +218,27 @@ def _ramp(values: np.ndarray) -> np.ndarray:
 WIDTH, LEFT, LINE = 760, 54, 12  # of the time line's drawing, of its labels, of a PE
 
 
-def time_line_html(region: Region) -> str:
-    """The time line with its axes and the colours' names."""
+def time_line_chart(region: Region) -> Element:
+    """The time line with its axes, as an ``<svg>``."""
     labels, pixels = time_line(region)
     bottom, right = LINE * len(labels), WIDTH - 10
-    alt = f"time line of {len(labels)} PEs over {shown_cycles(region):,} cycles"
-    out = [f'<svg class="wide" viewBox="0 0 {WIDTH} {bottom + 40}" role="img" aria-label="{alt}">']
     end = shown_cycles(region)
+    out = drawing(f"time line of {len(labels)} PEs over {end:,} cycles", bottom + 40, WIDTH)
+    out.set("class", "wide")
     for x in ticks(0, end, 6):
         at = LEFT + x / end * (right - LEFT)
-        out.append(f'<path class="grid" d="M{at:.1f} 0V{bottom}"/>')
-        out.append(f'<text class="muted" x="{at:.1f}" y="{bottom + 15}" text-anchor="middle">{x:,.6g}</text>')
-    out.append(
-        f'<image x="{LEFT}" y="0" width="{right - LEFT}" height="{bottom}" preserveAspectRatio="none" '
-        f'style="image-rendering:pixelated" href="{rgba_png(pixels)}"/>'
-    )
+        add(out, "path", class_="grid", d=f"M{at:.1f} 0V{bottom}")
+        add(out, "text", f"{x:,.6g}", class_="muted", x=at, y=bottom + 15, text_anchor="middle")
+    add(
+        out, "image", x=LEFT, y=0, width=right - LEFT, height=bottom, preserveAspectRatio="none",
+        style="image-rendering:pixelated", href=rgba_png(pixels),
+    )  # fmt: skip
     for line, label in enumerate(labels):
-        out.append(
-            f'<text class="muted" font-size="10" x="{LEFT - 5}" y="{LINE * line + 8}" text-anchor="end">{label}</text>'
-        )
-    out.append(f'<path class="axis" d="M{LEFT} {bottom}H{right}"/>')
-    middle = (LEFT + right) / 2
-    out.append(f'<text class="muted" x="{middle}" y="{bottom + 33}" text-anchor="middle">cycle{_cut(region)}</text>')
-    keys = "".join(
-        f'<span class="key"><i style="background:rgb{colour}"></i>{name}</span>' for name, colour in COLOURS.items()
-    )
-    return f'<p class="legend">{keys}</p><div class="scroll">{"".join(out)}</svg></div>'
+        add(out, "text", label, class_="muted", font_size=10, x=LEFT - 5, y=LINE * line + 8, text_anchor="end")
+    add(out, "path", class_="axis", d=f"M{LEFT} {bottom}H{right}")
+    below = f"cycle{_cut(region)}"
+    add(out, "text", below, class_="muted", x=(LEFT + right) / 2, y=bottom + 33, text_anchor="middle")
+    return out
 
 
 # -- as a picture ------------------------------------------------------------------------------------------------------

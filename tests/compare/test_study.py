@@ -10,19 +10,21 @@ import subprocess
 import sys
 import textwrap
 import time
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 
 from vspdf.compare import definition, runner, tuning
-from vspdf.compare.results import _paired, student_t
+from vspdf.compare.results import _difference
 from vspdf.config import loading
 from vspdf.data.text import prepare
 from vspdf.errors import UserError
 from vspdf.evaluate.loss import evaluate
 from vspdf.interop import checkpoints
-from vspdf.report import tables
+from vspdf.report import comparison, tables
 from vspdf.runs.folder import Run
 from vspdf.train.trainer import train
 
@@ -230,7 +232,11 @@ def test_runs_of_another_version_of_the_study_are_refused(finished, written, tmp
 def test_a_plot(finished, tmp_path, vspdf):
     path, root, _, _ = finished
     status, _, err = vspdf("compare", path, "--runs", root, "--plot", tmp_path / "plot.svg")
-    assert status == 0 and "wrote" in err and "<svg" in (tmp_path / "plot.svg").read_text()
+    assert status == 0 and "wrote" in err
+    drawn = ElementTree.fromstring((tmp_path / "plot.svg").read_text())
+    said = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"Validation loss against tokens", "Paired differences of test losses", "variable (2 seeds)"} <= {*said}
+    assert len(list(drawn.iter("{http://www.w3.org/2000/svg}polygon"))) == 6, "the seeds' spread, an arm and axis each"
 
 
 def test_another_process_at_work_is_noticed(tmp_path, monkeypatch):
@@ -348,15 +354,19 @@ def test_tuning_goes_by_the_mean_over_its_seeds():
     assert chosen == {"lr": 2}
 
 
-@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 9, 30, 101])
-def test_quantiles_of_student_t(degrees):
-    assert student_t(0.95, degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1e-9)
+@pytest.mark.parametrize("values", [[1.0, 2.0], [0.1, 0.4, 0.35], [3.0] * 5, list(range(31))], ids=len)
+def test_intervals_are_those_of_students_t(values):
+    mean, error = np.mean(values), stats.sem(values)
+    expected = stats.t.interval(0.95, len(values) - 1, mean, error) if error else (mean, mean)
+    assert comparison.interval(values) == pytest.approx(expected, rel=1e-12)
+    assert comparison.interval(values[:1]) is None
 
 
 def results_of(*losses):
     curve = [{"tokens": 1, "flops": {"executed": 1}, "seconds": 1, "val_loss": 1}]
     runs = [[{"seed": s, "test_loss": loss, "curve": curve} for s, loss in enumerate(one)] for one in losses]
-    return _paired({"name": "a", "runs": runs[0]}, {"name": "b", "runs": runs[1]}, "test_loss", tables.main_axes([]))
+    a, b = ({"name": name, "runs": some} for name, some in zip("ab", runs, strict=True))
+    return _difference(a, b, "test_loss", tables.main_axes([]))
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_it_is_said_and_written(finished):
 
 def test_a_plot_shows_differences_of_bleu(finished, tmp_path):
     study_page.plot(finished[2], tmp_path / "plot.svg")
-    drawn = (tmp_path / "plot.svg").read_text()  # matplotlib writes each text beside its outline, as a comment
+    drawn = (tmp_path / "plot.svg").read_text()
     assert "colours: random − variable" in drawn and "difference of BLEU" in drawn
 
 

@@ -14,10 +14,10 @@ import pytest
 from safetensors.torch import load_file
 
 from vspdf.config import loading
-from vspdf.draw import svg
+from vspdf.draw import png, svg
 from vspdf.errors import UserError
 from vspdf.plan import cs2
-from vspdf.report import comparison, run_page
+from vspdf.report import comparison, run_page, weights
 from vspdf.runs import folder as runs_folder
 from vspdf.simulator import machine
 from vspdf.simulator.events.layer import corner
@@ -141,21 +141,21 @@ def test_an_unfinished_run_says_so(copy):
 @pytest.mark.parametrize("name", ["sparse-0", "three", "half"])
 def test_revived_weights(runs, name):
     run = runs_folder.read([runs / name])[0]
-    kept, revived = run_page._magnitudes(run.checkpoint / "model.safetensors", run.patterns)
+    kept, revived = weights.magnitudes(run.checkpoint / "model.safetensors", run.patterns)
     tensors = load_file(run.checkpoint / "model.safetensors")
     sizes = [0, 0]
     for layer, pattern in run.patterns.items():
         mask = pattern.mask()
         if f"{layer}.weight" in tensors:
-            weights = tensors[f"{layer}.weight"]
+            dense = tensors[f"{layer}.weight"]
             now = np.ones(pattern.shape, dtype=bool)
         else:  # still sparse: values where the later pattern has weights
             bits = np.unpackbits(tensors[f"{layer}.pattern"].numpy(), count=pattern.numel, bitorder="little")
             now = bits.astype(bool).reshape(pattern.shape)
-            weights = tensors[f"{layer}.values"].new_zeros(pattern.shape)
-            weights[now] = tensors[f"{layer}.values"]
-        assert np.isin(weights[mask].abs().numpy(), kept).all()
-        assert np.isin(weights[now & ~mask.numpy()].abs().numpy(), revived).all()
+            dense = tensors[f"{layer}.values"].new_zeros(pattern.shape)
+            dense[now] = tensors[f"{layer}.values"]
+        assert np.isin(dense[mask].abs().numpy(), kept).all()
+        assert np.isin(dense[now & ~mask.numpy()].abs().numpy(), revived).all()
         sizes[0] += pattern.nnz
         sizes[1] += int(now.sum()) - pattern.nnz
     assert [kept.size, revived.size] == sizes and 0 < np.median(revived) < np.median(kept)
@@ -163,10 +163,10 @@ def test_revived_weights(runs, name):
 
 
 def test_large_layers_are_sampled_all_over_their_rows():
-    taken = np.concatenate([np.arange(50_000)[rows] for rows in run_page._slices(50_000, 1000)])
-    assert len(taken) == len(set(taken)) <= run_page.SAMPLED / 1000
+    taken = np.concatenate([np.arange(50_000)[rows] for rows in weights.sample(50_000, 1000)])
+    assert len(taken) == len(set(taken)) <= weights.SAMPLED / 1000
     assert taken[0] == 0 and taken[-1] == 49_999 and np.diff(taken).max() < 10_000
-    assert [np.arange(9)[rows].size for rows in run_page._slices(9, 3)] == [9]
+    assert [np.arange(9)[rows].size for rows in weights.sample(9, 3)] == [9]
 
 
 def test_a_dense_run_has_no_masks(runs):
@@ -183,13 +183,23 @@ def test_names_are_escaped(copy):
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
 
 
+def test_all_of_the_training_loss_is_within_the_axis(runs):
+    (run,) = runs_folder.read([runs / "sparse-0"])
+    for chart in run_page._losses(comparison.arms_of([run]))["charts"]:
+        inside = next(chart.iter("svg")).find("svg")
+        top, bottom = svg.TOP, svg.HEIGHT - svg.BOTTOM
+        (training,) = (path for path in inside.iter("path") if "faint" in path.get("class"))
+        heights = [float(y) for y in re.findall(r"[\d.]+ ([\d.]+)", training.get("d"))]
+        assert len(heights) == 20 and all(top <= y <= bottom for y in heights)
+
+
 # -- several runs -----------------------------------------------------------------------------------------------------
 
 
 def test_seeds_are_arms_and_losses_are_compared_at_equal_budgets(runs):
     folders = [runs / name for name in ("dense-0", "dense-1", "sparse-0", "sparse-1")]
     read = runs_folder.read(folders)
-    assert [(arm.name, [run.label for run in arm.runs]) for arm in comparison._arms(read)] == [
+    assert [(arm.name, [run.label for run in arm.runs]) for arm in comparison.arms_of(read)] == [
         ("dense (2 runs)", ["dense-0", "dense-1"]),
         ("variable (2 runs)", ["sparse-0", "sparse-1"]),
     ]
@@ -202,9 +212,12 @@ def test_seeds_are_arms_and_losses_are_compared_at_equal_budgets(runs):
         (a, b) = ((line["flops"]["executed"], line["val_loss"]) for line in (body[max(i - 1, 0)], body[i]))
         losses.append(b[1] if a == b else a[1] + (b[1] - a[1]) * (budget - a[0]) / (b[0] - a[0]))
     sparse = losses[2:]
-    assert f"{np.mean(sparse):.4f} {min(sparse):.4f} to {max(sparse):.4f}" in words
+    mean, (low, high) = np.mean(sparse), comparison.interval(sparse)
+    assert f"{mean:.4f} {low:.4f} to {high:.4f}" in words
     pairs = [losses[2] - losses[0], losses[3] - losses[1]]
-    assert f"{np.mean(pairs):+.4f} {min(pairs):+.4f} to {max(pairs):+.4f}" in words
+    mean, (low, high) = np.mean(pairs), comparison.interval(pairs)
+    verdict = "not told apart" if low <= 0 <= high else "higher" if low > 0 else "lower"
+    assert f"{mean:+.4f} {low:+.4f} to {high:+.4f} {verdict}" in words
     orders = [json.loads((folder / "manifest.json").read_text())["order"] for folder in folders]
     assert orders[0] == orders[2] != orders[1] == orders[3]
     assert f"{orders[0][:16]} dense-0, sparse-0" in words and f"{orders[1][:16]} dense-1, sparse-1" in words
@@ -213,10 +226,11 @@ def test_seeds_are_arms_and_losses_are_compared_at_equal_budgets(runs):
 
 def test_no_loss_is_made_up_outside_the_evaluations(runs):
     (run,) = runs_folder.read([runs / "dense-0"])
-    x = [line["tokens"] for line in run.evaluations]
-    assert comparison.at(run, comparison.AXES[0], x[0] - 1, "val_loss") is None
-    assert comparison.at(run, comparison.AXES[0], x[-1] + 1, "val_loss") is None
-    assert comparison.at(run, comparison.AXES[0], x[1], "val_loss") == run.evaluations[1]["val_loss"]
+    points = comparison.evaluated(comparison.curve(run))
+    x = [point["tokens"] for point in points]
+    assert comparison.at(points, comparison.TOKENS, x[0] - 1) is None
+    assert comparison.at(points, comparison.TOKENS, x[-1] + 1) is None
+    assert comparison.at(points, comparison.TOKENS, x[1]) == run.evaluations[1]["val_loss"]
 
 
 def test_what_cannot_be_compared_is_not(runs, copy):
@@ -238,24 +252,18 @@ def test_what_cannot_be_compared_is_not(runs, copy):
 @pytest.mark.parametrize("shape", [(8, 8), (3, 13), (1, 1)], ids=str)
 def test_a_mask_survives_its_png(shape):
     mask = np.random.default_rng(0).random(shape) < 0.5
-    png = base64.b64decode(svg.mask_png(mask, (1, 2, 3)).partition(",")[2])
-    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    content = base64.b64decode(png.mask_png(mask, (1, 2, 3)).partition(",")[2])
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
     chunks, i = {}, 8
-    while i < len(png):
-        (size,) = struct.unpack_from(">I", png, i)
-        kind, data = png[i + 4 : i + 8], png[i + 8 : i + 8 + size]
-        assert struct.unpack_from(">I", png, i + 8 + size)[0] == zlib.crc32(kind + data)
+    while i < len(content):
+        (size,) = struct.unpack_from(">I", content, i)
+        kind, data = content[i + 4 : i + 8], content[i + 8 : i + 8 + size]
+        assert struct.unpack_from(">I", content, i + 8 + size)[0] == zlib.crc32(kind + data)
         chunks[kind], i = data, i + 12 + size
     assert struct.unpack(">IIBBBBB", chunks[b"IHDR"]) == (shape[1], shape[0], 1, 3, 0, 0, 0)
     rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), dtype=np.uint8).reshape(shape[0], -1)
     assert not rows[:, 0].any()
     assert np.array_equal(np.unpackbits(rows[:, 1:], axis=1, count=shape[1]).astype(bool), mask)
-
-
-def test_ticks_are_round_and_inside():
-    assert svg.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
-    assert svg.ticks(2.13, 2.61) == pytest.approx([2.2, 2.3, 2.4, 2.5, 2.6])
-    assert svg.ticks(5, 5) == [5]
 
 
 # -- while training ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import vspdf as package
-from vspdf.draw.svg import rgba_png
+from vspdf.draw.png import rgba_png
+from vspdf.draw.svg import markup
 from vspdf.errors import UserError
 from vspdf.simulator import machine as machines
 from vspdf.simulator import simulate, validate
@@ -218,12 +219,11 @@ def test_a_time_line_ends_where_events_were_no_longer_noted(monkeypatch):
     with tracing():
         region = programs.reduce(CS2, np.ones((6, 300), np.float32), 3).region
     whole = len(region.trace_events())
-    assert pictures.shown_cycles(region) == region.cycles and f"of {region.cycles:,}" not in pictures.time_line_html(
-        region
-    )
+    assert pictures.shown_cycles(region) == region.cycles
+    assert f"of {region.cycles:,}" not in markup(pictures.time_line_chart(region))
     monkeypatch.setattr(pictures, "MOST_EVENTS", whole)  # as if more had been cut off
     assert pictures.shown_cycles(region) == region.trace_events()[-1, 1] < region.cycles
-    assert f"the first {whole:,} events go, of {region.cycles:,}" in pictures.time_line_html(region)
+    assert f"the first {whole:,} events go, of {region.cycles:,}" in markup(pictures.time_line_chart(region))
 
 
 @pytest.mark.parametrize("side", [2, 7], ids=["every PE", "some PEs, cycles binned"])

@@ -60,21 +60,21 @@ def _usage_error(error: Any) -> str:
     return " ".join((message[:1].lower() + message[1:]).split())
 
 
+for program in programs.PROGRAMS:
+    simulate.simulate.command(cls=Verb)(program)
 for verb in (
     train.train,
     tasks.evaluate,
     runs.report,
-    runs.convert,
-    plan.plan,
     train.finetune,
     tasks.generate,
     tasks.bleu,
+    runs.compare,
+    programs.validate,
+    runs.convert,
+    plan.plan,
+    runs.info,
 ):
     app.command(name="eval" if verb is tasks.evaluate else None, cls=Verb)(verb)
-for program in programs.PROGRAMS:
-    simulate.simulate.command(cls=Verb)(program)
 app.add_typer(simulate.simulate, name="simulate")
-app.command(cls=Verb)(runs.compare)
 app.add_typer(bench.bench, name="bench")
-app.command(cls=Verb)(programs.validate)
-app.command(cls=Verb)(runs.info)

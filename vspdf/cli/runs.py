@@ -23,7 +23,7 @@ def compare(
     ] = None,
     minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop after so long; run it again to go on.")] = None,
     results: Annotated[bool, typer.Option("--results", help="Show the results kept beside it; run nothing.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Also draw loss over tokens and FLOPs here (PNG, SVG).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw losses and differences here (SVG).")] = None,
     as_json: Json = False,
 ) -> None:
     """Several ways to train, over seeds, on the same data in the same order: tuned, run, told apart where they differ.
@@ -43,6 +43,8 @@ def compare(
     from vspdf.compare.results import read
     from vspdf.report import study_page
 
+    if plot:
+        study_page.check_plot(plot)
     if results:
         body = read(studies.load(study, changes or []))
     else:

@@ -241,20 +241,26 @@ def load(source: str | Path, changes: Sequence[str] = ()) -> Study:
         not fine_tunings or {*tuning_seeds} <= {*seeds},
         "with 'tasks', 'tuning_seeds' must be among 'seeds': fine-tuning is tuned on runs that are there.",
     )
-    chosen_pairs = body.get("pairs", [[name, first.name] for name in read if name != first.name])
-    require(
-        isinstance(chosen_pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in chosen_pairs),
-        "'pairs' must be a list of pairs of arms, e.g. [[variable, spdf]].",
-    )
-    for pair in chosen_pairs:
-        for name in pair:
-            require(name in read, f"pairs: no arm '{name}'.{did_you_mean(str(name), read)}")
-        require(pair[0] != pair[1], f"pairs: '{pair[0]}' is paired with itself.")
     return Study(
         str(body.get("name", path.stem)), path, about.strip(), read, seeds, tuning_seeds,
-        tuple((a, b) for a, b in chosen_pairs), {name: arm.task for name, arm in fine_tunings.items() if arm.task},
+        _pairs(body, read, where), {name: arm.task for name, arm in fine_tunings.items() if arm.task},
         fine_tunings, tuple(changes),
     )  # fmt: skip
+
+
+def _pairs(body: Form, read: dict[str, Arm], where: str) -> tuple[tuple[str, str], ...]:
+    """The pairs of arms to compare; without a word about them, each other arm with the first."""
+    first = next(iter(read))
+    pairs = body.get("pairs", [[name, first] for name in read if name != first])
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise UserError(f"{where}: 'pairs' must be a list of pairs of arms, e.g. [[variable, spdf]].")
+    for a, b in pairs:
+        for name in (a, b):
+            if name not in read:
+                raise UserError(f"{where}: pairs: no arm '{name}'.{did_you_mean(str(name), read)}")
+        if a == b:
+            raise UserError(f"{where}: pairs: '{a}' is paired with itself.")
+    return tuple((a, b) for a, b in pairs)
 
 
 def _common_of(name: str, path: Path) -> Any:

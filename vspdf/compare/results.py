@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vspdf import ledger
 from vspdf.compare.definition import Arm, Study
 from vspdf.compare.tuning import Tuning, tuned
@@ -19,48 +17,9 @@ from vspdf.config import resolve
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.errors import UserError
 from vspdf.kernels import hardware
-from vspdf.report.tables import _LOSSES, COLUMNS, Axis, main_axes
-from vspdf.runs.folder import Run
-
-LEVEL = 0.95  # of confidence intervals
-
-
-# -- statistics -------------------------------------------------------------------------------------------------------
-
-
-def student_t(p: float, degrees: int) -> float:
-    """The two-sided quantile of Student's t: ``|t|`` stays below it with probability `p`.
-
-    From the finite sums for whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4), by bisection.
-    """
-
-    def inside(t: float) -> float:
-        theta = math.atan(t / math.sqrt(degrees))
-        odd = degrees % 2
-        term, total = math.cos(theta) ** odd, 0.0
-        for power in range(odd, degrees - 1, 2):
-            total += term
-            term *= math.cos(theta) ** 2 * (power + 1) / (power + 2)
-        total *= math.sin(theta)
-        return 2 / math.pi * (theta + total) if odd else total
-
-    low, high = 0.0, 1.0
-    while inside(high) < p:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < p else (low, middle)
-    return (low + high) / 2
-
-
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Confidence interval of the mean (Student's t over the values); None for less than two."""
-    if len(values) < 2:
-        return None
-    reach = student_t(LEVEL, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    mean = statistics.fmean(values)
-    return mean - reach, mean + reach
-
+from vspdf.report.comparison import Axis, at, curve, evaluated, paired, spread
+from vspdf.report.tables import LOSSES, main_axes
+from vspdf.runs.folder import COLUMNS, Run
 
 # -- what finished runs say -------------------------------------------------------------------------------------------
 
@@ -105,7 +64,7 @@ def collect(study: Study, root: Path, jobs: int | None = None) -> dict[str, Any]
         "seeds": list(study.seeds),
         "tuning_seeds": list(study.tuning_seeds),
         "arms": arms,
-        "paired": [_paired(_named(arms, a), _named(arms, b), "test_loss", axes) for a, b in trained],
+        "paired": [_difference(_named(arms, a), _named(arms, b), "test_loss", axes) for a, b in trained],
         "tasks": tasks,
         "corpus": corpora[0] if corpora else None,
         "jobs": jobs,
@@ -136,21 +95,10 @@ def _arm(study: Study, root: Path, arm: Arm) -> dict[str, Any]:
         "tuned": state.chosen,
         "at_the_edge": state.at_the_edge(arm),
         "trials": [{"values": trial.values, "val_loss": _finite(trial.losses)} for trial in state.trials],
-        "test_loss": _spread([run["test_loss"] for run in whole]),
+        "test_loss": spread([run["test_loss"] for run in whole]),
         "flops": {**whole[0]["flops"], **whole[0]["flops_by_convention"]} if whole else None,
         "relative_flops": None,  # to the first arm's, by convention and column
         "runs": runs,
-    }
-
-
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean, standard deviation and interval of the mean."""
-    around = interval(values)
-    return {
-        "mean": statistics.fmean(values) if values else None,
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-        "low": around[0] if around else None,
-        "high": around[1] if around else None,
     }
 
 
@@ -163,19 +111,19 @@ def _run(folder: Path) -> dict[str, Any]:
     """A finished run. Its curve is what was logged while it trained, on `train.eval_tokens` of the validation text."""
     run = Run(folder)
     known, shape = run.evaluation, run.shape
-    curve = []
-    for line in run.evaluations:
-        stages = _stages_until(run.config, line["tokens"])
-        totals = {name: ledger.training_flops(shape, stages, convention=name) for name in ledger.CONVENTIONS}
-        curve.append({
-            **{key: line[key] for key in ("step", "tokens", "val_loss", "flops")},
-            "seconds": line["training_seconds"], "cpu_seconds": line.get("training_cpu_seconds"),
-            "flops_by_convention": totals,
+    points = []
+    for point in evaluated(curve(run)):
+        stages = _stages_until(run.config, point["tokens"])
+        points.append({
+            **{key: point[key] for key in ("step", "tokens", "val_loss", "flops", "seconds", "cpu_seconds")},
+            "flops_by_convention": {
+                name: ledger.training_flops(shape, stages, convention=name) for name in ledger.CONVENTIONS
+            },
         })  # fmt: skip
     last = run.lines[-1] if run.lines else {"tokens": 0, "training_seconds": 0.0, "flops": dict.fromkeys(COLUMNS, 0)}
     return {
         "seed": run.config.seed,
-        **{key: known.get(key) for key in _LOSSES},
+        **{key: known.get(key) for key in LOSSES},
         **({"diverged": known["diverged"]} if "diverged" in known else {}),
         "tokens": last["tokens"],
         "seconds": last["training_seconds"],
@@ -183,12 +131,12 @@ def _run(folder: Path) -> dict[str, Any]:
         "threads": run.config.train.threads if run.config.train.device == "cpu" else None,
         "load_average": known.get("load_average"),
         "flops": last["flops"],
-        "flops_by_convention": curve[-1]["flops_by_convention"] if curve else None,
+        "flops_by_convention": points[-1]["flops_by_convention"] if points else None,
         "order": run.manifest["order"],
         "corpus": {key: run.manifest[key] for key in ("corpus", "tokenizer", "train", "validation", "test")},
         "machine": {key: run.summary.get(key) for key in ("hardware", "versions")},
         "parameters": shape.parameters,
-        "curve": curve,
+        "curve": points,
     }
 
 
@@ -222,13 +170,13 @@ def _task(study: Study, root: Path, name: str) -> dict[str, Any]:
         arms.append({
             "name": arm.name, "tuned": state.chosen, "at_the_edge": state.at_the_edge(study.fine_tunings[name]),
             "trials": [{"values": trial.values, "val_loss": _finite(trial.losses)} for trial in state.trials],
-            "bleu": _spread([run["bleu"] for run in whole]),
-            "test_loss": _spread([run["test_loss"] for run in whole]), "runs": runs,
+            "bleu": spread([run["bleu"] for run in whole]),
+            "test_loss": spread([run["test_loss"] for run in whole]), "runs": runs,
         })  # fmt: skip
     return {
         "name": name, "protocol": task.protocol, "decoding": asdict(task.decoding), "sizes": sizes,
         "bleu_of_contexts": copied, "arms": arms,
-        "paired": [_paired(_named(arms, a), _named(arms, b), "bleu") for a, b in study.pairs],
+        "paired": [_difference(_named(arms, a), _named(arms, b), "bleu") for a, b in study.pairs],
     }  # fmt: skip
 
 
@@ -244,7 +192,7 @@ def _fine_tuned(run: Run, known: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _paired(a: dict[str, Any], b: dict[str, Any], key: str, axes: Sequence[Axis] = ()) -> dict[str, Any]:
+def _difference(a: dict[str, Any], b: dict[str, Any], key: str, axes: Sequence[Axis] = ()) -> dict[str, Any]:
     """The difference a − b of `key` on the test part, seed by seed, on the seeds that both have finished.
 
     `at_equal` has the differences of validation losses while training, where both had spent what the shorter one spent
@@ -253,20 +201,11 @@ def _paired(a: dict[str, Any], b: dict[str, Any], key: str, axes: Sequence[Axis]
     theirs = {run["seed"]: run for run in b["runs"] if run[key] is not None}
     both = [(run, theirs[run["seed"]]) for run in a["runs"] if run[key] is not None and run["seed"] in theirs]
     differences = [mine[key] - other[key] for mine, other in both]
-    around = interval(differences)
-    if not both:
-        verdict = "not run yet"
-    elif around is None:
-        verdict = "one seed: no interval"
-    elif around[0] <= 0 <= around[1]:
-        verdict = "not told apart"
-    else:
-        verdict = "lower" if around[1] < 0 else "higher"
+    body = paired(differences)
     return {
         "a": a["name"], "b": b["name"],
-        "mean": statistics.fmean(differences) if both else None,
-        "low": around[0] if around else None, "high": around[1] if around else None,
-        "seeds": [run["seed"] for run, _ in both], "differences": differences, "verdict": verdict,
+        "mean": body["mean"], "low": body["low"], "high": body["high"],
+        "seeds": [run["seed"] for run, _ in both], "differences": differences, "verdict": body["verdict"],
         "at_equal": {axis.name: _at_equal(both, axis) for axis in axes} if both else {},
     }  # fmt: skip
 
@@ -275,19 +214,13 @@ def _at_equal(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], axis: Axis
     differences, budgets = [], []
     for a, b in pairs:
         budget = min(axis.value(run["curve"][-1]) for run in (a, b))
-        if budget < max(axis.value(run["curve"][0]) for run in (a, b)):
+        mine, theirs = at(a["curve"], axis, budget), at(b["curve"], axis, budget)
+        if mine is None or theirs is None:
             return {"budget": budget, "mean": None, "low": None, "high": None}
-        at = [
-            float(np.interp(budget, [axis.value(p) for p in run["curve"]], [p["val_loss"] for p in run["curve"]]))
-            for run in (a, b)
-        ]
-        differences.append(at[0] - at[1])
+        differences.append(mine - theirs)
         budgets.append(budget)
-    around = interval(differences)
-    return {
-        "budget": statistics.fmean(budgets), "mean": statistics.fmean(differences),
-        "low": around[0] if around else None, "high": around[1] if around else None,
-    }  # fmt: skip
+    body = paired(differences)
+    return {"budget": statistics.fmean(budgets), **{key: body[key] for key in ("mean", "low", "high")}}
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

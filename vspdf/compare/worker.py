@@ -24,7 +24,6 @@ from vspdf.errors import Diverged, Interrupted, UserError
 from vspdf.evaluate import answers
 from vspdf.evaluate.generate import Decoding
 from vspdf.evaluate.loss import evaluate
-from vspdf.files import write_whole
 from vspdf.interop import checkpoints, hugging_face
 from vspdf.interop.checkpoints import Loaded
 from vspdf.kernels.hardware import device
@@ -90,7 +89,7 @@ def _answered(loaded: Loaded, data: ResolvedTask, task: dict[str, Any], folder: 
     examples = pairs.parts(data)["test"]
     prompts = answers.Prompts([example.context for example in examples], answering=True)
     lines = answers.answer(loaded.model, loaded.tokenizer, prompts, Decoding(**task["decoding"])).lines
-    write_whole(folder / "answers.txt", "".join(f"{line}\n" for line in lines))
+    Writer(folder).answers(lines)
     return answers.scored(lines, examples, task["protocol"])
 
 

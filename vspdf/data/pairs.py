@@ -206,7 +206,7 @@ class Pairs(Samples):
         self._cumulated: dict[int, np.ndarray] = {}
 
     def for_test(self) -> Pairs:
-        """The same with the test's pairs in the place of those for validation."""
+        """These pairs with the test's in the place of those for validation."""
         if not self._test:
             raise UserError("there are no test pairs: data.test_fraction is 0.")
         other = copy.copy(self)

@@ -52,7 +52,7 @@ class Samples:
             )
 
     def window_ids(self, start: int, count: int) -> np.ndarray:
-        """Which windows samples `start` to `start + count - 1` are, int64: what `batch` reads."""
+        """Numbers of the windows that samples `start` to `start + count - 1` are, int64: what `batch` reads."""
         if start < 0 or count < 0:
             raise UserError(f"Samples are counted from 0, not from {start} to {start + count}.")
         self.check(start + count)

@@ -180,7 +180,7 @@ class Dataset(Samples):
         return _windows(self._tokens.train, self.window_ids(start, count), self.sequence_length)
 
     def for_test(self) -> Dataset:
-        """The same with the test's documents in the place of those for validation.
+        """This text with the test's documents in the place of those for validation.
 
         Raises
         ------

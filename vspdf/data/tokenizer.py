@@ -147,7 +147,7 @@ class Tokenizer:
         return self._model.to_str()
 
     def same_vocabulary(self, other: Tokenizer) -> bool:
-        """Whether each id stands for the same token in both."""
+        """Tells whether each id stands for the same token in both."""
         return self._model.get_vocab(with_added_tokens=True) == other._model.get_vocab(with_added_tokens=True)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -201,7 +201,7 @@ def _reading(what: str, expected: str) -> Iterator[None]:
 
 
 def tokenizer_maker(spec: str) -> tuple[str, Callable[[Iterable[str]], Tokenizer]]:
-    """What `data.tokenizer` asks for.
+    """Finds what `data.tokenizer` asks for.
 
     Returns
     -------
@@ -242,7 +242,7 @@ def _digest(*files: Path) -> str:
 
 
 def check_tokenizer(tokenizer: Tokenizer, shape: Shape, where: str, end: Any = None) -> None:
-    """Whether a tokenizer fits a model; `end` is the token that ends documents where that is known.
+    """Refuses a tokenizer that does not fit a model; `end` is the token that ends documents where that is known.
 
     Raises
     ------

@@ -50,7 +50,7 @@ def _key(content: bytes) -> int:
 
 
 def held_out(keys: np.ndarray, sizes: np.ndarray, fraction: float) -> np.ndarray:
-    """Which documents are for validation, by their content alone.
+    """Chooses the documents for validation, by their content alone.
 
     In the order of their hash, each document that `fraction` of all bytes still has room for. Equal documents go to the
     same side. At least one goes to either side.
@@ -93,7 +93,7 @@ TRAIN, VALIDATION, TEST = range(3)
 
 
 def split(keys: np.ndarray, sizes: np.ndarray, validation: float, test: float = 0.0) -> np.ndarray:
-    """Which part each document belongs to: those for the test are chosen like those for validation, from what is left.
+    """Assigns each document to its part: those for the test are chosen like those for validation, from what is left.
 
     Validation documents are the same with and without a test part.
 

@@ -1,25 +1,47 @@
-"""A whole HTML page that needs no network: the frame around what reports and programs draw."""
+"""A whole HTML page that needs no network, from a template; whatever is put into one is escaped."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
+from functools import cache
 from pathlib import Path
-from string import Template
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from vspdf.draw import svg
+
+TEMPLATES = Path(__file__).with_name("templates")  # the frame of every page, and macros for its parts
 
 
-def page(title: str, body: Sequence[str]) -> str:
-    """A whole page, styles and all, around the HTML of its sections."""
-    template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    return template.substitute(title=escape(title), body="\n".join(body))
+def render(template: Path, **context: Any) -> str:
+    """Fills a template with what it asks for.
+
+    Parameters
+    ----------
+    template : Path
+        It may extend ``page.html`` and import ``macros.html``, and takes templates from its own folder.
+    **context
+        Text is escaped. Charts are elements, placed by the filter ``svg``.
+
+    Returns
+    -------
+    str
+        The page.
+
+    Raises
+    ------
+    jinja2.UndefinedError
+        If the template asks for something that is not there.
+    """
+    return _environment(template.parent).get_template(template.name).render(context)
 
 
-def section(title: str, content: str, note: str = "") -> str:
-    """A part of a page: heading, HTML, and a note in small print."""
-    note = f'<p class="note">{note}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{content}{note}</section>"
-
-
-def figure(drawing: str, caption: str = "") -> str:
-    """A chart with its caption."""
-    return f"<figure>{drawing}{f'<figcaption>{caption}</figcaption>' if caption else ''}</figure>"
+@cache
+def _environment(folder: Path) -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader([folder, TEMPLATES]), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["svg"] = lambda chart: Markup(svg.markup(chart))
+    return environment

@@ -18,7 +18,7 @@ _LOWERED = "relations of triples are in lower case, as in the fine-tuning (data.
 
 
 class Prompts(NamedTuple):
-    """What a model is to go on from.
+    """Texts that a model is to answer, or to go on from.
 
     Attributes
     ----------
@@ -35,7 +35,7 @@ class Prompts(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What a model said: a line of text for each prompt, spaces joined, and how many tokens all of them were."""
+    """The answers of a model: a line of text for each prompt, spaces joined, and how many tokens all of them were."""
 
     lines: list[str]
     tokens: int
@@ -99,7 +99,7 @@ def answer(
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Answers:
-    """What a model answers to each prompt, on one line.
+    """Lets a model answer each prompt, on one line.
 
     Parameters
     ----------
@@ -134,7 +134,7 @@ def go_on(
     overlong: str = "refuse",
     say: Callable[[str], None] = lambda line: None,
 ) -> Answers:
-    """One text and what a model says after it, as it stands; sampling may leave the model's window behind.
+    """Lets a model go on from one text, and returns both as they stand; sampling may leave the model's window behind.
 
     Parameters
     ----------

@@ -17,7 +17,7 @@ Tokens = list[int]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next token is chosen.
+    """The way that the next token is chosen.
 
     The defaults of beam search are those of the LoRA paper's data-to-text experiments (arXiv:2106.09685).
     """

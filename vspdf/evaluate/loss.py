@@ -14,12 +14,14 @@ from vspdf.data.samples import ValidationBatch
 
 
 class Evaluation(NamedTuple):
+    """Mean loss of a model over held-out text."""
+
     loss: float  # nats per token
     bits_per_byte: float  # of the text itself, so that tokenizers compare
 
 
 class HeldOut(Protocol):
-    """What is asked of data: batches of held-out text, always the same."""
+    """Data that a model can be evaluated on: batches of held-out text, always the same."""
 
     def validation_batches(self, batch_size: int, max_tokens: int = 0) -> Iterator[ValidationBatch]: ...
 

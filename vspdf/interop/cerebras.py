@@ -42,7 +42,7 @@ _OPTIMIZER = ("optimizer_type", "betas", "beta1", "beta2", "eps", "weight_decay"
 
 
 def is_cerebras(body: Any) -> bool:
-    """Whether a YAML file's content is a configuration of the Cerebras stack."""
+    """Tells whether a YAML file's content is a configuration of the Cerebras stack."""
     if not isinstance(body, dict):
         return False
     model = body.get("model")

@@ -38,7 +38,7 @@ class Loaded(NamedTuple):
 
 
 def kind(path: Path) -> str:
-    """What a path holds: "checkpoint" (of ours: a run directory or a step folder), "hugging-face" or "cerebras".
+    """Names what a path holds: "checkpoint" (of ours: a run directory or a step folder), "hugging-face" or "cerebras".
 
     Raises
     ------

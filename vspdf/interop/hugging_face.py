@@ -45,7 +45,7 @@ _SIZES = {"n_layer": "n_layer", "d_model": "n_embd", "n_head": "n_head", "d_ff":
 
 
 class Scales(NamedTuple):
-    """What a configuration multiplies that our GPT does not: embeddings, logits, and the scores of each layer."""
+    """Factors of a configuration that our GPT does not have: embeddings, logits, and the scores of each layer."""
 
     embeddings: float
     logits: float

@@ -194,7 +194,7 @@ def finalize(tensors: Mapping[str, Tensor], where: str = "the checkpoint") -> Fi
 
 
 def finalize_tree(tree: Any, where: str = "the checkpoint") -> tuple[Any, dict[str, Tensor]]:
-    """As `finalize`, for nested dicts and lists; returns the same nesting, and masks by dotted name."""
+    """Does what `finalize` does to nested dicts and lists; returns the same nesting, and masks by dotted name."""
     clean, masks = finalize(flatten(tree), where)
     return _rebuild(tree, clean, ""), masks
 

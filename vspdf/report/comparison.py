@@ -1,28 +1,131 @@
-"""Runs side by side: arms, the axis they are compared on, and paired differences."""
+"""The statistics of comparisons, of runs side by side and of studies: axes, arms, paired differences, intervals."""
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from vspdf import ledger
 from vspdf.config import loading
 from vspdf.config.loading import FREE_TO_CHANGE
-from vspdf.draw.page import section as section
-from vspdf.draw.words import scale
 from vspdf.runs.folder import Run
 
-Axis = tuple[str, str, Callable[[dict[str, Any]], float]]  # name, unit, value of a line of metrics
-AXES: tuple[Axis, ...] = (
-    ("tokens", "tokens", lambda line: line["tokens"]),
-    ("executed FLOPs", "FLOP", lambda line: line["flops"]["executed"]),
-    ("training time", "s", lambda line: line["training_seconds"]),
+LEVEL = 0.95  # of confidence intervals
+
+# -- what losses are compared against ---------------------------------------------------------------------------------
+
+Point = Mapping[str, Any]  # what a run had spent when it was evaluated, and its losses then
+
+
+class Axis(NamedTuple):
+    """What losses are drawn and compared against: a value of each point of a curve, with its unit."""
+
+    name: str
+    unit: str
+    value: Callable[[Point], float]
+
+    def along(self, curve: Iterable[Point]) -> list[float]:
+        """The values of a curve's points."""
+        return [self.value(point) for point in curve]
+
+
+TOKENS = Axis("tokens", "tokens", lambda point: point["tokens"])
+EXECUTED = Axis("executed FLOPs", "FLOP", lambda point: point["flops"]["executed"])
+# Two clocks for training steps. Other work on the machine spoils the first; where a run has one thread it leaves the
+# second almost alone, so that several may run side by side.
+WALL = Axis("training time", "s", lambda point: point["seconds"])
+CPU = Axis("CPU time of one thread", "s", lambda point: point["cpu_seconds"])
+WEIGHTS = Axis("weight-FLOPs", "FLOP", lambda point: point["flops_by_convention"]["linear"])
+OTHER_AXES = (
+    Axis("FLOPs as if dense", "FLOP", lambda point: point["flops"]["dense"]),
+    Axis("useful FLOPs", "FLOP", lambda point: point["flops"]["useful"]),
+    *(
+        Axis(f"FLOPs, convention {name}", "FLOP", lambda point, name=name: point["flops_by_convention"][name])  # type: ignore[misc]
+        for name in ledger.CONVENTIONS
+    ),
 )
+AXES = (TOKENS, EXECUTED, WALL)  # of runs side by side
+
+
+def curve(run: Run) -> list[dict[str, Any]]:
+    """A point for each logged step of a run; `val_loss` and `val_bits_per_byte` where it was evaluated.
+
+    Returns
+    -------
+    list of dict
+        With `step`, `tokens`, `loss`, `flops` by column, `seconds` and `cpu_seconds` (None where an older run did not
+        count them) of the training steps so far.
+    """
+    keys = ("step", "tokens", "loss", "flops", "val_loss", "val_bits_per_byte")
+    return [
+        {key: line[key] for key in keys if key in line}
+        | {"seconds": line["training_seconds"], "cpu_seconds": line.get("training_cpu_seconds")}
+        for line in run.lines
+    ]
+
+
+def evaluated(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points of a curve at which the model was evaluated."""
+    return [point for point in points if "val_loss" in point]
+
+
+def at(points: Sequence[Point], axis: Axis, budget: float, key: str = "val_loss") -> float | None:
+    """A figure of a curve where so much was spent on an axis, between its evaluations; None outside them."""
+    x = axis.along(points)
+    if not x or not x[0] <= budget <= x[-1] * (1 + 1e-9):
+        return None
+    return float(np.interp(budget, x, [point[key] for point in points]))
+
+
+# -- means and their intervals ----------------------------------------------------------------------------------------
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % confidence interval of a mean, by Student's t over the values; None for less than two."""
+    if len(values) < 2:
+        return None
+    from scipy.special import stdtrit  # scipy.stats takes a second to import
+
+    reach = float(stdtrit(len(values) - 1, (1 + LEVEL) / 2)) * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return mean - reach, mean + reach
+
+
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    """The `mean` of values, their standard deviation `std`, and the interval of the mean from `low` to `high`."""
+    around = interval(values)
+    return {
+        "mean": statistics.fmean(values) if values else None,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "low": around[0] if around else None,
+        "high": around[1] if around else None,
+    }
+
+
+def paired(differences: Sequence[float]) -> dict[str, Any]:
+    """Differences a − b of pairs: `mean`, `low` and `high` of its interval, and the `verdict` of a.
+
+    It is called lower or higher only where the interval leaves out zero.
+    """
+    body = spread(differences)
+    if not differences:
+        verdict = "not run yet"
+    elif body["low"] is None or body["high"] is None:
+        verdict = "one seed: no interval"
+    elif body["low"] <= 0 <= body["high"]:
+        verdict = "not told apart"
+    else:
+        verdict = "lower" if body["high"] < 0 else "higher"
+    return {key: body[key] for key in ("mean", "low", "high")} | {"verdict": verdict}
+
+
+# -- runs side by side ------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -33,7 +136,8 @@ class Arm:
     runs: list[Run]
 
 
-def _arms(runs: Sequence[Run]) -> list[Arm]:
+def arms_of(runs: Sequence[Run]) -> list[Arm]:
+    """Puts runs that are seeds of each other together, in the order in which they were given."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         body = loading.to_dict(run.config)
@@ -54,106 +158,43 @@ def _arms(runs: Sequence[Run]) -> list[Arm]:
     return arms
 
 
-def _measure(runs: Iterable[Run]) -> tuple[str, str]:
-    """Key and name of the validation figure that these runs share: tokens differ between tokenizers, bytes do not."""
+def measure(runs: Iterable[Run]) -> tuple[str, str]:
+    """Key and name of the validation figure that runs share: tokens differ between tokenizers, bytes do not."""
     same = len({json.dumps(run.manifest["tokenizer"], sort_keys=True) for run in runs}) == 1
     return ("val_loss", "loss (nats a token)") if same else ("val_bits_per_byte", "bits a byte")
 
 
-# -- comparison -------------------------------------------------------------------------------------------------------
+class Comparison(NamedTuple):
+    """Arms at equal budgets: a column for each axis, with what the run that spent least had spent.
+
+    `spreads` holds each arm's figures in every column and at its own end, None where a run has none there;
+    `differences` those from the first arm, of runs that read the same tokens in the same order.
+    """
+
+    budgets: list[tuple[Axis, float]]
+    spreads: dict[str, list[dict[str, Any] | None]]
+    differences: dict[str, list[dict[str, Any]]]
 
 
-def at(run: Run, axis: Axis, budget: float, key: str) -> float | None:
-    """Validation figure of a run where it had spent `budget` on an axis, between its evaluations; None outside them."""
-    x = [axis[2](line) for line in run.evaluations]
-    if not x or not x[0] <= budget <= x[-1] * (1 + 1e-9):
-        return None
-    return float(np.interp(budget, x, [line[key] for line in run.evaluations]))
-
-
-def _comparison(arms: Sequence[Arm]) -> str:
-    runs = [run for arm in arms for run in arm.runs]
-    title = "Comparison"
-    order = _same_order(runs)
-    if len({run.manifest["corpus"]["sha256"] for run in runs}) > 1:
-        return section(title, order, "The corpora differ, so losses are not compared.")
-    if not all(run.evaluations for run in runs):
-        return section(title, order, "Losses are compared once every run has been evaluated.")
-    key, name = _measure(runs)
-    head = ["<th>run</th>"]
-    cells: dict[str, list[str]] = {arm.name: [] for arm in arms}
-    pairs: dict[str, list[str]] = {arm.name: [] for arm in arms[1:]}
-    for axis in AXES:
-        budget = min(axis[2](run.evaluations[-1]) for run in runs)
-        divisor, unit = scale(budget, axis[1])
-        head.append(f"<th>at equal {axis[0]}<br><small>{budget / divisor:.3g} {unit}</small></th>")
-        for arm in arms:
-            cells[arm.name].append(_spread([at(run, axis, budget, key) for run in arm.runs]))
-        for arm in arms[1:]:
-            pairs[arm.name].append(_paired(arms[0], arm, axis, budget, key))
-    head.append("<th>at its own end</th>")
+def compare(arms: Sequence[Arm], key: str) -> Comparison:
+    """Compares arms by a validation figure; every run must have been evaluated."""
+    curves = {run.folder: evaluated(curve(run)) for arm in arms for run in arm.runs}
+    budgets = [(axis, min(axis.value(points[-1]) for points in curves.values())) for axis in AXES]
+    spreads: dict[str, list[dict[str, Any] | None]] = {}
+    differences: dict[str, list[dict[str, Any]]] = {}
+    partners = {run.manifest["order"]: run for run in arms[0].runs}
     for arm in arms:
-        cells[arm.name].append(_spread([run.evaluations[-1][key] for run in arm.runs]))
-    rows = "".join(
-        f'<tr><td><i class="c{i % 8}"></i> {escape(arm.name)}</td>'
-        + "".join(f"<td>{cell}</td>" for cell in cells[arm.name])
-        + "</tr>"
-        for i, arm in enumerate(arms)
-    )
-    table = f'<div class="scroll"><table><tr>{"".join(head)}</tr>{rows}</table></div>'
-    if any(cell for row in pairs.values() for cell in row):
-        rows = "".join(
-            f"<tr><td>{escape(name)}</td>" + "".join(f"<td>{cell or '–'}</td>" for cell in row) + "</tr>"
-            for name, row in pairs.items()
-        )
-        table += (
-            f"<h3>Difference from {escape(arms[0].name)}, same data order</h3>"
-            f'<div class="scroll"><table><tr>{"".join(head[:-1])}</tr>{rows}</table></div>'
-        )
-    notes = [
-        f"Validation {name}, interpolated between evaluations; below a mean: lowest to highest of the seeds; –: "
-        "a run had not been evaluated so early.",
-        "The budget is the smallest that any run spent in all: a run that went on is read in the middle of its "
-        "learning rate schedule there, which makes it look worse than one that was planned to end there.",
-    ]
-    if len({run.config.train.eval_tokens for run in runs}) > 1:
-        notes.append("<b>The runs were evaluated on different amounts of text (train.eval_tokens).</b>")
-    machines = {json.dumps(run.summary.get("hardware"), sort_keys=True) for run in runs}
-    if len(machines) > 1:
-        notes.append("<b>Hardware or threads differ, or are not known yet: equal time means little.</b>")
-    return section(title, order + table, " ".join(notes))
-
-
-def _same_order(runs: Sequence[Run]) -> str:
-    orders: dict[str, list[str]] = {}
-    for run in runs:
-        orders.setdefault(run.manifest["order"], []).append(run.label)
-    if len(orders) == 1:
-        return f"<p>All runs read the same tokens in the same order: hash <code>{next(iter(orders))[:16]}</code>.</p>"
-    rows = "".join(
-        f"<tr><td><code>{order[:16]}</code></td><td>{escape(', '.join(labels))}</td></tr>"
-        for order, labels in orders.items()
-    )
-    return (
-        "<p>Runs beside the same hash read the same tokens in the same order.</p>"
-        f'<div class="scroll"><table class="facts"><tr><th>data order</th><th>runs</th></tr>{rows}</table></div>'
-    )
-
-
-def _paired(base: Arm, arm: Arm, axis: Axis, budget: float, key: str) -> str:
-    partner = {run.manifest["order"]: run for run in base.runs}
-    differences = []
-    for run in arm.runs:
-        other = partner.get(run.manifest["order"])
-        mine, theirs = at(run, axis, budget, key), at(other, axis, budget, key) if other else None
-        if mine is not None and theirs is not None:
-            differences.append(mine - theirs)
-    return _spread(differences, "+.4f") if differences else ""
-
-
-def _spread(values: Sequence[float | None], form: str = ".4f") -> str:
-    known = [value for value in values if value is not None]
-    if len(known) < len(values) or not known:
-        return "–"
-    mean = f"{statistics.mean(known):{form}}"
-    return mean if len(known) == 1 else f"{mean}<br><small>{min(known):{form}} to {max(known):{form}}</small>"
+        columns = [[at(curves[run.folder], axis, budget, key) for run in arm.runs] for axis, budget in budgets]
+        columns.append([curves[run.folder][-1][key] for run in arm.runs])
+        known = [[value for value in column if value is not None] for column in columns]
+        spreads[arm.name] = [spread(k) if len(k) == len(c) else None for k, c in zip(known, columns, strict=True)]
+        pairs = [(run, partners[run.manifest["order"]]) for run in arm.runs if run.manifest["order"] in partners]
+        if arm is not arms[0]:
+            both = [
+                [tuple(at(curves[run.folder], axis, budget, key) for run in pair) for pair in pairs]
+                for axis, budget in budgets
+            ]
+            differences[arm.name] = [
+                paired([a - b for a, b in column if a is not None and b is not None]) for column in both
+            ]
+    return Comparison(budgets, spreads, differences)

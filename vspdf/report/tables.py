@@ -5,39 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from vspdf import ledger
 from vspdf.draw.words import between, number
-
-COLUMNS = ("dense", "useful", "executed")
-
-
-class Axis(NamedTuple):
-    """What losses are drawn against: a value of each point of a curve."""
-
-    name: str
-    unit: str
-    value: Callable[[dict[str, Any]], float]
-
-
-TOKENS = Axis("tokens", "tokens", lambda point: point["tokens"])
-EXECUTED = Axis("executed FLOPs", "FLOP", lambda point: point["flops"]["executed"])
-# Two clocks for training steps. Other work on the machine spoils the first; where a run has one thread it leaves the
-# second almost alone, so that several may run side by side.
-WALL = Axis("training time", "s", lambda point: point["seconds"])
-CPU = Axis("CPU time of one thread", "s", lambda point: point["cpu_seconds"])
-WEIGHTS = Axis("weight-FLOPs", "FLOP", lambda point: point["flops_by_convention"]["linear"])
-OTHER_AXES = (
-    Axis("FLOPs as if dense", "FLOP", lambda point: point["flops"]["dense"]),
-    Axis("useful FLOPs", "FLOP", lambda point: point["flops"]["useful"]),
-    *(
-        Axis(f"FLOPs, convention {name}", "FLOP", lambda point, name=name: point["flops_by_convention"][name])  # type: ignore[misc]
-        for name in ledger.CONVENTIONS
-    ),
-)
+from vspdf.report.comparison import CPU, EXECUTED, TOKENS, WALL, Axis
+from vspdf.runs.folder import COLUMNS
 
 
 def time_axis(arms: Sequence[dict[str, Any]]) -> Axis:
@@ -59,7 +33,7 @@ def main_axes(arms: Sequence[dict[str, Any]]) -> tuple[Axis, ...]:
     return TOKENS, EXECUTED, time_axis(arms)
 
 
-_LOSSES = ("val_loss", "val_bits_per_byte", "test_loss", "test_bits_per_byte")
+LOSSES = ("val_loss", "val_bits_per_byte", "test_loss", "test_bits_per_byte")
 
 
 def table(results: dict[str, Any]) -> str:
@@ -70,7 +44,7 @@ def table(results: dict[str, Any]) -> str:
             rows.append({
                 "study": results["study"], "arm": arm["name"],
                 "tuned": " ".join(f"{key}={value}" for key, value in (arm["tuned"] or {}).items()),
-                **{key: run[key] for key in ("seed", *_LOSSES, "tokens", "seconds", "cpu_seconds", "load_average")},
+                **{key: run[key] for key in ("seed", *LOSSES, "tokens", "seconds", "cpu_seconds", "load_average")},
                 **{f"flops_{column}": run["flops"][column] for column in COLUMNS},
                 **{f"flops_{name}": total for name, total in (run["flops_by_convention"] or {}).items()},
                 "order": run["order"][:16], "jobs": results["jobs"], "cpu": results["hardware"]["cpu"],
@@ -162,28 +136,30 @@ _WORDS = ("arm", "a − b", "a is", "setting", "value: loss")  # columns that ar
 
 
 class Table(NamedTuple):
-    """Of text; the first column names the rows."""
+    """A table of text; the first column names the rows."""
 
     title: str
     head: tuple[str, ...]
     rows: list[tuple[str, ...]]
 
     def is_words(self, column: int) -> bool:
+        """Whether a column holds words, so that it is set to the left."""
         return self.head[column] in _WORDS
 
     def markdown(self) -> str:
+        """The table in Markdown."""
         lines = [self.head, tuple("---" if self.is_words(i) else "---:" for i in range(len(self.head))), *self.rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
     """The tables of a study: scores of tasks first, where there are any, losses of pre-training, what was tuned."""
-    found = [*_task_tables(results), *_loss_tables(results), _tuning_table(results)]
+    found = [*task_tables(results), *_loss_tables(results), tuning_table(results)]
     return [table for table in found if table.rows]
 
 
 def _loss_tables(results: dict[str, Any]) -> list[Table]:
-    title, key = _clocks(results)[0]
+    title, key = clocks(results)[0]
     clock = time_axis(results["arms"]).name
     timed = undisturbed(results)
     rows: list[tuple[str, ...]] = []
@@ -194,7 +170,7 @@ def _loss_tables(results: dict[str, Any]) -> list[Table]:
             arm["name"], number(loss["mean"]), number(None if loss["low"] is None else loss["high"] - loss["mean"]),
             f"{len(runs)}/{len(results['seeds'])}", f"{runs[0]['tokens']:,}" if runs else "–",
             *(number(relative.get(name), ".1%") for name in ("linear", "executed")),
-            *([number(_mean(arm, key), ".0f")] if timed else []),
+            *([number(mean(arm, key), ".0f")] if timed else []),
         ))  # fmt: skip
     head = ("test loss", "± 95 %", "seeds", "tokens", "weight-FLOPs", "executed", *([title] if timed else []))
     found = [Table("test loss, nats a token", ("arm", *head), rows)]
@@ -212,7 +188,8 @@ def _loss_tables(results: dict[str, Any]) -> list[Table]:
     return found
 
 
-def _task_tables(results: dict[str, Any]) -> list[Table]:
+def task_tables(results: dict[str, Any]) -> list[Table]:
+    """What arms score on tasks after fine-tuning, and the paired differences of it; none of a study without tasks."""
     tasks = results.get("tasks", [])
     if not tasks:
         return []
@@ -243,7 +220,8 @@ def _task_tables(results: dict[str, Any]) -> list[Table]:
     return found
 
 
-def _tuning_table(results: dict[str, Any]) -> Table:
+def tuning_table(results: dict[str, Any]) -> Table:
+    """The settings that were tried for each arm, with their losses and the choice."""
     titled = [(arm["name"], arm) for arm in results["arms"]]
     titled += [(f"{arm['name']} on {task['name']}", arm) for task in results.get("tasks", []) for arm in task["arms"]]
     rows: list[tuple[str, ...]] = []
@@ -270,12 +248,13 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join([*drawn, made, "\n".join(f"- {note}" for note in notes(results))]) + "\n"
 
 
-def _clocks(results: dict[str, Any]) -> list[tuple[str, str]]:
+def clocks(results: dict[str, Any]) -> list[tuple[str, str]]:
     """Columns of seconds and their keys: the clock that the study goes by first."""
     wall = ("seconds", "seconds")
     return [("CPU seconds", "cpu_seconds"), wall] if time_axis(results["arms"]) is CPU else [wall]
 
 
-def _mean(arm: dict[str, Any], key: str) -> float | None:
+def mean(arm: dict[str, Any], key: str) -> float | None:
+    """The mean over an arm's runs of a figure, of those that have it."""
     known = [run[key] for run in arm["runs"] if run[key] is not None]
     return statistics.fmean(known) if known else None

@@ -33,6 +33,7 @@ SUMMARY = "summary.json"  # once the run is finished
 REPORT = "report.html"
 TENSORBOARD = "tensorboard"
 EVALUATION = "evaluation.json"  # of a study's run: losses on all of the held-out text, or why it diverged
+ANSWERS = "answers.txt"  # of a study's fine-tuning, to the test part of its task: a line each
 START = "start"  # of a study's run that is not trained: its initial weights, as a Hugging Face folder
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,3 +117,7 @@ class Writer:
     def evaluation(self, body: Mapping[str, Any]) -> None:
         """Writes what a study measures on a run that is finished, or why it diverged."""
         write_whole(self.folder / names.EVALUATION, json.dumps(body))
+
+    def answers(self, lines: Sequence[str]) -> None:
+        """Writes what a study's fine-tuned model answered to the test part of its task."""
+        write_whole(self.folder / names.ANSWERS, "".join(f"{line}\n" for line in lines))

@@ -14,7 +14,7 @@ from vspdf.simulator.machine import Machine
 
 @dataclass
 class Outcome:
-    """What a program did.
+    """The outcome of a program on a region: values, cycles and statistics.
 
     Attributes
     ----------
@@ -50,6 +50,7 @@ class Outcome:
 
 
 def align(byte: int, to: int = 16) -> int:
+    """Rounds an address up to a multiple of `to` bytes."""
     return -(-byte // to) * to
 
 
@@ -59,6 +60,7 @@ def bits(values: np.ndarray) -> np.ndarray:
 
 
 def check_memory(machine: Machine, end: int) -> None:
+    """Refuses a program that would need `end` bytes of a PE's SRAM, where there are fewer."""
     if end > machine.sram_bytes:
         raise UserError(
             f"a PE would need {end} bytes of SRAM, it has {machine.sram_bytes}: use a larger grid or fewer columns M."

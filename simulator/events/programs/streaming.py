@@ -16,7 +16,7 @@ from vspdf.simulator.machine import Machine
 
 @dataclass(frozen=True)
 class Stream:
-    """How a layer lies on the region: `columns` split the features, `rows` the tokens; fp16."""
+    """The way that a layer lies on a region: `columns` split the features, `rows` the tokens; fp16."""
 
     columns: int
     rows: int
