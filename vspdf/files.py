@@ -63,7 +63,7 @@ def _temporary_folder(why: str) -> Path:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Replaces a file at once, on disk, or leaves it as it was.
+    """Replaces a file at once, on disk, or leaves it as it was. Its folder is made if missing.
 
     Raises
     ------
@@ -71,6 +71,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
         If it cannot be written.
     """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with draft(path) as whole:
             whole.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:

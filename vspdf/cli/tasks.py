@@ -75,7 +75,6 @@ def generate(
         found = answers.go_on(model, tokenizer, prompts, decoding, overlong=overlong, say=say)
     seconds = time.perf_counter() - started
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(output, "".join(f"{line}\n" for line in found.lines))
     texts = {"output": str(output)} if output else {"texts": found.lines}
     body = {"checkpoint": str(path), "step": state["step"], "answers": len(found.lines), "tokens": found.tokens,

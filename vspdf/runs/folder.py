@@ -15,7 +15,7 @@ import numpy as np
 from vspdf.config import loading, resolve
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.errors import UserError, near_path
-from vspdf.runs import digests, masks
+from vspdf.runs import digests, forms, masks
 from vspdf.runs.masks import Masks
 from vspdf.runs.record import beside_dense
 from vspdf.shapes import Shape
@@ -192,7 +192,7 @@ class Run:
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
         """Lines of the metrics."""
-        return _metrics(self.folder / METRICS)
+        return lines_of(self.folder / METRICS)
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -231,7 +231,13 @@ class Run:
         body = _json(self.folder / SUMMARY, needed=False, key="phases")
         if body.pop("sha256", None) not in (None, digests.of_body(body)):
             raise UserError(f"{self.folder / SUMMARY} is damaged; `vspdf train --resume` writes it again.")
+        self._check_phases(body.get("phases", []), forms.PHASE)
         return body
+
+    def _check_phases(self, phases: Any, form: forms.Form) -> None:
+        wrong = [forms.wrong(phase, form) for phase in phases] if isinstance(phases, list) else ["they are no list"]
+        for why in filter(None, wrong):
+            raise UserError(f"{self.folder / SUMMARY} is broken: of its phases, {why}.")
 
     @property
     def evaluation(self) -> dict[str, Any]:
@@ -252,7 +258,10 @@ class Run:
     @cached_property
     def phases(self) -> list[dict[str, Any]]:
         """As in the summary; of a run that is not finished, what metrics and the last checkpoint say so far."""
-        return self.summary.get("phases") or list(self._phases_so_far())
+        if phases := self.summary.get("phases"):
+            self._check_phases(phases, forms.WHOLE_PHASE)
+            return phases
+        return list(self._phases_so_far())
 
     def _phases_so_far(self) -> Iterator[dict[str, Any]]:
         before: dict[str, Any] = {"step": 0, "tokens": 0, "training_seconds": 0.0, "flops": dict.fromkeys(COLUMNS, 0)}
@@ -304,15 +313,17 @@ def read(folders: Sequence[Path]) -> list[Run]:
     return runs
 
 
-# What a line of the metrics has at least.
-_LINE = ("step", "phase", "sparsity", "tokens", "loss", "flops", "training_seconds", "step_seconds")
+def lines_of(path: Path, form: forms.Form = forms.LINE) -> list[dict[str, Any]]:
+    """Lines of metrics; a last line without its end is one that a process is writing, or died in: left out.
 
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics; a last line without its end is one that a process is writing, or died in: left out."""
-    lines = []
+    Raises
+    ------
+    UserError
+        If a line is broken or stands after one of a later step; the message names it.
+    """
+    lines: list[dict[str, Any]] = []
     try:
-        texts = path.read_text().split("\n")
+        texts = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         return []
     except (ValueError, OSError) as error:
@@ -320,10 +331,12 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(texts[:-1], 1):
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{path}, line {number} is broken: expected a JSON object, got {text[:40]!r}.") from None
-        if missing := [key for key in _LINE if not isinstance(line, dict) or key not in line]:
-            raise UserError(f"{path}, line {number} is broken: it has no '{missing[0]}'.")
+        if why := forms.wrong(line, form):
+            raise UserError(f"{path}, line {number} is broken: {why}.")
+        if lines and line["step"] <= lines[-1]["step"]:
+            raise UserError(f"{path}, line {number} is broken: step {line['step']} after step {lines[-1]['step']}.")
         lines.append(line)
     return lines
 

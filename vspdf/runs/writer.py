@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from vspdf.config.resolved import ResolvedConfig
 from vspdf.errors import UserError
 from vspdf.files import flush, lock, write_whole
 from vspdf.runs import folder as names
-from vspdf.runs import masks
+from vspdf.runs import forms, masks
 from vspdf.runs.digests import Digest, of_body
 from vspdf.runs.folder import Run
 
@@ -135,7 +135,8 @@ class Writer:
                     names.CONFIG,
                     *(file.name for file in self.folder.glob("patterns*.npz")),
                 )
-                kept = "".join(json.dumps(line) + "\n" for line in run.lines if line["step"] <= step).encode()
+                lines = names.lines_of(path, {"step": forms.LINE["step"]})
+                kept = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step).encode()
             there = (self.folder / name for name in stated)
             self._files = {file.name: Digest(file.read_bytes()) for file in there if file.is_file() and file != path}
         except OSError as error:
@@ -173,6 +174,10 @@ class Writer:
     def evaluation(self, body: Mapping[str, Any]) -> None:
         """Writes what a study measures on a run that is finished, or why it diverged."""
         self._write(names.EVALUATION, json.dumps(body))
+
+    def answers(self, lines: Sequence[str]) -> None:
+        """Writes what a study's fine-tuned model answered to the test part of its task."""
+        self._write(names.ANSWERS, "".join(f"{line}\n" for line in lines))
 
     def _write(self, name: str, content: str | bytes) -> None:
         content = content.encode() if isinstance(content, str) else content

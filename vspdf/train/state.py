@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,14 @@ class State:
         self.optimizer = optimizer
         return optimizer
 
-    def save(self) -> None:
-        """Writes a checkpoint of the last whole step, unless there is one."""
+    def save(self, files: Mapping[str, Any]) -> None:
+        """Writes a checkpoint of the last whole step, unless there is one.
+
+        Parameters
+        ----------
+        files : mapping
+            Digests of what the run directory holds so far, as `Writer.synced` gives them.
+        """
         if self.saved_step == self.step:
             return
         config, revived = self.config, self.phases.revived
@@ -137,6 +144,7 @@ class State:
             "records": [record.to_json() for record in self.records],
             "revived_done": revived.done if revived else 0,
             "kernel_choices": tuning.choices(),
+            "files": files,
         }
         run = Path(config.run_dir)
         checkpoint.save(run, self.step, self.model, self.optimizer, body, self.phases.ramp[0])
