@@ -1,4 +1,5 @@
 import inspect
+import json
 import logging
 import os
 import re
@@ -85,6 +86,21 @@ def tiny_config(corpus):
 def tiny(tmp_path, tiny_config):
     """Path of such a configuration in `tmp_path`."""
     return tiny_config(tmp_path)
+
+
+@pytest.fixture
+def older():
+    """Makes a run directory one of before its files had digests, so that they may be altered."""
+    from vspdf.runs import digests
+
+    def make(folder):
+        for path in folder.glob("checkpoints/*/state.json"):
+            body = json.loads(path.read_text())
+            del body["files"], body["state_sha256"]
+            path.write_text(json.dumps({**body, "state_sha256": digests.of_body(body)}))
+        return folder
+
+    return make
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def _temporary_folder(why: str) -> Path:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Replaces a file at once, on disk, or leaves it as it was. Its folder is made if missing.
+    """Replaces a file at once, on disk, or leaves it as it was.
 
     Raises
     ------
@@ -71,11 +71,24 @@ def write_whole(path: Path, content: str | bytes) -> None:
         If it cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with draft(path) as whole:
             whole.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it, where they are missing.
+
+    Raises
+    ------
+    UserError
+        If it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be made: {error.strerror}.") from None
 
 
 @contextmanager

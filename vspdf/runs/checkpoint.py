@@ -23,7 +23,7 @@ from vspdf.errors import UserError
 from vspdf.files import flush, remove, why_not
 from vspdf.pattern import Pattern
 from vspdf.runs.digests import of_body, of_file
-from vspdf.runs.folder import CHECKPOINTS, STATE, damaged, of_checkpoint, read_state, steps
+from vspdf.runs.folder import CHECKPOINTS, STATE, damaged, read_state, steps
 from vspdf.sparsity.layer import SparseLinear
 from vspdf.sparsity.surgery import sparsify
 
@@ -208,7 +208,7 @@ def resolve(path: Path) -> Path:
 
 
 def read(path: Path) -> Checkpoint:
-    """One checkpoint, every byte verified, and those of the run directory that it lies in; of a run the last.
+    """One checkpoint, every byte verified; of a run directory the last.
 
     Raises
     ------
@@ -217,8 +217,6 @@ def read(path: Path) -> Checkpoint:
     """
     folder = resolve(path)
     state = read_state(folder)
-    if folder.parent.name == CHECKPOINTS:
-        of_checkpoint(folder).check(state)
     tensors = []
     for name in FILES:
         file = folder / name

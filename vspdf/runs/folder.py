@@ -30,6 +30,7 @@ METRICS = "metrics.jsonl"  # a line per logged step
 CHECKPOINTS = "checkpoints"  # folders step-N, see `vspdf.runs.checkpoint`
 STATE = "state.json"  # of a checkpoint
 SUMMARY = "summary.json"  # once the run is finished
+DIGEST = "summary.digest.json"  # of what the summary holds
 REPORT = "report.html"
 TENSORBOARD = "tensorboard"
 EVALUATION = "evaluation.json"  # of a study's run: losses on all of the held-out text, or why it diverged
@@ -127,28 +128,31 @@ class Run:
             raise UserError(f"'{folder}' holds no run: expected a directory that `vspdf train` filled.{hint}")
         if finished and not self.finished:
             raise UserError(f"'{folder}' has no {SUMMARY}: the run is not finished (vspdf train --resume).")
-        self.check(self.state)
         return self
 
-    def check(self, state: Mapping[str, Any]) -> None:
-        """That its files are those that a checkpoint of it was written with; older ones say nothing of them.
+    def check(self, state: Mapping[str, Any] | None = None, *, whole: bool = True) -> Run:
+        """The run itself, with files that are those that a checkpoint was written with; older ones do not tell.
 
         Parameters
         ----------
-        state : mapping
-            Of the checkpoint, with `bytes` and `sha256` of `files` by name. Metrics may have grown since.
+        state : mapping, optional
+            Of the checkpoint, with `bytes` and `sha256` of `files` by name; default: of the last one. Metrics may have
+            grown since.
+        whole : bool
+            Whether a missing file is an error.
 
         Raises
         ------
         UserError
             If one is missing or altered; the message names it.
         """
+        state = self.state if state is None else state
         for name, was in state.get("files", {}).items():
             path = self.folder / name
             try:
                 found = digests.of_file(path, was["bytes"] if name == METRICS else None)
             except FileNotFoundError:
-                if not self.configured:  # a folder of checkpoints that were taken out of their run
+                if not whole or not self.configured:  # a folder of checkpoints that were taken out of their run
                     continue
                 raise UserError(f"{path} is missing: the run directory is not whole.") from None
             except OSError as error:
@@ -159,6 +163,7 @@ class Run:
                 raise UserError(
                     f"{path} is damaged: it was another when step {state['step']} was saved. Put back a copy of it."
                 )
+        return self
 
     # -- what was wanted -----------------------------------------------------------------------------------------------
 
@@ -229,7 +234,8 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """What the run did, from its end; empty before that."""
         body = _json(self.folder / SUMMARY, needed=False, key="phases")
-        if body.pop("sha256", None) not in (None, digests.of_body(body)):
+        stated = _json(self.folder / DIGEST, needed=False)
+        if body and stated and stated != {"sha256": digests.of_body(body)}:
             raise UserError(f"{self.folder / SUMMARY} is damaged; `vspdf train --resume` writes it again.")
         self._check_phases(body.get("phases", []), forms.PHASE)
         return body
@@ -309,7 +315,7 @@ def read(folders: Sequence[Path]) -> list[Run]:
     for folder, name in zip(folders, names, strict=True):
         if any(folder.resolve() == other.folder.resolve() for other in runs):
             raise UserError(f"'{folder}' is given twice.")
-        runs.append(Run(folder, name if names.count(name) == 1 else str(folder)).require())
+        runs.append(Run(folder, name if names.count(name) == 1 else str(folder)).require().check())
     return runs
 
 

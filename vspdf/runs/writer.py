@@ -50,6 +50,7 @@ def check(config: ResolvedConfig, resume: bool) -> ResolvedConfig:
         if key in ("train.threads", "train.device"):
             log.warning("resuming with %s = %s instead of %s: results will differ in the last bits.", key, new, old)
         elif key not in FREE_TO_CHANGE:
+            run.check()
             raise UserError(f"cannot resume '{run.folder}': {key} was {old}, is now {new}.")
     return config
 
@@ -168,8 +169,9 @@ class Writer:
 
     def summary(self, body: Mapping[str, Any]) -> None:
         """Writes what the run did, at its end."""
-        body = json.loads(json.dumps(body))
-        self._write(names.SUMMARY, json.dumps({**body, "sha256": of_body(body)}, indent=1))
+        text = json.dumps(body, indent=1)
+        self._write(names.DIGEST, json.dumps({"sha256": of_body(json.loads(text))}))
+        self._write(names.SUMMARY, text)
 
     def evaluation(self, body: Mapping[str, Any]) -> None:
         """Writes what a study measures on a run that is finished, or why it diverged."""

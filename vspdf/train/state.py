@@ -18,6 +18,7 @@ from vspdf.kernels import hardware, tuning
 from vspdf.ledger import Count
 from vspdf.model import GPT
 from vspdf.runs import checkpoint
+from vspdf.runs.folder import Run
 from vspdf.runs.record import PhaseRecord
 from vspdf.shapes import Shape
 from vspdf.sparsity.layer import build_plans
@@ -172,6 +173,7 @@ class State:
                 f"the checkpoint belongs to another model: its {wrong} is {body['model'].get(wrong)}, "
                 f"here it is {shape[wrong]}."
             )
+        Run(Path(self.config.run_dir)).check(body)
         stored.restore(self.model, self.config.train.backend)
         tuning.pin(body["kernel_choices"])
         build_plans(self.model)
