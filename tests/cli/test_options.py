@@ -11,14 +11,13 @@ import torch
 import typer
 
 from vspdf.cli import app
-from vspdf.model import GPT
 
 CONFIG = """
 name: one
 run_dir: run
 model: {n_layer: 1, d_model: 16, n_head: 2, sequence_length: 32}
 data: {corpus: CORPUS, validation_fraction: 0.01}
-train: {batch_size: 8, threads: 1, eval_every: 0, eval_tokens: 512, sample_tokens: 0, checkpoint_every: 0, measure_dense: 0}
+train: {batch_size: 8, threads: 1, eval_every: 0, eval_tokens: 512, sample_tokens: 0, measure_dense: 0}
 phases: [{sparsity: 0.5, steps: 2}]
 """
 TASK = """
@@ -252,7 +251,7 @@ CASES = {
 # Options that would change nothing beside others: (arguments, what is said).
 REFUSED = {
     "dense stores all": ("simulate spmm --format dense --grid 4x4 --n 8 --k 8 --m 8 --density 5", "--density is for"),
-    "dense pads nothing": ("simulate spmm --format dense --grid 4x4 --n 8 --k 8 --m 8 --nnz-per-pe 2", "--nnz-per-pe is"),
+    "dense pads nothing": ("simulate spmm --format dense --grid 4x4 --n 8 --k 8 --m 8 --nnz-per-pe 2", "--nnz-per-pe"),
     "more than stored": ("simulate spmm --format coo --grid 4x4 --n 8 --k 8 --m 8 --nnz-per-pe 2", "has 4 non-zeros"),
     "values unseen": (f"simulate gemm {SQUARE} --level aggregate --seed 1", "--seed draws the values that the event"),
     "a run's own mask": ("simulate layer --run {run} --layer h.0.mlp.c_fc --sparsity 0.5", "leave --sparsity away"),
@@ -267,7 +266,7 @@ REFUSED = {
     "nothing is run": ("compare toy --results --jobs 2", "--jobs is for running"),
     "one stage": ("plan --model gpt2-small --sparsity 0.5 --split add-on", "there is one stage"),
     "own stages": ("plan --model quickstart --split add-on", "there is one stage"),
-    "a file has no words": ("convert {run}/tokenizer.json x.pt --tokenizer {run}/tokenizer.json", "leave --tokenizer away"),
+    "a file has no words": ("convert {text} x.pt --tokenizer {run}/tokenizer.json", "leave --tokenizer away"),
     "no such precision here": (f"bench linear {ONES} --precision fp16", "on a CPU fp32 and bf16 are timed"),
 }  # fmt: skip
 
@@ -312,7 +311,8 @@ def places(tmp_path_factory, corpus):
         "machine": (
             "machine.yaml",
             (files("vspdf.simulator") / "machines" / "cs2.yaml").read_text()
-            .replace("hop_cycles: {value: 1", "hop_cycles: {value: 5").replace("alu_cycles: {value: 1", "alu_cycles: {value: 3"),
+            .replace("hop_cycles: {value: 1", "hop_cycles: {value: 5")
+            .replace("alu_cycles: {value: 1", "alu_cycles: {value: 3"),
         ),
     }  # fmt: skip
     for name, (file, text) in texts.items():
@@ -368,7 +368,7 @@ def observe(vspdf, places, tmp_path, monkeypatch, seen):
 
         def count(module, inputs):
             nonlocal passes
-            passes += isinstance(module, GPT)
+            passes += 1
 
         hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
         try:

@@ -68,20 +68,9 @@ def bench_step(
         used = torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
-    rows = []
-    for sparsity, column in times.items():
-        seconds = [timed.seconds for timed in column]
-        low, high = quartiles(seconds)
-        ratio = compared(times[0.0], column)
-        rows.append(
-            {
-                "sparsity": sparsity, "threads": used, "seconds_median": statistics.median(seconds),
-                "seconds_low": low, "seconds_high": high,
-                "ratio_to_dense": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high,
-                "possible": ratio.median <= ideal(sparsity), "rounds": len(column), "disturbed_rounds": ratio.disturbed,
-                "memory": memory[sparsity],
-            }
-        )  # fmt: skip
+    rows = [
+        _row(sparsity, used, times[0.0], column) | {"memory": memory[sparsity]} for sparsity, column in times.items()
+    ]
     return {
         "model": {**asdict(shape), "batch_size": batch_size, "parameters": shape.parameters},
         "rows": rows,
@@ -89,6 +78,18 @@ def bench_step(
         "hardware": hardware.hardware(),
         "versions": hardware.versions(),
     }
+
+
+def _row(sparsity: float, threads: int, dense: Sequence[Timed], column: Sequence[Timed]) -> dict[str, Any]:
+    seconds = [timed.seconds for timed in column]
+    low, high = quartiles(seconds)
+    ratio = compared(dense, column)
+    return {
+        "sparsity": sparsity, "threads": threads, "seconds_median": statistics.median(seconds),
+        "seconds_low": low, "seconds_high": high,
+        "ratio_to_dense": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high,
+        "possible": ratio.median <= ideal(sparsity), "rounds": len(column), "disturbed_rounds": ratio.disturbed,
+    }  # fmt: skip
 
 
 def _training_step(model: torch.nn.Module, tokens: Tensor) -> Callable[[], None]:

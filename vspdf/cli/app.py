@@ -11,7 +11,7 @@ import typer
 from rich.logging import RichHandler
 
 from vspdf.cli import bench, plan, programs, runs, simulate, tasks, train
-from vspdf.cli.console import Verb, err, tell
+from vspdf.cli.console import Verb, err, say, tell
 from vspdf.errors import BackendUnavailable, Interrupted, UserError, did_you_mean
 
 app = typer.Typer(
@@ -49,6 +49,9 @@ def main() -> None:
         message = str(error)
     except Interrupted as error:
         err.print(f"vspdf: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(130)
+    except (KeyboardInterrupt, typer.Abort):
+        say("vspdf: stopped.")
         sys.exit(130)
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's usage errors, whatever class they are in its version

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from vspdf.cli import simulate
-from vspdf.cli.console import Json, emit, err, out, say, show, tell
+from vspdf.cli.console import Json, emit, out, say, show, tell
 from vspdf.draw import words
 from vspdf.errors import UserError
 from vspdf.kernels.hardware import keep_freed_memory
@@ -31,14 +31,12 @@ def train(
 
     `vspdf train my.yaml run_dir=runs/mine --resume`
     """
-    from vspdf.config import loading
     from vspdf.interop import load_config
     from vspdf.runs.folder import Run
     from vspdf.train.trainer import train as run
 
     keep_freed_memory()
     settings = load_config(config, overrides or [])
-    err.print(loading.to_yaml(settings).rstrip(), style="dim", markup=False, highlight=False)
     run(settings, resume=resume, say=say, on_evaluation=_draw)
     summary = Run(Path(settings.run_dir)).summary
     if as_json:
@@ -125,7 +123,6 @@ def finetune(
 
     `vspdf finetune cerebras-gpt-111m/ my.yaml data.path=pairs.jsonl`
     """
-    from vspdf.config import loading
     from vspdf.config import settings as configuration
     from vspdf.interop import checkpoints, load_config
     from vspdf.runs.folder import Run
@@ -135,7 +132,6 @@ def finetune(
     shape, activation = checkpoints.shape_of(start)
     model = configuration.ModelConfig(**asdict(shape), activation=activation)
     settings = load_config(config, overrides or [], start=(start, model))
-    err.print(loading.to_yaml(settings).rstrip(), style="dim", markup=False, highlight=False)
     train(settings, resume=resume, say=say, on_evaluation=_draw)
     summary = Run(Path(settings.run_dir)).summary
     if as_json:
