@@ -103,19 +103,36 @@ def sparsify(
         If a sparsity is outside [0, 1), `init_method` is unknown, a pattern does not fit, or a glob or the
         whole call matches no layer. The model is then as it was.
     """
+    rules, linears = _rules(sparsity, init_method), _linears(model)
+    _check_globs(model, linears, (*rules, *_globs(include)), _globs(exclude))
+    drawn = _drawn(model, _chosen(linears, include, exclude), rules, seed, init_method, truncate)
+    layers = {name: SparseLinear.from_linear(linears[name], p, backend=backend) for name, p in drawn.items()}
+    for name, layer in layers.items():
+        _exchange(model, linears[name], layer, rescale, optimizer)
+    return drawn
+
+
+def _rules(sparsity: float | Mapping[str, float | Pattern], init_method: str) -> dict[str, float | Pattern]:
+    """What `sparsify` is asked for, by glob over module names."""
     if init_method not in INIT_METHODS:
         raise UserError(f"init_method '{init_method}' is not known.{did_you_mean(init_method, INIT_METHODS)}")
-    rules = dict(sparsity) if isinstance(sparsity, Mapping) else {"*": sparsity}
+    rules: dict[str, float | Pattern] = {**sparsity} if isinstance(sparsity, Mapping) else {"*": sparsity}
     for glob, amount in rules.items():
         if not isinstance(amount, Pattern) and not 0 <= amount < 1:
             raise UserError(f"sparsity must lie in [0, 1), not {amount}{'' if glob == '*' else f' (for {glob!r})'}.")
-    linears, layers = _linears(model), {}
-    _check_globs(model, linears, (*rules, *_globs(include)), _globs(exclude))
+    return rules
+
+
+def _drawn(
+    model: nn.Module, chosen: Mapping[str, nn.Module], rules: Mapping[str, float | Pattern], seed: int,
+    init_method: str, truncate: bool,
+) -> dict[str, Pattern]:  # fmt: skip
+    """Patterns of those layers that become sparse; what stays dense against expectation is logged."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not _is_linear(module) and not _matches(name, UNEMBEDDINGS):
             log.warning("sparsify: '%s' stays dense: %s is a kind of its own.", name, type(module).__name__)
-    uses = _uses(model)
-    for name, module in _chosen(linears, include, exclude).items():
+    uses, patterns = _uses(model), {}
+    for name, module in chosen.items():
         amount = next((rule for glob, rule in rules.items() if fnmatchcase(name, glob)), 0.0)
         if not isinstance(amount, Pattern) and amount == 0:
             continue
@@ -130,10 +147,8 @@ def sparsify(
             if init_method == "from_zeros" and amount.nnz == amount.numel:
                 log.warning("sparsify: '%s' stays dense: none of its weights is zero.", name)
                 continue
-        layers[name] = SparseLinear.from_linear(module, amount, backend=backend)
-    for name, layer in layers.items():
-        _exchange(model, linears[name], layer, rescale, optimizer)
-    return {name: layer.pattern for name, layer in layers.items()}
+        patterns[name] = amount
+    return patterns
 
 
 def sparsifiable(
