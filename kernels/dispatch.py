@@ -58,10 +58,11 @@ def choose(
     """
     if device.type != "cpu" or tune is None:
         return _choose(product, pattern, tokens, dtype, device, backend, tune)
-    known = (product, pattern.digest, tokens, dtype, backend, torch.get_num_threads())
-    choice = tuning.MADE.get(known)
+    made = tuning.MADE.setdefault(pattern, {})
+    known = (product, tuning.bucket(tokens), tokens * pattern.numel < SMALL, dtype, backend, torch.get_num_threads())
+    choice = made.get(known)
     if choice is None:
-        choice = tuning.MADE[known] = _choose(product, pattern, tokens, dtype, device, backend, tune)
+        choice = made[known] = _choose(product, pattern, tokens, dtype, device, backend, tune)
     return choice
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -147,7 +148,8 @@ def _gpu_machine() -> str:
 
 CPU = _Table(Timing, _machine)
 GPU = _Table(GpuTiming, _gpu_machine)
-MADE: dict[tuple, Choice] = {}  # on CPUs, by the arguments of `choose`: to ask again would cost time
+# On CPUs, by the arguments of `choose`: to ask again would cost time. It ends with its pattern.
+MADE: WeakKeyDictionary[Pattern, dict[tuple, Choice]] = WeakKeyDictionary()
 
 
 @cache
@@ -179,7 +181,7 @@ def describe_table() -> list[str]:
     return [f"{key}: {choice.path}; {choice.reason}" for key, choice in sorted(found.items())]
 
 
-def _bucket(tokens: int) -> int:
+def bucket(tokens: int) -> int:
     """Tokens rounded up to three leading bits (64, 80, 96, 112, ...): not every length of text is tuned anew."""
     step = 1 << max(tokens.bit_length() - 3, 0)
     return -(-tokens // step) * step
@@ -187,7 +189,7 @@ def _bucket(tokens: int) -> int:
 
 def cpu_key(product: str, pattern: Pattern, tokens: int, dtype: torch.dtype) -> str:
     return (
-        f"{product} T={_bucket(tokens)} in={pattern.in_features} out={pattern.out_features} "
+        f"{product} T={bucket(tokens)} in={pattern.in_features} out={pattern.out_features} "
         f"sparsity={pattern.sparsity:.2f} {str(dtype).removeprefix('torch.')} threads={torch.get_num_threads()}"
     )
 
@@ -195,7 +197,7 @@ def cpu_key(product: str, pattern: Pattern, tokens: int, dtype: torch.dtype) -> 
 def gpu_key(product: str, pattern: Pattern, tokens: int, dtype: torch.dtype) -> str:
     """The key of what a GPU's timings hold for, beside the device and the builds."""
     return (
-        f"{product} T={_bucket(tokens)} in={pattern.in_features} out={pattern.out_features} "
+        f"{product} T={bucket(tokens)} in={pattern.in_features} out={pattern.out_features} "
         f"sparsity={pattern.sparsity:.3f} {launch.precision(dtype)}"
     )
 

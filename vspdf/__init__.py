@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vspdf.plan.cs2 import simulate as simulate
     from vspdf.sparsity.layer import SparseLinear as SparseLinear
     from vspdf.sparsity.layer import explain as explain
+    from vspdf.sparsity.optimizer import parameter_groups as parameter_groups
     from vspdf.sparsity.phases import Phases as Phases
     from vspdf.sparsity.schedule import Phase as Phase
     from vspdf.sparsity.surgery import densify as densify
@@ -35,6 +36,7 @@ _HOMES = {
     "UserError": "vspdf.errors",
     "densify": "vspdf.sparsity.surgery",
     "explain": "vspdf.sparsity.layer",
+    "parameter_groups": "vspdf.sparsity.optimizer",
     "set_sparsity": "vspdf.sparsity.surgery",
     "simulate": "vspdf.plan.cs2",
     "sparse_linear": "vspdf.kernels.ops",

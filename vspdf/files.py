@@ -125,15 +125,42 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def json_line(line: str, where: str) -> Any:
-    """Reads what one line of a JSONL file holds; `where` names the line.
+def parse_json(text: str, what: str) -> Any:
+    """Reads what a JSON text holds; `what` names it.
 
     Raises
     ------
     UserError
-        If it is no JSON.
+        If it is no JSON, nests too deep, or holds half a character or a number of thousands of digits.
     """
     try:
-        return json.loads(line)
+        body = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(body, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise UserError(f"{where} is no JSON ({error.msg}): expected one object a line.") from None
+        raise UserError(f"{what} is no JSON ({error}).") from None
+    except RecursionError:
+        raise UserError(f"{what} nests too deep.") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{what} holds half a surrogate pair, expected valid Unicode.") from None
+    except ValueError:  # Python's limit on digits
+        raise UserError(f"{what} holds a number of too many digits.") from None
+    return body
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds a mapping.
+
+    Raises
+    ------
+    UserError
+        If it does not, or cannot be read.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}.") from None
+    body = parse_json(text, str(file))
+    if not isinstance(body, dict):
+        raise UserError(f"{file} is no mapping of settings.")
+    return body

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import random
 import shutil
 
 import pytest
 import torch
+import torch.nn.utils.prune as prune
 import transformers
 from safetensors.torch import load_file, save_file
 
@@ -119,7 +121,7 @@ def test_cerebras_gpt_is_known_at_all_seven_sizes(name):
     assert len(SEVEN) == 7
     shape, activation, scales = hugging_face.read_configuration(cerebras_configuration(name))
     assert shape == MODELS[name] and activation == "gelu" and hugging_face.known_name(shape) == name
-    assert scales == hugging_face.Scales(1.0, 1.0, (1.0,) * shape.n_layer)
+    assert scales == hugging_face.Scales(1.0, 1.0, 1.0, by_layer=False)
     with torch.device("meta"):
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**hugging_face.configuration_of(shape)))
     turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -225,6 +227,11 @@ REFUSED = {
     "no width": ({"n_embd": None}, r"n_embd must be a whole number of at least 1, not None"),
     "fewer layers": ({"n_layer": 1}, r"'h.1.attn.c_attn.bias' is no tensor of a GPT-2 of 1 layers"),
     "more layers": ({"n_layer": 3}, r"12 tensors are missing, the first is 'h.2.ln_1.weight'"),
+    "a billion layers": ({"n_layer": 10**9}, r"of a model of 10,[\d,]+ parameters, [\d,]+ are here"),
+    "a billion wide": ({"n_embd": 10**9}, r"of a model of [\d,]+ parameters, [\d,]+ are here"),
+    "a billion positions": ({"n_positions": 10**9}, r"of a model of [\d,]+ parameters, [\d,]+ are here"),
+    "a list for a name": ({"activation_function": ["gelu"]}, r"activation_function '\['gelu'\]' is not supported"),
+    "a scale without end": ({"mup_output_alpha": 10**400}, r"mup_output_alpha must be a positive number"),
     "another width": ({"n_inner": 95}, r"'h.0.mlp.c_fc.weight' has the shape \(32, 96\), which does not fit"),
 }
 
@@ -236,6 +243,25 @@ def test_what_our_gpt_does_not_cover_is_refused_by_name(tmp_path, change, messag
     (tmp_path / "config.json").write_text(json.dumps(body | change))
     with pytest.raises(UserError, match=message):
         checkpoints.load(tmp_path)
+
+
+def test_a_bent_configuration_is_read_or_refused(tmp_path):
+    chance = random.Random(0)
+    theirs(tmp_path, activation_function="gelu")
+    whole = json.loads((tmp_path / "config.json").read_text())
+    for _ in range(150):
+        body = dict(whole)
+        for key in chance.sample([*whole, "mup_width_scale", "n_inner"], 2):
+            body[key] = chance.choice(NASTY)
+        (tmp_path / "config.json").write_text(json.dumps(body))
+        try:
+            checkpoints.load(tmp_path)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+NASTY = [None, True, "", "x", -1, 0, 1, 0.5, 10**9, 2**63, -(2**70), 1e308, float("inf"), float("nan"), {}, [], [[]],
+         [None], {"": 1}, "\0", "\ud800"]  # fmt: skip
 
 
 def test_an_output_head_of_its_own_is_refused(tmp_path):
@@ -469,6 +495,22 @@ def test_sentinels_and_masks_become_zeros_and_the_pattern_is_recovered(tmp_path,
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
+def test_a_folder_pruned_by_torch_is_sparse_here(tmp_path, vspdf):
+    """torch.nn.utils.prune's names, of a compiled model; an embedding that is pruned but keeps everything is taken."""
+    made = theirs(tmp_path / "in", activation_function="gelu")
+    for block in made.transformer.h:
+        prune.random_unstructured(block.mlp.c_fc, "weight", 0.75)
+    prune.identity(made.transformer.wpe, "weight")
+    (tmp_path / "in" / "model.safetensors").unlink()
+    torch.save({f"_orig_mod.{n}": t for n, t in made.state_dict().items()}, tmp_path / "in" / "pytorch_model.bin")
+    found = checkpoints.load(tmp_path / "in", backend="reference").model
+    layers = sparse_layers(found)
+    assert {*layers} == {"h.0.mlp.c_fc", "h.1.mlp.c_fc"}
+    assert torch.equal(layers["h.0.mlp.c_fc"].weight, made.transformer.h[0].mlp.c_fc.weight.T)
+    status, out, err = vspdf("convert", tmp_path / "in", tmp_path / "out", "--to", "sparse")
+    assert status == 0 and "2 sparse matrices, 0.75 sparse" in out, err
+
+
 def test_nothing_is_overwritten(trained, tmp_path, vspdf):
     for target in (tmp_path / "file", tmp_path / "folder"):
         target.mkdir() if target.name == "folder" else target.write_text("mine")
@@ -500,7 +542,7 @@ WRONG = {
         r"holds no model.safetensors and no pytorch",
     ),
     "truncated": (lambda folder: made_folder(folder, cut=True), r"model.safetensors is no whole safetensors file"),
-    "not JSON": (lambda folder: made_folder(folder, text="{"), r"config.json cannot be read"),
+    "not JSON": (lambda folder: made_folder(folder, text="{"), r"config.json is no JSON"),
     "no mapping": (lambda folder: made_folder(folder, text="[]"), r"config.json is no mapping of settings"),
 }
 

@@ -1,117 +1,17 @@
-"""Checkpoint files of others: NaN sentinels, masks, pickles, damage."""
+"""Checkpoint files of others: pickles that would run code or fill the memory, damage, shards."""
 
+import io
 import os
+import random
+import zipfile
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from vspdf.errors import UserError
-from vspdf.interop.tensors import finalize, finalize_tree, flatten, read, read_folder, unshared
-
-NAN, INF = float("nan"), float("inf")
-
-
-def kept(shape=(6, 8)):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.4
-
-
-def sentinel(mask):
-    return torch.where(mask, torch.arange(1.0, mask.numel() + 1).reshape(mask.shape), NAN)
-
-
-def old_checkpoint():
-    """As the Cerebras stack wrote it: NaN in weights, and at the same places in optimizer state, by index."""
-    one, two = kept(), kept((8, 6))
-    model = {
-        "embedding.weight": torch.ones(9, 6),
-        "layers.0.linear.weight": sentinel(one),
-        "layers.0.linear.bias": torch.ones(6),
-        "layers.1.linear.weight": sentinel(two),
-    }
-    state = {
-        i: {"step": torch.tensor(3.0), "exp_avg": 2 * t, "exp_avg_sq": t * t} for i, t in enumerate(model.values())
-    }
-    return {
-        "model": model,
-        "optimizer": {"state": state, "param_groups": [{"lr": 0.1, "params": [0, 1, 2, 3]}]},
-        "step": 3,
-    }
-
-
-def test_sentinels_in_weights_and_optimizer_state_become_zeros(tmp_path, vspdf):
-    checkpoint = old_checkpoint()
-    checkpoint["model"]["head.weight"] = checkpoint["model"]["embedding.weight"]  # tied
-    torch.save(checkpoint, tmp_path / "old.mdl")
-    status, out, err = vspdf("convert", tmp_path / "old.mdl", tmp_path / "new.pt")
-    assert status == 0, err
-    assert "2 sparse matrices" in out
-    new = torch.load(tmp_path / "new.pt", weights_only=True)
-    assert new["step"] == 3 and new["optimizer"]["param_groups"] == checkpoint["optimizer"]["param_groups"]
-    old, found = flatten(checkpoint), flatten(new)
-    assert old.keys() == found.keys()
-    for name, tensor in old.items():
-        assert torch.equal(found[name], torch.nan_to_num(tensor, nan=0.0)), name
-    assert vspdf("convert", tmp_path / "old.mdl", tmp_path / "new.safetensors")[0] == 0
-    assert load_file(tmp_path / "new.safetensors").keys() == old.keys()
-    _, masks = finalize_tree(checkpoint)
-    assert torch.equal(masks["model.layers.0.linear.weight"], kept()) and len(masks) == 2
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32], ids=str)
-def test_mask_tensors_go_and_what_they_mask_becomes_zero(tmp_path, vspdf, dtype):
-    mask = kept()
-    tensors = {"a.weight": torch.full((6, 8), 2.0), "a.weight_mask": mask.to(dtype), "causal_mask": torch.ones(3, 3),
-               "a.weight:exp_avg": torch.full((6, 8), 3.0), "a.weight:exp_avg_mask": mask.to(dtype)}  # fmt: skip
-    save_file(unshared(tensors), tmp_path / "new.safetensors")
-    status, _, err = vspdf("convert", tmp_path / "new.safetensors", tmp_path / "clean.safetensors")
-    assert status == 0, err
-    clean = load_file(tmp_path / "clean.safetensors")
-    assert set(clean) == {"a.weight", "a.weight:exp_avg", "causal_mask"}
-    assert torch.equal(clean["a.weight"], 2.0 * mask) and torch.equal(clean["a.weight:exp_avg"], 3.0 * mask)
-
-
-def changed(**tensors):
-    return {"a.weight": sentinel(kept()), "norm.weight": torch.ones(8), **tensors}
-
-
-REFUSED = {
-    "NaN in a bias": (
-        changed(bias=torch.tensor([1.0, NAN])),
-        r"'bias' is NaN at 1 of 2 positions, and no",
-    ),
-    "NaN in a norm": (
-        changed(**{"norm.weight": torch.tensor([NAN, 1.0])}),
-        r"'norm.weight' is NaN at 1 of 2",
-    ),
-    "NaN in an embedding": (changed(**{"wte.weight": sentinel(kept())}), r"'wte.weight' is NaN at .* of 48"),
-    "NaN in another embedding": (changed(**{"wte.weight": sentinel(kept((5, 8)))}), r"'wte.weight' is NaN at .* of 40"),
-    "a matrix of NaN alone": (changed(**{"b.weight": torch.full((4, 4), NAN)}), r"'b.weight' is NaN at 16 of 16"),
-    "NaN outside of the mask": (
-        changed(**{"b.weight": torch.full((6, 8), NAN), "b.weight_mask": kept()}),
-        r"'b.weight' is NaN at \d+ positions that its mask keeps",
-    ),
-    "state with more NaN": (changed(**{"a:exp_avg": torch.full((6, 8), NAN)}), r"'a:exp_avg' is NaN at 48 of 48"),
-    "infinity": (changed(**{"b.weight": torch.tensor([[1.0, INF]])}), r"'b.weight' holds an infinite"),
-    "infinity beside NaN": (
-        changed(**{"b.weight": torch.tensor([[NAN, -INF]])}),
-        r"'b.weight' holds an infinite",
-    ),
-    "a mask of another shape": (
-        changed(**{"a.weight_mask": kept((8, 6))}),
-        r"'a.weight_mask' of shape \(8, 6\) does",
-    ),
-    "a mask of other numbers": (changed(**{"a.weight_mask": torch.full((6, 8), 0.5)}), r"holds values beside 0 and 1"),
-}
-
-
-@pytest.mark.parametrize("tensors, message", REFUSED.values(), ids=REFUSED)
-def test_what_no_mask_explains_is_refused_by_name(tmp_path, vspdf, tensors, message):
-    with pytest.raises(UserError, match=message):
-        finalize(tensors)
-    save_file(unshared(tensors), tmp_path / "in.safetensors")
-    status, _, err = vspdf("convert", tmp_path / "in.safetensors", tmp_path / "out.safetensors")
-    assert status == 2 and "in.safetensors: '" in err and not (tmp_path / "out.safetensors").exists()
+from vspdf.interop.masks import finalize_tree
+from vspdf.interop.tensors import flatten, read, read_folder
 
 
 class Evil:
@@ -147,4 +47,117 @@ def test_damaged_files_are_said_to_be(tmp_path, name, damage, message):
 def test_an_index_cannot_point_outside_its_folder(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../secret.safetensors"}}')
     with pytest.raises(UserError, match=r"names '../secret.safetensors': expected files of its own folder"):
+        read_folder(tmp_path)
+
+
+def shared_lists(depth=40):
+    tree = [torch.zeros(1)]
+    for _ in range(depth):
+        tree = [tree, tree]
+    return tree
+
+
+def endless():
+    tree = []
+    tree.append(tree)
+    return tree
+
+
+def deep(depth=300):
+    tree = [torch.zeros(1)]
+    for _ in range(depth):
+        tree = [tree]
+    return tree
+
+
+def zeros_zipped(size):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", bytes(size))
+    return stream.getvalue()
+
+
+def saved(tree):
+    stream = io.BytesIO()
+    torch.save(tree, stream)
+    return stream.getvalue()
+
+
+WIDE = torch.sparse_coo_tensor(torch.zeros(2, 1, dtype=torch.int64), torch.ones(1), (10**6, 10**6))
+OUTSIDE = torch.sparse_coo_tensor(torch.tensor([[10**6], [0]]), torch.ones(1), (2, 2), check_invariants=False)
+TOO_MUCH = {
+    "a sparse matrix with entries outside": (
+        lambda: saved({"w": OUTSIDE}),
+        "no whole checkpoint: size is inconsistent",
+    ),
+    "lists that share lists": (lambda: saved(shared_lists()), "nests its .* bytes without end"),
+    "a list in itself": (lambda: saved(endless()), "nests its .* bytes without end"),
+    "lists in lists": (lambda: saved(deep()), "nests its .* bytes without end|no whole checkpoint"),
+    "one number as a matrix": (
+        lambda: saved({"w": torch.zeros(1).expand(60_000, 60_000)}),
+        "would take 14,400,000,000",
+    ),
+    "one matrix by many names": (
+        lambda: saved({str(i): t for t in [torch.zeros(1 << 18)] for i in range(100)}),
+        "would take",
+    ),
+    "a wide sparse matrix": (lambda: saved({"w": WIDE}), "would take 4,000,000,000,000"),
+    "a tensor without values": (lambda: saved({"w": torch.empty(9, device="meta")}), "on 'meta': expected plain ones"),
+    "a quantized one": (
+        lambda: saved({"w": torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)}),
+        "is quantized: expected plain|more than tensors",
+    ),
+    "zeros, zipped": (lambda: zeros_zipped(100 << 20), r"unpacks to 104,857,600: refused"),
+}
+
+
+@pytest.mark.parametrize("make, message", TOO_MUCH.values(), ids=TOO_MUCH)
+def test_small_files_cannot_fill_the_memory(tmp_path, make, message):
+    (tmp_path / "a.pt").write_bytes(make())
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "a.pt")
+
+
+def test_tied_tensors_and_shared_settings_are_no_attack(tmp_path):
+    tensor, betas = torch.ones(8), (0.9, 0.95)
+    tree = {"a": tensor, "b": tensor, "groups": [{"betas": betas, "lr": 1.0}, {"betas": betas, "lr": 2.0}]}
+    torch.save(tree, tmp_path / "a.pt")
+    assert flatten(read(tmp_path / "a.pt")).keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
+def test_bent_files_are_read_or_refused(tmp_path, ending):
+    """Bytes flipped, dropped, doubled, cut: whatever comes out of the libraries comes out as one line."""
+    chance, path = random.Random(0), tmp_path / f"a{ending}"
+    tensors = {"l.weight": torch.ones(4, 4), "l.weight_mask": torch.eye(4), "l.bias": torch.zeros(4)}
+    (torch.save if ending == ".pt" else save_file)(tensors, path)
+    whole, refused = path.read_bytes(), 0
+    for _ in range(60):
+        body = bytearray(whole)
+        for _ in range(chance.randint(1, 3)):
+            where = chance.randrange(len(body))
+            how = chance.randrange(4)
+            if how == 0:
+                body[where] ^= 1 << chance.randrange(8)
+            elif how == 1:
+                del body[where : where + chance.randint(1, 16)]
+            elif how == 2:
+                body[where:where] = body[where : where + 16]
+            else:
+                del body[max(1, where) :]
+        path.write_bytes(body)
+        try:
+            finalize_tree(read(path))
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 30
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', "[" * 100_000], ids=repr
+)
+def test_a_damaged_index_is_said_to_be(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"index\.json"):
         read_folder(tmp_path)

@@ -16,10 +16,15 @@ F32, BF16 = 0, 1
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 
 
+def bits_of(mask: torch.Tensor) -> np.ndarray:
+    bits = np.packbits(mask.numpy().reshape(-1), bitorder="little")
+    bits.setflags(write=False)
+    return bits
+
+
 def make_plan(mask: torch.Tensor, isa: str):
     out_features, in_features = mask.shape
-    crow = np.concatenate([[0], mask.sum(1).cumsum(0).numpy()]).astype(np.int64)
-    return _C.Plan(out_features, in_features, crow, mask.nonzero()[:, 1].numpy().astype(np.int32), isa)
+    return _C.Plan(out_features, in_features, bits_of(mask), isa)
 
 
 def run(plan, mask, dy, x, *, threads=1, dvalues=None):
@@ -29,7 +34,7 @@ def run(plan, mask, dy, x, *, threads=1, dvalues=None):
         dvalues = torch.full((nnz + guard,), float("nan"), dtype=x.dtype)
     dtype = F32 if x.dtype == torch.float32 else BF16
     macs = plan.grad_values(
-        dvalues.data_ptr(), dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), len(x), dtype, threads
+        dvalues.data_ptr(), dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), len(x), dtype, dtype, threads
     )
     assert dvalues[nnz:].isnan().all(), "wrote past the end"
     return dvalues[:nnz], macs
@@ -226,12 +231,13 @@ def test_memory_of_the_part(isa):
     plan = make_plan(mask, isa)
     before, nnz = plan.nbytes, int(mask.sum())
     run(plan, mask, random(1, 768, 1), random(1, 3072, 2))
-    assert plan.nbytes == before, "one token needs no plan"
+    columns = plan.nbytes - before
+    assert columns < 2.2 * nnz, "one token needs columns in row-major order and no more"
     run(plan, mask, random(2, 768, 1), random(2, 3072, 2))
-    assert 2 * nnz < plan.nbytes - before < 14 * nnz
+    assert nnz < plan.nbytes - before - columns < 5 * nnz
 
 
 def test_describe_names_the_path():
     plan = make_plan(random_mask(20, 30, 0.5), "plain")
-    assert "plain" in plan.describe(100, 1)["grad_values"]
-    assert plan.describe(1, 1)["grad_values"] != plan.describe(100, 1)["grad_values"]
+    assert "plain" in plan.describe(100)["grad_values"]
+    assert plan.describe(1)["grad_values"] != plan.describe(100)["grad_values"]

@@ -1,11 +1,14 @@
 """Choices between sparse and dense: what is measured, kept, measured again and pinned."""
 
+import gc
 import json
 import time
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
 
+import vspdf
 from vspdf.kernels import dispatch, tuning
 from vspdf.pattern import Pattern
 
@@ -32,7 +35,7 @@ def process(monkeypatch, tmp_path):
 
     def start():
         monkeypatch.setattr(tuning, "CPU", tuning._Table(tuning.Timing, tuning._machine))
-        monkeypatch.setattr(tuning, "MADE", {})
+        monkeypatch.setattr(tuning, "MADE", WeakKeyDictionary())
 
     start()
     return start
@@ -153,3 +156,15 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_tuning(process, patter
     (tmp_path / "tuning.json").mkdir()
     assert choose(pattern, Work(CLEAR)).path == "cpu"
     assert not list(tmp_path.glob(".tuning*"))
+
+
+def test_choices_end_with_their_pattern_and_lengths_of_text_share_one(monkeypatch):
+    monkeypatch.setattr(tuning, "MADE", WeakKeyDictionary())
+    pattern = Pattern.random((20, 24), 0.5, seed=123)
+    values = torch.ones(pattern.nnz)
+    for tokens in range(65, 81):
+        vspdf.sparse_linear(torch.ones(tokens, 24), values, pattern)
+    assert [len(made) for made in tuning.MADE.values()] == [1]
+    del pattern
+    gc.collect()
+    assert not tuning.MADE

@@ -338,7 +338,7 @@ def _check_values(arm: Arm) -> None:
 
 
 def _fine_tunings(body: Form, first: Arm, where: str) -> dict[str, Arm]:
-    """By task; what they begin with is not known yet."""
+    """The fine-tunings by task; what they begin with is not known yet."""
     common, tasks, folder = body.get("finetune", {}), body.get("tasks", {}), body.get("folder", ".")
     for key, value in (("finetune", common), ("tasks", tasks)):
         if not isinstance(value, dict):

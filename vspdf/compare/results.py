@@ -103,7 +103,7 @@ def _arm(study: Study, root: Path, arm: Arm) -> dict[str, Any]:
 
 
 def _finite(losses: Sequence[float | None]) -> list[float | None]:
-    """As JSON has it: null where a trial diverged or is not known."""
+    """Losses as JSON has them: null where a trial diverged or is not known."""
     return [loss if loss is not None and math.isfinite(loss) else None for loss in losses]
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from vspdf.config.resolved import ResolvedData
 from vspdf.errors import UserError, did_you_mean, near_path
-from vspdf.files import json_line
+from vspdf.files import parse_json
 
 log = logging.getLogger("vspdf")
 
@@ -187,7 +187,7 @@ def _json_lines(path: Path, text_field: str) -> Iterator[Document]:
         if line.isspace():
             continue
         where = f"'{path}' line {number}"
-        row = json_line(line, where)
+        row = parse_json(line, where)
         if not isinstance(row, dict):
             raise UserError(f'{where} is no object: expected {{"{text_field}": "..."}}.')
         yield Document(f"line {number}", _field(row, text_field, where))

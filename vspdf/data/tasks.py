@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from vspdf.errors import UserError, did_you_mean, near_path
-from vspdf.files import json_line
+from vspdf.files import parse_json
 
 log = logging.getLogger("vspdf")
 
@@ -219,7 +219,7 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         if not line.strip():
             continue
         where = f"'{path}' line {number}"
-        row = json_line(line, where)
+        row = parse_json(line, where)
         context = _field(row, "context", where)
         completions = row.get("completion", [])
         completions = [completions] if isinstance(completions, str) else completions

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vspdf.errors import UserError
 from vspdf.interop.cerebras_sparsity import ROLES
-from vspdf.interop.tensors import _MASK
+from vspdf.interop.masks import MASK
 
 _LAYERS = "transformer_decoder.layers."
 # Modules of theirs in a state dict, and ours; releases since 2.1 put `embed` behind the positions' name.
@@ -58,13 +58,13 @@ def from_cerebras(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor
         return dict(tensors)
     parts: dict[str, dict[int, Tensor]] = {}
     for name, tensor in theirs.items():
-        known = tensor_name(name.removesuffix(_MASK))
+        known = tensor_name(name.removesuffix(MASK))
         if known is None:
             raise UserError(
                 f"{where}: '{name}' is no tensor of a GPT of the Cerebras stack that is known here; convert it to a "
                 "Hugging Face folder with its own converter first."
             )
-        ours, part = known[0] + (_MASK if name.endswith(_MASK) else ""), known[1]
+        ours, part = known[0] + (MASK if name.endswith(MASK) else ""), known[1]
         found = parts.setdefault(ours, {})
         if part in found and not torch.equal(found[part], tensor):
             raise UserError(f"{where}: '{name}' differs from its other name's tensor, and one is kept here.")

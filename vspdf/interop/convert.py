@@ -12,10 +12,10 @@ from vspdf.data.tokenizer import Tokenizer
 from vspdf.errors import UserError, did_you_mean
 from vspdf.files import new_whole
 from vspdf.interop import checkpoints, hugging_face
-from vspdf.interop.tensors import PICKLES, finalize_tree, flatten, read, unshared
+from vspdf.interop.masks import finalize_tree, name_zeros
+from vspdf.interop.tensors import PICKLES, flatten, read, unshared
 from vspdf.kernels import hardware
 from vspdf.model import GPT
-from vspdf.pattern import Pattern
 from vspdf.runs import checkpoint
 from vspdf.runs.folder import Run
 from vspdf.sparsity.layer import sparse_layers
@@ -102,10 +102,13 @@ def _write_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer | None, sta
 
 
 def _finalize_file(source: Path, target: Path) -> dict[str, Any]:
-    tree, masks = finalize_tree(read(source), str(source))
-    tensors = flatten(tree)
     if target.suffix not in (".safetensors", *PICKLES):
         raise UserError(f"'{target}': expected a file ending in .safetensors or {', '.join(PICKLES)}.")
+    tree, masks = finalize_tree(read(source), str(source))
+    tensors = flatten(tree)
+    if not tensors:
+        raise UserError(f"'{source}' holds no tensor.")
+    name_zeros(tensors, masks, str(source))
     with new_whole(target) as draft:
         if target.suffix == ".safetensors":
             save_file(unshared(tensors), draft)
@@ -114,5 +117,5 @@ def _finalize_file(source: Path, target: Path) -> dict[str, Any]:
     return {
         "source": str(source), "kind": "file", "to": "file", "written": str(target), "step": None, "model": None,
         "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()), "tokenizer": None,
-        "layers": {name: Pattern.from_mask(mask).sparsity for name, mask in masks.items()},
+        "layers": {name: 1 - int(mask.sum()) / mask.numel() for name, mask in masks.items() if mask.numel()},
     }  # fmt: skip

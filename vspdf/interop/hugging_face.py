@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,8 +20,10 @@ from torch import Tensor
 from vspdf.config.loading import read_yaml
 from vspdf.data.tokenizer import Tokenizer, check_tokenizer
 from vspdf.errors import UserError
+from vspdf.files import read_json
 from vspdf.interop import cerebras, cerebras_tensors
-from vspdf.interop.tensors import finalize, read_folder, read_json
+from vspdf.interop.masks import canonical, finalize, name_zeros
+from vspdf.interop.tensors import read_folder
 from vspdf.model import GPT
 from vspdf.pattern import Pattern
 from vspdf.shapes import MODELS, Shape
@@ -35,6 +36,7 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "ge
 ARCHITECTURES = ("gpt2", "btlm", "jais")  # the latter two are GPT-2 with µP keys; what else they may ask for is refused
 _LINEAR = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # [in, out] there
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
+_LARGEST = 1e30  # of scales
 _SIZES = {"n_layer": "n_layer", "d_model": "n_embd", "n_head": "n_head", "d_ff": "n_inner",
           "vocab_size": "vocab_size", "sequence_length": "n_positions"}  # fmt: skip
 
@@ -45,11 +47,12 @@ _SIZES = {"n_layer": "n_layer", "d_model": "n_embd", "n_head": "n_head", "d_ff":
 
 
 class Scales(NamedTuple):
-    """Factors of a configuration that our GPT does not have: embeddings, logits, and the scores of each layer."""
+    """Factors of a configuration that our GPT does not have: of embeddings, logits and scores."""
 
     embeddings: float
     logits: float
-    scores: tuple[float, ...]
+    score: float
+    by_layer: bool  # scores of the layer i, counted from 0, are divided by i + 1 as well
 
 
 def configuration_of(shape: Shape, activation: str = "gelu", end_of_document: int | None = None) -> dict[str, Any]:
@@ -89,12 +92,14 @@ def read_configuration(config: Mapping[str, Any], where: str = "config.json") ->
         "layer_norm_epsilon": (1e-5,),
         "add_cross_attention": (False,),
         "quantization_config": (None,),
+        "sparsity_config": (None,),
+        "compression_config": (None,),
     }
     for key, allowed in expected.items():
         if (value := config.get(key, allowed[0])) not in allowed:
             raise UserError(f"{where}: {key} = {value!r} is not supported; expected {allowed[0]!r}.")
     activation = config.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise UserError(
             f"{where}: activation_function '{activation}' is not supported; expected one of {', '.join(ACTIVATIONS)}."
         )
@@ -126,7 +131,7 @@ def _scales(config: Mapping[str, Any], shape: Shape, where: str) -> Scales:
     def number(*names: str, default: float) -> float:
         known.update(names)
         value = next((config[name] for name in names if config.get(name) is not None), default)
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
+        if not isinstance(value, int | float) or not 0 < value < _LARGEST:
             raise UserError(f"{where}: {names[0]} must be a positive number, not {value!r}.")
         return float(value)
 
@@ -146,8 +151,7 @@ def _scales(config: Mapping[str, Any], shape: Shape, where: str) -> Scales:
     score = number("attention_logits_alpha", default=1.0) * (head**-0.5 if by_width else 1.0)
     if config.get("scale_attn_weights", True) is False:
         score *= head**0.5
-    inverse = bool(config.get("scale_attn_by_inverse_layer_idx"))
-    return Scales(embeddings, logits, tuple(score / (i + 1 if inverse else 1) for i in range(shape.n_layer)))
+    return Scales(embeddings, logits, score, by_layer=bool(config.get("scale_attn_by_inverse_layer_idx")))
 
 
 def known_name(shape: Shape, activation: str = "gelu") -> str | None:
@@ -179,7 +183,9 @@ def read_theirs(
         tokenizer = _tokenizer(folder)
     if tokenizer is not None:
         check_tokenizer(tokenizer, shape, str(folder), config.get("eos_token_id"))
-    tensors, masks = finalize(cerebras_tensors.from_cerebras(read_folder(folder), str(folder)), str(folder))
+    found = canonical(read_folder(folder), str(folder)).tensors
+    tensors, masks = finalize(cerebras_tensors.from_cerebras(found, str(folder)), str(folder))
+    name_zeros(tensors, masks, str(folder))
     model, patterns = from_tensors(shape, activation, tensors, masks, scales, str(folder))
     state = {"step": 0, "model": asdict(shape), "activation": activation}
     return model, tokenizer, state, patterns
@@ -200,12 +206,15 @@ def from_tensors(
     UserError
         If tensors are missing, too many or of another shape, or the output head is not the embedding.
     """
-    model = GPT(shape, activation=activation)
-    wanted = {name: parameter for name, parameter in model.named_parameters()}
     given = {
         name.removeprefix("transformer."): tensor for name, tensor in tensors.items() if not name.endswith(_BUFFERS)
     }
     head = given.pop("lm_head.weight", None)
+    if shape.parameters > 2 * (held := sum(tensor.numel() for tensor in given.values())):  # nothing is built for it
+        raise UserError(f"{where}: of a model of {shape.parameters:,} parameters, {held:,} are here.")
+    with torch.device("meta"):
+        model = GPT(shape, activation=activation)
+    wanted = dict(model.named_parameters())
     if missing := [name for name in wanted if name not in given]:
         raise UserError(f"{where}: {len(missing)} tensors are missing, the first is '{missing[0]}'.")
     if extra := [name for name in given if name not in wanted]:
@@ -215,21 +224,24 @@ def from_tensors(
             f"{where}: its output head differs from its embeddings; here the two are one tensor (tied), so it cannot "
             "be taken over."
         )
-    turn = lambda name, t: t.T if name.endswith(_LINEAR) else t  # noqa: E731
+    turn = lambda name, t: t.T if name.endswith(_LINEAR) and t.dim() == 2 else t  # noqa: E731
+    for name, parameter in wanted.items():
+        if turn(name, given[name]).shape != parameter.shape:
+            raise UserError(
+                f"{where}: '{name}' has the shape {tuple(given[name].shape)}, which does not fit its config.json."
+            )
+    model.to_empty(device="cpu")
     with torch.no_grad():
-        for name, parameter in wanted.items():
-            tensor = turn(name, given[name])
-            if tensor.shape != parameter.shape:
-                raise UserError(
-                    f"{where}: '{name}' has the shape {tuple(given[name].shape)}, which does not fit its config.json."
-                )
-            parameter.copy_(tensor)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(turn(name, given[name]))
         if scales is not None:
             _fold(model, scales)
     patterns = {}
     for name, mask in masks.items():
         name = name.removeprefix("transformer.")
         if not name.endswith(_LINEAR):
+            if bool(mask.all()):
+                continue
             raise UserError(f"{where}: '{name}' is masked; only projections and FFN matrices are sparse here.")
         patterns[name.removesuffix(".weight")] = Pattern.from_mask(turn(name, mask).contiguous())
     return model, patterns
@@ -241,9 +253,9 @@ def _fold(model: GPT, scales: Scales) -> None:
     model.wpe.weight.mul_(scales.embeddings)
     for parameter in model.ln_f.parameters():  # the head is the table of embeddings, already scaled
         parameter.mul_(scales.logits / scales.embeddings)
-    for block, score in zip(model.h, scales.scores, strict=True):
+    for i, block in enumerate(model.h):
         for parameter in block.attn.c_attn.parameters():  # type: ignore[union-attr]
-            parameter[: model.shape.d_model].mul_(score)
+            parameter[: model.shape.d_model].mul_(scales.score / (i + 1 if scales.by_layer else 1))
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:

@@ -1,35 +1,25 @@
-"""Checkpoints that others wrote: read without trust, and masked weights found and set to zero.
-
-Two conventions mark a masked weight: NaN in its place, in weights and optimizer state alike (the older one), and a
-boolean tensor ``NAME_mask`` beside the weight (the newer one), True where a weight is kept.
-"""
+"""Checkpoint files that others wrote, read without trust: no code is run, and none takes more room than it should."""
 
 from __future__ import annotations
 
-import json
 import pickle
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vspdf.errors import UserError, near_path
+from vspdf.files import read_json
 
 PICKLES = (".pt", ".pth", ".bin", ".mdl", ".ckpt")
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-_MASK = "_mask"
-_EMBEDDINGS = ("wte", "wpe", "embed", "lm_head")  # parts of names of matrices that are never sparse
-
-
-class Finalized(NamedTuple):
-    """Dense tensors by name, and a boolean mask (True: kept) of each tensor that held masked weights."""
-
-    tensors: dict[str, Tensor]
-    masks: dict[str, Tensor]
+# What a file may become in memory: tied tensors are one in the file, and of a sparse one the zeros are not there.
+_GROWTH, _SPARSE_GROWTH, _ROOM = 8, 1000, 64 << 20
+_DEEPEST = 100  # nested dicts and lists
 
 
 def read(file: Path) -> Any:
@@ -40,17 +30,25 @@ def read(file: Path) -> Any:
     Raises
     ------
     UserError
-        If the file is missing, damaged, of an unknown kind, or a pickle of more than tensors and plain values.
+        If the file is missing, damaged, of an unknown kind, a pickle of more than tensors and plain values, or one
+        that would take far more memory than it is large.
     """
     if not file.is_file():
         raise UserError(f"'{file}' not found.{near_path(file)}")
     if file.suffix == ".safetensors":
         try:
             return load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is no whole safetensors file: {error}.") from None
+        except Exception as error:  # of damaged headers the library raises its own errors, torch's and Python's
+            raise UserError(f"{file} is no whole safetensors file: {_line(error)}.") from None
     if file.suffix not in PICKLES:
         raise UserError(f"'{file}': expected a .safetensors file, or a pickle ({', '.join(PICKLES)}).")
+    tree = _unpickled(file)
+    _check_tree(tree, file)
+    return tree
+
+
+def _unpickled(file: Path) -> Any:
+    size = file.stat().st_size
     with file.open("rb") as stream:
         if stream.read(len(_HDF5)) == _HDF5:
             raise UserError(
@@ -58,16 +56,56 @@ def read(file: Path) -> Any:
                 "folder with its own converter first."
             )
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                unpacked = sum(item.file_size for item in archive.infolist())
+            if unpacked > max(_ROOM, _GROWTH * size):
+                raise UserError(f"{file} has {size:,} bytes and unpacks to {unpacked:,}: refused.")
+        with torch.sparse.check_sparse_tensor_invariants():  # indices outside would be written to
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error) or "Weights only" in str(error):
             raise UserError(
                 f"{file} holds more than tensors and plain values, and reading that could run code: refused. "
                 "Write it as safetensors where you trust it."
             ) from None
-        raise UserError(f"{file} is no whole checkpoint: {_line(error)}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file} is no whole checkpoint: {_line(error)}") from None
+        raise UserError(f"{file} is no whole checkpoint: {_line(error)}.") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(f"{file} is no whole checkpoint: {_line(error)}.") from None
+
+
+def _check_tree(tree: Any, file: Path) -> None:
+    """Whether what a pickle says can be gone through: lists that share lists, and views wider than what they view."""
+    size, dense, seen = file.stat().st_size, 0, 0
+    for depth, node in _nodes(tree):
+        seen += 1
+        if depth > _DEEPEST or seen > size:
+            raise UserError(f"{file} nests its {size:,} bytes without end: refused.")
+        if not isinstance(node, Tensor):
+            continue
+        if node.device.type != "cpu" or node.is_quantized or node.is_nested:
+            kind = "quantized" if node.is_quantized else "nested" if node.is_nested else f"on '{node.device.type}'"
+            raise UserError(f"{file} holds a tensor that is {kind}: expected plain ones with their values.")
+        strided = node.layout == torch.strided
+        if strided:
+            dense += node.numel() * node.element_size()
+        wanted, allowed = dense, max(_ROOM, _GROWTH * size)
+        if not strided:
+            wanted, allowed = node.numel() * node.element_size(), max(_ROOM, _SPARSE_GROWTH * size)
+        if wanted > allowed:
+            raise UserError(f"{file} has {size:,} bytes and would take {wanted:,} in memory: refused.")
+
+
+def _nodes(tree: Any) -> Iterator[tuple[int, Any]]:
+    """Every node of nested dicts, lists and tuples with its depth, without recursion."""
+    waiting = [(0, tree)]
+    while waiting:
+        depth, node = waiting.pop()
+        yield depth, node
+        inside = node.values() if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else ()
+        waiting.extend((depth + 1, item) for item in inside)
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
@@ -82,10 +120,10 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     for name in ("model.safetensors", "pytorch_model.bin", *theirs):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            try:
-                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise UserError(f"{index} is damaged: expected a weight_map of tensors and files.") from None
+            listed = read_json(index).get("weight_map")
+            if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
+                raise UserError(f"{index} is damaged: expected a weight_map of tensors and files.")
+            files = sorted(set(listed.values()))
             if outside := [file for file in files if Path(file).name != file]:
                 raise UserError(f"{index} names '{outside[0]}': expected files of its own folder.")
         elif (folder / name).is_file():
@@ -99,23 +137,6 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
             tensors.update(flatten(read(folder / file)))
         return tensors
     raise UserError(f"'{folder}' holds no model.safetensors and no pytorch_model.bin.")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Content of a JSON file that holds a mapping.
-
-    Raises
-    ------
-    UserError
-        If it does not, or cannot be read.
-    """
-    try:
-        body = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}.") from None
-    if not isinstance(body, dict):
-        raise UserError(f"{file} is no mapping of settings.")
-    return body
 
 
 def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -143,89 +164,6 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Tensor]:
     for key, value in items:
         found.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
     return found
-
-
-def finalize(tensors: Mapping[str, Tensor], where: str = "the checkpoint") -> Finalized:
-    """Masked weights and their optimizer state become zeros, ``NAME_mask`` tensors go.
-
-    NaN marks masked weights only in matrices named ``...weight`` that are no embedding, and in tensors that are NaN at
-    exactly the positions of such a one (its optimizer state).
-
-    Raises
-    ------
-    UserError
-        Naming the tensor, if NaN stands where no mask explains it, a value is infinite, a whole matrix is NaN, or a
-        mask does not fit.
-    """
-    masks = {name: _as_mask(name, tensors, where) for name in tensors if name + _MASK in tensors}
-    clean: dict[str, Tensor] = {}
-    later: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name.endswith(_MASK) and name.removesuffix(_MASK) in masks:
-            continue
-        if not tensor.is_floating_point():
-            clean[name] = tensor
-            continue
-        if name in masks:
-            tensor = tensor.masked_fill(~masks[name], 0)
-        if bool(torch.isfinite(tensor).all()):
-            clean[name] = tensor
-            continue
-        if bool(torch.isinf(tensor).any()):
-            raise UserError(f"{where}: '{name}' holds an infinite value; the run that wrote it had diverged.")
-        nan = torch.isnan(tensor)
-        if name in masks:
-            raise UserError(f"{where}: '{name}' is NaN at {int(nan.sum())} positions that its mask keeps.")
-        clean[name] = torch.zeros_like(tensor)  # keeps the order of names
-        if tensor.dim() == 2 and _may_be_sparse(name) and not bool(nan.all()):
-            masks[name] = ~nan
-            clean[name] = torch.nan_to_num(tensor, nan=0.0)
-        else:
-            later[name] = tensor
-    for name, tensor in later.items():
-        nan = torch.isnan(tensor)
-        state = name.rsplit(".", 1)[-1] not in ("weight", "bias")
-        if not state or not any(mask.shape == nan.shape and torch.equal(mask, ~nan) for mask in masks.values()):
-            raise UserError(
-                f"{where}: '{name}' is NaN at {int(nan.sum())} of {nan.numel()} positions, and no mask explains it."
-            )
-        clean[name] = torch.nan_to_num(tensor, nan=0.0)
-    return Finalized(clean, masks)
-
-
-def finalize_tree(tree: Any, where: str = "the checkpoint") -> tuple[Any, dict[str, Tensor]]:
-    """Does what `finalize` does to nested dicts and lists; returns the same nesting, and masks by dotted name."""
-    clean, masks = finalize(flatten(tree), where)
-    return _rebuild(tree, clean, ""), masks
-
-
-def _rebuild(tree: Any, clean: Mapping[str, Tensor], prefix: str) -> Any:
-    inside = lambda key: f"{prefix}.{key}" if prefix else str(key)  # noqa: E731
-    if isinstance(tree, Tensor):
-        return clean[prefix]
-    if isinstance(tree, Mapping):
-        kept = {k: v for k, v in tree.items() if not isinstance(v, Tensor) or inside(k) in clean}
-        return {key: _rebuild(value, clean, inside(key)) for key, value in kept.items()}
-    if isinstance(tree, list | tuple):
-        return [_rebuild(value, clean, inside(i)) for i, value in enumerate(tree)]
-    return tree
-
-
-def _as_mask(name: str, tensors: Mapping[str, Tensor], where: str) -> Tensor:
-    mask = tensors[name + _MASK]
-    if mask.shape != tensors[name].shape:
-        raise UserError(
-            f"{where}: '{name + _MASK}' of shape {tuple(mask.shape)} does not fit '{name}' of "
-            f"shape {tuple(tensors[name].shape)}."
-        )
-    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
-        raise UserError(f"{where}: '{name + _MASK}' holds values beside 0 and 1.")
-    return mask.bool()
-
-
-def _may_be_sparse(name: str) -> bool:
-    parts = name.split(".")
-    return parts[-1] == "weight" and "optimizer" not in parts and not any(e in name for e in _EMBEDDINGS)
 
 
 def _line(error: Exception) -> str:

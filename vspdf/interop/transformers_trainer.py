@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from vspdf.errors import UserError
+from vspdf.files import read_json
 from vspdf.interop import tensors
 from vspdf.sparsity.layer import sparse_layers
 from vspdf.sparsity.phases import Phases
@@ -62,7 +63,9 @@ class PhasesCallback(TrainerCallback):
         file = folder / "trainer_state.json"
         if not file.is_file():
             raise UserError(f"'{folder}' is no checkpoint of the Trainer: it has no trainer_state.json.")
-        self._resumed = int(tensors.read_json(file)["global_step"])
+        self._resumed = read_json(file).get("global_step")
+        if not isinstance(self._resumed, int):
+            raise UserError(f"{file} is damaged: expected a whole number as global_step.")
         return self.phases.restore(model, tensors.read_folder(folder), self._resumed)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:

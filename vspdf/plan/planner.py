@@ -233,16 +233,7 @@ def plan(
     run = _Wish(shape, dense_steps, step_tokens, split, sparsity, effective, convention, causal, progress)
 
     if not own:
-        if phases is not None:
-            stages = list(phases)
-        elif save is not None:
-            stages = run.save(save)
-        elif memory is not None:
-            stages = run.memory(memory * 1e9)
-        elif hours is not None:
-            stages = run.hours(hours)
-        else:
-            stages = run.split()
+        stages = list(phases) if phases is not None else run.stages(save, memory, hours)
         multiple = LR_MULTIPLE if any(s for s, _ in stages) else 1.0
         settings.phases = [PhaseConfig(sparsity=s, steps=n, lr_multiple=multiple) for s, n in stages if n]
     config = resolve.resolve(settings)
