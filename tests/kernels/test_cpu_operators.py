@@ -8,7 +8,7 @@ from torch import nn
 
 import vspdf
 from vspdf.errors import UserError
-from vspdf.kernels import cpu, dense, derivatives
+from vspdf.kernels import cpu, dense, derivatives, ops  # noqa: F401 (ops defines the operators)
 from vspdf.pattern import Pattern
 
 PATTERN = Pattern.random((6, 10), 0.5, seed=5)
