@@ -119,10 +119,9 @@ class _Run:
                 f"{words.size(hardware.memory())}; vspdf plan says what a run needs."
             )
         self.total_steps = sum(phase.steps or 0 for phase in config.phases)
+        drawn = config.model
         self.model: GPT = (
-            begun[0]
-            if begun
-            else GPT(self.shape, config.model.init_std, seed=config.seed, activation=config.model.activation)
+            begun[0] if begun else GPT(self.shape, drawn.init_std, config.seed, drawn.activation, drawn.output_init_std)
         ).to(self.device)
         self.optimizer: torch.optim.Optimizer | None = None
         self.layers = resolve.linear_layers(config.model)
