@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from importlib.metadata import version
@@ -11,7 +12,7 @@ import typer
 from rich.logging import RichHandler
 
 from vspdf.cli import bench, plan, programs, runs, simulate, tasks, train
-from vspdf.cli.console import Verb, err, say, tell
+from vspdf.cli.console import Verb, err, tell
 from vspdf.errors import BackendUnavailable, Interrupted, UserError, did_you_mean
 
 app = typer.Typer(
@@ -50,9 +51,10 @@ def main() -> None:
     except Interrupted as error:
         err.print(f"vspdf: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(130)
-    except (KeyboardInterrupt, typer.Abort):
-        say("vspdf: stopped.")
-        sys.exit(130)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # of any path that is asked for
+            raise
+        message = f"'{str(error.filename)[:40]}...' is longer than the name of a file can be."
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's usage errors, whatever class they are in its version
             raise

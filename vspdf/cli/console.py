@@ -36,6 +36,8 @@ class Verb(TyperCommand):
         flags = {parameter.name: parameter.opts[0] for parameter in self.params if parameter.opts[0][:2] == "--"}
         try:
             return super().invoke(context)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped.") from None
         except (UserError, Interrupted) as error:
             error.args = (re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), str(error)),)
             raise
