@@ -1,20 +1,21 @@
 """What vspdf does when it is killed, its disk fails, its files are damaged or hostile, or it is used for long.
 
-    python benchmarks/torture.py                          # every campaign with moderate counts: some minutes on one core
-    python benchmarks/torture.py kills --points 0         # at every file operation of every command
-    python benchmarks/torture.py fuzz --points 500 --seed 7
+    python benchmarks/torture.py                          # every campaign, moderate counts: minutes on one core
+    python benchmarks/torture.py kills:0 fuzz:500         # NAME:POINTS per command, file or format; 0: all there are
+    python benchmarks/torture.py damage:6:metrics,config  # NAME:POINTS:AMONG, only what has these in its name
     python benchmarks/torture.py kills --only train/117   # one trial again
 
 Every trial is a command of vspdf in a fork of this process, above a shim that sees its file operations
-(campaigns/shim.c). It has one of three ends: results equal to the last bit, in the same files, to those of an undisturbed
-run; an error in one line; or it went wrong: a traceback, a silent difference, a file left behind, a hang, too much memory.
-All draws follow from the seed. The exit status is 1 where anything went wrong.
+(campaigns/shim.c). It ends in one of three ways. Equal: the results, to the last bit, and files of an undisturbed run; a
+bent file was taken. Refused: an error in one line, and nothing lost. Wrong: a traceback, a silent difference, a file
+left behind, a hang, too much memory. All draws follow from the seed. Status 1 where anything went wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 import tempfile
@@ -24,11 +25,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from campaigns import damage, disk, fuzz, soak  # noqa: E402
-from campaigns.jobs import Bench  # noqa: E402
-from campaigns.trial import WRONG, Campaign, preload  # noqa: E402
+from campaigns import damage, disk, fuzz, hostile, soak
+from campaigns.jobs import Bench
+from campaigns.trial import WRONG, Campaign, preload
 
-# Each yields (id, trial) pairs; beside it the points by default, and what --among chooses from.
+# Each yields (id, trial) pairs; beside it the points by default.
 CAMPAIGNS = {
     "kills": (disk.kills, 25),
     "signals": (disk.signals, 6),
@@ -36,18 +37,21 @@ CAMPAIGNS = {
     "power": (disk.power, 12),
     "damage": (damage.damage, 2),
     "together": (damage.together, 3),
-    "hostile": (fuzz.hostile, 0),
+    "hostile": (hostile.hostile, 0),
     "fuzz": (fuzz.fuzz, 40),
-    "soak": (soak.soak, 300),
+    "soak": (soak.soak, 2000),
 }
 
 
-def _campaign(name: str, bench: Bench, asked: argparse.Namespace) -> dict[str, Any]:
-    """Runs the trials of one campaign; what went wrong is said at once."""
-    trials, points = CAMPAIGNS[name]
-    among = [word for word in asked.among.split(",") if word]
+ORDER = re.compile(rf"({'|'.join(CAMPAIGNS)})(:\d+(:[^:]+)?)?")
+
+
+def _campaign(order: str, bench: Bench, asked: argparse.Namespace) -> dict[str, Any]:
+    """Runs the trials of one campaign, ordered as NAME:POINTS:AMONG; what went wrong is said at once."""
+    name, points, among = (order + "::").split(":")[:3]
+    trials, usual = CAMPAIGNS[name]
     campaign, start = Campaign(name), time.perf_counter()
-    for id, trial in trials(bench, among, points if asked.points is None else asked.points, asked.seed):
+    for id, trial in trials(bench, among.split(",") if among else [], int(points or usual), asked.seed):
         if asked.only and id != asked.only:
             continue
         result = trial()
@@ -55,12 +59,8 @@ def _campaign(name: str, bench: Bench, asked: argparse.Namespace) -> dict[str, A
         if result.verdict == WRONG:
             bench.say(f"{name} {id}: {result.why}")
     bench.say(f"{name}: {len(campaign.results)} trials in {time.perf_counter() - start:.0f} s")
-    return campaign.to_json(lambda id: _repeat(name, id, asked))
-
-
-def _repeat(name: str, id: str, asked: argparse.Namespace) -> str:
-    points = "" if asked.points is None else f" --points {asked.points}"
-    return f"python benchmarks/torture.py {name} --seed {asked.seed}{points} --only {shlex.quote(id)}"
+    again = f"python benchmarks/torture.py {order} --seed {asked.seed} --only "
+    return campaign.to_json(lambda id: again + shlex.quote(id))
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
@@ -77,14 +77,12 @@ def _print(rows: list[dict[str, Any]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("campaigns", nargs="*", help=f"of {', '.join(CAMPAIGNS)}; default: all")
-    parser.add_argument("--points", type=int, help="per command, file or format; 0: all there are")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--among", default="", metavar="NAME,...", help="commands, files or formats; default: all")
     parser.add_argument("--only", metavar="ID", help="one trial of one campaign")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
     asked = parser.parse_args()
-    if unknown := [name for name in asked.campaigns if name not in CAMPAIGNS]:
-        parser.error(f"no campaign '{unknown[0]}': expected {', '.join(CAMPAIGNS)}")
+    if wrong := [order for order in asked.campaigns if not ORDER.fullmatch(order)]:
+        parser.error(f"'{wrong[0]}': expected NAME, NAME:POINTS or NAME:POINTS:AMONG; names: {', '.join(CAMPAIGNS)}")
     preload()
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         bench = Bench(Path(folder), lambda line: print(line, file=sys.stderr, flush=True))

@@ -10,8 +10,20 @@ from typing import Any
 
 from campaigns.jobs import Bench
 from campaigns.trial import (
-    EQUAL, REFUSED, WRONG, End, Result, content, died, difference, refused, run, start, wait, without_times,
-)  # fmt: skip
+    EQUAL,
+    REFUSED,
+    WRONG,
+    End,
+    Result,
+    content,
+    died,
+    difference,
+    refused,
+    run,
+    start,
+    wait,
+    without_times,
+)
 
 HARMS = ("bit", "cut", "empty", "zeros", "tail", "gone")
 

@@ -11,9 +11,27 @@ from pathlib import Path
 
 from campaigns.jobs import Bench, Job
 from campaigns.trial import (
-    CHANGES, EQUAL, MAKE, OPEN, READ, REFUSED, REMOVE, RENAME, SYNC, WRITE, WRONG, Arms, End, Result, died, difference,
-    errno_name, refused, run,
-)  # fmt: skip
+    CHANGES,
+    EQUAL,
+    FOLDER,
+    MAKE,
+    OPEN,
+    READ,
+    REFUSED,
+    REMOVE,
+    RENAME,
+    SYNC,
+    WRITE,
+    WRONG,
+    Arms,
+    End,
+    Result,
+    died,
+    difference,
+    errno_name,
+    refused,
+    run,
+)
 
 # What fails, in which operations, and whether it goes on failing.
 FAULTS = {
@@ -23,7 +41,7 @@ FAULTS = {
     "write": (errno.EIO, WRITE, False),
     "denied": (errno.EACCES, OPEN | RENAME | REMOVE | MAKE, False),
     "unreadable": (errno.EACCES, READ, False),
-    "read-only": (errno.EROFS, CHANGES & ~SYNC, True),
+    "read-only": (errno.EROFS, CHANGES & ~(SYNC | FOLDER), True),
 }
 CUTS = ("nothing", "names", "some")  # what survives of that which was not synced: nothing, names alone, a part
 
@@ -57,8 +75,7 @@ def goes_on(bench: Bench, job: Job, folder: Path, id: str) -> Result:
 
 
 def _points(bench: Bench, jobs: list[str], count: int, seed: int) -> Iterator[tuple[Job, int]]:
-    for name in jobs:
-        job = bench.jobs[name]
+    for name, job in bench.among(jobs):
         for at in spread(job.operations, count, random.Random(f"{seed} {name}")):
             yield job, at
 
@@ -89,8 +106,7 @@ def _kill(bench: Bench, job: Job, at: int, number: signal.Signals, id: str) -> R
 
 def faults(bench: Bench, jobs: list[str], count: int, seed: int) -> Iterator[tuple[str, Callable[[], Result]]]:
     """An operation fails: it is refused in one line, or the results are those of an undisturbed run."""
-    for name in jobs:
-        job = bench.jobs[name]
+    for name, job in bench.among(jobs):
         for kind, (_, mask, _) in FAULTS.items():
             folder = bench.room()
             total = run(job.arguments, folder, Arms(mask=mask)).operations

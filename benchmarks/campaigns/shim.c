@@ -14,7 +14,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { READ = 1, OPEN = 2, WRITE = 4, SYNC = 8, RENAME = 16, REMOVE = 32, MAKE = 64 };
+enum { READ = 1, OPEN = 2, WRITE = 4, SYNC = 8, RENAME = 16, REMOVE = 32, MAKE = 64, FOLDER = 128 }; /* FOLDER: sync of one */
 enum { LONGEST = 4096, FILES = 65536 };
 
 static struct {
@@ -152,7 +152,9 @@ CHANGES(int, ftruncate64, WRITE, (int fd, off64_t size), (fd, size))
 #define SYNCS(name)                             \
     int name(int fd) {                          \
         if (!mine(fd)) return REAL(name)(fd);   \
-        if (fails(SYNC)) return -1;             \
+        struct stat about;                      \
+        int folder = !fstat(fd, &about) && S_ISDIR(about.st_mode); \
+        if (fails(folder ? FOLDER : SYNC)) return -1;             \
         int status = REAL(name)(fd);            \
         if (!status) synced(fd);                \
         return status;                          \

@@ -7,8 +7,8 @@ import os
 import random
 import resource
 import sys
-import tracemalloc
 import traceback
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,26 +22,26 @@ OBJECTS = 300  # bytes of Python objects that one more round may leave
 
 
 def soak(bench: Bench, among: list[str], count: int, seed: int) -> Iterator[tuple[str, Callable[[], Result]]]:
-    """Memory, open files and threads are flat over the second half of `count` rounds (0: 3,000)."""
-    rounds = count or 3000
+    """Memory, open files and threads are flat over the second half of `count` rounds (0: 10,000)."""
+    rounds = count or 10_000
     for id, action in (
         ("switches", lambda: _switches(seed)),
         ("masks", lambda: _masks(seed)),
         ("commands", lambda: _commands(bench)),
     ):
         if not among or id in among:
-            n = max(6, rounds // 25) if id == "commands" else rounds
+            n = max(6, rounds // 100) if id == "commands" else rounds
             yield id, lambda id=id, action=action, n=n: _flat(bench, id, action(), n)
 
 
 def _flat(bench: Bench, id: str, action: Callable[[], None], rounds: int) -> Result:
     """Measures in a fork, so that nothing else of this process counts."""
+    folder = bench.room()
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         try:
-            folder = bench.room()
             os.chdir(folder)
             os.environ["VSPDF_CACHE"] = str(folder / "cache")
             why = _measured(action, rounds)
@@ -53,6 +53,7 @@ def _flat(bench: Bench, id: str, action: Callable[[], None], rounds: int) -> Res
     with os.fdopen(reader) as stream:
         why = stream.read()
     os.waitpid(child, 0)
+    bench.clear(folder)
     return Result(id, WRONG if why else EQUAL, why)
 
 

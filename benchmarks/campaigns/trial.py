@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-READ, OPEN, WRITE, SYNC, RENAME, REMOVE, MAKE = (1 << i for i in range(7))
-CHANGES = OPEN | WRITE | SYNC | RENAME | REMOVE | MAKE
+READ, OPEN, WRITE, SYNC, RENAME, REMOVE, MAKE, FOLDER = (1 << i for i in range(8))  # as in shim.c
+CHANGES = OPEN | WRITE | SYNC | RENAME | REMOVE | MAKE | FOLDER
 EXTRA_MEMORY = 3 << 30  # what a trial may take beside what torch has mapped already
 HANG = 60.0  # seconds
 
@@ -107,7 +107,7 @@ def run(arguments: Sequence[Any], folder: Path, arms: Arms | None = None, hang: 
 
 def start(arguments: Sequence[Any], folder: Path, arms: Arms | None = None, hang: float = HANG) -> Child:
     """As `run`, without waiting for the end."""
-    files = [tempfile.TemporaryFile() for _ in range(3)]
+    files = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115 - closed by `wait`
     child = os.fork()
     if child == 0:
         _become([str(argument) for argument in arguments], folder, arms or Arms(), files)
@@ -220,7 +220,7 @@ def refused(end: End) -> bool:
 def died(end: End) -> str:
     """What an end that is neither a success nor a refusal looks like, in a line."""
     if end.status is None:
-        return f"hung for {HANG:.0f} s or more; last words: {end.error[:200]}"
+        return f"hung; last words: {end.error[:200]}"
     if end.status < 0:
         return f"killed by {signal.Signals(-end.status).name}; last words: {end.error[:200]}"
     ours = [line.strip() for line in end.err.splitlines() if 'File "' in line and f"{os.sep}vspdf{os.sep}" in line]
