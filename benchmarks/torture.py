@@ -6,7 +6,7 @@
     python benchmarks/torture.py kills --only train/117   # one trial again
 
 Every trial is a command of vspdf in a fork of this process, above a shim that sees its file operations
-(campaigns/shim.c). It ends in one of three ways. Equal: the results, to the last bit, and files of an undisturbed run; a
+(campaigns/shim.c). It ends in one of three ways. Equal: results, to the last bit, and files of an undisturbed run; a
 bent file was taken. Refused: an error in one line, and nothing lost. Wrong: a traceback, a silent difference, a file
 left behind, a hang, too much memory. All draws follow from the seed. Status 1 where anything went wrong.
 """

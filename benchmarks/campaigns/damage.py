@@ -78,13 +78,6 @@ def _outcome(verb: str, folder: Path, end: End) -> Any:
 def damage(bench: Bench, files: list[str], count: int, seed: int) -> Iterator[tuple[str, Callable[[], Result]]]:
     """`count` damages of each file (0: one of each kind), each seen by every verb that could read it."""
     wanted: dict[str, Any] = {}
-    for verb, arguments in READERS.items():
-        folder = bench.room(bench.half if verb == "resume" else bench.done)
-        end = run(arguments, folder)
-        if end.status != 0:
-            raise SystemExit(f"an undamaged run: {verb}: {end.err}")
-        wanted[verb] = (_outcome(verb, folder, end), _files(verb, folder), end.err)
-        bench.clear(folder)
     for verb in READERS:
         source = bench.half if verb == "resume" else bench.done
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
@@ -97,7 +90,19 @@ def damage(bench: Bench, files: list[str], count: int, seed: int) -> Iterator[tu
             kinds = [chance.choice(HARMS) for _ in range(count)] if count else list(HARMS)
             for number, kind in enumerate(kinds):
                 id = f"{verb}/{name}/{kind}/{number}"
-                yield id, lambda a=(verb, name, kind, id): _damaged(bench, *a, wanted[a[0]], seed)
+                yield id, lambda a=(verb, name, kind, id): _damaged(bench, *a, _undamaged(bench, a[0], wanted), seed)
+
+
+def _undamaged(bench: Bench, verb: str, known: dict[str, Any]) -> Any:
+    """What a verb prints and writes, and says on the way, in a run that nothing has happened to."""
+    if verb not in known:
+        folder = bench.room(bench.half if verb == "resume" else bench.done)
+        end = run(READERS[verb], folder)
+        if end.status != 0:
+            raise SystemExit(f"an undamaged run: {verb}: {end.err}")
+        known[verb] = (_outcome(verb, folder, end), _files(verb, folder), end.err)
+        bench.clear(folder)
+    return known[verb]
 
 
 def _files(verb: str, folder: Path) -> dict[str, str]:
@@ -135,17 +140,21 @@ def _named(file: str, err: str, usual: str) -> bool:
 
 def together(bench: Bench, only: list[str], count: int, seed: int) -> Iterator[tuple[str, Callable[[], Result]]]:
     """Two processes in one run directory, resumed and fresh; four in one cache."""
-    for number in range(count or 3):
-        yield f"fresh/{number}", lambda id=f"fresh/{number}": _two(bench, bench.room(), id, [])
-        yield f"resume/{number}", lambda id=f"resume/{number}": _two(bench, bench.room(bench.half), id, ["--resume"])
-        yield f"cache/{number}", lambda id=f"cache/{number}": _four(bench, id)
+    parts = {
+        "fresh": lambda id: _two(bench, bench.room(), id, []),
+        "resume": lambda id: _two(bench, bench.room(bench.half), id, ["--resume"]),
+        "cache": lambda id: _four(bench, id),
+    }
+    for part, trial in parts.items():
+        for number in range(count or 20) if not only or part in only else ():
+            yield f"{part}/{number}", lambda trial=trial, id=f"{part}/{number}": trial(id)
 
 
 def _two(bench: Bench, folder: Path, id: str, more: list[str]) -> Result:
     ends = _at_once([["train", "../tiny.yaml", *more]] * 2, folder)
     wrong = [died(end) for end in ends if end.status != 0 and not refused(end)]
     finished = sum(end.status == 0 for end in ends)
-    other = difference(folder, bench.jobs["train"].wanted or {})
+    other = difference(folder, bench.job("train").wanted)
     if wrong or other or not finished or (not more and finished == 2):
         return Result(id, WRONG, "; ".join([*wrong, other, f"{finished} of 2 finished"]))
     bench.clear(folder)
@@ -155,7 +164,7 @@ def _two(bench: Bench, folder: Path, id: str, more: list[str]) -> Result:
 def _four(bench: Bench, id: str) -> Result:
     folder = bench.room()
     ends = _at_once([["train", "../tiny.yaml", f"run_dir=run{i}"] for i in range(4)], folder)
-    wanted = {name: digest for name, digest in (bench.jobs["train"].wanted or {}).items() if name.startswith("run/")}
+    wanted = {name: digest for name, digest in bench.job("train").wanted.items() if name.startswith("run/")}
     wanted = {name.removeprefix("run/"): digest for name, digest in wanted.items() if not name.endswith("config.yaml")}
     for i, end in enumerate(ends):
         (folder / f"run{i}" / "config.yaml").unlink(missing_ok=True)  # names its folder
@@ -168,7 +177,7 @@ def _four(bench: Bench, id: str) -> Result:
 
 
 def _cache(bench: Bench) -> dict[str, str]:
-    wanted = bench.jobs["train"].wanted or {}
+    wanted = bench.job("train").wanted
     return {name.removeprefix("cache/"): digest for name, digest in wanted.items() if name.startswith("cache/")}
 
 

@@ -57,7 +57,7 @@ def goes_on(bench: Bench, job: Job, folder: Path, id: str) -> Result:
     """Runs an interrupted command again, until it is done; its folder must then be as if nothing had happened."""
     end = run(job.again(folder), folder)
     if refused(end):
-        if not difference(folder, job.wanted or {}):
+        if not difference(folder, job.wanted):
             return Result(id, EQUAL)  # "exists already": it was done
         # Nothing to resume, or damage that was named: the user clears it away and begins anew.
         said = end.error
@@ -66,17 +66,17 @@ def goes_on(bench: Bench, job: Job, folder: Path, id: str) -> Result:
         end = run(job.arguments, folder)
         if end.status != 0:
             return Result(id, WRONG, f"refused ({said[:150]}), then from the start: {died(end)}")
-        other = difference(folder, job.wanted or {})
+        other = difference(folder, job.wanted)
         return Result(id, WRONG, f"begun anew, {other}") if other else Result(id, REFUSED)
     if end.status != 0:
         return Result(id, WRONG, f"going on: {died(end)}")
-    other = difference(folder, job.wanted or {})
+    other = difference(folder, job.wanted)
     return Result(id, WRONG, f"going on, {other}") if other else Result(id, EQUAL)
 
 
 def _points(bench: Bench, jobs: list[str], count: int, seed: int) -> Iterator[tuple[Job, int]]:
-    for name, job in bench.among(jobs):
-        for at in spread(job.operations, count, random.Random(f"{seed} {name}")):
+    for job in bench.among(jobs):
+        for at in spread(job.operations, count, random.Random(f"{seed} {job.name}")):
             yield job, at
 
 
@@ -106,13 +106,13 @@ def _kill(bench: Bench, job: Job, at: int, number: signal.Signals, id: str) -> R
 
 def faults(bench: Bench, jobs: list[str], count: int, seed: int) -> Iterator[tuple[str, Callable[[], Result]]]:
     """An operation fails: it is refused in one line, or the results are those of an undisturbed run."""
-    for name, job in bench.among(jobs):
+    for job in bench.among(jobs):
         for kind, (_, mask, _) in FAULTS.items():
             folder = bench.room()
             total = run(job.arguments, folder, Arms(mask=mask)).operations
             bench.clear(folder)
-            for at in spread(total, count, random.Random(f"{seed} {name} {kind}")):
-                id = f"{name}/{kind}/{at}"
+            for at in spread(total, count, random.Random(f"{seed} {job.name} {kind}")):
+                id = f"{job.name}/{kind}/{at}"
                 yield id, lambda job=job, kind=kind, at=at, id=id: _fault(bench, job, kind, at, id)
 
 

@@ -1,4 +1,4 @@
-"""The commands that are disturbed, tiny ones, each with what its folder holds when nothing disturbs it."""
+"""The commands that are disturbed, tiny ones, and the folders that they work in."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import logging
 import shutil
 import signal
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from campaigns.trial import Arms, End, content, import_what_it_imports, run
+from campaigns.trial import Arms, content, import_what_it_imports, run
 
 CONFIG = """
 name: tiny
@@ -45,17 +46,28 @@ PAIRS = [
 
 @dataclass
 class Job:
-    """A command; the same command again goes on with it, with `resume` where its run directory holds something."""
+    """A command; the same command again goes on with it, with `--resume` where its run directory holds something."""
 
     name: str
     arguments: list[Any]
-    resume: list[Any] | None = None
-    wanted: dict[str, str] | None = None
-    operations: int = 0
+    resumes: bool
+    wanted: dict[str, str]  # what its folder holds when nothing disturbs it
+    operations: int  # that change files
 
     def again(self, folder: Path) -> list[Any]:
         begun = (folder / "run").is_dir() and any((folder / "run").iterdir())
-        return self.resume if self.resume and begun else self.arguments
+        return [*self.arguments, *(["--resume"] if self.resumes and begun else [])]
+
+
+COMMANDS: dict[str, list[Any]] = {
+    "train": ["train", "../tiny.yaml"],
+    "finetune": ["finetune", "../done/run", "../fine.yaml"],
+    "convert": ["convert", "../done/run", "out"],
+    "generate": ["generate", "../done/run", "--input", "../pairs.jsonl", "--output", "answers.txt", "--tokens", "4",
+                 "--beams", "1", "--limit", "4", "--overlong", "cut"],
+    "report": ["report", "../done/run", "--output", "report.html"],
+    "plan": ["plan", "--model", "../tiny.yaml", "--sparsity", "0.8", "--write", "plan.yaml"],
+}  # fmt: skip
 
 
 class Bench:
@@ -69,51 +81,45 @@ class Bench:
         (self.folder / "tiny.yaml").write_text(CONFIG)
         (self.folder / "fine.yaml").write_text(FINETUNE)
         (self.folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-        self.done = self.folder / "done"  # holds run/ and cache/
-        say("what the commands import")
         warm = self.room()
-        small = ["phases=[{sparsity: 0.5, steps: 3}]", "train.eval_every=0"]
-        import_what_it_imports(
-            [["train", "../tiny.yaml", "data.tokenizer=bpe:300", *small], ["convert", "run", "hf"],
-             ["eval", "run", "--text", "../sample.txt"]],
-            warm,
-        )  # fmt: skip
+        small = ["data.tokenizer=bpe:300", "phases=[{sparsity: 0.5, steps: 2}]"]
+        import_what_it_imports([["train", "../tiny.yaml", *small], ["convert", "run", "hf"]], warm)
         shutil.copy(warm / "run" / "tokenizer.json", self.folder)  # trained once for all
-        self.done.mkdir()
-        self._must(run(["train", "../tiny.yaml"], self.done))
-        resume = ["train", "../tiny.yaml", "--resume"]
-        tune = ["finetune", "../done/run", "../fine.yaml"]
-        self.jobs = {
-            job.name: job
-            for job in (
-                Job("train", ["train", "../tiny.yaml"], resume),
-                Job("finetune", tune, [*tune, "--resume"]),
-                Job("convert", ["convert", "../done/run", "out"]),
-                Job("generate", ["generate", "../done/run", "--input", "../pairs.jsonl", "--output", "answers.txt",
-                                 "--tokens", "4", "--beams", "1", "--limit", "4", "--overlong", "cut"]),
-                Job("report", ["report", "../done/run", "--output", "report.html"]),
-                Job("plan", ["plan", "--model", "../tiny.yaml", "--sparsity", "0.8", "--write", "plan.yaml"]),
-            )
-        }  # fmt: skip
-        for job in self.jobs.values():
-            trial = self.room()
-            end = self._must(run(job.arguments, trial))
-            job.wanted, job.operations = content(trial), end.operations
-            self.clear(trial)
-        self.half = self.room()  # interrupted, to be resumed
-        run(
-            self.jobs["train"].arguments,
-            self.half,
-            Arms(self.jobs["train"].operations * 6 // 10, signal=signal.SIGTERM),
-        )
+        self._jobs: dict[str, Job] = {}
 
-    def _must(self, end: End) -> End:
+    @cached_property
+    def done(self) -> Path:
+        """Holds a finished run/ and its cache/."""
+        folder = self.folder / "done"
+        folder.mkdir()
+        self._add("train", folder)
+        return folder
+
+    @cached_property
+    def half(self) -> Path:
+        """Holds a run/ that was stopped on its way, and its cache/."""
+        job, folder = self.job("train"), self.room()
+        end = run(job.arguments, folder, Arms(job.operations * 6 // 10, signal=signal.SIGTERM))
+        if end.status != 130:
+            raise SystemExit(f"a run could not be stopped: {end.err}")
+        return folder
+
+    def job(self, name: str) -> Job:
+        """A command, once it has been done undisturbed."""
+        if self.done and name not in self._jobs:
+            self._add(name, self.room())
+        return self._jobs[name]
+
+    def _add(self, name: str, folder: Path) -> None:
+        end = run(COMMANDS[name], folder)
         if end.status != 0:
-            raise SystemExit(f"an undisturbed command failed: {end.err}")
-        return end
+            raise SystemExit(f"{' '.join(COMMANDS[name])}, undisturbed: {end.err}")
+        resumes = name in ("train", "finetune")
+        self._jobs[name] = Job(name, COMMANDS[name], resumes, content(folder), end.operations)
 
-    def among(self, names: list[str]) -> list[tuple[str, Job]]:
-        return [(name, job) for name, job in self.jobs.items() if not names or name in names]
+    def among(self, names: list[str]) -> Iterator[Job]:
+        """The commands of these names, or all."""
+        return (self.job(name) for name in COMMANDS if not names or name in names)
 
     def room(self, source: Path | None = None) -> Path:
         """An own folder for a trial, empty or a copy of another."""
