@@ -75,7 +75,7 @@ def _outcome(verb: str, folder: Path, end: End) -> Any:
     return None
 
 
-def damage(bench: Bench, files: list[str], count: int, seed: int) -> Iterator[tuple[str, Callable[[], Result]]]:
+def damage(bench: Bench, among: list[str], count: int, seed: int) -> Iterator[tuple[str, Callable[[], Result]]]:
     """`count` damages of each file (0: one of each kind), each seen by every verb that could read it."""
     wanted: dict[str, Any] = {}
     for verb in READERS:
@@ -84,7 +84,7 @@ def damage(bench: Bench, files: list[str], count: int, seed: int) -> Iterator[tu
             name = str(path.relative_to(source))
             if name.startswith("cache") != (verb == "again") and not (verb == "resume" and name.startswith("cache")):
                 continue
-            if files and not any(part in name for part in files):
+            if among and not any(part in f"{verb}/{name}" for part in among):
                 continue
             chance = random.Random(f"{seed} {verb} {name}")
             kinds = [chance.choice(HARMS) for _ in range(count)] if count else list(HARMS)

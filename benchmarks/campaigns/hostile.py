@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,13 +36,6 @@ def _shared_lists(depth: int) -> Any:
     return {"model": tree}
 
 
-def _bomb(name: str, size: int) -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr(name, bytes(size))
-    return stream.getvalue()
-
-
 Case = tuple[str, str, bytes]  # its name, its format, what the file holds
 
 
@@ -57,7 +48,6 @@ def _of_tensors(known: dict[str, Format], canary: Path) -> list[Case]:
         ("pickle/bare", "pickle", pickle.dumps(_Runs(canary))),
         ("pickle/shared", "pickle", to_pickle(_shared_lists(40))),
         ("pickle/expanded", "pickle", to_pickle({"w.weight": torch.zeros(1).expand(60_000, 60_000)})),
-        ("pickle/zip", "pickle", _bomb("archive/data.pkl", 1 << 31)),
         ("safetensors/length", "safetensors", (2**62).to_bytes(8, "little") + b"{}"),
         ("safetensors/shape", "safetensors", _header({"w": {**one, "shape": [2**40]}})),
         ("safetensors/overlap", "safetensors", _header({"a": one, "b": one})),

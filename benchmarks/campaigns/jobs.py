@@ -14,13 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from campaigns.trial import Arms, content, import_what_it_imports, run
+from campaigns.trial import Arms, content, import_all, run
 
 CONFIG = """
 name: tiny
 run_dir: run
-model: {vocab_size: 300, n_layer: 1, d_model: 32, n_head: 2, sequence_length: 16}
-data: {corpus: ../text.txt, tokenizer: ../tokenizer.json, validation_fraction: 0.1}
+model: {n_layer: 1, d_model: 32, n_head: 2, sequence_length: 16}
+data: {corpus: ../text.txt, tokenizer: 'bpe:300', validation_fraction: 0.1}
 optimizer: {lr: 3.0e-3}
 train: {batch_size: 4, threads: 1, backend: cpu, log_every: 1, eval_every: 0, eval_tokens: 128, sample_tokens: 0,
         checkpoint_every: 4, keep_checkpoints: 1, measure_dense: 0}
@@ -81,10 +81,7 @@ class Bench:
         (self.folder / "tiny.yaml").write_text(CONFIG)
         (self.folder / "fine.yaml").write_text(FINETUNE)
         (self.folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-        warm = self.room()
-        small = ["data.tokenizer=bpe:300", "phases=[{sparsity: 0.5, steps: 2}]"]
-        import_what_it_imports([["train", "../tiny.yaml", *small], ["convert", "run", "hf"]], warm)
-        shutil.copy(warm / "run" / "tokenizer.json", self.folder)  # trained once for all
+        import_all()
         self._jobs: dict[str, Job] = {}
 
     @cached_property

@@ -18,7 +18,7 @@ from campaigns.jobs import Bench
 from campaigns.trial import EQUAL, WRONG, Result
 
 RESIDENT = 24 << 20  # bytes that a process may grow by over the second half
-OBJECTS = 300  # bytes of Python objects that one more round may leave
+OBJECTS = 50  # bytes of Python objects that one more round may leave
 
 
 def soak(bench: Bench, among: list[str], count: int, seed: int) -> Iterator[tuple[str, Callable[[], Result]]]:
@@ -70,7 +70,7 @@ def _measured(action: Callable[[], None], rounds: int) -> str:
     grown = []
     if resident > RESIDENT:
         grown.append(f"{resident / 2**20:.0f} MiB resident")
-    if objects > OBJECTS * second + (256 << 10):
+    if objects > OBJECTS * second + (64 << 10):
         grown.append(f"{objects / second:.0f} bytes of objects a round")
     if files > 0 or threads > 0:
         grown.append(f"{files} files, {threads} threads")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import hashlib
 import importlib
 import json
 import os
+import pkgutil
 import resource
 import select
 import signal
@@ -20,6 +22,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 READ, OPEN, WRITE, SYNC, RENAME, REMOVE, MAKE, FOLDER = (1 << i for i in range(8))  # as in shim.c
 CHANGES = OPEN | WRITE | SYNC | RENAME | REMOVE | MAKE | FOLDER
@@ -177,34 +181,15 @@ def arm(folder: Path, arms: Arms) -> None:
     )  # fmt: skip
 
 
-def import_what_it_imports(arguments: Sequence[Sequence[Any]], folder: Path) -> None:
-    """Runs commands once in forks, then imports here what they imported, so that later forks find it loaded."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(1, 2)
-        os.chdir(folder)
-        os.environ.update(VSPDF_CACHE=str(folder / "cache"), HF_HUB_OFFLINE="1")
-        try:
-            for words in arguments:
-                sys.argv = ["vspdf", *map(str, words)]
-                _main()
-        finally:
-            with os.fdopen(writer, "w") as stream:
-                stream.write("\n".join(list(sys.modules)))
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as stream:
-        names = stream.read().split("\n")
-    os.waitpid(child, 0)
-    for name in names:
-        if name not in sys.modules:
-            try:
-                importlib.import_module(name)
-            except Exception:  # made by hand, or part of another
-                continue
+def import_all() -> None:
+    """Imports vspdf's modules and what they import late, so that forks find all of it loaded."""
+    import vspdf
+
+    names = [module.name for module in pkgutil.walk_packages(vspdf.__path__, "vspdf.", lambda name: None)]
+    for name in [*names, "torch._dynamo", "torch.profiler", "tokenizers"]:
+        with contextlib.suppress(ImportError):  # an extra that is not installed
+            importlib.import_module(name)
+    torch.set_num_threads(1)  # a fork of a process with a pool of threads may hang
 
 
 # -- verdicts ---------------------------------------------------------------------------------------------------------
