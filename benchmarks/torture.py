@@ -56,8 +56,8 @@ def _campaign(order: str, bench: Bench, asked: argparse.Namespace) -> dict[str, 
             continue
         result = trial()
         campaign.results.append(result)
-        if result.verdict == WRONG:
-            bench.say(f"{name} {id}: {result.why}")
+        if result.verdict == WRONG or asked.every:
+            bench.say(f"{name} {id}: {result.verdict}. {result.why}")
     bench.say(f"{name}: {len(campaign.results)} trials in {time.perf_counter() - start:.0f} s")
     again = f"python benchmarks/torture.py {order} --seed {asked.seed} --only "
     return campaign.to_json(lambda id: again + shlex.quote(id))
@@ -79,6 +79,7 @@ def main() -> int:
     parser.add_argument("campaigns", nargs="*", help=f"of {', '.join(CAMPAIGNS)}; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", metavar="ID", help="one trial of one campaign")
+    parser.add_argument("--every", action="store_true", help="say on stderr how every trial ended")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
     asked = parser.parse_args()
     if wrong := [order for order in asked.campaigns if not ORDER.fullmatch(order)]:

@@ -12,7 +12,6 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux's linker 
 
 PARTS = {
     "kills": "2:train,plan",
-    "signals": "1:train",
     "faults": "1:generate",
     "power": "1:train",
     "damage": "1:resume/run/metrics,resume/run/tokenizer,report/run/metrics,convert/run/config,again/cache",

@@ -117,7 +117,7 @@ def _damaged(bench: Bench, verb: str, name: str, kind: str, id: str, wanted: Any
     outcome, files, err = wanted
     result = Result(id, EQUAL)
     if refused(end):
-        result = Result(id, REFUSED)
+        result = Result(id, REFUSED, end.error)
     elif end.status != 0:
         result = Result(id, WRONG, died(end))
     elif not _named(name, end.err, err):

@@ -55,19 +55,22 @@ def spread(total: int, points: int, chance: random.Random) -> list[int]:
 
 def goes_on(bench: Bench, job: Job, folder: Path, id: str) -> Result:
     """Runs an interrupted command again, until it is done; its folder must then be as if nothing had happened."""
+    saved = any((folder / "run").glob("checkpoints/step-*"))
     end = run(job.again(folder), folder)
     if refused(end):
         if not difference(folder, job.wanted):
             return Result(id, EQUAL)  # "exists already": it was done
-        # Nothing to resume, or damage that was named: the user clears it away and begins anew.
         said = end.error
+        if saved:
+            return Result(id, WRONG, f"a checkpoint was there, and was not taken: {said[:150]}")
+        # Nothing to resume, or damage that was named: the user clears it away and begins anew.
         for name in ("run", "out"):
             shutil.rmtree(folder / name, ignore_errors=True)
         end = run(job.arguments, folder)
         if end.status != 0:
             return Result(id, WRONG, f"refused ({said[:150]}), then from the start: {died(end)}")
         other = difference(folder, job.wanted)
-        return Result(id, WRONG, f"begun anew, {other}") if other else Result(id, REFUSED)
+        return Result(id, WRONG, f"begun anew, {other}") if other else Result(id, REFUSED, said)
     if end.status != 0:
         return Result(id, WRONG, f"going on: {died(end)}")
     other = difference(folder, job.wanted)
@@ -126,7 +129,7 @@ def _fault(bench: Bench, job: Job, kind: str, at: int, id: str) -> Result:
         return _kept(bench, folder, Result(id, WRONG, "a failed fsync went unnoticed"))
     result = goes_on(bench, job, folder, id)
     if result.verdict == EQUAL and end.status != 0:
-        result = Result(id, REFUSED)
+        result = Result(id, REFUSED, end.error)
     return _kept(bench, folder, result)
 
 

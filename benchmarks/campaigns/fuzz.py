@@ -92,7 +92,7 @@ def read(bench: Bench, format: Format, body: bytes, id: str, canary: Path | None
     end = run(words, folder, hang=HANG)
     under_way = end.status is None and "step 1/" in end.err  # a long training that was asked for
     verdict = EQUAL if end.status == 0 or under_way else REFUSED if refused(end) else WRONG
-    result = Result(id, verdict, died(end) if verdict == WRONG else "")
+    result = Result(id, verdict, died(end) if verdict == WRONG else end.error if verdict == REFUSED else "")
     if canary is not None and canary.exists():
         result = Result(id, WRONG, "what the file said was run")
     bench.clear(folder)

@@ -35,7 +35,7 @@ EQUAL, REFUSED, WRONG = "equal", "refused", "wrong"
 
 @dataclass
 class Result:
-    """What came of one trial: `verdict` and, where it is wrong, why."""
+    """What came of one trial: `verdict` and, where it is wrong or refused, why."""
 
     id: str
     verdict: str
