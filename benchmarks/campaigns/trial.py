@@ -12,6 +12,7 @@ import os
 import pkgutil
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,7 @@ class End(NamedTuple):
 def preload() -> None:
     """Builds the shim and starts this program anew above it, unless it is loaded already."""
     if hasattr(ctypes.CDLL(None), "torture_arm"):
+        shutil.rmtree(Path(os.environ.pop("LD_PRELOAD")).parent)  # mapped already
         return
     library = Path(tempfile.mkdtemp(prefix="torture-")) / "shim.so"
     compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
