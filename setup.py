@@ -1,6 +1,6 @@
 """Builds the one compiled part, `vspdf._C`; everything else is in pyproject.toml.
 
-One portable binary: translation units named `*_avx512.cpp` and `*_avx2.cpp` are compiled for those instruction sets and
+One portable binary: translation units with such a name as `*_avx2.cpp` are compiled for that instruction set and
 chosen at run time, so that a wheel runs on any machine of its architecture.
 """
 
@@ -18,9 +18,12 @@ from pathlib import Path
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", *AVX2]
 ISA_FLAGS = {
-    "_avx512.cpp": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mavx2", "-mfma", "-mf16c"],
-    "_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "_avx512.cpp": AVX512,
+    "_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "_avx2.cpp": AVX2,
 }
 
 

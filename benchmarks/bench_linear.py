@@ -2,7 +2,8 @@
 
 import pytest
 
-from vspdf.bench import PRODUCTS, SHAPES, Problem
+from vspdf.bench.linear import SHAPES, Problem
+from vspdf.bench.rounds import PRODUCTS
 
 
 @pytest.mark.parametrize("candidate", ["vspdf", "dense", "torch_csr"])

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from vspdf import info
-from vspdf.bench_gpu import PRODUCTS, TOLERANCE, Layer, Stopwatch, measure, precision, require_cuda
+from vspdf.bench.linear_gpu import PRODUCTS, TOLERANCE, Layer, Stopwatch, measure, precision, require_cuda
 from vspdf.errors import UserError
-from vspdf.kernels import gpu
+from vspdf.kernels import hardware
+from vspdf.kernels.gpu import launch
 from vspdf.pattern import Pattern
-from vspdf.sparse import SparseLinear
+from vspdf.sparsity.layer import SparseLinear
 
 
 class Cell(NamedTuple):
@@ -110,7 +110,7 @@ def facts(device: torch.device) -> dict[str, str]:
             found["driver"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
         except (OSError, subprocess.CalledProcessError):
             found["driver"] = "unknown"
-    return found | {name: version for name, version in info.versions().items() if name != "numpy"}
+    return found | {name: version for name, version in hardware.versions().items() if name != "numpy"}
 
 
 def run(
@@ -128,7 +128,7 @@ def run(
             print(f"{begin - start:4.0f} s  {cell.name}, {name}", file=sys.stderr)
             layer = Layer(cell.tokens, cell.in_features, cell.out_features, cell.sparsity, name, device)
             found = measure(layer, rounds, stopwatch, tune=tune)
-            held = memory(cell, device) if name == "fp32" and gpu.unavailable() is None else {}
+            held = memory(cell, device) if name == "fp32" and launch.unavailable() is None else {}
             rows += [{"cell": cell.name, **row, **{f"bytes_{k}": v for k, v in held.items()}} for row in found]
             for what, why in layer.missing.items():
                 print(f"        {what}: {why}", file=sys.stderr)

@@ -22,7 +22,8 @@ import numpy as np
 
 from vspdf.files import write_whole
 from vspdf.simulator import machine as machines
-from vspdf.simulator import programs, wafer
+from vspdf.simulator.aggregate import programs as closed
+from vspdf.simulator.events import programs
 from vspdf.simulator.machine import Machine
 
 RESULTS = Path(__file__).parent / "results" / "ladder.csv"
@@ -41,13 +42,13 @@ def rungs(machine: Machine, side: int) -> Iterator[Rung]:
         return (
             name, f"group {group}, 256 elements",
             lambda: programs.reduce(machine, normal(side, 256), group, everywhere).cycles,
-            lambda: wafer.reduce(machine, side, 256, group, everywhere),
+            lambda: closed.reduce(machine, side, 256, group, everywhere),
         )  # fmt: skip
 
     yield (
         "broadcast", "256 elements",
         lambda: programs.broadcast(machine, normal(256), side).cycles,
-        lambda: wafer.broadcast(machine, side, 256),
+        lambda: closed.broadcast(machine, side, 256),
     )  # fmt: skip
     yield line("chain", side)
     yield line("two-phase", max(2, round(side**0.5)))
@@ -65,14 +66,14 @@ def rungs(machine: Machine, side: int) -> Iterator[Rung]:
 
             yield (
                 algorithm, f"{'fp16' if half else 'fp32'}, tiles of {tile}", event,
-                lambda algorithm=algorithm, half=half, n=n: wafer.gemm(machine, algorithm, side, n, half)["cycles"],
+                lambda algorithm=algorithm, half=half, n=n: closed.gemm(machine, algorithm, side, n, half)["cycles"],
             )  # fmt: skip
     for half, tile in ((False, 8), (True, 20)):
         n = tile * side
         yield (
             "meshgemv", f"{'fp16' if half else 'fp32'}, tiles of {tile}",
             lambda half=half, n=n: programs.mesh_gemv(machine, normal(n, n), normal(n), side, half).cycles,
-            lambda half=half, n=n: wafer.gemv(machine, side, n, half)["cycles"],
+            lambda half=half, n=n: closed.gemv(machine, side, n, half)["cycles"],
         )  # fmt: skip
     yield from _sparse(machine, side)
     yield from _streams(machine, side, normal)
@@ -89,14 +90,14 @@ def _sparse(machine: Machine, side: int) -> Iterator[Rung]:
         yield (
             fmt, "30 %, tiles of 8 x 8, M = 16",
             lambda fmt=fmt: programs.spmm(machine, fmt, mask, m, side, side).cycles,
-            lambda fmt=fmt, most=most, mean=mean: wafer.spmm(
+            lambda fmt=fmt, most=most, mean=mean: closed.spmm(
                 machine, fmt, n, n, m, side, side, most, mean, slots
             )["cycles_max"],
         )  # fmt: skip
     yield (
         "dense", "tiles of 8 x 8, M = 16",
         lambda: programs.dense(machine, n, n, m, side, side).cycles,
-        lambda: wafer.dense(machine, n, n, m, side, side)["cycles_max"],
+        lambda: closed.dense(machine, n, n, m, side, side)["cycles_max"],
     )  # fmt: skip
 
 
@@ -114,7 +115,7 @@ def _streams(machine: Machine, side: int, normal: Callable[..., np.ndarray]) -> 
                 lambda kept=kept, t=local * side: programs.stream_layer(
                     machine, normal(*kept.shape) * 0.1, kept, normal(kept.shape[1], t) * 0.1, side, side
                 ).cycles,
-                lambda kept=kept, n=of_column, local=local: wafer.stream_layer(
+                lambda kept=kept, n=of_column, local=local: closed.stream_layer(
                     machine, kept.reshape(streamed, side, n).sum(2), n, local, side
                 ),
             )  # fmt: skip
@@ -123,7 +124,7 @@ def _streams(machine: Machine, side: int, normal: Callable[..., np.ndarray]) -> 
             lambda kept=mask, t=local * side: programs.stream_gradient(
                 machine, kept, normal(streamed, t) * 0.1, normal(kept.shape[1], t) * 0.1, side, side
             ).cycles,
-            lambda kept=mask, local=local: wafer.stream_gradient(
+            lambda kept=mask, local=local: closed.stream_gradient(
                 machine, kept.reshape(streamed, side, block).sum(2), block, local, side
             ),
         )  # fmt: skip

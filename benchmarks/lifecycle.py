@@ -195,12 +195,12 @@ def convert(out: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from vspdf import hub
+    from vspdf.interop import checkpoints
 
     for source, target in (("pretrain", "hugging-face"), ("hugging-face", "back")):
         if not (out / target).exists():
             vspdf("convert", out / source, out / target)
-    ours, back = hub.load(out / "pretrain").model.eval(), hub.load(out / "back").model.eval()
+    ours, back = checkpoints.load(out / "pretrain").model.eval(), checkpoints.load(out / "back").model.eval()
     theirs = AutoModelForCausalLM.from_pretrained(out / "hugging-face").eval()
     tokens = torch.randint(
         ours.shape.vocab_size, (4, ours.shape.sequence_length), generator=torch.Generator().manual_seed(0)
@@ -232,7 +232,7 @@ def contexts(examples: list[Any], target: Path) -> None:
 
 
 def generate(data: Path, out: Path, start: str, answers: str, *how: object) -> dict[str, Any]:
-    from vspdf import tasks
+    from vspdf.data import tasks
 
     test = data / "dart" / "dart-v1.1.1-full-test.xml"
     contexts(tasks.read(test, lower_relations=True)[:TEST_ITEMS], out / "test.txt")
@@ -248,8 +248,8 @@ def answer(out: Path, start: str, questions: str, answers: str, *how: object) ->
 
 def length_penalty(out: Path) -> dict[str, Any]:
     """The one whose answers to held-out triples score best."""
-    from vspdf import tasks
-    from vspdf.bleu import corpus_bleu
+    from vspdf.data import tasks
+    from vspdf.evaluate.bleu import corpus_bleu
 
     held_out = tasks.read(out / "dart-held-out.jsonl")[:TEST_ITEMS]
     contexts(held_out, out / "held-out.txt")
@@ -263,8 +263,8 @@ def length_penalty(out: Path) -> dict[str, Any]:
 
 def score(data: Path, out: Path) -> dict[str, Any]:
     """BLEU of the answers, and of two ways to copy the triples."""
-    from vspdf import tasks
-    from vspdf.bleu import corpus_bleu
+    from vspdf.data import tasks
+    from vspdf.evaluate.bleu import corpus_bleu
 
     examples = tasks.read(data / "dart" / "dart-v1.1.1-full-test.xml")[:TEST_ITEMS]
     contexts = [example.context for example in examples]

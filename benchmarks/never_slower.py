@@ -23,9 +23,10 @@ os.environ["VSPDF_CACHE"] = tempfile.mkdtemp()  # an empty tuning table
 
 import torch
 
-from vspdf.allocator import keep_freed_memory
-from vspdf.bench import PRODUCTS, Problem
-from vspdf.kernels import dense, ops
+from vspdf.bench.linear import Problem
+from vspdf.bench.rounds import PRODUCTS
+from vspdf.kernels import dense, dispatch
+from vspdf.kernels.hardware import keep_freed_memory
 
 LIMIT = 0.05
 
@@ -74,7 +75,7 @@ def main() -> None:
         problem = Problem.random(tokens, n_in, n_out, sparsity, seed=i)
         for product in PRODUCTS:
             medians = measure(problem, product, draw, arguments.seconds)
-            path = ops.choose(product, problem.pattern, tokens, torch.float32, torch.device("cpu")).path
+            path = dispatch.choose(product, problem.pattern, tokens, torch.float32, torch.device("cpu")).path
             best = min(medians["sparse"], medians["dense"])
             rows.append(
                 {

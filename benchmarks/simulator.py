@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vspdf import info
-from vspdf.simulator import machine, programs
-from vspdf.simulator.fabric import Region
+from vspdf.kernels import hardware
+from vspdf.simulator import machine
+from vspdf.simulator.events import programs
+from vspdf.simulator.events.fabric import Region
 
 RESULTS = Path(__file__).parent / "results" / "simulator.csv"
 
@@ -32,10 +33,10 @@ def main() -> None:
     def normal(*shape: int) -> np.ndarray:
         return random.standard_normal(shape).astype(np.float32)
 
-    def sparse(fmt: str, width: int, height: int, nnz: int) -> programs.Run:
+    def sparse(fmt: str, width: int, height: int, nnz: int) -> programs.Outcome:
         return programs.spmm(cs2, fmt, random.random((768, 768)) < 0.05, 68, width, height, nnz)
 
-    cases: dict[str, tuple[str, Callable[[], programs.Run]]] = {
+    cases: dict[str, tuple[str, Callable[[], programs.Outcome]]] = {
         "COO, 48x6 PEs": ("vectors", lambda: sparse("coo", 48, 6, 127)),
         "CSC, 32x6 PEs": ("vectors", lambda: sparse("csc", 32, 6, 184)),
         "ELLPACK, 24x8 PEs": ("vectors", lambda: sparse("ellpack", 24, 8, 768)),
@@ -82,7 +83,7 @@ def main() -> None:
         print(f"{name:36s} {rows[-1]['cycles']:>9,} cycles {rows[-1]['seconds']:>7} s "
               f"{rows[-1]['million_tile_cycles_per_second']:>7} M tile-cycles/s", flush=True)  # fmt: skip
     with RESULTS.open("w", newline="") as file:
-        file.write(f"# {info.hardware()}\n")
+        file.write(f"# {hardware.hardware()}\n")
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

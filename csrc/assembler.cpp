@@ -53,66 +53,59 @@ CodeBuffer::~CodeBuffer() {
 #endif
 }
 
-void Assembler::evex_reg(uint8_t opcode, int map, int prefix, int reg, int vvvv, int rm, int opmask) {
-    const uint8_t bytes[6] = {
-        0x62,
-        uint8_t((reg & 8 ? 0 : 0x80) | (rm & 16 ? 0 : 0x40) | (rm & 8 ? 0 : 0x20) | (reg & 16 ? 0 : 0x10) | map),
-        uint8_t((~vvvv & 15) << 3 | 4 | prefix),
-        uint8_t(0x40 | (vvvv & 16 ? 0 : 8) | opmask),
-        opcode,
-        uint8_t(0xC0 | (reg & 7) << 3 | (rm & 7)),
-    };
-    put(bytes, 6);
-}
-
-void Assembler::evex_mem(uint8_t opcode, int map, int prefix, int reg, int vvvv, Mem rm, int scale, bool broadcast,
-                         int opmask) {
-    const bool near = rm.disp % scale == 0 && rm.disp / scale >= -128 && rm.disp / scale <= 127;
-    const uint8_t bytes[6] = {
-        0x62,
-        uint8_t((reg & 8 ? 0 : 0x80) | 0x40 | (rm.base & 8 ? 0 : 0x20) | (reg & 16 ? 0 : 0x10) | map),
-        uint8_t((~vvvv & 15) << 3 | 4 | prefix),
-        uint8_t(0x40 | (broadcast ? 0x10 : 0) | (vvvv & 16 ? 0 : 8) | opmask),
-        opcode,
-        uint8_t((near ? 0x40 : 0x80) | (reg & 7) << 3 | (rm.base & 7)),
-    };
-    put(bytes, 6);
-    if (near) {
-        byte(uint8_t(rm.disp / scale));
-    } else {
-        for (int i = 0; i < 4; ++i) byte(uint8_t(uint32_t(rm.disp) >> 8 * i));
-    }
+void Assembler::disp32(int32_t value) {
+    for (int i = 0; i < 4; ++i) code.push_back(uint8_t(uint32_t(value) >> 8 * i));
 }
 
 void Assembler::add(Reg dst, int32_t value) {
-    byte(dst & 8 ? 0x49 : 0x48);
     const bool near = value >= -128 && value <= 127;
-    byte(near ? 0x83 : 0x81);
-    byte(uint8_t(0xC0 | (dst & 7)));
-    for (int i = 0; i < (near ? 1 : 4); ++i) byte(uint8_t(uint32_t(value) >> 8 * i));
+    put({uint8_t(dst & 8 ? 0x49 : 0x48), uint8_t(near ? 0x83 : 0x81), uint8_t(0xC0 | (dst & 7))});
+    near ? put({uint8_t(value)}) : disp32(value);
 }
 
 void Assembler::lea(Reg dst, Mem src) {
-    byte(uint8_t(0x48 | (dst & 8 ? 4 : 0) | (src.base & 8 ? 1 : 0)));
-    byte(0x8D);
-    byte(uint8_t(0x80 | (dst & 7) << 3 | (src.base & 7)));
-    for (int i = 0; i < 4; ++i) byte(uint8_t(uint32_t(src.disp) >> 8 * i));
-}
-
-void Assembler::vzeroupper() {
-    const uint8_t bytes[3] = {0xC5, 0xF8, 0x77};
-    put(bytes, 3);
-}
-
-void Assembler::jnz(size_t target) {
-    const int32_t jump = int32_t(int64_t(target) - int64_t(code.size()) - 6);
-    byte(0x0F);
-    byte(0x85);
-    for (int i = 0; i < 4; ++i) byte(uint8_t(uint32_t(jump) >> 8 * i));
+    put({uint8_t(0x48 | (dst & 8 ? 4 : 0) | (src.base & 8 ? 1 : 0)), 0x8D,
+         uint8_t(0x80 | (dst & 7) << 3 | (src.base & 7))});
+    disp32(src.disp);
 }
 
 void Assembler::align(size_t to) {
-    while (code.size() % to) byte(0x90);
+    while (code.size() % to) code.push_back(0x90);
+}
+
+void Avx512Assembler::zero(int dst) {
+    put({0x62, uint8_t((dst & 8 ? 0 : 0x80) | (dst & 16 ? 0 : 0x40) | (dst & 8 ? 0 : 0x20) | (dst & 16 ? 0 : 0x10) | 1),
+         uint8_t((~dst & 15) << 3 | 4 | 1), uint8_t(0x40 | (dst & 16 ? 0 : 8)), 0xEF,
+         uint8_t(0xC0 | (dst & 7) << 3 | (dst & 7))});
+}
+
+void Avx512Assembler::mem(uint8_t opcode, int map, int prefix, int reg, int vvvv, Mem rm, int scale, bool broadcast) {
+    const bool near = rm.disp % scale == 0 && rm.disp / scale >= -128 && rm.disp / scale <= 127;
+    put({0x62, uint8_t((reg & 8 ? 0 : 0x80) | 0x40 | (rm.base & 8 ? 0 : 0x20) | (reg & 16 ? 0 : 0x10) | map),
+         uint8_t((~vvvv & 15) << 3 | 4 | prefix), uint8_t(0x40 | (broadcast ? 0x10 : 0) | (vvvv & 16 ? 0 : 8)), opcode,
+         uint8_t((near ? 0x40 : 0x80) | (reg & 7) << 3 | (rm.base & 7))});
+    near ? put({uint8_t(rm.disp / scale)}) : disp32(rm.disp);
+}
+
+void Avx2Assembler::vex(int map, int prefix, int reg, int vvvv, int rm) {
+    const uint8_t r = reg & 8 ? 0 : 0x80, tail = uint8_t((~vvvv & 15) << 3 | 4 | prefix);
+    if (map == 1 && !(rm & 8)) {
+        put({0xC5, uint8_t(r | tail)});
+    } else {
+        put({0xC4, uint8_t(r | 0x40 | (rm & 8 ? 0 : 0x20) | map), tail});
+    }
+}
+
+void Avx2Assembler::reg(uint8_t opcode, int map, int prefix, int reg, int vvvv, int rm) {
+    vex(map, prefix, reg, vvvv, rm);
+    put({opcode, uint8_t(0xC0 | (reg & 7) << 3 | (rm & 7))});
+}
+
+void Avx2Assembler::mem(uint8_t opcode, int map, int prefix, int reg, int vvvv, Mem rm) {
+    vex(map, prefix, reg, vvvv, rm.base);
+    const bool near = rm.disp >= -128 && rm.disp <= 127;
+    put({opcode, uint8_t((near ? 0x40 : 0x80) | (reg & 7) << 3 | (rm.base & 7))});
+    near ? put({uint8_t(rm.disp)}) : disp32(rm.disp);
 }
 
 }  // namespace vspdf

@@ -1,4 +1,4 @@
-// A tiny x86-64 assembler: only the EVEX (AVX-512) and integer instructions that the generated kernels use.
+// A tiny x86-64 assembler: only the vector and integer instructions that the generated kernels use.
 #pragma once
 
 #include <cstddef>
@@ -27,47 +27,59 @@ class CodeBuffer {
 };
 
 // General registers by their number in the encoding. rsp and r12 need another address form and cannot be a base.
-enum Reg : int { rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15 };
+enum Reg : int { rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8 };
 
 struct Mem {
     Reg base;
     int32_t disp = 0;
 };
 
-// Appends machine code to `code`. Vector operands are zmm register numbers, 0 to 31.
+// Appends machine code to `code`.
 class Assembler {
   public:
     std::vector<uint8_t> code;
 
     size_t size() const { return code.size(); }
-
-    void load(int dst, Mem src) { evex_mem(0x10, 1, 0, dst, 0, src, 64); }                   // vmovups
-    void store(Mem dst, int src) { evex_mem(0x11, 1, 0, src, 0, dst, 64); }                  // vmovups
-    void zero(int dst) { evex_reg(0xEF, 1, 1, dst, dst, dst); }                              // vpxord
-    void broadcast(int dst, Mem src) { evex_mem(0x18, 2, 1, dst, 0, src, 4); }               // vbroadcastss
-    void fma(int acc, int a, int b) { evex_reg(0xB8, 2, 1, acc, a, b); }                     // acc += a * b
-    void fma(int acc, int a, Mem b) { evex_mem(0xB8, 2, 1, acc, a, b, 64); }                 // acc += a * 16 floats
-    void fma_broadcast(int acc, int a, Mem b) { evex_mem(0xB8, 2, 1, acc, a, b, 4, true); }  // acc += a * one float
-    void add(int dst, int a, int b) { evex_reg(0x58, 1, 0, dst, a, b); }                     // vaddps
-    void add(int dst, int a, Mem b) { evex_mem(0x58, 1, 0, dst, a, b, 64); }
-
     void add(Reg dst, int32_t value);  // add dst, value
     void lea(Reg dst, Mem src);        // dst = src.base + src.disp
-    void vzeroupper();
-    void ret() { code.push_back(0xC3); }
-    // Jumps back to offset `target` while the last integer result is not zero.
-    void jnz(size_t target);
+    void vzeroupper() { put({0xC5, 0xF8, 0x77}); }
+    void ret() { put({0xC3}); }
     void align(size_t to);  // with no-operations
 
-    // EVEX.512, W0: opcode maps 1 = 0F, 2 = 0F38, 3 = 0F3A; prefixes 0 = none, 1 = 66. `opmask` 1 to 7 masks, 0 does
-    // not.
-    void evex_reg(uint8_t opcode, int map, int prefix, int reg, int vvvv, int rm, int opmask = 0);
-    void evex_mem(uint8_t opcode, int map, int prefix, int reg, int vvvv, Mem rm, int scale, bool broadcast = false,
-                  int opmask = 0);
-    void byte(uint8_t value) { code.push_back(value); }  // an immediate
+  protected:
+    void put(std::initializer_list<uint8_t> bytes) { code.insert(code.end(), bytes); }
+    void disp32(int32_t value);
+};
+
+// Vector operands are zmm register numbers, 0 to 31.
+class Avx512Assembler : public Assembler {
+  public:
+    void load(int dst, Mem src) { mem(0x10, 1, 0, dst, 0, src, 64, false); }            // vmovups
+    void store(Mem dst, int src) { mem(0x11, 1, 0, src, 0, dst, 64, false); }           // vmovups
+    void zero(int dst);                                                                 // vpxord
+    void fma_broadcast(int acc, int a, Mem b) { mem(0xB8, 2, 1, acc, a, b, 4, true); }  // acc += a * one float
 
   private:
-    void put(const uint8_t* bytes, int n) { code.insert(code.end(), bytes, bytes + n); }
+    // EVEX.512, W0: opcode maps 1 = 0F, 2 = 0F38; prefixes 0 = none, 1 = 66. One-byte displacements count `scale`
+    // bytes.
+    void mem(uint8_t opcode, int map, int prefix, int reg, int vvvv, Mem rm, int scale, bool broadcast);
+};
+
+// Vector operands are ymm register numbers, 0 to 15.
+class Avx2Assembler : public Assembler {
+  public:
+    void load(int dst, Mem src) { mem(0x10, 1, 0, dst, 0, src); }       // vmovups
+    void store(Mem dst, int src) { mem(0x11, 1, 0, src, 0, dst); }      // vmovups
+    void zero(int dst) { reg(0x57, 1, 0, dst, dst, dst); }              // vxorps
+    void broadcast(int dst, Mem src) { mem(0x18, 2, 1, dst, 0, src); }  // vbroadcastss
+    void fma(int acc, int a, int b) { reg(0xB8, 2, 1, acc, a, b); }     // acc += a * b
+    void fma(int acc, int a, Mem b) { mem(0xB8, 2, 1, acc, a, b); }     // acc += a * 8 floats
+
+  private:
+    // VEX.256, W0: maps and prefixes as above.
+    void vex(int map, int prefix, int reg, int vvvv, int rm);
+    void reg(uint8_t opcode, int map, int prefix, int reg, int vvvv, int rm);
+    void mem(uint8_t opcode, int map, int prefix, int reg, int vvvv, Mem rm);
 };
 
 }  // namespace vspdf

@@ -3,11 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "columns_24.hpp"
+#include <limits>
+
 #include "isa.hpp"
 #include "materialise.hpp"
 #include "parallel.hpp"
 #include "plan.hpp"
+#include "scratch.hpp"
 #include "spmm_kernels.hpp"
 
 namespace py = pybind11;
@@ -18,20 +20,42 @@ namespace {
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;  // no forcecast: another dtype is an error
 
-std::unique_ptr<Plan> make_plan(int out_features, int in_features, const Array<int64_t>& crow,
-                                const Array<int32_t>& cols, const std::string& isa) {
-    if (crow.ndim() != 1 || crow.size() != int64_t(out_features) + 1) {
-        throw std::invalid_argument("crow must hold out_features + 1 = " + std::to_string(int64_t(out_features) + 1) +
-                                    " entries, not " + std::to_string(crow.size()) + ".");
+std::unique_ptr<Plan> make_plan(int64_t out_features, int64_t in_features, const Array<uint8_t>& bits,
+                                const std::string& isa) {
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    if (out_features < 1 || in_features < 1 || out_features > kMost || in_features > kMost) {
+        throw std::invalid_argument("a plan needs 1 to 2^31 - 1 features on each side, not " +
+                                    std::to_string(out_features) + " x " + std::to_string(in_features) + ".");
     }
-    if (cols.ndim() != 1 || cols.size() != crow.data()[out_features]) {
-        throw std::invalid_argument("cols must hold crow[-1] = " + std::to_string(crow.data()[out_features]) +
-                                    " entries, not " + std::to_string(cols.size()) + ".");
+    const int64_t numel = out_features * in_features, bytes = (numel + 7) / 8;
+    if (bits.ndim() != 1 || bits.size() != bytes) {
+        throw std::invalid_argument("bits must hold " + std::to_string(bytes) + " bytes, not " +
+                                    std::to_string(bits.size()) + ".");
+    }
+    if (bits.writeable()) throw std::invalid_argument("bits must be read-only: the plan goes on reading them.");
+    if (numel % 8 && bits.data()[bytes - 1] >> numel % 8) {
+        throw std::invalid_argument("bits behind the last position must be zero.");
     }
     const Isa chosen = choose_isa(isa);
-    const bool jit = jit_allowed();
+    const bool jit = jit_wanted(chosen);
     py::gil_scoped_release release;
-    return std::make_unique<Plan>(out_features, in_features, crow.data(), cols.data(), chosen, jit);
+    return std::make_unique<Plan>(int(out_features), int(in_features), bits.data(), chosen, jit);
+}
+
+Dtype dtype_of(int dtype) {
+    if (dtype != int(Dtype::f32) && dtype != int(Dtype::bf16)) {
+        throw std::invalid_argument("dtype must be 0 (float32) or 1 (bfloat16), not " + std::to_string(dtype) + ".");
+    }
+    return Dtype(dtype);
+}
+
+// What a call says of its size; threads at least 1.
+void check_call(int64_t tokens, int64_t stride, int threads) {
+    if (tokens < 0 || stride < 0 || threads < 1) {
+        throw std::invalid_argument("tokens and strides must be at least 0 and threads at least 1, not " +
+                                    std::to_string(tokens) + ", " + std::to_string(stride) + " and " +
+                                    std::to_string(threads) + ".");
+    }
 }
 
 template <class T = void>
@@ -42,6 +66,7 @@ T* pointer(uintptr_t address) {
 }  // namespace
 
 void bind_fabric(py::module_& module);  // bindings_fabric.cpp
+py::list assembler_samples();           // bindings_assembler.cpp
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Sparse linear layers on CPUs: three products of a weight that exists only at kept positions.";
@@ -56,72 +81,71 @@ PYBIND11_MODULE(_C, m) {
         },
         "Instruction sets that can run here, best first.");
 
-    m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("seconds") = 0.2, py::call_guard<py::gil_scoped_release>(),
-          "GFLOP/s of multiply-adds from registers: the ceiling.");
-
     m.def(
-        "columns_24",
-        [](const Array<uint8_t>& mask, uint64_t seed, int64_t proposals, int threads) {
-            if (mask.ndim() != 2) throw std::invalid_argument("mask must be a matrix.");
-            const int64_t rows = mask.shape(0), columns = mask.shape(1);
-            Array<int32_t> order({(rows + kRows24 - 1) / kRows24, (columns + 3) / 4 * 4});
-            int32_t* out = order.mutable_data();
-            const uint8_t* in = mask.data();
-            {
-                py::gil_scoped_release unlocked;
-                columns_24(out, in, rows, columns, seed, proposals, threads);
-            }
-            return order;
+        "fma_peak",
+        [](int threads, double seconds, const std::string& isa) {
+            check_call(0, 0, threads);
+            return fma_peak(threads, seconds, choose_isa(isa));
         },
-        py::arg("mask"), py::arg("seed"), py::arg("proposals"), py::arg("threads"),
-        "Order of columns, per 128 rows, in which a mask comes nearest to 2:4; see columns_24.hpp.");
+        py::arg("threads"), py::arg("seconds") = 0.2, py::arg("isa") = "", py::call_guard<py::gil_scoped_release>(),
+        "GFLOP/s of multiply-adds from registers of the instruction set that the kernels use: the ceiling.");
+
+    m.def("assembler_samples", &assembler_samples,
+          "Every instruction that kernels are generated from, over registers and displacements: (code, what it says).");
+
+    m.def("scratch_nbytes", &scratch_nbytes, "Bytes of working memory kept for later calls.");
 
     const auto release = py::call_guard<py::gil_scoped_release>();
     py::class_<Plan>(m, "Plan")
-        .def(py::init(&make_plan), py::arg("out_features"), py::arg("in_features"), py::arg("crow"), py::arg("cols"),
-             py::arg("isa") = "")
+        .def(py::init(&make_plan), py::arg("out_features"), py::arg("in_features"), py::arg("bits"),
+             py::arg("isa") = "", py::keep_alive<1, 4>())
         .def(
             "forward",
             [](const Plan& plan, uintptr_t y, uintptr_t x, int64_t x_stride, uintptr_t values, uintptr_t bias,
-               int64_t tokens, int dtype, int threads) {
+               int64_t tokens, int dtype, int values_dtype, int threads) {
+                check_call(tokens, x_stride, threads);
                 return plan.forward(pointer(y), pointer(x), x_stride, pointer(values), pointer(bias), tokens,
-                                    Dtype(dtype), threads);
+                                    dtype_of(dtype), dtype_of(values_dtype), threads);
             },
             release)
         .def(
             "grad_input",
             [](const Plan& plan, uintptr_t dx, uintptr_t dy, int64_t dy_stride, uintptr_t values, int64_t tokens,
-               int dtype, int threads) {
-                return plan.grad_input(pointer(dx), pointer(dy), dy_stride, pointer(values), tokens, Dtype(dtype),
-                                       threads);
+               int dtype, int values_dtype, int threads) {
+                check_call(tokens, dy_stride, threads);
+                return plan.grad_input(pointer(dx), pointer(dy), dy_stride, pointer(values), tokens, dtype_of(dtype),
+                                       dtype_of(values_dtype), threads);
             },
             release)
         .def(
             "grad_values",
             [](const Plan& plan, uintptr_t dvalues, uintptr_t dy, int64_t dy_stride, uintptr_t x, int64_t x_stride,
-               int64_t tokens, int dtype, int threads) {
+               int64_t tokens, int dtype, int values_dtype, int threads) {
+                check_call(tokens, std::min(dy_stride, x_stride), threads);
                 return plan.grad_values(pointer(dvalues), pointer(dy), dy_stride, pointer(x), x_stride, tokens,
-                                        Dtype(dtype), threads);
+                                        dtype_of(dtype), dtype_of(values_dtype), threads);
             },
             release)
         .def(
             "scatter",
             [](const Plan& plan, uintptr_t dense, uintptr_t values, int dtype, int threads) {
-                scatter(plan.csr(), pointer(dense), pointer(values), Dtype(dtype), threads);
+                check_call(0, 0, threads);
+                scatter(plan, pointer(dense), pointer(values), dtype_of(dtype), threads);
             },
             release)
         .def(
             "gather",
             [](const Plan& plan, uintptr_t values, uintptr_t dense, int dtype, int threads) {
-                gather(plan.csr(), pointer(values), pointer(dense), Dtype(dtype), threads);
+                check_call(0, 0, threads);
+                gather(plan, pointer(values), pointer(dense), dtype_of(dtype), threads);
             },
             release)
         .def("prepare", &Plan::prepare, release)
         .def_property_readonly("nbytes", &Plan::nbytes)
         .def_property_readonly("isa", [](const Plan& plan) { return isa_name(plan.isa()); })
-        .def("describe", [](const Plan& plan, int64_t tokens, int threads) {
+        .def("describe", [](const Plan& plan, int64_t tokens) {
             py::dict lines;
-            for (const auto& [product, line] : plan.describe(tokens, threads)) lines[product.c_str()] = line;
+            for (const auto& [product, line] : plan.describe(tokens)) lines[product.c_str()] = line;
             return lines;
         });
 }

@@ -33,13 +33,25 @@ Isa choose_isa(const std::string& name) {
         if (wanted == isa_name(isa)) return isa;
         names += std::string(names.empty() ? "" : ", ") + isa_name(isa);
     }
+    const bool known = wanted == "avx512" || wanted == "avx2" || wanted == "plain";
     throw std::invalid_argument(std::string(from_env ? "VSPDF_ISA" : "isa") + ": '" + wanted +
-                                "' cannot run here; this machine has: " + names + ".");
+                                (known ? "' cannot run here" : "' is no instruction set of the kernels") +
+                                "; this machine has: " + names + ".");
 }
 
-bool jit_allowed() {
+bool jit_wanted(Isa isa) {
     const char* jit = std::getenv("VSPDF_JIT");
-    return !(jit && std::string(jit) == "0");
+    const std::string wanted = jit ? jit : "";
+    return isa != Isa::plain && wanted != "0" && (isa == Isa::avx512 || wanted == "1");
+}
+
+bool fast_bf16_pairs() {
+#if defined(__x86_64__)
+    static const bool fast = __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16");
+    return fast;
+#else
+    return false;
+#endif
 }
 
 }  // namespace vspdf

@@ -14,7 +14,13 @@ std::vector<Isa> isas();  // what this machine can run, best first
 // The named set; "" means VSPDF_ISA or else the best. Throws std::invalid_argument for a name unknown or not available.
 Isa choose_isa(const std::string& name);
 
-// Whether kernels may be generated at run time (VSPDF_JIT=0 says no). Only AVX-512 has any.
-bool jit_allowed();
+// Whether kernels are generated at run time. VSPDF_JIT=0 says no, VSPDF_JIT=1 wherever there is a generator; else only
+// for AVX-512: AVX2 takes three times the code a weight, 50 bytes instead of 4 in all, and gains only where the
+// second-level cache is small (Zen 3).
+bool jit_wanted(Isa isa);
+
+// Whether the processor multiplies pairs of bf16 as fast as single floats. Intel's, but for AMX, take four times as
+// long.
+bool fast_bf16_pairs();
 
 }  // namespace vspdf

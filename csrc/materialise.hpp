@@ -6,9 +6,9 @@
 namespace vspdf {
 
 // dense[out, in] = values at kept positions, zero elsewhere.
-void scatter(const Csr& csr, void* dense, const void* values, Dtype dtype, int threads);
+void scatter(const Plan& plan, void* dense, const void* values, Dtype dtype, int threads);
 
 // values[nnz] = dense[out, in] at kept positions.
-void gather(const Csr& csr, void* values, const void* dense, Dtype dtype, int threads);
+void gather(const Plan& plan, void* values, const void* dense, Dtype dtype, int threads);
 
 }  // namespace vspdf

@@ -5,8 +5,8 @@
 
 namespace vspdf {
 
-// A 64-byte aligned buffer taken from a process-wide pool and given back when it goes out of scope. Thread-safe.
-// The contents are whatever the last user left.
+// A buffer aligned to a page, taken from a process-wide pool and given back when it goes out of scope. Thread-safe,
+// also in a child that was forked meanwhile. The contents are whatever the last user left.
 class Scratch {
   public:
     explicit Scratch(size_t bytes);
@@ -15,11 +15,13 @@ class Scratch {
     Scratch& operator=(const Scratch&) = delete;
 
     float* floats() const { return static_cast<float*>(data_); }
-    void* data() const { return data_; }
 
   private:
     void* data_;
     size_t size_;
 };
+
+// Bytes that the pool keeps for later calls.
+size_t scratch_nbytes();
 
 }  // namespace vspdf

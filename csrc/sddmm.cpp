@@ -15,61 +15,72 @@ namespace {
 constexpr int kNear = 8192;        // floats of packed x that stay in the first-level cache
 constexpr int kLeastTokens = 128;  // tokens that pay for adding up the lanes
 constexpr int kPiece = 512;        // features packed at a time: enough to be read as a stream
+constexpr int kTileCols = 256;     // at most: a column inside a tile is a byte
+
+static_assert(kTileCols - 1 <= UINT8_MAX && kPiece * kTileCols < 1 << 20, "cols and runs of a tile fit their types");
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One token: an outer product at the kept positions, straight from the row-major pattern.
-template <class T>
-int64_t one_token(const Csr& csr, T* dvalues, const T* dy, const T* x, int threads) {
-    const int64_t share = ceil_div(csr.rows, threads);
-    parallel_for(ceil_div(csr.rows, share), threads, [&](int64_t task) {
-        const int64_t end = std::min<int64_t>(csr.rows, (task + 1) * share);
-        for (int64_t row = task * share; row < end; ++row) {
-            const float gradient = to_float(dy[row]);
-            for (uint32_t i = csr.start[row]; i < csr.start[row + 1]; ++i) {
-                from_float(gradient * to_float(x[csr.col[i]]), dvalues[i]);
+template <class T, class Value>
+int64_t one_token(const Plan& plan, Value* dvalues, const T* dy, const T* x, int threads) {
+    const RowColumns& columns = plan.columns();
+    const int64_t share = ceil_div(columns.rows, threads);
+    parallel_for(ceil_div(columns.rows, share), threads, [&](int64_t task) {
+        const int64_t end = std::min<int64_t>(columns.rows, (task + 1) * share);
+        for (int b = 0; b < columns.blocks; ++b) {
+            const T* block = x + int64_t(b) * columns.block;
+            for (int64_t row = task * share; row < end; ++row) {
+                const float gradient = to_float(dy[row]);
+                for (uint32_t i = columns.lo(b)[row]; i < columns.hi(b)[row]; ++i) {
+                    from_float(gradient * to_float(block[columns.col[i]]), dvalues[i]);
+                }
             }
         }
     });
-    return csr.nnz();
+    return plan.nnz();
 }
 
 // Some features of a matrix of tokens, packed for the kernels.
 class Operand {
   public:
-    Operand(const void* data, int64_t stride, Dtype dtype, const SpmmKernels& kernels, int chunk, int most_features,
-            int most_tokens)
+    Operand(const void* data, int64_t stride, Dtype dtype, const SddmmKernels& kernels, const SpmmKernels& packing,
+            int most_features, int most_tokens)
         : data_(data),
           stride_(stride),
           dtype_(dtype),
           kernels_(kernels),
-          chunk_(chunk),
-          packed_(size_t(most_features) * most_tokens * sizeof(float)) {}
+          packing_(packing),
+          packed_(size_t(most_features) * most_tokens / kernels.depth * sizeof(float)) {}
 
     void pack(int64_t token, int tokens, int feature, int features) {
         feature_ = feature;
         features_ = features;
-        for (int t = 0; t < tokens; t += chunk_) {
-            const int here = std::min(chunk_, tokens - t);
-            const int lanes = int(ceil_div(here, kernels_.width)) * kernels_.width;
+        const int chunk = kernels_.width * kernels_.lines, line = kernels_.width * kernels_.depth;
+        for (int t = 0; t < tokens; t += chunk * kernels_.depth) {
+            const int here = std::min(chunk * kernels_.depth, tokens - t);
+            const int lanes = int(ceil_div(here, line)) * kernels_.width;
             const int64_t at = (token + t) * stride_ + feature;
-            float* out = packed_.floats() + int64_t(t) * features;
+            float* out = packed_.floats() + int64_t(t / kernels_.depth) * features;
             if (dtype_ == Dtype::f32) {
-                kernels_.pack(out, lanes, static_cast<const float*>(data_) + at, stride_, here, features);
+                packing_.pack(out, lanes, static_cast<const float*>(data_) + at, stride_, here, features);
             } else {
-                kernels_.pack_bf16(out, lanes, static_cast<const bf16*>(data_) + at, stride_, here, features);
+                const auto pack = kernels_.depth == 2 ? packing_.pack_pairs : packing_.pack_bf16;
+                pack(out, lanes, static_cast<const bf16*>(data_) + at, stride_, here, features);
             }
         }
     }
 
-    SddmmOperand from(int feature) const { return {packed_.floats(), int64_t(features_) * chunk_, feature - feature_}; }
+    SddmmOperand from(int feature) const {
+        return {packed_.floats(), int64_t(features_) * kernels_.width * kernels_.lines, feature - feature_};
+    }
 
   private:
     const void* data_;
     int64_t stride_;
     Dtype dtype_;
-    const SpmmKernels& kernels_;
-    int chunk_;
+    const SddmmKernels& kernels_;
+    const SpmmKernels& packing_;
     Scratch packed_;
     int feature_ = 0, features_ = 0;
 };
@@ -78,10 +89,12 @@ class Operand {
 class Product {
   public:
     Product(const Plan& plan, const SddmmPart& part, void* dvalues, const void* dy, int64_t dy_stride, const void* x,
-            int64_t x_stride, int64_t tokens, Dtype dtype)
-        : csr_(plan.csr()),
+            int64_t x_stride, int64_t tokens, Dtype dtype, Dtype values_dtype)
+        : rows_(plan.rows()),
+          cols_(plan.cols()),
+          start_(plan.start()),
           part_(part),
-          kernels_(sddmm_kernels(plan.isa())),
+          kernels_(sddmm_kernels(plan.isa(), dtype)),
           packing_(spmm_kernels(plan.isa())),
           dvalues_(dvalues),
           dy_(dy),
@@ -90,13 +103,13 @@ class Product {
           x_stride_(x_stride),
           tokens_(tokens),
           dtype_(dtype),
-          chunk_(kernels_.width * kernels_.lines),
-          step_(std::max(kNear / part.tile_cols, kLeastTokens) / chunk_ * chunk_),
+          values_dtype_(values_dtype),
+          step_(std::max(kNear / part.tile_cols, kLeastTokens) / chunk() * chunk() * kernels_.depth),
           sums_(part.cols.size() * sizeof(float)) {}
 
     int64_t run(int threads) const {
         // The cut of the grid that packs least in all.
-        const auto packed = [&](int parts) { return double(csr_.rows) / parts + double(csr_.cols) * parts / threads; };
+        const auto packed = [&](int parts) { return double(rows_) / parts + double(cols_) * parts / threads; };
         int row_parts = 1;
         for (int parts = 2; parts <= threads; ++parts) {
             if (threads % parts == 0 && packed(parts) < packed(row_parts)) row_parts = parts;
@@ -113,8 +126,9 @@ class Product {
     }
 
   private:
-    int row(int r) const { return std::min(csr_.rows, r * part_.tile_rows); }
-    int col(int c) const { return std::min(csr_.cols, c * part_.tile_cols); }
+    int chunk() const { return kernels_.width * kernels_.lines; }  // lanes
+    int row(int r) const { return std::min(rows_, r * part_.tile_rows); }
+    int col(int c) const { return std::min(cols_, c * part_.tile_cols); }
 
     // Tiles [r0, r1) x [c0, c1). The side with fewer features is packed whole and stays in the second-level cache while
     // the other one passes, a tile at a time.
@@ -122,9 +136,9 @@ class Product {
         const int rows = row(r1) - row(r0), cols = col(c1) - col(c0);
         const bool x_stays = cols <= rows;
         const int col_tiles = std::max(1, kPiece / part_.tile_cols);
-        Operand x(x_, x_stride_, dtype_, packing_, chunk_, x_stays ? cols : std::min(cols, col_tiles * part_.tile_cols),
-                  step_);
-        Operand dy(dy_, dy_stride_, dtype_, packing_, chunk_, x_stays ? part_.tile_rows : rows, step_);
+        const int x_features = x_stays ? cols : std::min(cols, col_tiles * part_.tile_cols);
+        Operand x(x_, x_stride_, dtype_, kernels_, packing_, x_features, step_);
+        Operand dy(dy_, dy_stride_, dtype_, kernels_, packing_, x_stays ? part_.tile_rows : rows, step_);
         int64_t macs = 0;
         for (int64_t t = 0; t < tokens_; t += step_) {
             const int here = int(std::min<int64_t>(step_, tokens_ - t));
@@ -159,9 +173,9 @@ class Product {
         const SddmmTile* tiles = part_.tiles.data() + size_t(r) * part_.col_tiles + c0;
         for (int k = row(r); k < row(r + 1); ++k) {
             const SddmmRun* runs = part_.runs.data() + size_t(k) * part_.col_tiles;
-            size_t at = csr_.start[k];
+            size_t at = start_[k];
             for (int c = 0; c < c0; ++c) at += runs[c].length;
-            if (dtype_ == Dtype::f32) {
+            if (values_dtype_ == Dtype::f32) {
                 kernels_.unpack(static_cast<float*>(dvalues_) + at, tiles, runs + c0, c1 - c0, sums_.floats());
             } else {
                 kernels_.unpack_bf16(static_cast<bf16*>(dvalues_) + at, tiles, runs + c0, c1 - c0, sums_.floats());
@@ -169,36 +183,45 @@ class Product {
         }
     }
 
-    const Csr& csr_;
+    int rows_, cols_;
+    const std::vector<uint32_t>& start_;
     const SddmmPart& part_;
     const SddmmKernels& kernels_;
     const SpmmKernels& packing_;
     void* dvalues_;
     const void *dy_, *x_;
     int64_t dy_stride_, x_stride_, tokens_;
-    Dtype dtype_;
-    int chunk_, step_;  // tokens
+    Dtype dtype_, values_dtype_;
+    int step_;  // tokens
     Scratch sums_;
 };
 
+template <class T>
+int64_t one_token(const Plan& plan, void* dvalues, const void* dy, const void* x, Dtype values_dtype, int threads) {
+    const T *from = static_cast<const T*>(dy), *to = static_cast<const T*>(x);
+    if (values_dtype == Dtype::f32) return one_token(plan, static_cast<float*>(dvalues), from, to, threads);
+    return one_token(plan, static_cast<bf16*>(dvalues), from, to, threads);
+}
+
 }  // namespace
 
-const SddmmKernels& sddmm_kernels(Isa isa) {
+const SddmmKernels& sddmm_kernels(Isa isa, Dtype dtype) {
 #if defined(__x86_64__)
-    if (isa == Isa::avx512) return sddmm_kernels_avx512;
+    if (isa == Isa::avx512) {
+        return dtype == Dtype::bf16 && fast_bf16_pairs() ? sddmm_kernels_avx512_bf16 : sddmm_kernels_avx512;
+    }
     if (isa == Isa::avx2) return sddmm_kernels_avx2;
 #endif
     (void)isa;
+    (void)dtype;
     return sddmm_kernels_plain;
 }
 
 SddmmPart::SddmmPart(const Plan& plan) {
-    const Csr& csr = plan.csr();
-    const SddmmKernels& kernels = sddmm_kernels(plan.isa());
-    const int width = kernels.width, half_chunk = width * kernels.lines / 2;
+    const Csr csr = plan.csr();
+    const int width = sddmm_kernels(plan.isa(), Dtype::f32).width;
     // The sparser the pattern, the more columns it takes for a row of dy to be worth loading.
-    const double density = double(csr.nnz()) / csr.rows / csr.cols;
-    tile_cols = density > 0.3 ? 32 : density > 0.02 ? 64 : density > 0.002 ? 256 : 960;
+    tile_cols = csr.density() > 0.3 ? 32 : csr.density() > 0.02 ? 64 : kTileCols;
     // An even number of tiles, for two threads.
     const int64_t most_tiles = 2 * ceil_div(csr.rows, 2 * kPiece);
     tile_rows = int(ceil_div(csr.rows, most_tiles));
@@ -220,9 +243,9 @@ SddmmPart::SddmmPart(const Plan& plan) {
             for (int r = 0; r < here; ++r) {
                 const uint32_t end = csr.start[first_row + r + 1];
                 uint32_t i = next[first_row + r];
-                while (i < end && csr.col[i] < first_col + tile_cols) ++i;
+                while (i < end && int(csr.col[i]) < first_col + tile_cols) ++i;
                 const int length = int(i - next[first_row + r]);
-                run[size_t(r) * col_tiles].length = uint16_t(length);
+                run[size_t(r) * col_tiles].length = uint32_t(length);
                 ++place[tile_cols - length + 1];
             }
             for (int i = 0; i <= tile_cols; ++i) place[i + 1] += place[i];
@@ -233,13 +256,13 @@ SddmmPart::SddmmPart(const Plan& plan) {
             for (int k = 0; k < here; ++k) {
                 const int r = sorted[k];
                 run[size_t(r) * col_tiles].first = n;
-                for (int i = 0; i < run[size_t(r) * col_tiles].length; ++i, ++n) {
+                for (int i = 0; i < int(run[size_t(r) * col_tiles].length); ++i, ++n) {
                     if (n % width == 0) starts.push_back(0);
                     if (n % width == 0 || i == 0) {
                         starts.back() |= uint16_t(1u << n % width);
                         rows.push_back(uint16_t(r));
                     }
-                    cols.push_back(uint16_t((csr.col[next[first_row + r]++] - first_col) * half_chunk));
+                    cols.push_back(uint8_t(csr.col[next[first_row + r]++] - first_col));
                 }
             }
             tile.groups = uint32_t(starts.size()) - tile.group;
@@ -253,29 +276,26 @@ SddmmPart::SddmmPart(const Plan& plan) {
 }
 
 size_t SddmmPart::nbytes() const {
-    return tiles.size() * sizeof(SddmmTile) + (cols.size() + starts.size() + rows.size()) * sizeof(uint16_t) +
+    return tiles.size() * sizeof(SddmmTile) + cols.size() + (starts.size() + rows.size()) * sizeof(uint16_t) +
            runs.size() * sizeof(SddmmRun);
 }
 
 int64_t sddmm(const Plan& plan, const Lazy<SddmmPart>& part, void* dvalues, const void* dy, int64_t dy_stride,
-              const void* x, int64_t x_stride, int64_t tokens, Dtype dtype, int threads) {
-    threads = std::max(threads, 1);
+              const void* x, int64_t x_stride, int64_t tokens, Dtype dtype, Dtype values_dtype, int threads) {
+    if (plan.nnz() == 0) return 0;
     if (tokens == 0) {
-        std::memset(dvalues, 0, plan.csr().nnz() * (dtype == Dtype::f32 ? sizeof(float) : sizeof(bf16)));
+        std::memset(dvalues, 0, size_t(plan.nnz()) * (values_dtype == Dtype::f32 ? sizeof(float) : sizeof(bf16)));
         return 0;
     }
     if (tokens > 1) {
-        return Product(plan, part.get(plan), dvalues, dy, dy_stride, x, x_stride, tokens, dtype).run(threads);
+        return Product(plan, part.get(plan), dvalues, dy, dy_stride, x, x_stride, tokens, dtype, values_dtype)
+            .run(threads);
     }
-    if (dtype == Dtype::f32) {
-        return one_token(plan.csr(), static_cast<float*>(dvalues), static_cast<const float*>(dy),
-                         static_cast<const float*>(x), threads);
-    }
-    return one_token(plan.csr(), static_cast<bf16*>(dvalues), static_cast<const bf16*>(dy), static_cast<const bf16*>(x),
-                     threads);
+    if (dtype == Dtype::f32) return one_token<float>(plan, dvalues, dy, x, values_dtype, threads);
+    return one_token<bf16>(plan, dvalues, dy, x, values_dtype, threads);
 }
 
-std::string sddmm_describe(const Plan& plan, int64_t tokens, int) {
+std::string sddmm_describe(const Plan& plan, int64_t tokens) {
     if (tokens <= 1) return "row-major order (one token)";
     return std::string("tiles of kept weights in vectors of tokens, ") + isa_name(plan.isa());
 }

@@ -14,8 +14,8 @@ struct SddmmTile {
 
 // Where the sums of one row's kept weights lie among those of their tile.
 struct SddmmRun {
-    uint32_t first;
-    uint16_t length;
+    uint32_t first : 20;
+    uint32_t length : 12;
 };
 
 // What the gradient product knows of a pattern: its kept weights by tiles, so that the packed tokens of a tile's
@@ -28,14 +28,14 @@ class SddmmPart {
     int tile_rows, tile_cols;  // of a tile; the last ones may be smaller
     int row_tiles, col_tiles;
     std::vector<SddmmTile> tiles;  // [row_tiles][col_tiles]
-    std::vector<uint16_t> cols;    // [group][lane]: column inside the tile x half the tokens of a chunk
+    std::vector<uint8_t> cols;     // [group][lane]: column inside the tile
     std::vector<uint16_t> starts;  // [group]: bit i is set where weight i is the first of its row in the group
     std::vector<uint16_t> rows;    // one for every such bit: row inside the tile
     std::vector<SddmmRun> runs;    // [out_features][col_tiles]
 };
 
 int64_t sddmm(const Plan& plan, const Lazy<SddmmPart>& part, void* dvalues, const void* dy, int64_t dy_stride,
-              const void* x, int64_t x_stride, int64_t tokens, Dtype dtype, int threads);
-std::string sddmm_describe(const Plan& plan, int64_t tokens, int threads);
+              const void* x, int64_t x_stride, int64_t tokens, Dtype dtype, Dtype values_dtype, int threads);
+std::string sddmm_describe(const Plan& plan, int64_t tokens);
 
 }  // namespace vspdf

@@ -1,8 +1,9 @@
 // The inner loops of the gradient product, compiled once per instruction set and chosen at run time.
 //
-// Tokens are the vector lanes. They come in chunks of lines x width, packed as [features][chunk]; only a last chunk is
-// shorter, by whole vectors, and its unused lanes are zero. A group of `width` kept weights keeps one vector of partial
-// sums for each; at the end of the tokens these are transposed into one vector of sums.
+// Tokens are the vector lanes, one in each or a pair of bf16. They come in chunks of lines x width lanes, packed as
+// [features][chunk]; only a last chunk is shorter, by whole vectors, and its unused lanes are zero. A group of `width`
+// kept weights keeps one vector of partial sums for each; at the end of the tokens these are transposed into one vector
+// of sums.
 #pragma once
 
 #include "bf16.hpp"
@@ -13,15 +14,16 @@ namespace vspdf {
 // A tile's features in a packed matrix.
 struct SddmmOperand {
     const float* data;
-    int64_t chunk;  // floats from one chunk to the next
+    int64_t chunk;  // lanes from one chunk to the next
     int feature;    // the tile's first
 
     const float* at(int i, int lanes) const { return data + i * chunk + int64_t(feature) * lanes; }
 };
 
 struct SddmmKernels {
-    int width;  // floats in a vector, and kept weights in a group
+    int width;  // lanes of a vector, and kept weights in a group
     int lines;  // vectors in a chunk
+    int depth;  // tokens in a lane
 
     // sums[group][lane] (+)= the tile's gradient over `tokens` tokens; `first` overwrites. Returns the multiply-adds
     // executed.
@@ -33,10 +35,11 @@ struct SddmmKernels {
     bf16* (*unpack_bf16)(bf16* dvalues, const SddmmTile* tiles, const SddmmRun* runs, int n, const float* sums);
 };
 
-const SddmmKernels& sddmm_kernels(Isa isa);
+// Those that multiply tokens of `dtype`. bf16 has its own where the processor multiplies pairs as fast as floats.
+const SddmmKernels& sddmm_kernels(Isa isa, Dtype dtype);
 extern const SddmmKernels sddmm_kernels_plain;
 #if defined(__x86_64__)
-extern const SddmmKernels sddmm_kernels_avx2, sddmm_kernels_avx512;
+extern const SddmmKernels sddmm_kernels_avx2, sddmm_kernels_avx512, sddmm_kernels_avx512_bf16;
 #endif
 
 }  // namespace vspdf

@@ -1,5 +1,6 @@
-// Included by one translation unit per instruction set, which defines VSPDF_WIDTH. Everything here is local to that
-// unit: a function shared by name could be linked from the wrong instruction set.
+// Included by one translation unit per instruction set, which defines VSPDF_WIDTH, and VSPDF_PAIRS where a lane holds
+// two tokens in bf16. Everything here is local to that unit: a function shared by name could be linked from the wrong
+// instruction set.
 
 #include "sddmm_kernels.hpp"
 #if defined(__AVX2__)
@@ -10,12 +11,22 @@ namespace vspdf {
 namespace {
 
 constexpr int W = VSPDF_WIDTH;
-constexpr int kLines = W == 8 ? 4 : 8;  // together with a group's sums they fit the registers
+constexpr int kLines = W == 8 ? 6 : 8;  // together with a group's sums they fit the registers
 typedef float V __attribute__((vector_size(4 * W)));
 typedef float VU __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
 inline V load(const float* p) { return *reinterpret_cast<const VU*>(p); }
 inline void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
+
+#if defined(VSPDF_PAIRS)
+constexpr int kDepth = 2;
+inline void add_product(V& sum, V a, V b) {
+    sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+#else
+constexpr int kDepth = 1;
+inline void add_product(V& sum, V a, V b) { sum += a * b; }
+#endif
 
 // out[i] = sum of the lanes of v[i]. Each level adds halves of two vectors into one: one half is blended, one shuffled,
 // so that both vector ports share the work.
@@ -63,7 +74,7 @@ inline V reduce(V (&v)[4]) {
 
 // Adds a chunk of Lines vectors of tokens to a group's sums. `x` is the tile's first column of that chunk.
 template <int Lines>
-inline void add_chunk(V (&sum)[W], const uint16_t* cols, unsigned starts, const uint16_t* rows, const float* x,
+inline void add_chunk(V (&sum)[W], const uint8_t* cols, unsigned starts, const uint16_t* rows, const float* x,
                       const float* dy) {
     V gradient[Lines];
 #pragma GCC unroll 16
@@ -75,9 +86,9 @@ inline void add_chunk(V (&sum)[W], const uint16_t* cols, unsigned starts, const 
 #pragma GCC unroll 8
             for (int l = 0; l < Lines; ++l) gradient[l] = load(row + l * W);
         }
-        const float* col = x + size_t(Lines == kLines ? cols[i] : cols[i] / kLines * Lines) * 2;
+        const float* col = x + size_t(cols[i]) * (Lines * W);
 #pragma GCC unroll 8
-        for (int l = 0; l < Lines; ++l) sum[i] += gradient[l] * load(col + l * W);
+        for (int l = 0; l < Lines; ++l) add_product(sum[i], gradient[l], load(col + l * W));
     }
 }
 
@@ -86,7 +97,7 @@ template <int Tail>
 int64_t tile_with(float* sums, const SddmmPart& part, const SddmmTile& tile, SddmmOperand x, SddmmOperand dy,
                   int chunks, bool first) {
     const uint16_t* rows = part.rows.data() + tile.segment;
-    const uint16_t* cols = part.cols.data() + size_t(tile.group) * W;
+    const uint8_t* cols = part.cols.data() + size_t(tile.group) * W;
     int64_t macs = 0;
     for (uint32_t g = tile.group; g < tile.group + tile.groups; ++g, sums += W, cols += W) {
         const unsigned starts = part.starts[g];
@@ -103,7 +114,7 @@ int64_t tile_with(float* sums, const SddmmPart& part, const SddmmTile& tile, Sdd
         if (!first) total += load(sums);
         store(sums, total);
         rows += __builtin_popcount(starts);
-        macs += W * W * (int64_t(chunks) * kLines + Tail);
+        macs += W * W * kDepth * (int64_t(chunks) * kLines + Tail);
     }
     return macs;
 }
@@ -111,7 +122,7 @@ int64_t tile_with(float* sums, const SddmmPart& part, const SddmmTile& tile, Sdd
 template <int Tail = kLines - 1>
 int64_t tile(float* sums, const SddmmPart& part, const SddmmTile& t, SddmmOperand x, SddmmOperand dy, int tokens,
              bool first) {
-    const int lines = (tokens + W - 1) / W;
+    const int lines = (tokens + W * kDepth - 1) / (W * kDepth);
     if constexpr (Tail > 0) {
         if (lines % kLines != Tail) return tile<Tail - 1>(sums, part, t, x, dy, tokens, first);
     }
@@ -144,6 +155,6 @@ T* unpack(T* dvalues, const SddmmTile* tiles, const SddmmRun* runs, int n, const
 }  // namespace
 
 extern const SddmmKernels VSPDF_TABLE;
-const SddmmKernels VSPDF_TABLE = {W, kLines, tile<>, unpack<float>, unpack<bf16>};
+const SddmmKernels VSPDF_TABLE = {W, kLines, kDepth, tile<>, unpack<float>, unpack<bf16>};
 
 }  // namespace vspdf

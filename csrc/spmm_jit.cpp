@@ -3,22 +3,24 @@
 #include <algorithm>
 #include <cmath>
 
+#include "bf16.hpp"
+#include "parallel.hpp"
+
 namespace vspdf {
 namespace {
 
-constexpr int kPanel = 31;       // rows a panel, one register each; the 32nd holds the line of x
-constexpr int kCode = 15 << 10;  // bytes of code in a piece: with its values and lines, near the cores of every make
+constexpr int kLine = 64;        // bytes of a line of x and of a row's sums
 constexpr double kThin = 0.03;   // density below which a longer block pays: the sums then cost more than the lines
-constexpr int kNear = 128;       // a one-byte displacement reaches 128 operands down and 127 up
-constexpr Reg kBases[] = {rdi, r8, r9, r10};
+constexpr int kThinBlock = 512;  // features
+constexpr int kBlock = 256;
+constexpr int kRun = 16;  // values that are moved together
 
 struct Entry {
-    uint16_t col;
+    uint32_t col;
     uint8_t row;  // in the panel
-    uint32_t source;
 };
 
-// The panel's kept weights by feature, rows ascending in each.
+// The kept weights of a panel's rows by feature, rows ascending in each.
 std::vector<Entry> by_feature(const Csr& csr, int row, int end, std::vector<uint32_t>& next) {
     next.assign(size_t(csr.cols) + 1, 0);
     const uint32_t first = csr.start[row], last = csr.start[end];
@@ -27,109 +29,268 @@ std::vector<Entry> by_feature(const Csr& csr, int row, int end, std::vector<uint
     std::vector<Entry> entries(last - first);
     for (int r = row; r < end; ++r) {
         for (uint32_t i = csr.start[r]; i < csr.start[r + 1]; ++i) {
-            entries[next[csr.col[i]]++] = {csr.col[i], uint8_t(r - row), i};
+            entries[next[csr.col[i]]++] = {csr.col[i], uint8_t(r - row)};
         }
     }
     return entries;
 }
 
-class PieceWriter {
+// Writes the pieces of a program. One-byte displacements reach 128 operands down and 127 up, so that pointers start in
+// the middle of what they reach and move seldom.
+class Avx512Writer {
   public:
-    PieceWriter(Assembler& assembler, int features) : a_(assembler) {
-        a_.add(rdi, kNear * 64);
-        for (int base = 1; base * 2 * kNear < features; ++base) a_.lea(kBases[base], {rdi, base * 2 * kNear * 64});
-        a_.add(rsi, kNear * 4);
-        a_.add(rdx, kNear * 64);
+    static constexpr int kPanel = 31;       // rows, one register each; the 32nd holds the line of x
+    static constexpr int kCode = 15 << 10;  // bytes of code in a piece: with its values and lines, near any core
+    static double bytes(double weights, double lines, double rows) { return 7 * (weights + lines + 2 * rows); }
+
+    // Begins a piece; returns where.
+    size_t begin(int features) {
+        a.align(kLine);
+        const size_t at = a.size();
+        sums_ = values_ = 0;
+        a.add(rdi, kNear * kLine);
+        if (features > 2 * kNear) a.lea(r8, {rdi, 2 * kNear * kLine});
+        a.add(rsi, kNear * 4);
+        a.add(rdx, kNear * kLine);
+        return at;
     }
 
     // One panel's part of a block; `first`: its sums begin here. Entries are of this block, features from `feature`.
-    void panel(int rows, bool first, const Entry* entry, const Entry* end, int feature, std::vector<uint32_t>& source) {
+    void panel(int rows, bool first, const Entry* entry, const Entry* end, uint32_t feature) {
         if (sums_ + rows > 2 * kNear) {
-            a_.add(rdx, sums_ * 64);
+            a.add(rdx, sums_ * kLine);
             sums_ = 0;
         }
         if (first || entry < end) {
-            for (int r = 0; r < rows; ++r) first ? a_.zero(r) : a_.load(r, sum(r));
+            for (int r = 0; r < rows; ++r) first ? a.zero(r) : a.load(r, sum(r));
             for (int line = -1; entry < end; ++entry) {
-                if (entry->col - feature != line) {
-                    line = entry->col - feature;
-                    a_.load(kPanel, {kBases[line / (2 * kNear)], (line % (2 * kNear) - kNear) * 64});
+                if (int(entry->col - feature) != line) {
+                    line = int(entry->col - feature);
+                    a.load(kPanel, {line < 2 * kNear ? rdi : r8, (line % (2 * kNear) - kNear) * kLine});
                 }
                 if (values_ == 2 * kNear) {
-                    a_.add(rsi, values_ * 4);
+                    a.add(rsi, values_ * 4);
                     values_ = 0;
                 }
-                a_.fma_broadcast(entry->row, kPanel, {rsi, (values_++ - kNear) * 4});
-                source.push_back(entry->source);
+                a.fma_broadcast(entry->row, kPanel, {rsi, (values_++ - kNear) * 4});
             }
-            for (int r = 0; r < rows; ++r) a_.store(sum(r), r);
+            for (int r = 0; r < rows; ++r) a.store(sum(r), r);
         }
         sums_ += rows;
     }
 
     void finish() {
-        a_.vzeroupper();
-        a_.ret();
+        a.vzeroupper();
+        a.ret();
     }
 
-  private:
-    Mem sum(int r) const { return {rdx, (sums_ + r - kNear) * 64}; }
+    Avx512Assembler a;
 
-    Assembler& a_;
+  private:
+    static constexpr int kNear = 128;
+    static_assert(kThinBlock <= 4 * kNear, "two pointers reach a block's lines");
+    Mem sum(int r) const { return {rdx, (sums_ + r - kNear) * kLine}; }
+
     int values_ = 0, sums_ = 0;  // operands passed since the pointers last moved
+};
+
+// AVX2 has half the registers of half the width and no broadcast inside a multiply-add.
+class Avx2Writer {
+  public:
+    static constexpr int kPanel = 6;  // rows of two registers; two more hold the line of x, one a value
+    static constexpr int kCode = 20 << 10;
+    static double bytes(double weights, double lines, double rows) { return 16 * (weights + lines + 2 * rows); }
+
+    size_t begin(int) {
+        a.align(kLine);
+        const size_t at = a.size();
+        sums_ = values_ = 0;
+        a.add(rsi, kNear * 4);
+        return at;
+    }
+
+    void panel(int rows, bool first, const Entry* entry, const Entry* end, uint32_t feature) {
+        if (first || entry < end) {
+            for (int r = 0; r < 2 * rows; ++r) first ? a.zero(r) : a.load(r, sum(r));
+            while (entry < end) {
+                const Mem line = {rdi, int32_t(entry->col - feature) * kLine};
+                const Entry* last = entry + 1;
+                while (last < end && last->col == entry->col) ++last;
+                const bool loaded = last - entry > 1;  // for one weight the multiply-adds read the line themselves
+                if (loaded) {
+                    a.load(kX, line);
+                    a.load(kX + 1, upper(line));
+                }
+                for (; entry < last; ++entry) {
+                    if (values_ == 2 * kNear) {
+                        a.add(rsi, values_ * 4);
+                        values_ = 0;
+                    }
+                    a.broadcast(kValue, {rsi, (values_++ - kNear) * 4});
+                    const int acc = 2 * entry->row;
+                    loaded ? a.fma(acc, kValue, kX) : a.fma(acc, kValue, line);
+                    loaded ? a.fma(acc + 1, kValue, kX + 1) : a.fma(acc + 1, kValue, upper(line));
+                }
+            }
+            for (int r = 0; r < 2 * rows; ++r) a.store(sum(r), r);
+        }
+        sums_ += rows;
+    }
+
+    void finish() {
+        a.vzeroupper();
+        a.ret();
+    }
+
+    Avx2Assembler a;
+
+  private:
+    static constexpr int kNear = 32;  // values that a one-byte displacement reaches
+    static constexpr int kX = 2 * kPanel, kValue = kX + 2;
+    static_assert(kValue < 16, "sums, a line and a value fit the registers");
+    static Mem upper(Mem line) { return {line.base, line.disp + kLine / 2}; }
+    Mem sum(int half) const { return {rdx, sums_ * kLine + half * kLine / 2}; }
+
+    int values_ = 0, sums_ = 0;
 };
 
 }  // namespace
 
-SpmmProgram SpmmProgram::build(const Csr& csr, std::vector<uint32_t>& source, std::string& why) {
-    SpmmProgram program;
-    const double density = double(csr.nnz()) / csr.rows / csr.cols;
-    const int longest = density < kThin ? 512 : 256;
-    program.blocks = (csr.cols + longest - 1) / longest;
-    program.block = (csr.cols + program.blocks - 1) / program.blocks;
+SpmmProgram::SpmmProgram(const Csr& csr, bool transposed, Isa isa, std::string& why)
+    : rows_(csr.rows), cols_(csr.cols), transposed_(transposed) {
+    if (isa == Isa::avx512) {
+        write<Avx512Writer>(csr, why);
+    } else {
+        write<Avx2Writer>(csr, why);
+    }
+}
 
-    const int panels = (csr.rows + kPanel - 1) / kPanel;
-    const double rows = double(csr.rows) / panels;
-    const double loads = program.block * (1 - std::pow(1 - density, rows));
-    const double bytes = 7 * (program.block * density * rows + loads + 2 * rows);
-    const int chained = std::clamp(int(std::lround(kCode / bytes)), 1, panels);
-    const int chains = (panels + chained - 1) / chained;
-    const auto panel_row = [&](int panel) { return int(int64_t(panel) * csr.rows / panels); };
-    const auto chain_panel = [&](int chain) { return int(int64_t(chain) * panels / chains); };
+template <class Writer>
+void SpmmProgram::write(const Csr& csr, std::string& why) {
+    const double density = csr.density();
+    const int longest = density < kThin ? kThinBlock : kBlock;
+    blocks_ = (cols_ + longest - 1) / longest;
+    block_ = (cols_ + blocks_ - 1) / blocks_;
+    panels_ = (rows_ + Writer::kPanel - 1) / Writer::kPanel;
+    const double rows = double(rows_) / panels_;
+    const double bytes = Writer::bytes(block_ * density * rows, block_ * (1 - std::pow(1 - density, rows)), rows);
+    const int chained = std::clamp(int(std::lround(Writer::kCode / bytes)), 1, panels_);
+    row_.resize(size_t((panels_ + chained - 1) / chained) + 1, rows_);
 
-    Assembler assembler;
-    assembler.code.reserve(size_t(bytes * panels * program.blocks * 1.1) + 4096);
-    source.clear();
-    source.reserve(csr.nnz());
+    Writer writer;
+    writer.a.code.reserve(size_t(bytes * panels_ * blocks_ * 1.1) + 4096);
+    order_.reserve(transposed_ ? size_t(panels_) * cols_ : size_t(csr.nnz()));
+    uint32_t values = 0;
     std::vector<uint32_t> next;
-    for (int c = 0; c < chains; ++c) {
+    for (int c = 0; c < chains(); ++c) {
         const int first = chain_panel(c), last = chain_panel(c + 1);
-        program.row.push_back(panel_row(first));
-        program.widest = std::max(program.widest, panel_row(last) - panel_row(first));
+        row_[c] = panel_row(first);
+        widest_ = std::max(widest_, panel_row(last) - panel_row(first));
         std::vector<std::vector<Entry>> entries;
-        std::vector<size_t> done(last - first, 0);
         for (int p = first; p < last; ++p) entries.push_back(by_feature(csr, panel_row(p), panel_row(p + 1), next));
-        for (int b = 0; b < program.blocks; ++b) {
-            const int feature = b * program.block, end = std::min(csr.cols, feature + program.block);
-            assembler.align(64);
-            program.at.push_back(assembler.size());
-            program.value.push_back(uint32_t(source.size()));
-            PieceWriter piece(assembler, end - feature);
+        std::vector<const Entry*> done;
+        for (const auto& list : entries) done.push_back(list.data());
+        for (int b = 0; b < blocks_; ++b) {
+            const uint32_t feature = uint32_t(b) * block_, end = std::min<uint32_t>(cols_, feature + block_);
+            at_.push_back(writer.begin(int(end - feature)));
+            value_.push_back(values);
             for (int p = first; p < last; ++p) {
-                const std::vector<Entry>& list = entries[p - first];
-                size_t& i = done[p - first];
-                const Entry* begin = list.data() + i;
-                while (i < list.size() && list[i].col < end) ++i;
-                piece.panel(panel_row(p + 1) - panel_row(p), b == 0, begin, list.data() + i, feature, source);
+                const Entry *begin = done[p - first], *stop = begin;
+                const Entry* list_end = entries[p - first].data() + entries[p - first].size();
+                if (transposed_) order_.resize(order_.size() + (end - feature), 0);
+                uint8_t* counts = order_.data() + order_.size() - (transposed_ ? end - feature : 0);
+                for (; stop < list_end && stop->col < end; ++stop) {
+                    if (transposed_) {
+                        ++counts[stop->col - feature];
+                    } else {
+                        order_.push_back(stop->row);
+                    }
+                }
+                if (!transposed_) segment_.push_back(values);
+                writer.panel(panel_row(p + 1) - panel_row(p), b == 0, begin, stop, feature);
+                values += uint32_t(stop - begin);
+                done[p - first] = stop;
             }
-            piece.finish();
+            writer.finish();
         }
     }
-    program.row.push_back(csr.rows);
-    program.at.push_back(assembler.size());
-    program.value.push_back(uint32_t(source.size()));
-    program.code = CodeBuffer(assembler.code, why);
-    return program;
+    at_.push_back(writer.a.size());
+    value_.push_back(values);
+    if (!transposed_) segment_.push_back(values);
+    code_ = CodeBuffer(writer.a.code, why);
 }
+
+size_t SpmmProgram::nbytes() const {
+    return code_.nbytes() + row_.size() * sizeof(int) + at_.size() * sizeof(size_t) + order_.size() +
+           (value_.size() + segment_.size()) * sizeof(uint32_t);
+}
+
+template <class T>
+void SpmmProgram::refresh(float* out, const T* values, const uint32_t* start, int threads) const {
+    if (!transposed_) {
+        parallel_for(chains(), threads, [&](int64_t chain) { refresh_rows(out, values, start, int(chain)); });
+        return;
+    }
+    const int tasks = std::min(threads, chains());
+    parallel_for(tasks, threads, [&](int64_t task) {
+        refresh_runs(out, values, start, int(chains() * task / tasks), int(chains() * (task + 1) / tasks));
+    });
+}
+
+template <class T>
+void SpmmProgram::refresh_rows(float* out, const T* values, const uint32_t* start, int chain) const {
+    const int first = chain_panel(chain), last = chain_panel(chain + 1);
+    std::vector<uint32_t> next(start + row_[chain], start + row_[chain + 1]);
+    const uint32_t* segment = segment_.data() + size_t(first) * blocks_;
+    for (int b = 0; b < blocks_; ++b) {
+        for (int p = first; p < last; ++p, ++segment) {
+            uint32_t* row = next.data() + (panel_row(p) - row_[chain]);
+            for (uint32_t i = segment[0]; i < segment[1]; ++i) out[i] = to_float(values[row[order_[i]]++]);
+        }
+    }
+}
+
+template <class T>
+void SpmmProgram::refresh_runs(float* out, const T* values, const uint32_t* start, int first_chain,
+                               int last_chain) const {
+    std::vector<uint32_t> next(start, start + cols_);  // by row of W, which is a feature here
+    const uint32_t nnz = value_.back(), end = value_[size_t(last_chain) * blocks_];
+    const uint8_t* count = order_.data();
+    uint32_t i = 0;
+    for (int c = 0; c < last_chain; ++c) {
+        const int panels = chain_panel(c + 1) - chain_panel(c);
+        if (c == first_chain) i = value_[size_t(c) * blocks_];
+        for (int b = 0; b < blocks_; ++b) {
+            const int feature = b * block_, features = std::min(block_, cols_ - feature);
+            uint32_t* from = next.data() + feature;
+            for (int p = 0; p < panels; ++p, count += features) {
+                if (c < first_chain) {
+                    for (int f = 0; f < features; ++f) from[f] += count[f];
+                    continue;
+                }
+                for (int f = 0; f < features; ++f) {
+                    const uint32_t n = count[f];
+                    for (uint32_t done = 0; done < n; done += kRun) {
+                        const T* run = values + from[f] + done;
+                        float* to = out + i + done;
+                        // Whole vectors where neither side has an end: what is written too far is written again.
+                        const bool whole = from[f] + done + kRun <= nnz && i + done + kRun <= end;
+                        const uint32_t move = whole ? kRun : std::min<uint32_t>(kRun, n - done);
+                        if (whole) {
+                            for (int j = 0; j < kRun; ++j) to[j] = to_float(run[j]);
+                        } else {
+                            for (uint32_t j = 0; j < move; ++j) to[j] = to_float(run[j]);
+                        }
+                    }
+                    from[f] += n;
+                    i += n;
+                }
+            }
+        }
+    }
+}
+
+template void SpmmProgram::refresh(float*, const float*, const uint32_t*, int) const;
+template void SpmmProgram::refresh(float*, const bf16*, const uint32_t*, int) const;
 
 }  // namespace vspdf

@@ -1,9 +1,9 @@
-// SpMM as machine code written for one pattern (AVX-512).
+// SpMM as machine code written for one pattern (AVX-512 or AVX2).
 //
-// A panel is at most 31 rows of the weight, their sums of 16 tokens held in 31 registers; the last register holds one
-// line of x (a feature of 16 tokens). The code of a panel loads each line that any of its rows needs and then does one
-// `vfmadd231ps sum, line, [value]{1to16}` per kept weight: 7 bytes, no index, no branch. Panels are chained over one
-// block of features, so that the lines of a token slice stay in the first-level cache while the chain's code does.
+// A panel is a few rows of the weight, their sums of 16 tokens held in registers. The code of a panel loads each line
+// of x (a feature of 16 tokens) that any of its rows needs and multiplies it by every kept weight of that feature: no
+// index, no branch. Panels are chained over one block of features, so that the lines of a token slice stay in the
+// first-level cache while the chain's code does.
 #pragma once
 
 #include <cstdint>
@@ -11,31 +11,65 @@
 #include <vector>
 
 #include "assembler.hpp"
-#include "plan.hpp"
+#include "csr.hpp"
+#include "isa.hpp"
 
 namespace vspdf {
 
-struct SpmmProgram {
+class SpmmProgram {
+  public:
     // x: the slice's line of the block's first feature; values: the piece's; y: the chain's sums, [rows][16].
     // The piece of the first block overwrites y, later ones add to it.
     using Piece = void (*)(const float* x, const float* values, float* y);
 
-    CodeBuffer code;  // no entry: refused, and nothing else is set
-    int block = 0;    // features in a block
-    int blocks = 0;
-    int widest = 0;               // rows of the longest chain
-    std::vector<int> row;         // chain c computes rows [row[c], row[c + 1])
-    std::vector<size_t> at;       // piece c * blocks + b begins here in the code; one more entry ends the last
-    std::vector<uint32_t> value;  // and here in the packed values, which are in the order the code reads them
+    // `csr` is that of the product, the transpose of the weight's if `transposed`. On refusal `why` says what failed
+    // and `made()` is false.
+    SpmmProgram(const Csr& csr, bool transposed, Isa isa, std::string& why);
 
-    int chains() const { return int(row.size()) - 1; }
-    Piece piece(size_t i) const { return reinterpret_cast<Piece>(reinterpret_cast<uintptr_t>(code.entry() + at[i])); }
-    size_t nbytes() const {
-        return code.nbytes() + row.size() * sizeof(int) + at.size() * sizeof(size_t) + value.size() * sizeof(uint32_t);
-    }
+    bool made() const { return code_.entry(); }
+    int rows() const { return rows_; }
+    int cols() const { return cols_; }
+    int block() const { return block_; }  // features in a block
+    int blocks() const { return blocks_; }
+    int chains() const { return int(row_.size()) - 1; }
+    int row(int chain) const { return row_[chain]; }  // chain c computes rows [row(c), row(c + 1))
+    int widest() const { return widest_; }            // rows of the longest chain
+    // Piece c * blocks + b is that of chain c and block b.
+    Piece piece(size_t i) const { return reinterpret_cast<Piece>(reinterpret_cast<uintptr_t>(code_.entry() + at_[i])); }
+    const char* code(size_t piece) const { return reinterpret_cast<const char*>(code_.entry() + at_[piece]); }
+    size_t code_bytes() const { return at_.back(); }
+    int64_t nnz() const { return value_.back(); }
+    uint32_t value(size_t piece) const {
+        return value_[piece];
+    }  // where its values begin; one more entry ends the last
+    size_t nbytes() const;
 
-    // Fills `source` with the place in `csr` of each packed value. On refusal `why` says what failed.
-    static SpmmProgram build(const Csr& csr, std::vector<uint32_t>& source, std::string& why);
+    // out[i] = values in the order the code reads them; `start`: where each row of the weight begins in `values`.
+    template <class T>
+    void refresh(float* out, const T* values, const uint32_t* start, int threads) const;
+
+  private:
+    template <class Writer>
+    void write(const Csr& csr, std::string& why);
+    int panel_row(int panel) const { return int(int64_t(panel) * rows_ / panels_); }
+    int chain_panel(int chain) const { return int(int64_t(chain) * panels_ / chains()); }
+    template <class T>
+    void refresh_rows(float* out, const T* values, const uint32_t* start, int chain) const;
+    template <class T>
+    void refresh_runs(float* out, const T* values, const uint32_t* start, int first_chain, int last_chain) const;
+
+    int rows_, cols_;
+    bool transposed_;
+    int panels_ = 0, block_ = 0, blocks_ = 0, widest_ = 0;
+    CodeBuffer code_;
+    std::vector<int> row_;
+    std::vector<size_t> at_;  // where each piece begins in the code; one more entry ends the last
+    std::vector<uint32_t> value_;
+    // The order of the values, in that of the code (chain, block, panel, feature, row). Of W itself a row's values come
+    // as they are stored: the row in the panel of each value says which is next. Of the transpose, a feature is a row
+    // of W, whose values for one panel are neighbours: how many says it.
+    std::vector<uint8_t> order_;
+    std::vector<uint32_t> segment_;  // where each panel's part of each piece begins; only if not transposed
 };
 
 }  // namespace vspdf

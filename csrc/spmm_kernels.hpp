@@ -18,6 +18,8 @@ struct SpmmKernels {
     // out[f * lanes + t] = x[t * stride + f]; lanes from `tokens` on become zero. `lanes` is a multiple of `width`.
     void (*pack)(float* out, int lanes, const float* x, int64_t stride, int tokens, int features);
     void (*pack_bf16)(float* out, int lanes, const bf16* x, int64_t stride, int tokens, int features);
+    // Two tokens in each lane, as they are: which two is the same for every feature.
+    void (*pack_pairs)(float* out, int lanes, const bf16* x, int64_t stride, int tokens, int features);
 
     // out[t * stride + f] = y[f * lanes + t] + bias[f] (bias may be null); `stream` bypasses the caches where it can.
     void (*unpack)(float* out, int64_t stride, const float* y, int lanes, int tokens, int features, const float* bias,
@@ -25,24 +27,23 @@ struct SpmmKernels {
     void (*unpack_bf16)(bf16* out, int64_t stride, const float* y, int lanes, int tokens, int features,
                         const float* bias, bool stream);
 
-    // out[i] = values[source[i]]
-    void (*gather)(float* out, const float* values, const uint32_t* source, int64_t n);
-    void (*gather_bf16)(float* out, const bf16* values, const uint32_t* source, int64_t n);
-
     // y[r][:] (+)= sum over i in [lo[r], hi[r]) of values[i] x[col[i]][:], for `n` rows; `first` overwrites y.
     // Indexed by log2 of the vectors in a line. Returns the multiply-adds executed.
-    using Rows = int64_t (*)(float* y, const float* x, const float* values, const uint16_t* col, const uint32_t* lo,
+    template <class Column>
+    using Rows = int64_t (*)(float* y, const float* x, const float* values, const Column* col, const uint32_t* lo,
                              const uint32_t* hi, int n, bool first);
-    Rows rows[4];
-    // dx[col[i]][:] += values[i] dy[r][:] for i in [start[r], start[r + 1]), for `n` rows.
+    Rows<uint16_t> rows[4];
+    Rows<uint8_t> rows_near[4];  // columns of a block
+    // dx[col[i]][:] += values[i] dy[r][:] for i in [lo[r], hi[r]), for `n` rows.
     using Scatter = int64_t (*)(float* dx, const float* dy, const float* values, const uint16_t* col,
-                                const uint32_t* start, int n);
+                                const uint32_t* lo, const uint32_t* hi, int n);
     Scatter scatter[4];
 
-    // The same for one token, whose features need no packing: y[r] = sum of values[i] x[col[i]], and dx[col[i]] += ...
-    void (*dots)(float* y, const float* x, const float* values, const uint16_t* col, const uint32_t* start, int n);
-    void (*scatter_one)(float* dx, const float* dy, const float* values, const uint16_t* col, const uint32_t* start,
-                        int n);
+    // The same for one token, whose features need no packing: y[r] (+)= sum of values[i] x[col[i]], and dx[col[i]] +=
+    // ...
+    void (*dots)(float* y, const float* x, const float* values, const uint16_t* col, const uint32_t* lo,
+                 const uint32_t* hi, int n, bool first);
+    Scatter scatter_one;
 
     // 2 x the multiply-adds of `rounds` rounds that touch registers only
     int64_t (*fma_rounds)(int64_t rounds);
@@ -55,6 +56,6 @@ extern const SpmmKernels spmm_kernels_avx2, spmm_kernels_avx512;
 #endif
 
 // Multiply-adds per second from registers, in GFLOP/s, on `threads` threads for about `seconds`: the machine's ceiling.
-double fma_peak(int threads, double seconds);
+double fma_peak(int threads, double seconds, Isa isa);
 
 }  // namespace vspdf

@@ -1,6 +1,8 @@
 // Included by one translation unit per instruction set, which defines VSPDF_WIDTH. Everything here is local to that
 // unit: a function shared by name could be linked from the wrong instruction set.
 
+#include <cstring>
+
 #include "spmm_kernels.hpp"
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -18,11 +20,10 @@ inline void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
 inline V splat(float x) { return x - V{}; }
 
 // ---- Transposes -------------------------------------------------------------------------------------------------
-// out[j] = column j of the W x W block at `block`. Rows are gathered in 128-bit lanes by loads, so that only the 4 x 4
-// transposes inside the lanes need the shuffle port.
+// transpose4: rows 4 c to 4 c + 3 of the transpose of the W x W block at `block`. Rows are gathered in 128-bit lanes by
+// loads, so that only the 4 x 4 transposes inside the lanes need the shuffle port.
 
 #if VSPDF_WIDTH == 16
-// Rows 4 c to 4 c + 3 of the transpose of the block.
 inline void transpose4(__m512* out, const float* block, int64_t stride, int c) {
     __m512 z[4];
 #pragma GCC unroll 4
@@ -42,34 +43,27 @@ inline void transpose4(__m512* out, const float* block, int64_t stride, int c) {
     out[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, q));
     out[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, q));
 }
-inline void transpose(__m512* out, const float* block, int64_t stride) {
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) transpose4(out + 4 * c, block, stride, c);
-}
 inline void stream(float* p, V v) { _mm512_stream_ps(p, v); }
 #elif VSPDF_WIDTH == 8
-inline void transpose(__m256* out, const float* block, int64_t stride) {
-#pragma GCC unroll 2
-    for (int c = 0; c < 2; ++c) {
-        __m256 z[4];
+inline void transpose4(__m256* out, const float* block, int64_t stride, int c) {
+    __m256 z[4];
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            const float* p = block + i * stride + 4 * c;
-            z[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
-        }
-        const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(z[0], z[1]));
-        const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(z[0], z[1]));
-        const __m256d p = _mm256_castps_pd(_mm256_unpacklo_ps(z[2], z[3]));
-        const __m256d q = _mm256_castps_pd(_mm256_unpackhi_ps(z[2], z[3]));
-        out[4 * c + 0] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, p));
-        out[4 * c + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, p));
-        out[4 * c + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, q));
-        out[4 * c + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, q));
+    for (int i = 0; i < 4; ++i) {
+        const float* p = block + i * stride + 4 * c;
+        z[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
     }
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(z[0], z[1]));
+    const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(z[0], z[1]));
+    const __m256d p = _mm256_castps_pd(_mm256_unpacklo_ps(z[2], z[3]));
+    const __m256d q = _mm256_castps_pd(_mm256_unpackhi_ps(z[2], z[3]));
+    out[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, p));
+    out[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, p));
+    out[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, q));
+    out[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, q));
 }
 inline void stream(float* p, V v) { _mm256_stream_ps(p, v); }
 #else
-inline void transpose(V* out, const float* block, int64_t stride) {
+inline void transpose4(V* out, const float* block, int64_t stride, int) {
     for (int j = 0; j < W; ++j) {
         float column[W];
         for (int i = 0; i < W; ++i) column[i] = block[i * stride + j];
@@ -79,10 +73,49 @@ inline void transpose(V* out, const float* block, int64_t stride) {
 inline void stream(float* p, V v) { store(p, v); }
 #endif
 
+inline void transpose(V* out, const float* block, int64_t stride) {
+#pragma GCC unroll 4
+    for (int c = 0; c < W / 4; ++c) transpose4(out + 4 * c, block, stride, c);
+}
+
+// ---- bfloat16 ---------------------------------------------------------------------------------------------------
+
+typedef uint32_t U __attribute__((vector_size(4 * W)));
+typedef int32_t I __attribute__((vector_size(4 * W)));
+typedef uint16_t H __attribute__((vector_size(2 * W), aligned(2), may_alias));
+
+// W numbers as they are, in the lower halves of the lanes.
+inline U load_halves(const bf16* p) { return __builtin_convertvector(*reinterpret_cast<const H*>(p), U); }
+inline V load_wide(const float* p) { return load(p); }
+inline V load_wide(const bf16* p) { return reinterpret_cast<V>(load_halves(p) << 16); }
+
+// In the lower halves: to nearest, ties to even, as PyTorch rounds; NaN stays NaN.
+inline U round_to_halves(V v) {
+    const U bits = reinterpret_cast<U>(v), nan = reinterpret_cast<U>(v != v);
+    return (((bits + 0x7FFF + (bits >> 16 & 1)) >> 16) & ~nan) | (0x7FC0 & nan);
+}
+
+inline void store_narrow(float* p, V v) { store(p, v); }
+inline void store_narrow(bf16* p, V v) { *reinterpret_cast<H*>(p) = __builtin_convertvector(round_to_halves(v), H); }
+
+// Two neighbours of W elements each, past the caches: `p` is aligned to a vector.
+inline void stream_two(float* p, V a, V b) {
+    stream(p, a);
+    stream(p + W, b);
+}
+inline void stream_two(bf16* p, V a, V b) {
+    H halves[2] = {__builtin_convertvector(round_to_halves(a), H), __builtin_convertvector(round_to_halves(b), H)};
+    V both;
+    std::memcpy(&both, halves, sizeof both);
+    stream(reinterpret_cast<float*>(p), both);
+}
+
+// ---- Packing ----------------------------------------------------------------------------------------------------
+
 template <class T>
-void pack_edge(float* out, int lanes, const T* x, int64_t stride, int tokens, int features, int width) {
+void pack_edge(float* out, int lanes, const T* x, int64_t stride, int tokens, int features) {
     for (int f = 0; f < features; ++f) {
-        for (int t = 0; t < width; ++t) out[f * lanes + t] = t < tokens ? to_float(x[t * stride + f]) : 0.f;
+        for (int t = 0; t < W; ++t) out[f * lanes + t] = t < tokens ? to_float(x[t * stride + f]) : 0.f;
     }
 }
 
@@ -90,7 +123,7 @@ template <class T>
 void pack(float* out, int lanes, const T* x, int64_t stride, int tokens, int features) {
     for (int t = 0; t < lanes; t += W) {
         const int here = tokens - t < 0 ? 0 : tokens - t < W ? tokens - t : W;
-        const T* rows = x + t * stride;
+        const T* rows = x + (here > 0 ? t * stride : 0);
         int f = 0;
         for (; here == W && f + W <= features; f += W) {
             V column[W];
@@ -98,46 +131,69 @@ void pack(float* out, int lanes, const T* x, int64_t stride, int tokens, int fea
                 transpose(column, rows + f, stride);
             } else {
                 float block[W * W];
-                for (int i = 0; i < W; ++i) {
-                    for (int j = 0; j < W; ++j) block[i * W + j] = to_float(rows[i * stride + f + j]);
-                }
+#pragma GCC unroll 16
+                for (int i = 0; i < W; ++i) store(block + i * W, load_wide(rows + i * stride + f));
                 transpose(column, block, W);
             }
 #pragma GCC unroll 16
             for (int j = 0; j < W; ++j) store(out + int64_t(f + j) * lanes + t, column[j]);
         }
-        pack_edge(out + int64_t(f) * lanes + t, lanes, rows + f, stride, here, features - f, W);
+        pack_edge(out + int64_t(f) * lanes + t, lanes, rows + f, stride, here, features - f);
+    }
+}
+
+// Lane t of a vector holds tokens t and t + W of its two vectors of tokens.
+void pack_pairs(float* out, int lanes, const bf16* x, int64_t stride, int tokens, int features) {
+    for (int t = 0; t < lanes; t += W) {
+        const int here = tokens - 2 * t < 0 ? 0 : tokens - 2 * t < 2 * W ? tokens - 2 * t : 2 * W;
+        const bf16* rows = x + (here > 0 ? 2 * t * stride : 0);
+        int f = 0;
+        for (; here == 2 * W && f + W <= features; f += W) {
+            float block[W * W];
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) {
+                const U low = load_halves(rows + i * stride + f), high = load_halves(rows + (i + W) * stride + f);
+                store(block + i * W, reinterpret_cast<V>(low | high << 16));
+            }
+            V column[W];
+            transpose(column, block, W);
+#pragma GCC unroll 16
+            for (int j = 0; j < W; ++j) store(out + int64_t(f + j) * lanes + t, column[j]);
+        }
+        for (; f < features; ++f) {
+            for (int i = 0; i < W; ++i) {
+                const uint32_t low = i < here ? rows[i * stride + f].bits : 0;
+                const uint32_t high = i + W < here ? rows[(i + W) * stride + f].bits : 0;
+                const uint32_t pair = low | high << 16;
+                std::memcpy(out + int64_t(f) * lanes + t + i, &pair, sizeof pair);
+            }
+        }
     }
 }
 
 template <class T>
 void unpack(T* out, int64_t stride, const float* y, int lanes, int tokens, int features, const float* bias,
             bool streaming) {
-    streaming = streaming && sizeof(T) == 4 && stride % W == 0 && reinterpret_cast<uintptr_t>(out) % (4 * W) == 0;
+    streaming = streaming && stride * sizeof(T) % (4 * W) == 0 && reinterpret_cast<uintptr_t>(out) % (4 * W) == 0;
     for (int t = 0; t < tokens; t += W) {
         const int here = tokens - t < W ? tokens - t : W;
         int f = 0;
-#if VSPDF_WIDTH == 16
-        if constexpr (sizeof(T) == 4) {
-            // The slices of generated code. Four lines side by side: memory takes runs of a row better than single
-            // lines.
-            for (; here == W && lanes == W && streaming && f + 4 * W <= features; f += 4 * W) {
-                V shift[4];
-                for (int b = 0; b < 4; ++b) shift[b] = bias ? load(bias + f + b * W) : V{};
-                for (int c = 0; c < 4; ++c) {
-                    V row[4][4];
+        // Four blocks side by side: memory takes runs of a row better than single vectors.
+        for (; here == W && streaming && f + 4 * W <= features; f += 4 * W) {
+            V shift[4];
+            for (int b = 0; b < 4; ++b) shift[b] = bias ? load(bias + f + b * W) : V{};
+            for (int c = 0; c < W / 4; ++c) {
+                V row[4][4];
 #pragma GCC unroll 4
-                    for (int b = 0; b < 4; ++b) transpose4(row[b], y + int64_t(f + b * W) * W, W, c);
+                for (int b = 0; b < 4; ++b) transpose4(row[b], y + int64_t(f + b * W) * lanes + t, lanes, c);
 #pragma GCC unroll 4
-                    for (int i = 0; i < 4; ++i) {
-#pragma GCC unroll 4
-                        for (int b = 0; b < 4; ++b)
-                            stream(out + (t + 4 * c + i) * stride + f + b * W, row[b][i] + shift[b]);
-                    }
+                for (int i = 0; i < 4; ++i) {
+                    T* to = out + (t + 4 * c + i) * stride + f;
+                    stream_two(to, row[0][i] + shift[0], row[1][i] + shift[1]);
+                    stream_two(to + 2 * W, row[2][i] + shift[2], row[3][i] + shift[3]);
                 }
             }
         }
-#endif
         for (; f < features; f += W) {
             const float* block = y + int64_t(f) * lanes + t;
             T* to = out + t * stride + f;
@@ -151,48 +207,18 @@ void unpack(T* out, int64_t stride, const float* y, int lanes, int tokens, int f
             }
             V row[W];
             transpose(row, block, lanes);
-            if (bias) {
-                const V b = load(bias + f);
+            const V shift = bias ? load(bias + f) : V{};
 #pragma GCC unroll 16
-                for (int i = 0; i < W; ++i) row[i] += b;
-            }
-            if constexpr (sizeof(T) == 4) {
-                if (streaming) {
-#pragma GCC unroll 16
-                    for (int i = 0; i < W; ++i) stream(to + i * stride, row[i]);
-                } else {
-#pragma GCC unroll 16
-                    for (int i = 0; i < W; ++i) store(to + i * stride, row[i]);
-                }
-            } else {
-                for (int i = 0; i < W; ++i) {
-                    for (int j = 0; j < W; ++j) from_float(row[i][j], to[i * stride + j]);
-                }
-            }
+            for (int i = 0; i < W; ++i) store_narrow(to + i * stride, row[i] + shift);
         }
     }
-}
-
-template <class T>
-void gather(float* out, const T* values, const uint32_t* source, int64_t n) {
-    int64_t i = 0;
-#if VSPDF_WIDTH == 16
-    if constexpr (sizeof(T) == 4) {
-        for (; i + 16 <= n; i += 16) {
-            // A base in the middle lets signed 32-bit indices reach 2^32 values.
-            const __m512i at = _mm512_sub_epi32(_mm512_loadu_si512(source + i), _mm512_set1_epi32(INT32_MIN));
-            _mm512_storeu_ps(out + i, _mm512_i32gather_ps(at, values + (int64_t(1) << 31), 4));
-        }
-    }
-#endif
-    for (; i < n; ++i) out[i] = to_float(values[source[i]]);
 }
 
 // ---- Row loops --------------------------------------------------------------------------------------------------
 
 // S vectors make a line; U kept weights at a time have sums of their own, to hide the latency of the multiply-add.
-template <int S, int U>
-int64_t rows(float* y, const float* x, const float* values, const uint16_t* col, const uint32_t* lo, const uint32_t* hi,
+template <int S, int U, class Column>
+int64_t rows(float* y, const float* x, const float* values, const Column* col, const uint32_t* lo, const uint32_t* hi,
              int n, bool first) {
     constexpr int L = S * W;
     int64_t macs = 0;
@@ -232,42 +258,50 @@ int64_t rows(float* y, const float* x, const float* values, const uint16_t* col,
 }
 
 template <int S>
-int64_t scatter(float* dx, const float* dy, const float* values, const uint16_t* col, const uint32_t* start, int n) {
+int64_t scatter(float* dx, const float* dy, const float* values, const uint16_t* col, const uint32_t* lo,
+                const uint32_t* hi, int n) {
     constexpr int L = S * W;
+    int64_t macs = 0;
     for (int r = 0; r < n; ++r, dy += L) {
         V gradient[S];
 #pragma GCC unroll 8
         for (int s = 0; s < S; ++s) gradient[s] = load(dy + s * W);
-        for (uint32_t i = start[r]; i < start[r + 1]; ++i) {
+        for (uint32_t i = lo[r]; i < hi[r]; ++i) {
             float* line = dx + size_t(col[i]) * L;
             const V value = splat(values[i]);
 #pragma GCC unroll 8
             for (int s = 0; s < S; ++s) store(line + s * W, load(line + s * W) + value * gradient[s]);
         }
+        macs += int64_t(hi[r] - lo[r]) * L;
     }
-    return int64_t(start[n] - start[0]) * L;
+    return macs;
 }
 
-void dots(float* y, const float* x, const float* values, const uint16_t* col, const uint32_t* start, int n) {
+void dots(float* y, const float* x, const float* values, const uint16_t* col, const uint32_t* lo, const uint32_t* hi,
+          int n, bool first) {
     constexpr int U = 8;  // sums of their own hide the latency of the multiply-add
     for (int r = 0; r < n; ++r) {
         float sum[U] = {};
-        uint32_t i = start[r];
-        const uint32_t end = start[r + 1];
+        uint32_t i = lo[r];
+        const uint32_t end = hi[r];
         for (; i + U <= end; i += U) {
 #pragma GCC unroll 8
             for (int u = 0; u < U; ++u) sum[u] += values[i + u] * x[col[i + u]];
         }
         for (; i < end; ++i) sum[0] += values[i] * x[col[i]];
-        y[r] = (sum[0] + sum[1] + (sum[2] + sum[3])) + (sum[4] + sum[5] + (sum[6] + sum[7]));
+        const float total = (sum[0] + sum[1] + (sum[2] + sum[3])) + (sum[4] + sum[5] + (sum[6] + sum[7]));
+        y[r] = first ? total : y[r] + total;
     }
 }
 
-void scatter_one(float* dx, const float* dy, const float* values, const uint16_t* col, const uint32_t* start, int n) {
+int64_t scatter_one(float* dx, const float* dy, const float* values, const uint16_t* col, const uint32_t* lo,
+                    const uint32_t* hi, int n) {
     constexpr int U = 4;
+    int64_t macs = 0;
     for (int r = 0; r < n; ++r) {
-        uint32_t i = start[r];
-        const uint32_t end = start[r + 1];
+        uint32_t i = lo[r];
+        const uint32_t end = hi[r];
+        macs += end - i;
         for (; i + U <= end; i += U) {  // a row's columns differ: all are read before any is written
             float sum[U];
 #pragma GCC unroll 4
@@ -277,6 +311,7 @@ void scatter_one(float* dx, const float* dy, const float* values, const uint16_t
         }
         for (; i < end; ++i) dx[col[i]] += values[i] * dy[r];
     }
+    return macs;
 }
 
 int64_t fma_rounds(int64_t rounds) {
@@ -306,10 +341,10 @@ const SpmmKernels VSPDF_TABLE = {
     W == 16 ? 4 * W : 8 * W,
     pack<float>,
     pack<bf16>,
+    pack_pairs,
     unpack<float>,
     unpack<bf16>,
-    gather<float>,
-    gather<bf16>,
+    {rows<1, 4>, rows<2, 4>, rows<4, 2>, rows<8, 1>},
     {rows<1, 4>, rows<2, 4>, rows<4, 2>, rows<8, 1>},
     {scatter<1>, scatter<2>, scatter<4>, scatter<8>},
     dots,

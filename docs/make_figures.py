@@ -20,11 +20,15 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 
 import vspdf
-from vspdf import config, evidence_page, ledger, report, study
-from vspdf import evidence as results_of
+from vspdf import ledger, shapes
+from vspdf.compare import definition
+from vspdf.compare import results as results_of
+from vspdf.config import loading
 from vspdf.errors import UserError
-from vspdf.plan import plan
-from vspdf.train import train
+from vspdf.plan.planner import plan
+from vspdf.report import study_page, tables, weights
+from vspdf.runs.folder import read
+from vspdf.train.trainer import train
 
 IMAGES = Path(__file__).parent / "images"
 GREY, BLUE, ORANGE, GREEN, PINK = "#808a94", "#2f84cc", "#e0701f", "#239a72", "#c25fa5"
@@ -103,7 +107,7 @@ def savings() -> None:
     left.set(xlim=(0, 95), xlabel="FLOPs saved by the 6.7B recipe, %")
     sparsity = np.linspace(0, 0.99, 100)
     for name in ("cerebras-gpt-111m", "cerebras-gpt-1.3b", "cerebras-gpt-13b"):
-        shape = ledger.model_shape(name)
+        shape = shapes.named_shape(name)
         cost = np.array([ledger.flops_per_token(shape, s) for s in sparsity])
         right.plot(sparsity, cost[0] / cost, label=name.removeprefix("cerebras-gpt-").upper())
     right.plot(sparsity, 1 / (1 - sparsity), "--", color=GREY, label="sparse layers alone")
@@ -120,10 +124,10 @@ def switch() -> None:
         "phases=[{name: sparse, sparsity: 0.9, steps: 1000, lr_multiple: 3}, {name: dense, steps: 200}]",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        train(config.load("quickstart", [*overrides, f"run_dir={folder}/run"]), say=lambda line: None)
-        (run,) = report.read([Path(folder, "run")])
+        train(loading.load("quickstart", [*overrides, f"run_dir={folder}/run"]), say=lambda line: None)
+        (run,) = read([Path(folder, "run")])
         assert run.checkpoint is not None
-        kept, revived = report._magnitudes(run.checkpoint / "model.safetensors", run.patterns)
+        kept, revived = weights.magnitudes(run.checkpoint / "model.safetensors", run.patterns)
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 2.5))
     steps, losses = zip(*((line["step"], line["val_loss"]) for line in run.evaluations), strict=True)
     left.plot(steps, losses, marker="o", ms=3)
@@ -148,7 +152,7 @@ PAGES = (Path(__file__).parent / "evidence.md", Path(__file__).parents[1] / "REA
 def kept(name: str | Path) -> dict[str, Any] | None:
     """Results of a study, if there are runs among them."""
     try:
-        results = results_of.read(study.load(name))
+        results = results_of.read(definition.load(name))
     except UserError:
         return None
     return results if any(arm["runs"] for arm in results["arms"]) else None
@@ -165,18 +169,17 @@ def filled(page: Path) -> str:
         image = "" if page.parent.name == "docs" else "docs/"
         picture = f"![Losses and differences of study {name}]({image}images/study-{name}.svg)\n"
         if what == "results":
-            return f"{begin}{evidence_page.markdown(results)}\n{picture}{end}"
-        return f"{begin}{evidence_page.tables(results)[0].markdown()}\n\n{picture}{end}"
+            return f"{begin}{tables.markdown(results)}\n{picture}{end}"
+        return f"{begin}{tables.tables(results)[0].markdown()}\n\n{picture}{end}"
 
     return PLACE.sub(fill, page.read_text())
 
 
 def evidence() -> None:
     """Losses and paired differences of the studies whose results are kept; their tables in the pages."""
-    for path in config.shipped("studies"):
+    for path in loading.shipped("studies"):
         if results := kept(path):
-            with plt.rc_context({"axes.prop_cycle": plt.cycler(color=plt.get_cmap("tab10").colors)}):
-                evidence_page.plot(results, IMAGES / f"study-{path.stem}.svg")
+            study_page.plot(results, IMAGES / f"study-{path.stem}.svg")
     for page in PAGES:
         page.write_text(filled(page))
 

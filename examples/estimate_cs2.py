@@ -12,10 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from vspdf.plan import model_and_batch
+from vspdf.plan.models import model_and_batch
 from vspdf.simulator import machine
-from vspdf.simulator.estimates import simulate_step
-from vspdf.simulator.step import Model
+from vspdf.simulator.aggregate.estimates import simulate_step
+from vspdf.simulator.aggregate.step import Model
 
 OPT = """{"model_type": "opt", "hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
           "vocab_size": 50272, "max_position_embeddings": 2048}"""

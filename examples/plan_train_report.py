@@ -13,14 +13,16 @@ runs. The same on the command line:
 import sys
 from pathlib import Path
 
-from vspdf import config, report
-from vspdf.plan import plan, write
-from vspdf.train import train
+from vspdf.config import loading
+from vspdf.plan.planner import plan
+from vspdf.plan.write import write
+from vspdf.report import run_page
+from vspdf.train.trainer import train
 
 folder, overrides = Path(sys.argv[1]), sys.argv[2:]
 folder.mkdir(parents=True, exist_ok=True)
 start = folder / "start.yaml"  # the quick start's model, smaller
-start.write_text(config.to_yaml(config.load("quickstart", ["model.n_layer=2", "model.d_model=256", *overrides])))
+start.write_text(loading.to_yaml(loading.load("quickstart", ["model.n_layer=2", "model.d_model=256", *overrides])))
 
 variable = plan(start, save=0.6)  # 60 % fewer FLOPs than the dense run of as many steps
 affordable = round(variable.dense.steps * (1 - variable.flops_saved_fraction))
@@ -34,6 +36,6 @@ for name, found in {"variable": variable, "dense": dense}.items():
     )
     write(found, folder / f"{name}.yaml")
     runs[name] = folder / name
-    summary = train(config.load(folder / f"{name}.yaml", [f"run_dir={runs[name]}"]), on_evaluation=report.refresh)
+    summary = train(loading.load(folder / f"{name}.yaml", [f"run_dir={runs[name]}"]), on_evaluation=run_page.refresh)
     print(f"{name}: validation loss {summary['val_loss']:.4f}, {summary['seconds']:.0f} s")
-print(f"wrote {report.write(list(runs.values()), folder / 'comparison.html')}")
+print(f"wrote {run_page.write(list(runs.values()), folder / 'comparison.html')}")

@@ -7,13 +7,14 @@ import os
 import platform
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vspdf.errors import BackendUnavailable
+from vspdf.errors import BackendUnavailable, UserError, did_you_mean
 from vspdf.pattern import Pattern
 
 try:
@@ -23,6 +24,7 @@ except ImportError as error:
     _missing = str(error)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+ISAS = ("avx512", "avx2", "plain")
 
 
 def unavailable() -> str | None:
@@ -52,8 +54,32 @@ def takes(tensor: Tensor) -> bool:
 
 
 def isa() -> str:
-    """Instruction set that the kernels use: the best one here, or what ``VSPDF_ISA`` asks for."""
-    return os.environ.get("VSPDF_ISA") or extension().isas()[0]
+    """Instruction set that the kernels use: the best one here, or what ``VSPDF_ISA`` asks for.
+
+    Raises
+    ------
+    BackendUnavailable
+        If the kernels were not built.
+    UserError
+        If ``VSPDF_ISA`` names no instruction set of the kernels, or one that this machine does not have.
+    """
+    have = extension().isas()
+    wanted = os.environ.get("VSPDF_ISA") or have[0]
+    if wanted in have:
+        return wanted
+    if wanted in ISAS:
+        raise UserError(f"VSPDF_ISA={wanted}: this machine does not have it, but {', '.join(have)}.")
+    raise UserError(f"VSPDF_ISA={wanted}: the kernels know no such instruction set.{did_you_mean(wanted, have)}")
+
+
+@cache
+def has_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 (AVX512_BF16, AMX or Arm's BF16); unknown counts as yes."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return not {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}.isdisjoint(line.split())
+    return True
 
 
 def build() -> str:
@@ -75,8 +101,7 @@ def plan(pattern: Pattern) -> Any:
     """The packed plan of a pattern: built once, kept with the pattern, holds no weights."""
     found = pattern.plans.get("cpu")
     if found is None:
-        rows, columns = pattern.csr()
-        found = pattern.plans.setdefault("cpu", extension().Plan(*pattern.shape, rows, columns))
+        found = pattern.plans.setdefault("cpu", extension().Plan(*pattern.shape, pattern.bits, isa()))
     return found
 
 
@@ -93,35 +118,37 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> tuple[Tensor, int]:
-    """``x @ W.T + bias`` and the multiply-adds executed."""
+    """``x @ W.T + bias``, of the dtype of `x`, and the multiply-adds executed; `values` and `bias` share a dtype."""
     x, values = _rows(x), values.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty(x.shape[0], pattern.out_features)
     macs = plan(pattern).forward(
         y.data_ptr(), x.data_ptr(), x.stride(0), values.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        x.shape[0], DTYPES[x.dtype], torch.get_num_threads(),
+        x.shape[0], DTYPES[x.dtype], DTYPES[values.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y, macs
 
 
 def grad_input(grad_output: Tensor, values: Tensor, pattern: Pattern) -> tuple[Tensor, int]:
-    """``grad_output @ W`` and the multiply-adds executed."""
+    """``grad_output @ W``, of the dtype of `grad_output`, and the multiply-adds executed."""
     grad_output, values = _rows(grad_output), values.contiguous()
     dx = grad_output.new_empty(grad_output.shape[0], pattern.in_features)
     macs = plan(pattern).grad_input(
         dx.data_ptr(), grad_output.data_ptr(), grad_output.stride(0), values.data_ptr(),
-        grad_output.shape[0], DTYPES[dx.dtype], torch.get_num_threads(),
+        grad_output.shape[0], DTYPES[dx.dtype], DTYPES[values.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return dx, macs
 
 
-def grad_values(grad_output: Tensor, x: Tensor, pattern: Pattern) -> tuple[Tensor, int]:
-    """``grad_output.T @ x`` at kept positions and the multiply-adds executed."""
+def grad_values(
+    grad_output: Tensor, x: Tensor, pattern: Pattern, dtype: torch.dtype | None = None
+) -> tuple[Tensor, int]:
+    """``grad_output.T @ x`` at kept positions, of `dtype` (that of `x`), and the multiply-adds executed."""
     grad_output, x = _rows(grad_output), _rows(x)
-    dvalues = x.new_empty(pattern.nnz)
+    dvalues = x.new_empty(pattern.nnz, dtype=dtype)
     macs = plan(pattern).grad_values(
         dvalues.data_ptr(), grad_output.data_ptr(), grad_output.stride(0), x.data_ptr(), x.stride(0),
-        x.shape[0], DTYPES[x.dtype], torch.get_num_threads(),
+        x.shape[0], DTYPES[x.dtype], DTYPES[dvalues.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return dvalues, macs
 

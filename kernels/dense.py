@@ -9,21 +9,31 @@ from vspdf.kernels import cpu, reference
 from vspdf.pattern import Pattern
 
 
-def _weight(values: Tensor, pattern: Pattern) -> Tensor:
-    return (cpu.materialise if cpu.takes(values) else reference.materialise)(values, pattern)
+def _weight(values: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor:
+    return (cpu.materialise if cpu.takes(values) else reference.materialise)(values, pattern).to(dtype)
+
+
+def _working_dtype(x: Tensor) -> torch.dtype:
+    """What torch multiplies `x` in: on processors without bfloat16 its own products of it take 10 to 100 times as long
+    as those of float32 (pytorch#146508), so that there they are computed in float32."""
+    return torch.float32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not cpu.has_bf16() else x.dtype
 
 
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
-    """``x @ W.T + bias``: [T, in_features] -> [T, out_features]."""
-    return torch.nn.functional.linear(x, _weight(values, pattern), bias)
+    """``x @ W.T + bias``: [T, in_features] -> [T, out_features]; `values` and `bias` may be wider than `x`."""
+    dtype = _working_dtype(x)
+    shift = None if bias is None else bias.to(dtype)
+    return torch.nn.functional.linear(x.to(dtype), _weight(values, pattern, dtype), shift).to(x.dtype)
 
 
 def grad_input(grad_output: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
     """``grad_output @ W``: [T, out_features] -> [T, in_features]."""
-    return grad_output @ _weight(values, pattern)
+    dtype = _working_dtype(grad_output)
+    return (grad_output.to(dtype) @ _weight(values, pattern, dtype)).to(grad_output.dtype)
 
 
-def grad_values(grad_output: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
-    """``grad_output.T @ x`` at kept positions, row-major: shape (nnz,)."""
-    full = grad_output.T @ x
-    return (cpu.sample if cpu.takes(full) else reference.sample)(full, pattern)
+def grad_values(grad_output: Tensor, x: Tensor, pattern: Pattern, dtype: torch.dtype | None = None) -> Tensor:
+    """``grad_output.T @ x`` at kept positions, row-major: shape (nnz,), of `dtype` (that of `x`)."""
+    working = _working_dtype(x)
+    full = grad_output.to(working).T @ x.to(working)
+    return (cpu.sample if cpu.takes(full) else reference.sample)(full, pattern).to(dtype or x.dtype)

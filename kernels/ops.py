@@ -16,8 +16,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vspdf import ledger
 from vspdf.errors import UserError
-from vspdf.kernels import cpu, dense, gpu, gpu_24, reference
+from vspdf.kernels import cpu, dense, reference
+from vspdf.kernels.derivatives import differentiable, linear
 from vspdf.kernels.dispatch import choose
+from vspdf.kernels.gpu import launch, two_four
 from vspdf.pattern import Pattern
 
 _PRODUCTS = ("forward", "grad_input", "grad_values")
@@ -25,16 +27,16 @@ _PRODUCTS = ("forward", "grad_input", "grad_values")
 # has dW alone, "2:4" has no dW.
 PATHS: dict[str, dict[str, Callable[..., Any]]] = {
     name: {product: getattr(module, product) for product in _PRODUCTS if hasattr(module, product)}
-    for name, module in {"cpu": cpu, "dense": dense, "reference": reference, "triton": gpu, "2:4": gpu_24}.items()
-} | {"sampled": {"grad_values": gpu.sampled_grad_values}}
+    for name, module in {"cpu": cpu, "dense": dense, "reference": reference, "triton": launch, "2:4": two_four}.items()
+} | {"sampled": {"grad_values": launch.sampled_grad_values}}
 
 
-def _run(product: str, pattern: Pattern, backend: str, *tensors: Tensor | None) -> Tensor:
+def _run(product: str, pattern: Pattern, backend: str, *tensors: Tensor | None, **how: Any) -> Tensor:
     """Runs one product on the path chosen for it and tells the ledger what was done."""
     x = tensors[0]
     assert x is not None
     tokens = x.shape[0]
-    run = lambda path: PATHS[path][product](*tensors, pattern)  # noqa: E731
+    run = lambda path: PATHS[path][product](*tensors, pattern, **how)  # noqa: E731
     choice = choose(product, pattern, tokens, x.dtype, x.device, backend, tune=run)
     start = time.perf_counter()
     result = run(choice.path)
@@ -49,6 +51,58 @@ def _tokens(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
 
 
+# -- what an operator is given -----------------------------------------------------------------------------------------
+
+
+def _check_tokens(name: str, x: Tensor, features: int, pattern: Pattern) -> None:
+    """A plain floating-point tensor (..., features)."""
+    if x.layout is not torch.strided:
+        raise UserError(f"{name} is stored as {x.layout}: expected a dense (strided) tensor.")
+    if not x.is_floating_point():
+        raise UserError(f"{name} is {x.dtype}: expected a floating-point tensor.")
+    if x.dim() == 0 or x.shape[-1] != features:
+        raise UserError(f"{name} of shape {tuple(x.shape)} does not fit a {pattern}: its last size must be {features}.")
+
+
+def _check_vector(name: str, vector: Tensor, size: int, pattern: Pattern) -> None:
+    if vector.shape != (size,):
+        do = "does" if name == "bias" else "do"
+        raise UserError(f"{name} of shape {tuple(vector.shape)} {do} not fit a {pattern}: expected ({size},).")
+    if vector.layout is not torch.strided:
+        raise UserError(f"{name} is stored as {vector.layout}: expected a dense (strided) tensor.")
+
+
+def _check_dtypes(name: str, tensor: Tensor, x_name: str, x: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype or tensor.device != x.device:
+        raise UserError(f"{name} {tensor.dtype} on {tensor.device} and {x_name} {x.dtype} on {x.device} must agree.")
+
+
+def _check_product(
+    pattern: Pattern, name: str, x: Tensor, features: int, values: Tensor, bias: Tensor | None = None
+) -> None:
+    """Tokens against values and bias, which may be float32 beside bfloat16 tokens on a CPU."""
+    _check_tokens(name, x, features, pattern)
+    _check_vector("values", values, pattern.nnz, pattern)
+    wide = x.dtype == torch.bfloat16 and values.dtype == torch.float32 and x.device.type in ("cpu", "meta")
+    dtype = torch.float32 if wide else x.dtype
+    _check_dtypes("values", values, name, x, dtype)
+    if bias is not None:
+        _check_vector("bias", bias, pattern.out_features, pattern)
+        _check_dtypes("bias", bias, name, x, dtype)
+
+
+def _check_gradient(pattern: Pattern, grad_output: Tensor, x: Tensor) -> None:
+    _check_tokens("grad_output", grad_output, pattern.out_features, pattern)
+    _check_tokens("x", x, pattern.in_features, pattern)
+    _check_dtypes("grad_output", grad_output, "x", x, x.dtype)
+    if grad_output.shape[:-1] != x.shape[:-1]:
+        raise UserError(
+            f"grad_output of shape {tuple(grad_output.shape)} and x of shape {tuple(x.shape)} differ in tokens."
+        )
+
+
+# -- operators ---------------------------------------------------------------------------------------------------------
+
 # Defined on torch's lower level: what `torch.library.custom_op` runs in Python around every call takes as long as a
 # small product, the more so as a product leaves the caches cold.
 _library = torch.library.Library("vspdf", "DEF")
@@ -56,92 +110,60 @@ _library = torch.library.Library("vspdf", "DEF")
 
 def _linear(x: Tensor, values: Tensor, bias: Tensor | None, pattern: str, backend: str) -> Tensor:
     found = Pattern.find(pattern)
+    _check_product(found, "x", x, found.in_features, values, bias)
     y = _run("forward", found, backend, _tokens(x), values, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], found.out_features)
 
 
 def _grad_input(grad_output: Tensor, values: Tensor, pattern: str, backend: str) -> Tensor:
     found = Pattern.find(pattern)
+    _check_product(found, "grad_output", grad_output, found.out_features, values)
     grad = _run("grad_input", found, backend, _tokens(grad_output), values)
     return grad if grad_output.dim() == 2 else grad.view(*grad_output.shape[:-1], found.in_features)
 
 
-def _grad_values(grad_output: Tensor, x: Tensor, pattern: str, backend: str) -> Tensor:
-    return _run("grad_values", Pattern.find(pattern), backend, _tokens(grad_output), _tokens(x))
+def _grad_values(
+    grad_output: Tensor, x: Tensor, pattern: str, backend: str, dtype: torch.dtype | None = None
+) -> Tensor:
+    found = Pattern.find(pattern)
+    _check_gradient(found, grad_output, x)
+    if dtype is None or dtype == x.dtype:
+        return _run("grad_values", found, backend, _tokens(grad_output), _tokens(x))
+    return _run("grad_values", found, backend, _tokens(grad_output), _tokens(x), dtype=dtype)
 
 
 def _fake_linear(x, values, bias, pattern, backend):
-    return x.new_empty(*x.shape[:-1], Pattern.find(pattern).out_features)
+    found = Pattern.find(pattern)
+    _check_product(found, "x", x, found.in_features, values, bias)
+    return x.new_empty(*x.shape[:-1], found.out_features)
 
 
 def _fake_grad_input(grad_output, values, pattern, backend):
-    return grad_output.new_empty(*grad_output.shape[:-1], Pattern.find(pattern).in_features)
+    found = Pattern.find(pattern)
+    _check_product(found, "grad_output", grad_output, found.out_features, values)
+    return grad_output.new_empty(*grad_output.shape[:-1], found.in_features)
 
 
-def _fake_grad_values(grad_output, x, pattern, backend):
-    return x.new_empty(Pattern.find(pattern).nnz)
+def _fake_grad_values(grad_output, x, pattern, backend, dtype=None):
+    found = Pattern.find(pattern)
+    _check_gradient(found, grad_output, x)
+    return x.new_empty(found.nnz, dtype=dtype)
 
 
-def _save_for_backward(ctx, x, values, bias, pattern, backend):
-    ctx.save_for_backward(x, values)
-    ctx.pattern = Pattern.find(pattern)  # the object, so that it lives as long as the graph
-    ctx.backend = backend
-    ctx.has_bias = bias is not None
-
-
-def _backward(ctx, grad_output):
-    x, values = ctx.saved_tensors
-    key = ctx.pattern.digest
-    grad_x = grad_v = grad_b = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grad_input(grad_output, values, key, ctx.backend)
-    if ctx.needs_input_grad[1]:
-        grad_v = grad_values(grad_output, x, key, ctx.backend)
-    if ctx.has_bias and ctx.needs_input_grad[2]:
-        grad_b = grad_output.sum_to_size(grad_output.shape[-1])
-    return grad_x, grad_v, grad_b, None, None
-
-
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError("vspdf: double backward through sparse_linear is not supported.")
-
-
-def _operator(name: str, arguments: str, run, fake, save, backward):
+def _define(name: str, arguments: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
     """Defines ``vspdf::name`` for every device, with its autograd."""
-    _library.define(f"{name}({arguments}, str pattern, str backend) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+    _library.define(f"{name}({arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vspdf::{name}", fake, lib=_library)
-    operator = getattr(torch.ops.vspdf, name).default
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            save(ctx, *inputs)
-            with torch._C._AutoDispatchBelowAutograd():
-                return operator(*inputs)
-
-    Function.backward = staticmethod(backward)  # type: ignore[method-assign]
-
-    def differentiable(*inputs):
-        if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in inputs):
-            return Function.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*inputs)
-
-    _library.impl(name, differentiable, "Autograd")
-    return operator
+    _library.impl(name, differentiable(name), "Autograd")
 
 
-linear = _operator(
-    "linear", "Tensor x, Tensor values, Tensor? bias", _linear, _fake_linear, _save_for_backward, _backward
-)
-grad_input = _operator(
-    "grad_input", "Tensor grad_output, Tensor values", _grad_input, _fake_grad_input, lambda *_: None,
-    _no_double_backward,
+_define("linear", "Tensor x, Tensor values, Tensor? bias, str pattern, str backend", _linear, _fake_linear)
+_define("grad_input", "Tensor grad_output, Tensor values, str pattern, str backend", _grad_input, _fake_grad_input)
+_define(
+    "grad_values", "Tensor grad_output, Tensor x, str pattern, str backend, ScalarType? dtype=None", _grad_values,
+    _fake_grad_values,
 )  # fmt: skip
-grad_values = _operator(
-    "grad_values", "Tensor grad_output, Tensor x", _grad_values, _fake_grad_values, lambda *_: None, _no_double_backward
-)
 
 
 @register_flop_formula(torch.ops.vspdf.linear)
@@ -173,7 +195,8 @@ def sparse_linear(
     x : Tensor, shape (..., in_features), float32 or bfloat16, on GPUs float16 too
         Any layout; other float dtypes run on the dense path.
     values : Tensor, shape (pattern.nnz,), same dtype and device as `x`
-        Kept weights, in the row-major order of `pattern`: ``W[pattern.mask()]``.
+        Kept weights, in the row-major order of `pattern`: ``W[pattern.mask()]``. On CPUs they (and `bias`) may stay
+        float32 beside a bfloat16 `x`: products and the gradient of `values` then keep their precision.
     pattern : Pattern, shape (out_features, in_features)
     bias : Tensor, shape (out_features,), optional
     backend : {"auto", "cpu", "reference", "triton"}
@@ -194,28 +217,18 @@ def sparse_linear(
     Notes
     -----
     FLOPs: ``2 * tokens * nnz`` forward, twice that backward (SPDF, arXiv:2303.10464). Under autocast, inputs are cast
-    to its dtype as for `torch.nn.functional.linear` (float64 is not). Double backward is not supported.
+    to its dtype as for `torch.nn.functional.linear` (float64 is not); on CPUs float32 values and bias are not, since
+    the kernels compute in float32. Derivatives of any order, forward mode
+    and `torch.func` (grad, jvp, vmap over x) work.
     """
-    if x.dim() == 0 or x.shape[-1] != pattern.in_features:
-        raise UserError(
-            f"x of shape {tuple(x.shape)} does not fit a {pattern}: its last size must be {pattern.in_features}."
-        )
-    if values.shape != (pattern.nnz,):
-        raise UserError(f"values of shape {tuple(values.shape)} do not fit a {pattern}: expected ({pattern.nnz},).")
-    if bias is not None and bias.shape != (pattern.out_features,):
-        raise UserError(
-            f"bias of shape {tuple(bias.shape)} does not fit a {pattern}: expected ({pattern.out_features},)."
-        )
-    if not x.is_floating_point():
-        raise UserError(f"x is {x.dtype}: expected a floating-point tensor.")
     kind = x.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
-        x, values = x.to(dtype), values.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    for name, tensor in (("values", values), ("bias", bias)):
-        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
-            raise UserError(f"{name} {tensor.dtype} on {tensor.device} and x {x.dtype} on {x.device} must agree.")
+        x = x.to(dtype)
+        if not (kind == "cpu" and dtype == torch.bfloat16 and values.dtype == torch.float32):
+            values, bias = values.to(dtype), None if bias is None else bias.to(dtype)
+        elif bias is not None:
+            bias = bias.float()
     return linear(x, values, bias, pattern.digest, backend)
 
 
@@ -232,6 +245,6 @@ def explain(
         choice = choose(product, pattern, tokens, dtype, torch.device(device), backend)
         path = choice.path
         if path == "cpu":
-            path = f"{path}-{cpu.isa()} ({cpu.plan(pattern).describe(tokens, torch.get_num_threads())[product]})"
+            path = f"{path}-{cpu.isa()} ({cpu.plan(pattern).describe(tokens)[product]})"
         lines.append(f"{product}: {backend} chose {path}: {choice.reason}")
     return "\n".join(lines)

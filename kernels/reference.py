@@ -24,15 +24,16 @@ def sample(dense: Tensor, pattern: Pattern) -> Tensor:
 
 
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
-    """``x @ W.T + bias``: [T, in_features] -> [T, out_features]."""
-    return torch.nn.functional.linear(x, materialise(values, pattern), bias)
+    """``x @ W.T + bias``: [T, in_features] -> [T, out_features]; wider `values` and `bias` are rounded to x's dtype."""
+    shift = None if bias is None else bias.to(x.dtype)
+    return torch.nn.functional.linear(x, materialise(values.to(x.dtype), pattern), shift)
 
 
 def grad_input(grad_output: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
     """``grad_output @ W``: [T, out_features] -> [T, in_features]."""
-    return grad_output @ materialise(values, pattern)
+    return grad_output @ materialise(values.to(grad_output.dtype), pattern)
 
 
-def grad_values(grad_output: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
-    """``grad_output.T @ x`` at kept positions, row-major: shape (nnz,)."""
-    return sample(grad_output.T @ x, pattern)
+def grad_values(grad_output: Tensor, x: Tensor, pattern: Pattern, dtype: torch.dtype | None = None) -> Tensor:
+    """``grad_output.T @ x`` at kept positions, row-major: shape (nnz,), of `dtype` (that of `x`)."""
+    return sample(grad_output.T @ x, pattern).to(dtype or x.dtype)

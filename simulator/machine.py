@@ -76,7 +76,7 @@ class Machine:
 
     @property
     def relay_cycles(self) -> int:
-        """From one PE's arithmetic on a streamed element to its neighbour's: ramp, hop, ramp, a cycle of work."""
+        """Cycles from one PE's arithmetic on a streamed element to the next one's: ramp, hop, ramp, a cycle of work."""
         return 2 * self.ramp_cycles + 1 + self.hop_cycles
 
     @property
@@ -128,7 +128,7 @@ def load(machine: str | Path | Machine = "cs2", settings: Iterable[str] | Mappin
             except YAMLError:
                 equals = ""
             if not equals:
-                raise UserError(f"--set '{setting}': expected key=value, e.g. trigger_cycles=10.")
+                raise UserError(f"`settings` '{setting}': expected key=value, e.g. trigger_cycles=10.")
         settings = values
     return machine.override(settings) if settings else machine
 

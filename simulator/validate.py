@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 
 from vspdf.errors import UserError
 from vspdf.ledger import training_flops
-from vspdf.simulator import dispatch, programs
 from vspdf.simulator import machine as machines
+from vspdf.simulator import simulate
+from vspdf.simulator.events import programs
 from vspdf.simulator.machine import Machine
 
 DATA = Path(__file__).parent / "data"
@@ -28,17 +29,17 @@ def table(name: str) -> list[dict[str, str]]:
 
 
 def facts() -> dict[str, Any]:
-    """Which cases there are, their tolerances, and which rows calibrated what."""
+    """Reads the cases, their tolerances, and which rows calibrated what."""
     return OmegaConf.to_container(OmegaConf.load(DATA / "cases.yaml"))  # type: ignore[return-value]
 
 
-def _level(work: dispatch.Work, level: str) -> str:
+def _level(work: simulate.Work, level: str) -> str:
     if level != "auto":
         return level
     return "event" if work.seconds <= SECONDS else "aggregate"
 
 
-def _figure(work: dispatch.Work, level: str, key: str) -> tuple[str, float]:
+def _figure(work: simulate.Work, level: str, key: str) -> tuple[str, float]:
     chosen = _level(work, level)
     return chosen, float((work.event()[1] if chosen == "event" else work.aggregate)[key])
 
@@ -77,7 +78,7 @@ def _vector(about: dict[str, Any], machine: Machine, level: str) -> Iterator[dic
 
 def _reduce(about: dict[str, Any], machine: Machine, level: str) -> Iterator[dict[str, Any]]:
     for row, line in enumerate(table(about["table"])):
-        work = dispatch.reduce(machine, 512, 4096, int(line["group_size"]))
+        work = simulate.reduce(machine, 512, 4096, int(line["group_size"]))
         found = _figure(work, level, "cycles")
         made = _within(about, f", groups of {line['group_size']}", row, float(line["measured_cycles"]), found)
         yield made
@@ -90,7 +91,7 @@ def _product(about: dict[str, Any], machine: Machine, level: str) -> Iterator[di
         for row, line in enumerate(table(name)):
             n, k, m, nnz = (int(line[key]) for key in ("N", "K", "M", "nnz_per_pe"))
             grid = f"{line['width']}x{line['height']}"
-            work = dispatch.spmm(
+            work = simulate.spmm(
                 machine, format, grid, n, k, m, float(line["density"]), None if format == "dense" else nnz
             )
             found = _figure(work, level, "cycles_max")
@@ -123,7 +124,7 @@ def _collapse(about: dict[str, Any], machine: Machine, level: str) -> Iterator[d
 
 def _mesh(about: dict[str, Any], machine: Machine, level: str) -> Iterator[dict[str, Any]]:
     for algorithm in ("meshgemm", "summa", "cannon"):
-        work = dispatch.gemm(machine, algorithm, "720x720", 2880)
+        work = simulate.gemm(machine, algorithm, "720x720", 2880)
         yield _beyond(about, f", {algorithm}", about[algorithm], ("aggregate", work.aggregate["efficiency"]))
 
 
@@ -164,7 +165,7 @@ def validate(
         For an unknown case, level or machine.
     """
     chosen = machines.load(machine, settings)
-    dispatch._choice("--level", level, dispatch.LEVELS)
+    simulate.check_level(level)
     known = facts()
     cases: list[dict[str, Any]] = []
     for name in only or known:

@@ -48,7 +48,7 @@ def test_commands_in_pages_exist():
     """Every `vspdf VERB` that a page names is a verb."""
     from typer.main import get_command
 
-    from vspdf.cli import app
+    from vspdf.cli.app import app
 
     verbs = set(get_command(app).commands)
     for page in PAGES:

@@ -6,11 +6,11 @@ import pytest
 import torch
 import transformers
 
-from vspdf.data import ValidationBatch
+from vspdf.data.samples import ValidationBatch
 from vspdf.errors import UserError
-from vspdf.evaluate import evaluate
-from vspdf.ledger import Shape
+from vspdf.evaluate.loss import evaluate
 from vspdf.model import GPT
+from vspdf.shapes import Shape
 
 SHAPE = Shape(n_layer=2, d_model=32, n_head=4, d_ff=96, vocab_size=61, sequence_length=24)
 

@@ -1,8 +1,9 @@
-"""What is importable, how light it is, and that imports only run downwards."""
+"""What is importable, how light it is, and who may take whom."""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,63 +12,51 @@ import vspdf
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Highest first. A module imports only from levels below its own; what shares a level shares nothing.
-LEVELS = [
-    {"cli"},
-    {"cli_simulate", "cli_tasks", "cli_programs", "cli_compare", "cli_bench"},
-    {"compare"},
-    {"evidence_page"},
-    {"evidence"},
-    {"plan", "report", "worker"},
-    {"study", "calibrate"},
-    {"bench", "bench_gpu", "bleu", "harness"},
-    {"train", "convert", "callback"},
-    {"hub", "pairs", "phases", "records"},
-    {"evaluate", "checkpoint", "foreign", "generate", "info", "schedule"},
-    {"data", "sparse", "tasks"},
-    {"corpora"},
-    {"model", "kernels.ops", "tokenizer"},
-    {"kernels.dispatch", "kernels.dense"},
-    {"kernels.gpu_24"},
-    {"kernels.cpu", "kernels.reference", "kernels.gpu", "kernels.gpu_model"},
-    {"kernels.gpu_kernels"},
-    {"simulator.validate"},
-    {"simulator.dispatch"},
-    {"simulator.runs"},
-    {"simulator.estimates"},
-    {"simulator.step", "simulator.layer_events"},
-    {"simulator.layer"},
-    {"simulator.wafer", "simulator.pictures"},
-    {"simulator.programs"},
-    {"simulator.programs.streaming"},
-    {
-        "simulator.programs.collectives",
-        "simulator.programs.spmm",
-        "simulator.programs.matmul",
-        "simulator.programs.matvec",
-    },
-    {"simulator.programs.common"},
-    {"simulator.fabric"},
-    {"simulator.machine"},
-    {"pattern", "config", "cache", "allocator", "svg", "page", "files", "console"},
-    {"_C"},
-    {"ledger", "cerebras"},
-    {"errors"},
-]
-LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
+# A wing, and what it may take besides the words and itself. Held by the test below; told in CONTRIBUTING.md.
+MAY_TAKE = {
+    "draw": (),
+    "kernels": (),
+    "sparsity": ("kernels",),
+    "simulator": ("draw",),
+    "config": ("sparsity.schedule",),
+    "data": ("config",),
+    "runs": ("sparsity", "config"),
+    "bench": ("kernels", "sparsity"),
+    "evaluate": ("kernels.hardware", "config", "data"),
+    "interop": ("kernels.hardware", "sparsity", "config", "data", "runs"),
+    "train": ("draw.words", "kernels", "sparsity", "config", "data", "evaluate", "runs", "interop"),
+    "plan": ("sparsity.schedule", "config", "runs", "bench", "simulator", "interop"),
+    "report": ("draw", "config", "runs", "simulator"),
+    "compare": (
+        "draw.words", "kernels.hardware", "config", "data", "evaluate", "runs", "interop", "train", "report",
+    ),
+    "cli": ("draw", "kernels", "sparsity", "simulator", "config", "data", "runs", "bench", "evaluate", "interop",
+            "train", "plan", "report", "compare"),
+}  # fmt: skip
+# Words that everyone may use, each below those that take it.
+WORDS = {
+    "errors": (), "_C": (), "shapes": ("errors",), "files": ("errors",), "pattern": ("errors",),
+    "ledger": ("errors", "shapes"), "model": ("errors", "shapes", "ledger"),
+}  # fmt: skip
 
 
 def sources():
-    files = {f"{path.stem}": path for path in (ROOT / "vspdf").glob("*.py") if path.stem != "__init__"}
-    files |= {f"kernels.{path.stem}": path for path in (ROOT / "kernels").glob("*.py")}
-    files |= {f"simulator.{path.stem}": path for path in (ROOT / "simulator").glob("*.py") if path.stem != "__init__"}
-    programs = {path.stem: path for path in (ROOT / "simulator" / "programs").glob("*.py")}
-    files |= {f"simulator.programs.{stem}".removesuffix(".__init__"): path for stem, path in programs.items()}
-    return files
+    """Every module by its dotted name below vspdf, and its file."""
+    found = {}
+    for root, prefix in ((ROOT / "vspdf", ()), (ROOT / "kernels", ("kernels",)), (ROOT / "simulator", ("simulator",))):
+        for path in root.rglob("*.py"):
+            parts = (*prefix, *path.relative_to(root).with_suffix("").parts)
+            if not prefix and parts[0] in ("kernels", "simulator", "configs", "studies", "__init__"):
+                continue  # links to what is walked for itself
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+SOURCES = sources()
 
 
 def imports(path):
-    """Modules of vspdf that a file imports anywhere, for type checkers alone excepted."""
+    """Modules of vspdf that a file imports anywhere, lazy imports counted, for type checkers alone excepted."""
     found = set()
 
     class Visitor(ast.NodeVisitor):
@@ -83,18 +72,68 @@ def imports(path):
             package, _, module = (node.module or "").partition(".")
             if package == "vspdf":
                 names = {f"{module}.{name.name}".lstrip(".") for name in node.names}
-                found.update(name if name in LEVEL else module for name in names)
+                found.update(name if name in SOURCES or name == "_C" else module for name in names)
 
     Visitor().visit(ast.parse(path.read_text()))
     return found - {""}
 
 
-@pytest.mark.parametrize("module", sorted(sources()))
-def test_imports_run_downwards(module):
-    assert module in LEVEL, f"{module} has no level yet"
-    for other in imports(sources()[module]):
-        assert other in LEVEL, f"{module} imports {other}, which has no level"
-        assert LEVEL[other] > LEVEL[module], f"{module} imports {other}, which is not below it"
+def allowed(module, other):
+    wing, words = module.split(".")[0], other.split(".")[0]
+    if words in WORDS:
+        return words in WORDS[wing] if wing in WORDS else True
+    return wing == words or any(f"{other}.".startswith(f"{name}.") for name in MAY_TAKE.get(wing, ()))
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES))
+def test_a_wing_takes_only_what_it_may(module):
+    assert module.split(".")[0] in {**MAY_TAKE, **WORDS}, f"{module} is in no wing"
+    wrong = sorted(other for other in imports(SOURCES[module]) if not allowed(module, other))
+    assert not wrong, f"{module} may not take {', '.join(wrong)}"
+
+
+def test_no_circle_of_modules():
+    graph = {module: imports(path) & SOURCES.keys() for module, path in SOURCES.items()}
+    list(TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize(
+    "module, heavy",
+    [("sparsity", {"omegaconf", "yaml", "typer"}), ("sparsity.surgery", {"omegaconf", "yaml", "typer"}),
+     ("sparsity.schedule", {"torch"}), ("config", {"torch", "typer"}), ("plan", {"torch"}),
+     ("train", {"vspdf.simulator", "vspdf.plan", "vspdf.report", "vspdf.cli"})],
+    ids=str,
+)  # fmt: skip
+def test_what_a_wing_does_not_bring_along(module, heavy):
+    result = run(f"import vspdf.{module}, sys; print(sorted({heavy!r} & set(sys.modules)))")
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+# A program for the fabric is read as one: its routes, its code and the run that both serve.
+LONG_FUNCTIONS = {
+    "simulator.events.programs.matmul.summa", "simulator.events.programs.matvec.mesh_gemv",
+    "simulator.events.programs.spmm.emit_spmm", "simulator.events.programs.spmm._grid",
+    "simulator.events.programs.streaming.gradient_code",
+}  # fmt: skip
+
+
+def lines_of_code(function):
+    """Its lines, those of a docstring not counted: what they say of shapes and errors is not to be saved on."""
+    first = function.body[0]
+    doc = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    return function.end_lineno - function.lineno + 1 - (first.end_lineno - first.lineno + 1 if doc else 0)
+
+
+def test_files_and_functions_are_short():
+    assert {m: n for m, path in SOURCES.items() if (n := len(path.read_text().splitlines())) > 450} == {}
+    functions = {
+        f"{module}.{node.name}": lines_of_code(node)
+        for module, path in SOURCES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert {name: n for name, n in functions.items() if n > 60 and name not in LONG_FUNCTIONS} == {}
+    assert {name for name in LONG_FUNCTIONS if functions.get(name, 0) <= 60} == set()
 
 
 def run(code, **how):

@@ -10,33 +10,37 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vspdf.callback import PhasesCallback as PhasesCallback
     from vspdf.errors import BackendUnavailable as BackendUnavailable
     from vspdf.errors import UserError as UserError
+    from vspdf.interop.transformers_trainer import PhasesCallback as PhasesCallback
     from vspdf.kernels.ops import sparse_linear as sparse_linear
     from vspdf.ledger import training_flops as training_flops
     from vspdf.pattern import Pattern as Pattern
-    from vspdf.phases import Phases as Phases
-    from vspdf.simulator import simulate as simulate
-    from vspdf.sparse import SparseLinear as SparseLinear
-    from vspdf.sparse import densify as densify
-    from vspdf.sparse import explain as explain
-    from vspdf.sparse import set_sparsity as set_sparsity
-    from vspdf.sparse import sparsify as sparsify
+    from vspdf.plan.cs2 import simulate as simulate
+    from vspdf.sparsity.layer import SparseLinear as SparseLinear
+    from vspdf.sparsity.layer import explain as explain
+    from vspdf.sparsity.optimizer import parameter_groups as parameter_groups
+    from vspdf.sparsity.phases import Phases as Phases
+    from vspdf.sparsity.schedule import Phase as Phase
+    from vspdf.sparsity.surgery import densify as densify
+    from vspdf.sparsity.surgery import set_sparsity as set_sparsity
+    from vspdf.sparsity.surgery import sparsify as sparsify
 
 _HOMES = {
     "BackendUnavailable": "vspdf.errors",
     "Pattern": "vspdf.pattern",
-    "Phases": "vspdf.phases",
-    "PhasesCallback": "vspdf.callback",
-    "SparseLinear": "vspdf.sparse",
+    "Phase": "vspdf.sparsity.schedule",
+    "Phases": "vspdf.sparsity.phases",
+    "PhasesCallback": "vspdf.interop.transformers_trainer",
+    "SparseLinear": "vspdf.sparsity.layer",
     "UserError": "vspdf.errors",
-    "densify": "vspdf.sparse",
-    "explain": "vspdf.sparse",
-    "set_sparsity": "vspdf.sparse",
-    "simulate": "vspdf.simulator",
+    "densify": "vspdf.sparsity.surgery",
+    "explain": "vspdf.sparsity.layer",
+    "parameter_groups": "vspdf.sparsity.optimizer",
+    "set_sparsity": "vspdf.sparsity.surgery",
+    "simulate": "vspdf.plan.cs2",
     "sparse_linear": "vspdf.kernels.ops",
-    "sparsify": "vspdf.sparse",
+    "sparsify": "vspdf.sparsity.surgery",
     "training_flops": "vspdf.ledger",
 }
 __all__ = [*_HOMES, "__version__"]

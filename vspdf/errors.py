@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -43,3 +44,21 @@ def near_path(path: Path, keywords: Iterable[str] = ()) -> str:
     if near := get_close_matches(missing.name, beside, n=1):
         return f" Did you mean '{missing.with_name(near[0]) / path.relative_to(missing)}'?"
     return ""
+
+
+def require(ok: bool, message: str) -> None:
+    """Raises `UserError` with a message where a condition does not hold."""
+    if not ok:
+        raise UserError(message)
+
+
+def one_of(key: str, value: str, known: Iterable[str]) -> None:
+    """Refuses a value that is not among those known; the message names the nearest."""
+    known = list(known)
+    require(value in known, f"{key} = '{value}' is not known.{did_you_mean(value, known)}")
+
+
+def check_device(key: str, name: str) -> None:
+    """Refuses a device whose name is not known; whether it is here is not asked."""
+    known = bool(re.fullmatch(r"cpu|cuda(:\d+)?", name))
+    require(known, f"{key} = '{name}' is not known.{did_you_mean(name, ('cpu', 'cuda', 'cuda:1'))}")

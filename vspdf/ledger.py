@@ -14,78 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from vspdf.errors import UserError, did_you_mean
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Model shapes
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What FLOPs depend on. Multiply-adds per token: ``linear``, ``attention`` (QKᵀ and AV, full), ``vocabulary``."""
-
-    n_layer: int
-    d_model: int
-    n_head: int
-    d_ff: int
-    vocab_size: int
-    sequence_length: int
-
-    @property
-    def linear(self) -> int:
-        """Projection and FFN weights: ``L(4d² + 2·d·f)``, the ones that sparsity applies to."""
-        return self.n_layer * (4 * self.d_model**2 + 2 * self.d_model * self.d_ff)
-
-    @property
-    def attention(self) -> int:
-        return 2 * self.n_layer * self.sequence_length * self.d_model
-
-    @property
-    def vocabulary(self) -> int:
-        return self.vocab_size * self.d_model
-
-    @property
-    def parameters(self) -> int:
-        """All parameters of a GPT-2-shaped model with biases, learnt positions and a tied unembedding."""
-        d, f = self.d_model, self.d_ff
-        block = 4 * d * d + 2 * d * f + 9 * d + f  # weights + biases (4d attention, f + d FFN) + two norms (4d)
-        return self.n_layer * block + (self.vocab_size + self.sequence_length) * d + 2 * d
-
-
-def _gpt(
-    n_layer: int, d_model: int, n_head: int, d_ff: int, vocab_size: int = 50257, sequence_length: int = 2048
-) -> Shape:
-    return Shape(n_layer, d_model, n_head, d_ff, vocab_size, sequence_length)
-
-
-# Cerebras-GPT: arXiv:2304.03208, table 1; GPT-2: Radford et al. 2019; GPT-3 XL: arXiv:2005.14165, table 2.1.
-MODELS: dict[str, Shape] = {
-    "cerebras-gpt-111m": _gpt(10, 768, 12, 3072),
-    "cerebras-gpt-256m": _gpt(14, 1088, 17, 4352),
-    "cerebras-gpt-590m": _gpt(18, 1536, 12, 6144),
-    "cerebras-gpt-1.3b": _gpt(24, 2048, 16, 8192),
-    "cerebras-gpt-2.7b": _gpt(32, 2560, 32, 10240),
-    "cerebras-gpt-6.7b": _gpt(32, 4096, 32, 16384),
-    "cerebras-gpt-13b": _gpt(40, 5120, 40, 20480),
-    "gpt2-small": _gpt(12, 768, 12, 3072, sequence_length=1024),
-    "gpt3-xl": _gpt(24, 2048, 16, 8192),
-    "gpt-j-6b": _gpt(28, 4096, 16, 16384, vocab_size=50400),
-    "bert-large": _gpt(24, 1024, 16, 4096, vocab_size=30522, sequence_length=512),
-}
-
-
-def model_shape(name: str) -> Shape:
-    """Shape of a named model.
-
-    Raises
-    ------
-    UserError
-        If the name is unknown.
-    """
-    if name not in MODELS:
-        raise UserError(f"unknown model '{name}'.{did_you_mean(name, MODELS)}")
-    return MODELS[name]
-
+from vspdf.shapes import Shape, named_shape
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Conventions: what a training run costs
@@ -116,7 +45,6 @@ def flops_per_token(
     sparsity: float = 0.0,
     convention: str = "vspdf",
     causal: bool = False,
-    dense_weight_gradient: bool = False,
 ) -> float:
     """Training FLOPs (forward and backward) per token under a named convention.
 
@@ -129,9 +57,6 @@ def flops_per_token(
         A key of `CONVENTIONS`.
     causal : bool
         Count half of the attention products.
-    dense_weight_gradient : bool
-        Of the three products of a layer, only the forward one and the gradient of its input skip masked weights, as
-        where a framework masks the weight's gradient after the fact: at 75 % 6.7B saves 44.8 % (``spdf``), not 67.25 %.
 
     Raises
     ------
@@ -146,8 +71,7 @@ def flops_per_token(
     attention = shape.attention * (0.5 if causal else 1.0)
     softmax = rule.softmax * shape.n_layer * shape.n_head * shape.sequence_length / 2  # FLOPs -> multiply-adds
     dense_part = rule.attention * attention + softmax + rule.vocabulary * shape.vocabulary
-    kept = 1 - sparsity * (2 / 3 if dense_weight_gradient else 1)
-    return 6 * (shape.linear * kept + dense_part)
+    return 6 * (shape.linear * (1 - sparsity) + dense_part)
 
 
 def training_flops(
@@ -186,7 +110,7 @@ def training_flops(
     UserError
         For an unknown model or convention, or if neither `phases` nor `tokens` is given.
     """
-    shape = model_shape(model) if isinstance(model, str) else model
+    shape = named_shape(model) if isinstance(model, str) else model
     if sequence_length is not None:
         shape = replace(shape, sequence_length=sequence_length)
     if phases is None:

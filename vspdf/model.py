@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vspdf.errors import UserError, did_you_mean
-from vspdf.ledger import Shape
+from vspdf.shapes import Shape
 
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # names here, and torch's for the approximation
 
@@ -118,7 +118,7 @@ class GPT(nn.Module):
         return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
 
     def hidden(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
-        """What the last norm gives [B, T, D]. With a cache: of tokens that follow those it holds, and it takes them in.
+        """Hidden states after the last norm, [B, T, D]. With a cache, of tokens after those it holds; it takes them in.
 
         Raises
         ------

@@ -10,12 +10,12 @@ import hashlib
 import threading
 import weakref
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from vspdf.errors import BackendUnavailable, UserError
+from vspdf.errors import UserError
 
 _alive: weakref.WeakValueDictionary[str, Pattern] = weakref.WeakValueDictionary()
 _making = threading.Lock()
@@ -44,21 +44,6 @@ def _sides(shape: tuple[int, int]) -> tuple[int, int]:
     if out_features < 1 or in_features < 1:
         raise UserError(f"a pattern's shape is (out_features, in_features), both at least 1, not {tuple(shape)}.")
     return out_features, in_features
-
-
-class Plan24(NamedTuple):
-    """Column orders in which a pattern is 2:4, but for its residual."""
-
-    columns: np.ndarray
-    """int32 [ceil(out / 128), width], width = in_features rounded up to a multiple of 4: the column at each place, for
-    each panel of 128 rows. Numbers from in_features on are empty columns."""
-    rest: Pattern
-    """Kept weights that do not fit: the third and fourth of their row in a group of four places."""
-
-    @property
-    def residual(self) -> float:
-        """Fraction of all positions that does not fit."""
-        return self.rest.nnz / self.rest.numel
 
 
 class Pattern:
@@ -221,22 +206,27 @@ class Pattern:
 
     @property
     def out_features(self) -> int:
+        """Rows of the dense weight matrix."""
         return self.shape[0]
 
     @property
     def in_features(self) -> int:
+        """Columns of the dense weight matrix."""
         return self.shape[1]
 
     @property
     def numel(self) -> int:
+        """All positions of the matrix, kept or not."""
         return self.shape[0] * self.shape[1]
 
     @property
     def density(self) -> float:
+        """The fraction of positions that is kept."""
         return self.nnz / self.numel
 
     @property
     def sparsity(self) -> float:
+        """The fraction of positions that is not kept."""
         return 1 - self.density
 
     def _flat(self) -> np.ndarray:
@@ -257,43 +247,8 @@ class Pattern:
         np.cumsum(np.count_nonzero(mask, axis=1), out=rows[1:])
         return rows, np.nonzero(mask)[1].astype(np.int32)
 
-    def plan_24(self, seed: int = 0, *, effort: int = 4000) -> Plan24:
-        """Orders columns, anew for every 128 rows, so that rows keep at most two of every four neighbours (2:4).
-
-        Simulated annealing over swaps of two columns, on the kept weights beyond two. It stops where none is left: a
-        random mask of density 0.2 or less becomes exactly 2:4, at 0.25 about 0.005 % of all positions stay.
-
-        Parameters
-        ----------
-        seed : int
-            The same seed gives the same plan.
-        effort : int
-            Swaps tried at most, per column of a panel; the default takes at most 0.2 s for 1,024 columns.
-
-        Raises
-        ------
-        BackendUnavailable
-            If the compiled kernels are missing.
-        """
-        try:
-            from vspdf import _C
-        except ImportError:
-            raise BackendUnavailable(
-                "plan_24 needs the compiled kernels: reinstall vspdf with a C++17 compiler."
-            ) from None
-        mask = self._flat().reshape(self.shape)
-        columns = _C.columns_24(mask.view(np.uint8), seed, effort * self.in_features, torch.get_num_threads())
-        wide = np.zeros((self.out_features, columns.shape[1]), dtype=bool)
-        wide[:, : self.in_features] = mask
-        places = np.repeat(columns, 128, axis=0)[: self.out_features]
-        groups = np.take_along_axis(wide, places, axis=1).reshape(self.out_features, -1, 4)
-        beyond = groups & (np.cumsum(groups, axis=2, dtype=np.int8) > 2)
-        rest = np.zeros_like(wide)
-        np.put_along_axis(rest, places, beyond.reshape(wide.shape), axis=1)
-        return Plan24(columns, Pattern.from_mask(rest[:, : self.in_features]))
-
     def issuperset(self, other: Pattern) -> bool:
-        """Whether every position of `other` is kept here too."""
+        """Tells whether every position of `other` is kept here too."""
         return self.shape == other.shape and not np.any(other.bits & ~self.bits)
 
     def __copy__(self) -> Pattern:

@@ -1,0 +1,185 @@
+// SpMM without generated code: loops over blocks of features, and what few tokens run.
+#include <algorithm>
+#include <atomic>
+
+#include "parallel.hpp"
+#include "scratch.hpp"
+#include "spmm_run.hpp"
+
+namespace vspdf {
+namespace {
+
+constexpr int kRowsAtOnce = 256;  // rows whose sums stay near while the blocks of features pass
+constexpr int kBand = 256;        // rows of a transpose between two notes of where its columns' values begin
+constexpr int kLines = 32 << 10;  // bytes of packed x that stay in the first-level cache
+
+int log2_of(int n) { return n == 1 ? 0 : n == 2 ? 1 : n == 4 ? 2 : 3; }
+
+// Columns fit a byte, and a block of more would not stay in the cache.
+int block_columns(int cols, int tile) {
+    const int most = std::min(kLines / int(sizeof(float)) / tile, 256);
+    const int blocks = int(ceil_div(cols, most));
+    return int(ceil_div(cols, blocks));
+}
+
+template <class Column>
+SpmmKernels::Rows<Column> rows_kernel(const SpmmKernels& kernels, int vectors) {
+    if constexpr (sizeof(Column) == 1)
+        return kernels.rows_near[log2_of(vectors)];
+    else
+        return kernels.rows[log2_of(vectors)];
+}
+
+void store_one(const Target& y, const float* sums, int features) {
+    for (int f = 0; f < features; ++f) {
+        const float value = sums[f] + (y.bias ? y.bias[f] : 0.f);
+        if (y.dtype == Dtype::f32) {
+            static_cast<float*>(y.data)[f] = value;
+        } else {
+            from_float(value, static_cast<bf16*>(y.data)[f]);
+        }
+    }
+}
+
+}  // namespace
+
+int line_vectors(const SpmmKernels& kernels, int64_t tokens) {
+    int vectors = 1;
+    while (vectors * kernels.width < tokens && vectors * kernels.width < kernels.tile) vectors *= 2;
+    return vectors;
+}
+
+template <class Column>
+int64_t run_rows(const SpmmKernels& kernels, const RowBlocks<Column>& blocks, const Target& y, const Source& x,
+                 const float* values, int64_t tokens, int threads) {
+    const int vectors = line_vectors(kernels, tokens), lanes = vectors * kernels.width;
+    const auto kernel = rows_kernel<Column>(kernels, vectors);
+    const Cut work = cut(ceil_div(tokens, lanes), 1, 1, threads, ceil_div(blocks.rows, kSlice));
+    std::atomic<int64_t> macs{0};
+
+    parallel_for(work.blocks * work.parts, threads, [&](int64_t task) {
+        const int64_t token = task / work.parts * lanes;
+        const int count = int(std::min<int64_t>(lanes, tokens - token));
+        const auto part_row = [&](int64_t part) {
+            return part == work.parts ? blocks.rows : int(blocks.rows * part / work.parts / kSlice * kSlice);
+        };
+        const int row0 = part_row(task % work.parts), row1 = part_row(task % work.parts + 1);
+        const Scratch packed(sizeof(float) * lanes * blocks.cols);
+        const Scratch sums(sizeof(float) * lanes * std::min(blocks.rows, kRowsAtOnce));
+        x.pack(kernels, packed.floats(), lanes, token, count, 0, blocks.cols);
+        int64_t done = 0;
+        for (int r = row0; r < row1; r += kRowsAtOnce) {
+            const int n = std::min(kRowsAtOnce, row1 - r);
+            for (int b = 0; b < blocks.blocks; ++b) {
+                const float* lines = packed.floats() + int64_t(b) * blocks.block * lanes;
+                done += kernel(sums.floats(), lines, values, blocks.col.data(), blocks.lo(b) + r, blocks.hi(b) + r, n,
+                               b == 0);
+            }
+            y.unpack(kernels, sums.floats(), lanes, token, count, r, n);
+        }
+        fence();
+        macs += done;
+    });
+    return macs;
+}
+
+template int64_t run_rows(const SpmmKernels&, const RowBlocks<uint8_t>&, const Target&, const Source&, const float*,
+                          int64_t, int);
+template int64_t run_rows(const SpmmKernels&, const RowBlocks<uint16_t>&, const Target&, const Source&, const float*,
+                          int64_t, int);
+
+SpmmLoops::SpmmLoops(const Csr& csr, bool transposed, int tile) : blocks_(csr, block_columns(csr.cols, tile)) {
+    if (!transposed) return;
+    std::vector<uint32_t> count(csr.cols, 0);  // kept weights of each row of W, a column here, before the band
+    bands_.reserve(size_t(ceil_div(csr.rows, kBand)) * csr.cols);
+    for (int row = 0; row < csr.rows; row += kBand) {
+        bands_.insert(bands_.end(), count.begin(), count.end());
+        const uint32_t end = csr.start[std::min(row + kBand, csr.rows)];
+        for (uint32_t i = csr.start[row]; i < end; ++i) ++count[csr.col[i]];
+    }
+    uint32_t start = 0;  // in row-major order, of each row of W
+    for (int col = 0; col < csr.cols; start += count[col++]) {
+        for (size_t at = size_t(col); at < bands_.size(); at += size_t(csr.cols)) bands_[at] += start;
+    }
+}
+
+template <class T>
+void SpmmLoops::refresh(float* out, const T* values, int threads) const {
+    const RowBlocks<uint8_t>& blocks = blocks_;
+    parallel_for(ceil_div(blocks.rows, kBand), threads, [&](int64_t band) {
+        const uint32_t* begin = bands_.data() + band * blocks.cols;
+        std::vector<uint32_t> next(begin, begin + blocks.cols);
+        for (int r = int(band) * kBand; r < std::min<int64_t>((band + 1) * kBand, blocks.rows); ++r) {
+            for (int b = 0; b < blocks.blocks; ++b) {
+                uint32_t* from = next.data() + b * blocks.block;
+                for (uint32_t i = blocks.lo(b)[r]; i < blocks.hi(b)[r]; ++i) {
+                    out[i] = to_float(values[from[blocks.col[i]]++]);
+                }
+            }
+        }
+    });
+}
+
+template void SpmmLoops::refresh(float*, const float*, int) const;
+template void SpmmLoops::refresh(float*, const bf16*, int) const;
+
+int64_t run_dots(const SpmmKernels& kernels, const RowColumns& columns, const Target& y, const Source& x,
+                 const float* values, int threads) {
+    const Scratch floats(x.dtype == Dtype::f32 ? 0 : sizeof(float) * columns.cols);
+    const float* from = as_floats(floats.floats(), x.data, columns.cols, x.dtype, 1);
+    const Scratch sums(sizeof(float) * columns.rows);
+    const int64_t parts = std::min<int64_t>(threads, ceil_div(columns.rows, kSlice));
+    parallel_for(parts, threads, [&](int64_t part) {
+        const int row0 = int(columns.rows * part / parts), row1 = int(columns.rows * (part + 1) / parts);
+        for (int b = 0; b < columns.blocks; ++b) {
+            kernels.dots(sums.floats() + row0, from + int64_t(b) * columns.block, values, columns.col.data(),
+                         columns.lo(b) + row0, columns.hi(b) + row0, row1 - row0, b == 0);
+        }
+    });
+    store_one(y, sums.floats(), columns.rows);
+    return int64_t(columns.col.size());
+}
+
+// Row-major values added into dx, a private copy for each thread.
+int64_t run_scatter(const SpmmKernels& kernels, const RowColumns& columns, const Target& dx, const Source& dy,
+                    const float* values, int64_t tokens, int threads) {
+    const bool one = tokens == 1;
+    const int vectors = line_vectors(kernels, tokens), lanes = one ? 1 : vectors * kernels.width;
+    const SpmmKernels::Scatter kernel = kernels.scatter[log2_of(vectors)];
+    const int64_t nnz = int64_t(columns.col.size()), size = int64_t(lanes) * columns.cols;
+    const int parts = int(std::clamp<int64_t>(nnz / (8 * int64_t(columns.cols) + 1), 1, threads));
+    const Scratch sums(sizeof(float) * size * parts);
+    const Scratch floats(one && dy.dtype != Dtype::f32 ? sizeof(float) * columns.rows : 0);
+    const float* gradient = one ? as_floats(floats.floats(), dy.data, columns.rows, dy.dtype, 1) : nullptr;
+    std::atomic<int64_t> macs{0};
+    parallel_for(parts, threads, [&](int64_t part) {
+        const auto part_row = [&](int64_t i) {
+            if (i == parts) return columns.rows;
+            const uint32_t* start = columns.lo(0);
+            return int(std::lower_bound(start, start + columns.rows, uint32_t(nnz * i / parts)) - start);
+        };
+        const int row0 = part_row(part), row1 = std::max(row0, part_row(part + 1)), rows = row1 - row0;
+        float* to = sums.floats() + part * size;
+        std::fill_n(to, size, 0.f);
+        const Scratch packed(one ? 0 : sizeof(float) * lanes * rows);
+        if (!one) dy.pack(kernels, packed.floats(), lanes, 0, int(tokens), row0, rows);
+        for (int b = 0; b < columns.blocks; ++b) {
+            const uint32_t *lo = columns.lo(b) + row0, *hi = columns.hi(b) + row0;
+            float* block = to + int64_t(b) * columns.block * lanes;
+            macs += one ? kernels.scatter_one(block, gradient + row0, values, columns.col.data(), lo, hi, rows)
+                        : kernel(block, packed.floats(), values, columns.col.data(), lo, hi, rows);
+        }
+    });
+    for (int part = 1; part < parts; ++part) {
+        for (int64_t i = 0; i < size; ++i) sums.floats()[i] += sums.floats()[part * size + i];
+    }
+    if (one) {
+        store_one(dx, sums.floats(), columns.cols);
+    } else {
+        dx.unpack(kernels, sums.floats(), lanes, 0, int(tokens), 0, columns.cols);
+    }
+    fence();
+    return macs;
+}
+
+}  // namespace vspdf

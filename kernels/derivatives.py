@@ -1,0 +1,186 @@
+"""Derivatives of the three products, each by the others: backward, backward of backward, forward mode, `torch.func`.
+
+With y = x Wᵀ + b, where W holds `values` at kept positions, all three are bilinear: linear(x, values), grad_input(g,
+values) = g W, and grad_values(g, x) = gᵀ x where kept. The derivative of any is one of the three at other arguments.
+The operators themselves are defined in `ops`; here is what autograd knows of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vspdf.pattern import Pattern
+
+
+def _watched() -> bool:
+    """Whether a transform of `torch.func` (grad, vmap, jvp) looks on, which must meet a Function and no operator."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def linear(x: Tensor, values: Tensor, bias: Tensor | None, key: str, backend: str) -> Tensor:
+    """``x @ W.T + bias`` of the pattern with digest `key`; differentiable in x, values and bias."""
+    operator = Linear.apply if _watched() else torch.ops.vspdf.linear
+    return operator(x, values, bias, key, backend)
+
+
+def grad_input(grad: Tensor, values: Tensor, key: str, backend: str) -> Tensor:
+    """``grad @ W``; differentiable in both."""
+    operator = GradInput.apply if _watched() else torch.ops.vspdf.grad_input
+    return operator(grad, values, key, backend)
+
+
+def grad_values(grad: Tensor, x: Tensor, key: str, backend: str, dtype: torch.dtype | None = None) -> Tensor:
+    """``grad.T @ x`` at kept positions, shape (nnz,), of `dtype` or that of x; differentiable in both."""
+    operator = GradValues.apply if _watched() else torch.ops.vspdf.grad_values
+    return operator(grad, x, key, backend, dtype)
+
+
+def differentiable(name: str) -> Callable[..., Tensor]:
+    """What the dispatcher's Autograd key runs: the Function where a derivative is asked for, else the operator."""
+    function = {"linear": Linear, "grad_input": GradInput, "grad_values": GradValues}[name]
+
+    def run(*inputs: Any) -> Tensor:
+        recording = torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in inputs)
+        if recording or torch.autograd.forward_ad._current_level >= 0:
+            return function.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.vspdf, name).default(*inputs)
+
+    return run
+
+
+class _Product(torch.autograd.Function):
+    """A bilinear product of its first two inputs; the rest is a bias and how to run it."""
+
+    name: str
+
+    @classmethod
+    def operate(cls, *inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.vspdf, cls.name).default(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.save_for_forward(*inputs[:2])
+        key, ctx.backend = next((inputs[i], inputs[i + 1]) for i in (2, 3) if isinstance(inputs[i], str))
+        ctx.pattern = Pattern.find(key)  # the object, so that it lives as long as the graph
+
+    @classmethod
+    def over_batch(cls, size: int, dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> tuple[Tensor, int]:
+        """Sample by sample, where a batch of the second input does not fold into the tokens of the first."""
+        take = lambda i: [v if d is None else v.select(d, i) for v, d in zip(inputs, dims, strict=True)]  # noqa: E731
+        return torch.stack([cls.apply(*take(i)) for i in range(size)]), 0
+
+
+class Linear(_Product):
+    """``linear`` as autograd knows it."""
+
+    name = "linear"
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return Linear.operate(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, values = ctx.saved_tensors
+        key, needs = ctx.pattern.digest, ctx.needs_input_grad
+        return (
+            grad_input(grad, values, key, ctx.backend) if needs[0] else None,
+            grad_values(grad, x, key, ctx.backend, values.dtype) if needs[1] else None,
+            grad.reshape(-1, grad.shape[-1]).sum(0, dtype=values.dtype) if needs[2] else None,
+            None, None,
+        )  # fmt: skip
+
+    @staticmethod
+    def jvp(ctx: Any, t_x: Tensor | None, t_values: Tensor | None, t_bias: Tensor | None, *_: Any) -> Tensor:
+        x, values = ctx.saved_tensors
+        key, parts = ctx.pattern.digest, []
+        if t_x is not None:
+            parts.append(linear(t_x, values, t_bias, key, ctx.backend))
+        if t_values is not None:
+            parts.append(linear(x, t_values, None if parts else t_bias, key, ctx.backend))
+        return sum(parts[1:], parts[0]) if parts else t_bias.to(x.dtype).expand(*x.shape[:-1], -1)  # type: ignore[union-attr]
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        if dims[1] is not None or dims[0] is None:
+            return Linear.over_batch(info.batch_size, dims, inputs)
+        x, values, bias, key, backend = inputs
+        x = x.movedim(dims[0], 0)
+        if dims[2] is None:
+            return linear(x, values, bias, key, backend), 0
+        bias = bias.movedim(dims[2], 0)
+        return linear(x, values, None, key, backend) + bias.view(len(bias), *[1] * (x.dim() - 2), -1), 0
+
+
+class GradInput(_Product):
+    """``grad_input`` as autograd knows it."""
+
+    name = "grad_input"
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return GradInput.operate(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        g, values = ctx.saved_tensors
+        key, needs = ctx.pattern.digest, ctx.needs_input_grad
+        return (
+            linear(grad, values, None, key, ctx.backend) if needs[0] else None,
+            grad_values(g, grad, key, ctx.backend, values.dtype) if needs[1] else None,
+            None, None,
+        )  # fmt: skip
+
+    @staticmethod
+    def jvp(ctx: Any, t_g: Tensor | None, t_values: Tensor | None, *_: Any) -> Tensor:
+        g, values = ctx.saved_tensors
+        pairs = [(t_g, values), (g, t_values)]
+        parts = [grad_input(a, b, ctx.pattern.digest, ctx.backend) for a, b in pairs if a is not None and b is not None]
+        return sum(parts[1:], parts[0])
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        if dims[1] is not None or dims[0] is None:
+            return GradInput.over_batch(info.batch_size, dims, inputs)
+        return grad_input(inputs[0].movedim(dims[0], 0), *inputs[1:]), 0
+
+
+class GradValues(_Product):
+    """``grad_values`` as autograd knows it."""
+
+    name = "grad_values"
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return GradValues.operate(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        g, x = ctx.saved_tensors
+        key, needs = ctx.pattern.digest, ctx.needs_input_grad
+        return (
+            linear(x, grad, None, key, ctx.backend) if needs[0] else None,
+            grad_input(g, grad, key, ctx.backend) if needs[1] else None,
+            None, None, None,
+        )  # fmt: skip
+
+    @staticmethod
+    def jvp(ctx: Any, t_g: Tensor | None, t_x: Tensor | None, *_: Any) -> Tensor:
+        g, x = ctx.saved_tensors
+        parts = [
+            grad_values(a, b, ctx.pattern.digest, ctx.backend)
+            for a, b in ((t_g, x), (g, t_x))
+            if a is not None and b is not None
+        ]
+        return sum(parts[1:], parts[0])
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        return GradValues.over_batch(info.batch_size, dims, inputs)

@@ -1,0 +1,97 @@
+"""This machine: processor, threads, memory, devices, versions of what matters, and how freed memory is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from vspdf.errors import UserError, check_device
+from vspdf.kernels import cpu
+from vspdf.kernels.gpu import launch
+from vspdf.kernels.tuning import describe_table
+
+# glibc, <malloc.h>
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what is freed instead of giving it back to the kernel.
+
+    Activations are allocated anew at every step; faulting their pages in again costs about 5 % of a dense step and
+    twice that of a sparse one. Does nothing where the C library is another.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def hardware() -> dict[str, Any]:
+    """Facts to print beside a figure: processor, cores, instruction set, threads."""
+    extension = cpu._C
+    return {
+        "cpu": cpu.cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isas": list(extension.isas()) if extension else [],
+        "openmp": bool(extension.openmp) if extension else False,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def memory() -> float:
+    """Bytes of this machine's main memory; infinite where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not POSIX
+        return math.inf
+
+
+def versions() -> dict[str, str]:
+    """Versions of what figures depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("vspdf", "torch", "numpy", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def backends() -> dict[str, str]:
+    """ "available", or why not, by backend."""
+    return {
+        "cpu": cpu.unavailable() or "available",
+        "reference": "available",
+        "triton": launch.unavailable() or "available",
+    }
+
+
+def tuning() -> list[str]:
+    """Tells what `auto` has measured on this machine and chose from it, a line each."""
+    return describe_table()
+
+
+def device(name: str, key: str = "`device`") -> torch.device:
+    """The device of that name; `key` is the setting that named it.
+
+    Raises
+    ------
+    UserError
+        If the name is not known, or the device not here.
+    """
+    check_device(key, name)
+    found = torch.device(name)
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (found.index or 0) >= count:
+            have = f"only {count} of them" if count else "no CUDA device"
+            raise UserError(f"{key} = '{name}': torch sees {have} here; cpu runs anywhere.")
+    return found

@@ -1,0 +1,1 @@
+"""In closed form on the whole wafer: programs, layers and training steps."""

@@ -1,0 +1,308 @@
+"""Configurations of the Cerebras stack, both generations, and a recipe in three files."""
+
+import copy
+import json
+
+import pytest
+import yaml
+
+from vspdf.config import loading
+from vspdf.config.settings import ModelConfig
+from vspdf.data.text import prepare
+from vspdf.errors import UserError
+from vspdf.interop import checkpoints, load_config
+from vspdf.interop.cerebras_sparsity import sparsity
+from vspdf.pattern import kept_count
+from vspdf.sparsity.layer import sparse_layers
+
+FILTERS = ["*proj_[qkv]_dense_layer.weight", "*proj_output_dense_layer.weight", "*linear_layer.weight"]
+PATTERNS = [".*proj_[qkv]_dense_layer.weight", ".*proj_output_dense_layer.weight", ".*linear_layer.weight"]
+NORMAL = {"name": "truncated_normal", "mean": 0.0, "std": 0.02, "a": -0.04, "b": 0.04}
+
+
+def model(**settings):
+    return {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "filter_size": 128, "max_position_embeddings": 16,
+        "vocab_size": 257, "position_embedding_type": "learned", "share_embedding_weights": True, "dropout_rate": 0.0,
+        "attention_dropout_rate": 0.0, "use_projection_bias_in_attention": True, "use_ffn_bias_in_attention": True,
+        "use_ffn_bias": True, "nonlinearity": "gelu", "layer_norm_epsilon": 1e-5, "use_bias_in_output": False,
+        "initializer": NORMAL, "output_layer_initializer": {**NORMAL, "std": 0.01}, "mixed_precision": True,
+    } | settings  # fmt: skip
+
+
+def current(sparsity=None, steps=8, warmup=2, **settings):
+    """As the current release has it, everything under `trainer`."""
+    init = {
+        "backend": {"backend_type": "CSX"},
+        "model": {"name": "gpt3", **model(**settings)},
+        "optimizer": {"AdamW": {"betas": [0.9, 0.95], "eps": 1e-9, "weight_decay": 0.1, "correct_bias": True}},
+        "schedulers": [{"SequentialLR": {"schedulers": [
+            {"LinearLR": {"initial_learning_rate": 0.0, "end_learning_rate": 3.6e-4, "total_iters": warmup}},
+            {"LinearLR": {"initial_learning_rate": 3.6e-4, "end_learning_rate": 1.2e-5, "total_iters": steps - warmup}},
+        ]}}],
+        "precision": {"enabled": True, "max_gradient_norm": 1.0},
+        "loop": {"max_steps": steps, "eval_frequency": 1000},
+        "checkpoint": {"steps": 1000},
+        "logging": {"log_steps": 1},
+    }  # fmt: skip
+    if sparsity is not None:
+        init["sparsity"] = sparsity
+    data = {"data_processor": "GptHDF5MapDataProcessor", "data_dir": ["./pile"], "batch_size": 8}
+    return {"trainer": {"init": init, "fit": {"train_dataloader": data}}}
+
+
+def older(sparsity=None, steps=8, warmup=2, decay="Linear", peak=3.6e-4, end=1.2e-5, **settings):
+    """As releases before had it, blocks side by side."""
+    rate = [
+        {"scheduler": "Linear", "initial_learning_rate": 0.0, "end_learning_rate": peak, "total_iters": warmup},
+        {"scheduler": decay, "initial_learning_rate": peak, "end_learning_rate": end, "total_iters": steps - warmup},
+    ]
+    body = {
+        "train_input": {"data_processor": "GptHDF5MapDataProcessor", "data_dir": "./pile", "batch_size": 8},
+        "model": model(**settings),
+        "optimizer": {"optimizer_type": "AdamW", "betas": [0.9, 0.95], "eps": 1e-9, "max_gradient_norm": 1.0,
+                      "learning_rate": rate, "weight_decay": 0.1},
+        "runconfig": {"max_steps": steps, "checkpoint_steps": 1000, "log_steps": 1},
+    }  # fmt: skip
+    return body | ({} if sparsity is None else {"sparsity": sparsity})
+
+
+def loaded(body, tmp_path, *overrides):
+    path = tmp_path / "theirs.yaml"
+    path.write_text(yaml.safe_dump(body))
+    return load_config(path, ["data.corpus=stdlib", "data.tokenizer=bytes", *overrides])
+
+
+# -- whole files ------------------------------------------------------------------------------------------------------
+
+WHOLE = {
+    "current": current({"sparsity": 0.9, "init_method": "random", "param_filter": FILTERS}),
+    "older": older({"sparsity": 0.9, "init_method": "random", "type": "static", "param_name_patterns": PATTERNS}),
+}
+
+
+@pytest.mark.parametrize("form", WHOLE)
+def test_a_whole_file_is_read_as_it_is(tmp_path, form):
+    found = loaded(WHOLE[form], tmp_path)
+    (phase,) = found.phases
+    assert (phase.sparsity, phase.layers, phase.init_method) == (0.9, {}, "random")
+    assert phase.count == {"current": "truncate", "older": "round"}[form]
+    assert (phase.steps, phase.warmup_steps, phase.lr, phase.lr_end, phase.decay) == (8, 2, 3.6e-4, 1.2e-5, "linear")
+    assert (found.model.n_layer, found.model.d_ff, found.model.sequence_length, found.model.vocab_size) == (
+        2,
+        128,
+        16,
+        257,
+    )
+    o = found.optimizer
+    assert (o.beta1, o.beta2, o.eps, o.weight_decay, o.clip) == (0.9, 0.95, 1e-9, 0.1, 1.0)
+    assert found.train.batch_size == 8 and found.train.checkpoint_every == 1000 and found.name == "theirs"
+
+
+def test_without_a_sparsity_block_it_is_dense_and_text_must_be_named(tmp_path):
+    found = loaded(older(), tmp_path)
+    assert found.phases[0].sparsity == 0 and found.phases[0].name == "dense"
+    unnamed = load_config(tmp_path / "theirs.yaml")  # enough to plan a run
+    with pytest.raises(UserError, match=r"the text is not named: give data.corpus=FILE and data.tokenizer=gpt2:FOLDER"):
+        prepare(unnamed.data, 16, 0)
+
+
+def test_settings_that_say_nothing_here_are_named(tmp_path, caplog):
+    loaded(edited(edited(older(), "model.backbone", "wafer"), "optimizer.amsgrad", True), tmp_path)
+    assert "settings that are not read here: optimizer.amsgrad." in caplog.text
+    assert "settings that are not read here: model.backbone." in caplog.text
+
+
+@pytest.mark.parametrize("form, key", [("older", "runconfig.seed"), ("current", "trainer.init.seed")])
+def test_their_seed_is_ours(tmp_path, form, key):
+    assert loaded(edited(WHOLE[form], key, 7), tmp_path).seed == 7
+
+
+def test_names_of_earlier_releases_are_read_too(tmp_path):
+    body = older()
+    o = body["optimizer"]
+    del o["betas"]
+    o |= {"beta1": 0.8, "beta2": 0.98, "weight_decay_rate": o.pop("weight_decay")}
+    for stretch in o["learning_rate"]:
+        stretch["steps"] = stretch.pop("total_iters")
+    found = loaded(body, tmp_path)
+    assert (found.optimizer.beta1, found.optimizer.beta2, found.optimizer.weight_decay) == (0.8, 0.98, 0.1)
+    assert found.phases[0].warmup_steps == 2
+
+
+def edited(body, path, value):
+    body = copy.deepcopy(body)
+    *way, last = path.split(".")
+    node = body
+    for key in way:
+        node = node[key]
+    if value is None:
+        node.pop(last)
+    else:
+        node[last] = value
+    return body
+
+
+UNLIKE = {
+    "dropout": ("model.dropout_rate", 0.1, r"model.dropout_rate = 0.1 is not offered; expected 0.0"),
+    "dropout left out": ("model.dropout_rate", None, r"model.dropout_rate is not set, which means 0.1 there"),
+    "rotary": ("model.position_embedding_type", "rotary", r"position_embedding_type = 'rotary' is not offered"),
+    "swiglu": ("model.nonlinearity", "swiglu", r"model.nonlinearity = 'swiglu' is not offered; expected 'gelu'"),
+    "µP": ("model.embeddings_scale", 10.0, r"model.embeddings_scale is µP, which is not trained here"),
+    "no size": ("model.hidden_size", "wide", r"model.hidden_size must be a whole number, not 'wide'"),
+    "initializer": (
+        "model.output_layer_initializer",
+        {**NORMAL, "std": 0.02},
+        r"std = 0.02 is not offered",
+    ),
+    "embeddings": ("model.embedding_initializer", {**NORMAL, "std": 0.1}, r"embedding_initializer.std = 0.1 is not"),
+    "loss": ("model.loss_scaling", "batch_size", r"loss_scaling = 'batch_size' with loss_weight = 1.0 is not offered"),
+    "post-norm": ("model.norm_first", False, r"model.norm_first = False is not offered; expected True"),
+    "length": ("train_input.max_sequence_length", 8, r"max_sequence_length = 8 is not offered beside max_position_emb"),
+    "optimizer": ("optimizer.optimizer_type", "SGD", r"optimizer 'SGD' is not offered; expected AdamW"),
+    "scheduler": ("optimizer.learning_rate", [{"scheduler": "CyclicLR"}], r"scheduler 'CyclicLR' is not offered"),
+    "another length": ("runconfig.max_steps", 9000, r"schedule covers 8 steps, the run has 9,000"),
+    "misspelt": (
+        "model.hidden_sise",
+        1,
+        r"model.hidden_size must be a whole number, not None. Did you mean 'hidden_sise'",
+    ),
+    "one beta": ("optimizer.betas", 0.9, r"optimizer.betas must be two numbers, not 0.9"),
+    "no bias correction": (
+        "optimizer.correct_bias",
+        False,
+        r"optimizer.correct_bias = False is not offered; expected T",
+    ),
+    "no steps": ("runconfig.max_steps", None, r"runconfig.max_steps must be a whole number of at least 1, not None"),
+    "no mapping": ("runconfig", [1], r"runconfig must be a mapping, not \[1\]"),
+}
+
+
+@pytest.mark.parametrize("path, value, message", UNLIKE.values(), ids=UNLIKE)
+def test_what_our_trainer_does_otherwise_is_refused_by_name(tmp_path, path, value, message):
+    body = edited(older(), path, value)
+    if path == "model.hidden_sise":
+        del body["model"]["hidden_size"]
+    with pytest.raises(UserError, match=message):
+        loaded(body, tmp_path)
+
+
+# -- the block --------------------------------------------------------------------------------------------------------
+
+FFN_ALONE = {"sparsity": 0.0, "layers": {"*.mlp.c_fc": 0.9, "*.mlp.c_proj": 0.9}}
+ATTENTION = r"model\.transformer_decoder\.layers\.\d+\.self_attn\..*dense_layer\.weight"
+BLOCKS = {
+    "a number": (0.75, {"sparsity": 0.75}),
+    "schedule for sparsity": ({"schedule": 0.5, "algorithm": "static"}, {"sparsity": 0.5}),
+    "nothing": (None, {}),
+    "topk": ({"sparsity": 0.5, "init_method": "topk", "seed": 7}, {"sparsity": 0.5, "init_method": "topk", "seed": 7}),
+    "one filter": ({"sparsity": 0.9, "param_filter": "*ffn*"}, FFN_ALONE),
+    "our names": ({"sparsity": 0.9, "param_filter": "*.mlp.*"}, FFN_ALONE),
+    "a list, the first match counts": (
+        [{"sparsity": 0.5, "param_filter": "*layers.1.ffn.ffn.0*"}, {"sparsity": 0.9, "param_filter": FILTERS}],
+        {"sparsity": 0.9, "layers": {"h.1.mlp.c_fc": 0.5}},
+    ),
+    "regex": ({"sparsity": 0.9, "param_name_patterns": ATTENTION},
+              {"sparsity": 0.9, "layers": {"*.mlp.c_fc": 0.0, "*.mlp.c_proj": 0.0}, "count": "round"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("block, expected", BLOCKS.values(), ids=BLOCKS)
+def test_every_form_of_the_block(block, expected):
+    found = sparsity(block, 2, "x.yaml")
+    if block is not None:
+        expected = {"init_method": "random", "count": "truncate"} | expected
+    assert found == expected
+
+
+NOT_OFFERED = {
+    "gmp": ({"algorithm": "gmp", "sparsity": 0.5}, r"algorithm 'gmp' drops and regrows weights"),
+    "rigl, older": ({"type": "rigl", "sparsity": 0.5}, r"algorithm 'rigl' drops and regrows weights"),
+    "set in a list": ([0.5, {"algorithm": "SET", "sparsity": 0.5}], r"algorithm 'set' drops and regrows"),
+    "another": ({"algorithm": "statik", "sparsity": 0.5}, r"algorithm 'statik' is not known. Did you mean 'static'"),
+    "drop_fraction": ({"sparsity": 0.5, "drop_fraction": 0.3}, r"drop_fraction belongs to masks that change"),
+    "update": ({"sparsity": 0.5, "update": {"freq": 100}}, r"update belongs to masks that change"),
+    "a schedule": ({"sparsity": {"type": "linear"}}, r"sparsity as a schedule belongs to masks that change"),
+    "out of range": (1.0, r"sparsity.sparsity must be a number in \[0, 1\), not 1.0"),
+    "no sparsity": ({"init_method": "topk"}, r"sparsity.sparsity must be a number in \[0, 1\), not None"),
+    "init_method": ({"sparsity": 0.5, "init_method": "balanced"}, r"init_method 'balanced' is not offered. Known"),
+    "unknown key": ({"sparsity": 0.5, "param_filtr": "*"}, r"'sparsity.param_filtr'. Did you mean 'param_filter'"),
+    "everything": ({"sparsity": 0.5, "param_filter": "*"}, r"also takes 'embedding_layer.word_embeddings.weight'"),
+    "Q alone": ({"sparsity": 0.5, "param_filter": "*proj_q*"}, r"Q, K and V of layer 0 0.5, 0.0, 0.0; they"),
+    "nothing matches": ({"sparsity": 0.5, "param_filter": "*fc*dense"}, r"takes no weight that an earlier one has not"),
+    "no regex": ({"sparsity": 0.5, "param_name_patterns": "*linear"}, r"'\*linear' is no regex"),
+    "two methods": ([{"sparsity": 0.5, "param_filter": "*ffn*", "init_method": "topk"}, 0.5], r"random and topk"),
+    "text": ("0.5", r"sparsity must be a number, a mapping or a list of mappings, not '0.5'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("block, message", NOT_OFFERED.values(), ids=NOT_OFFERED)
+def test_blocks_that_cannot_be_kept_are_refused_with_the_reason(block, message):
+    with pytest.raises(UserError, match=message):
+        sparsity(block, 2, "x.yaml")
+
+
+def test_a_block_beside_our_own_settings(tiny):
+    body = yaml.safe_load(tiny.read_text())
+    body["phases"] = [{"steps": 2}, {"steps": 2}]
+    tiny.write_text(yaml.safe_dump(body | {"sparsity": {"sparsity": 0.8, "init_method": "checkerboard"}}))
+    first, second = load_config(tiny).phases
+    assert (first.sparsity, first.init_method, first.count, second.sparsity) == (0.8, "checkerboard", "round", 0.0)
+    body["phases"][0]["sparsity"] = 0.9
+    tiny.write_text(yaml.safe_dump(body | {"sparsity": 0.8}))
+    with pytest.raises(UserError, match=r"the first of which has no sparsity of its own"):
+        load_config(tiny)
+
+
+# -- a recipe in three files ------------------------------------------------------------------------------------------
+
+TINY = [
+    "model.n_layer=2", "model.d_model=32", "model.n_head=4", "model.d_ff=128", "model.sequence_length=64",
+    "model.vocab_size=257", "phases.0.steps=4", "phases.0.warmup_steps=1", "train.batch_size=8", "train.eval_every=0",
+    "train.measure_dense=0", "train.sample_tokens=0",
+]  # fmt: skip
+
+
+def test_stage_1_stage_2_and_dart_run_from_three_files(tmp_path, corpus, vspdf):
+    """The shipped files themselves, made small on the command line."""
+    towns = ("Rome", "Oslo", "Bonn", "Lima", "Cork", "Kiel", "Pisa", "York", "Nice", "Bern") * 5
+    triples = [{"tripleset": [[f"Al {i}", "from", t]], "annotations": [{"text": t}]} for i, t in enumerate(towns)]
+    (tmp_path / "dart.json").write_text(json.dumps(triples))
+    text = [*TINY, f"data.corpus={corpus}", "data.tokenizer=bytes"]
+    one, two, three = (f"run_dir={tmp_path / name}" for name in ("one", "two", "three"))
+    status, out, err = vspdf("train", "cerebras-6.7b-stage1", *text, one, "--json")
+    assert status == 0, err
+    assert json.loads(out)["phases"][0]["sparsity"] == 0.9
+    layers = sparse_layers(checkpoints.load(tmp_path / "one").model).values()
+    assert len(layers) == 8 and all(x.pattern.nnz == kept_count(x.pattern.numel, 0.9) for x in layers)
+    status, out, err = vspdf("train", "cerebras-6.7b-stage2", *text, two, f"init_from={tmp_path / 'one'}", "--json")
+    assert status == 0, err
+    assert "with moments, its data from sequence 32" in err and not sparse_layers(
+        checkpoints.load(tmp_path / "two").model
+    )
+    pairs = [*TINY, f"data.path={tmp_path / 'dart.json'}", "data.length=64", three]
+    status, out, err = vspdf("finetune", tmp_path / "two", "cerebras-6.7b-dart", *pairs, "--json")
+    assert status == 0, err
+    assert json.loads(out)["phases"][0]["steps"] == 4 and checkpoints.load(tmp_path / "three").state["step"] == 4
+
+
+def test_the_three_files_are_the_published_recipe():
+    ours, start = loading.load("cerebras-gpt-6.7b-variable"), ModelConfig("cerebras-gpt-6.7b", vocab_size=50257)
+    files = [load_config(f"cerebras-6.7b-stage{i}") for i in (1, 2)]
+    files.append(load_config("cerebras-6.7b-dart", ["data.path=x"], start=("stage2", start)))
+    phases = [*ours.phases, loading.load("dart-6.7b", ["data.path=x"], start=("stage2", start)).phases[0]]
+    for file, phase in zip(files, phases, strict=True):
+        (theirs,) = file.phases
+        for key in (
+            "sparsity",
+            "steps",
+            "tokens",
+            "batch_size",
+            "warmup_steps",
+            "lr_end",
+            "decay",
+            "weight_decay",
+            "beta2",
+        ):
+            assert getattr(theirs, key) == getattr(phase, key), key
+        assert theirs.lr == pytest.approx(phase.lr * phase.lr_multiple) and file.data.length in (None, 512)

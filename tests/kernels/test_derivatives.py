@@ -1,0 +1,73 @@
+"""Derivatives of the three products beyond backward: any order, forward mode, and torch.func, against masked dense."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+
+import vspdf
+from vspdf.pattern import Pattern
+
+PATTERN = Pattern.random((5, 7), 0.5)
+
+
+def drawn(requires_grad=False):
+    torch.manual_seed(0)
+    shapes = ((3, 7), (PATTERN.nnz,), (5,))
+    return tuple(torch.randn(shape, dtype=torch.float64, requires_grad=requires_grad) for shape in shapes)
+
+
+def sparse(x, values, bias):
+    return vspdf.sparse_linear(x, values, PATTERN, bias)
+
+
+def dense(x, values, bias):
+    weight = torch.zeros(35, dtype=values.dtype).index_copy(0, PATTERN.positions(), values)
+    return nn.functional.linear(x, weight.view(5, 7), bias)
+
+
+def test_gradients_backward_and_forward():
+    assert torch.autograd.gradcheck(
+        sparse, drawn(True), check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )
+
+
+def test_gradients_of_gradients():
+    assert torch.autograd.gradgradcheck(sparse, drawn(True), check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+X, VALUES, BIAS = drawn()
+MANY_X = X.expand(4, 3, 7).transpose(0, 1)
+TRANSFORMS = {
+    "jvp in x": lambda f: jvp(lambda x: f(x, VALUES, BIAS), (X,), (X.cos(),)),
+    "jvp in bias": lambda f: jvp(lambda b: f(X, VALUES, b), (BIAS,), (BIAS.cos(),)),
+    "jvp in all": lambda f: jvp(f, (X, VALUES, BIAS), (X.cos(), VALUES.cos(), BIAS.cos())),
+    "grad": lambda f: grad(lambda v: f(X, v, BIAS).pow(3).sum())(VALUES),
+    "hessian": lambda f: hessian(lambda v: f(X, v, BIAS).pow(3).sum())(VALUES),
+    "jacfwd": lambda f: jacfwd(f, 1)(X, VALUES, BIAS),
+    "jacrev": lambda f: jacrev(f, (0, 1, 2))(X, VALUES, BIAS),
+    "gradients per sample": lambda f: vmap(grad(lambda v, x: f(x, v, BIAS).pow(2).sum()), (None, 0))(VALUES, X),
+    "vmap over x and bias": lambda f: vmap(f, (1, None, 0))(
+        X.expand(4, 3, 7).transpose(0, 1), VALUES, BIAS.expand(4, 5)
+    ),
+    "an ensemble of values": lambda f: vmap(f, (None, 0, None))(X, torch.stack([VALUES, VALUES.cos()]), BIAS),
+    "no bias": lambda f: vmap(grad(lambda x: f(x, VALUES, None).pow(2).sum()))(X),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_torch_func_sees_through(transform):
+    torch.testing.assert_close(transform(sparse), transform(dense))
+
+
+def test_a_whole_model_under_functional_call_and_forward_mode():
+    model = nn.Sequential(nn.Linear(48, 96))
+    vspdf.sparsify(model, 0.8)
+    x, tangent = torch.randn(6, 48), torch.randn(6, 48)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    loss = lambda p, row: functional_call(model, p, (row[None],)).pow(2).sum()  # noqa: E731
+    assert vmap(grad(loss), (None, 0))(parameters, x)["0.values"].shape == (6, model[0].pattern.nnz)
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        found = torch.autograd.forward_ad.unpack_dual(model(dual)).tangent
+    torch.testing.assert_close(found, tangent @ model[0].weight.detach().T, rtol=1e-4, atol=1e-5)

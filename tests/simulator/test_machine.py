@@ -1,0 +1,280 @@
+"""The machine description: every number has a source, every number is live, and what is unknown is refused."""
+
+import textwrap
+
+import numpy as np
+import pytest
+
+from vspdf.errors import UserError
+from vspdf.simulator import machine, simulate, validate
+from vspdf.simulator.events import programs
+from vspdf.simulator.events.fabric import Region, vector_cycles
+
+CS2 = machine.load("cs2")
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_every_parameter_has_a_unit_a_source_and_a_grade():
+    for name, parameter in CS2.parameters.items():
+        assert parameter.grade in machine.GRADES and len(parameter.source) > 2, name
+        assert isinstance(parameter.unit, str), name
+
+
+# -- SRAM --------------------------------------------------------------------------------------------------------------
+
+
+def cycles(m, dst, acc, src, length=200, arith="fmac", **how):
+    return vector_cycles(m, arith, dst, acc, src, length=length, **how)
+
+
+def test_two_reads_of_a_bank_group_take_two_cycles():
+    for offset in (0, 1, 3, 4, 5, 7):
+        expected = 400 if offset % 4 == 0 else 200
+        assert cycles(CS2, (4 * offset, 1), (4 * offset, 1), (0, 1), arith="mul") == expected, offset
+
+
+def test_a_write_holds_up_a_read_of_its_bank():
+    """Two words apart and written two cycles later: the write meets the other operand, and every stall leaves a gap."""
+    assert cycles(CS2, (8, 1), (8, 1), (0, 1), arith="mul") == 200 + 200 // 2 - 1
+    assert cycles(CS2.override({"write_delay": 3}), (8, 1), (8, 1), (0, 1), arith="mul") == 200
+
+
+def test_an_fmac_loses_a_cycle_where_its_late_accumulator_meets_a_multiplicand():
+    """C one word after B: every sixth cycle, whatever the rows; aligned alike: never."""
+    for row in range(4):
+        c, b = (4 + 16 * row, 1), (0, 1)
+        assert cycles(CS2, c, c, b) == 5 + 200 + 200 // 5 - 1
+    assert cycles(CS2, (0, 1), (0, 1), (0, 1)) == 5 + 200
+
+
+def test_a_column_in_one_bank_takes_two_cycles_and_three_where_both_columns_do():
+    def column(bank_a, bank_c):
+        return cycles(CS2, (4 * bank_c, 64), (4 * bank_c, 64), (4 * bank_a, 48)) / 200
+
+    assert column(1, 0) == pytest.approx(2, rel=0.02)
+    assert column(4, 0) == pytest.approx(2, rel=0.02)  # the other bank of the group: its read beside the write
+    assert column(0, 0) == pytest.approx(3, rel=0.02)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3])
+@pytest.mark.parametrize("arith", ["move", "fill", "add", "mul", "fmac", "dot"])
+def test_short_operations(arith, length):
+    late = 5 if arith == "fmac" and length else 0
+    assert cycles(CS2, (4, 1), (4, 1), (0, 1), length, arith) == length + late
+
+
+def test_rates():
+    apart = ((8, 1), (8, 1), (0, 1))
+    assert cycles(CS2, *apart, arith="mul", pair=True) == 100
+    assert cycles(CS2, (0, 1), (0, 1), (0, 1), half=True) == 5 + 50
+    assert cycles(CS2, (0, 2), (0, 2), (0, 2), half=True) >= 200  # apart in memory: one by one
+
+
+# -- every parameter moves something -----------------------------------------------------------------------------------
+
+
+def window(m, fmt="coo", width=2):
+    mask = np.random.default_rng(0).random((12, 8 * width)) < 0.4
+    return programs.spmm(m, fmt, mask, 20, width, 2).cycles
+
+
+def summa(m):
+    return programs.summa(m, normal(12, 12), normal(12, 12, seed=1), 3).cycles
+
+
+def stream(m):
+    mask = np.random.default_rng(0).random((10, 12)) < 0.4
+    return programs.stream_layer(m, normal(10, 12), mask, normal(12, 16, seed=1), 4, 2).cycles
+
+
+def senders(m):
+    """How long PEs are held up whose receivers are not ready yet."""
+    return programs.reduce(m, normal(12, 64), 3).per_pe.sum()
+
+
+def reduce(m, group=4):
+    return programs.reduce(m, normal(8, 64), group).cycles
+
+
+def vector(m, mode):
+    return programs.vector_op(m, 64, mode).cycles
+
+
+def fits(call):
+    """1 where a call is accepted, 0 where the machine is too small for it."""
+
+    def ask(m):
+        try:
+            call(m)
+        except UserError:
+            return 0
+        return 1
+
+    return ask
+
+
+def in_bank(m):
+    return cycles(m, (0, 8), (0, 8), (16, 8))
+
+
+def colours_route(m):
+    Region(m, 2, 1).route(0, 0, 23, "R", "E")
+
+
+def positions(m):
+    Region(m, 2, 1).route(0, 0, 0, "R", "E", ("W", "E"), ("R", "E"), ("W", "E"))
+
+
+MOVES = {
+    "width": (700, fits(lambda m: Region(m, 720, 1))),
+    "height": (700, fits(lambda m: Region(m, 1, 990))),
+    "clock_sdk": (1.0, lambda m: simulate.simulate("reduce", machine=m, pes=4, elements=4, group=2)["seconds"]),
+    "clock_hot_chips": (1.0, lambda m: simulate.simulate("reduce", machine=m, pes=4, elements=4, group=2)["seconds"]),
+    "colours": (8, fits(colours_route)),
+    "switch_positions": (2, fits(positions)),
+    "hop_cycles": (3, reduce),
+    "ramp_cycles": (4, reduce),
+    "router_buffer": (1, reduce),
+    "in_queue_depth": ([1] * 8, senders),
+    "out_queue_depth": ([1] * 6, reduce),
+    "sram_bytes": (256, fits(window)),
+    "banks": (4, in_bank),
+    "read_groups": (8, lambda m: cycles(m, (16, 1), (16, 1), (0, 1), arith="mul")),
+    "bank_bytes": (8, window),
+    "port_bytes": (4, lambda m: vector(m, "pair")),
+    "accumulator_delay": (4, window),
+    "write_delay": (1, lambda m: vector(m, "single")),
+    "vector_startup": (9, window),
+    "pair_startup": (30, lambda m: vector(m, "pair")),
+    "pair_rate": (1, lambda m: vector(m, "pair")),
+    "fmac_fp32_rate": (0.5, window),
+    "fmac_fp16_rate": (2, stream),
+    "task_switch": (30, reduce),
+    "alu_cycles": (2, window),
+    "load_cycles": (5, window),
+    "multiply_cycles": (7, window),
+    "branch_cycles": (5, window),
+    "scalar_fp_cycles": (20, lambda m: window(m, "csr")),
+    "descriptor_cycles": (9, summa),
+    "unroll_limit": (1, lambda m: window(m, "ellpack")),
+    "timing_frame": (100, window),
+    "launch_cycles": (100, reduce),
+    "collective_setup": (300, summa),
+    "trigger_cycles": (10, stream),
+    "reduce_startup": (40, stream),
+    "micro_threads": (1, lambda m: _crowded(m)),
+}
+
+
+def _crowded(m):
+    try:
+        programs.ring_gemm(m, normal(4, 4), normal(4, 4), 2, interleaved=True)
+    except RuntimeError as error:
+        return str(error)
+    return "fits"
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_a_parameter_is_live(name):
+    value, result = MOVES[name]
+    assert result(CS2) != result(CS2.override({name: value}))
+
+
+def test_slopes_come_from_banks_delays_and_start_up():
+    """Cycles per non-zero and element of COO, without any constant part."""
+
+    def slope(m):
+        masks = [np.arange(64).reshape(8, 8) < nnz for nnz in (8, 40)]
+        low, high = ([programs.spmm(m, "coo", mask, width, 1, 1).cycles for mask in masks] for width in (68, 132))
+        return (high[1] - high[0] - low[1] + low[0]) / 32 / 64
+
+    def per_nonzero(m):
+        few, many = (programs.spmm(m, "coo", np.arange(64).reshape(8, 8) < nnz, 68, 1, 1).cycles for nnz in (8, 40))
+        return (many - few) / 32
+
+    assert slope(CS2) == pytest.approx(1.2, abs=0.01)
+    assert slope(CS2.override({"accumulator_delay": 4})) == pytest.approx(1.0, abs=0.01)
+    assert slope(CS2.override({"bank_bytes": 8})) != pytest.approx(slope(CS2), abs=0.01)
+    assert per_nonzero(CS2.override({"vector_startup": 16})) == per_nonzero(CS2) + 10
+
+
+# -- users' own machines -----------------------------------------------------------------------------------------------
+
+
+def test_a_machine_of_ones_own(tmp_path):
+    path = tmp_path / "wse3.yaml"
+    path.write_text(
+        textwrap.dedent("""
+            name: {value: wse-3, unit: "", grade: M, source: "a guess"}
+            width: {value: 900, unit: PEs, grade: M, source: "a guess"}
+            fmac_fp16_rate: {value: 8, unit: per cycle, grade: M, source: "a guess"}
+        """)
+    )
+    own = machine.load(path, ["colours=32"])
+    assert own.name == "wse-3" and own.width == 900 and own.height == CS2.height and own.colours == 32
+    assert own.parameters["colours"].grade == "set"
+    assert simulate.simulate("reduce", machine=path, pes=900, elements=4, group=30)["machine"] == "wse-3"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("bank: {value: 8, unit: count, grade: M, source: x}", "Did you mean 'banks'"),
+        ("banks: 8", "needs value, unit, source and grade"),
+        ("banks: {value: 8, unit: count, grade: M}", "'banks' lacks source"),
+        ("banks: {value: 8, unit: count, grade: Z, source: x}", "grade 'Z'"),
+        ("banks: {value: 8, unit: count, grade: M, source: x, note: y}", "unknown field 'note'"),
+        ("banks: {value: eight, unit: count, grade: M, source: x}", "takes a number"),
+        ("in_queue_depth: {value: 4, unit: words, grade: M, source: x}", "list of positive integers"),
+        ("- 1", "expected parameters"),
+        ("a: [", "cannot be read as YAML"),
+    ],
+)  # fmt: skip
+def test_a_bad_machine_file_is_one_clear_line(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        machine.load(path)
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("bank=4", "unknown machine parameter 'bank'. Did you mean 'banks'"),
+        ("banks", "expected key=value"),
+        ("banks=x", "takes a number"),
+        ("banks=2.5", "whole number"),
+        ("banks=-1", "at least 0"),
+        ("banks=0", "must be above 0"),
+        ("hop_cycles=[", "expected key=value"),
+    ],
+)
+def test_a_bad_setting_is_one_clear_line(setting, message):
+    with pytest.raises(UserError, match=message):
+        machine.load("cs2", [setting])
+
+
+def test_unknown_machine():
+    with pytest.raises(UserError, match="Did you mean 'cs2'"):
+        machine.load("cs3")
+
+
+# -- calibration -------------------------------------------------------------------------------------------------------
+
+
+def test_the_calibration_rows_say_what_the_parameters_are():
+    """Refitting a constant and a cost per non-zero on the four rows of COO leaves both where they are."""
+    about = validate.facts()["V4"]
+    rows = validate.table("coo.csv")
+    left = []
+    for row in about["calibrated"]:
+        line = rows[row]
+        n, k, m, nnz = (int(line[key]) for key in ("N", "K", "M", "nnz_per_pe"))
+        work = simulate.spmm(CS2, "coo", f"{line['width']}x{line['height']}", n, k, m, float(line["density"]), nnz)
+        left.append((nnz, float(line["max_cycles"]) - work.aggregate["cycles_max"]))
+    nnz, rest = np.array(left).T
+    per_nonzero, constant = np.polyfit(nnz, rest, 1)
+    assert len(left) <= 4 and abs(per_nonzero) < 1.5 and abs(constant) < 200  # 1 % of either sum

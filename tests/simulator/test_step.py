@@ -1,0 +1,312 @@
+"""A training step on the wafer: its sums, its mapping, its parameters, and a run's own masks."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from vspdf.errors import UserError
+from vspdf.ledger import flops_per_token
+from vspdf.runs.folder import Run
+from vspdf.shapes import MODELS, Shape, named_shape
+from vspdf.simulator import machine as machines
+from vspdf.simulator.aggregate import estimates, layer, step
+
+CS2 = machines.load("cs2")
+CLOCK = CS2.clocks["0.85GHz"]
+TINY = Shape(n_layer=2, d_model=64, n_head=4, d_ff=256, vocab_size=500, sequence_length=128)
+
+
+def simulate(name="gpt3-xl", batch=121, sparsity=0.0, systems=1, machine=CS2, **how):
+    shape = MODELS[name] if isinstance(name, str) else name
+    model = step.Model.uniform(shape, batch, sparsity, systems)
+    return estimates.simulate_step(machine, model, **({"sensitivity": False} | how))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.75])
+def test_flops_are_the_ledgers(sparsity):
+    model = step.Model.uniform(named_shape("gpt3-xl"), 10, sparsity)
+    expected = 10 * 2048 * flops_per_token(model.shape, sparsity, "spdf")
+    assert model.flops() == pytest.approx(expected)
+    estimate = step.search(CS2, CLOCK, model, layer.central(CS2))
+    assert 2 * estimate.total.macs == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_preset_runs_below_the_peak_and_above_a_tenth_of_it(name):
+    model = step.Model.uniform(MODELS[name], 256, 0.75)
+    dense, sparse = (step.search(CS2, CLOCK, m, layer.central(CS2)) for m in (model.dense, model))
+    peak = CS2.width * CS2.height * 8 * CLOCK
+    assert 0.1 < model.flops(dense=True) / dense.seconds / peak < 0.6
+    assert 1 < dense.seconds / sparse.seconds < model.flops(dense=True) / model.flops()
+
+
+def test_parts_add_up():
+    result = simulate(sparsity=0.9)
+    for kind, total in (("dense", result["cycles"]["dense"]), ("sparse", result["cycles"]["sparse"]["central"])):
+        assert sum(part[kind]["cycles"] for part in result["parts"].values()) == pytest.approx(total, rel=1e-6)
+        products = sum(product[kind]["cycles"] for product in result["products"].values())
+        assert products == pytest.approx(result["parts"]["linear layers"][kind]["cycles"], rel=1e-6)
+        for part in result["parts"].values():
+            assert sum(part[kind]["parts"].values()) == pytest.approx(part[kind]["cycles"], abs=10)
+    seconds = result["seconds"]["0.85GHz"]["dense"]
+    assert result["samples_per_second"]["dense"] == pytest.approx(121 / seconds)
+    assert result["tokens_per_second"]["dense"] == pytest.approx(121 * 2048 / seconds)
+    joules = result["energy"]["dense"]["joules_per_step"]
+    assert joules == pytest.approx([15e3 * seconds, 23e3 * seconds])
+
+
+def test_speedup_is_monotone_and_never_beyond_the_ideal():
+    results = [simulate(sparsity=s)["speedup"] for s in (0.0, 0.25, 0.5, 0.75, 0.9, 0.98)]
+    for key in ("low", "central", "high"):
+        values = [r[key] for r in results]
+        assert values == sorted(values), (key, values)
+    assert all(r["high"] <= r["ideal"] * (1 + 1e-9) for r in results)
+    assert results[0]["low"] == results[0]["high"] == 1
+
+
+def test_no_placement_beats_the_one_found():
+    model = step.Model.uniform(named_shape("gpt2-small"), 480, 0.9)
+    found = step.search(CS2, CLOCK, model, layer.central(CS2))
+    for place in step.placements(CS2, model):
+        other = step.estimate(CS2, CLOCK, model, place, layer.central(CS2))
+        assert found.total.cycles <= other.total.cycles + 1e-6
+
+
+def test_two_systems_halve_the_work_of_each():
+    one, two = simulate(batch=120), simulate(batch=240, systems=2)
+    assert two["seconds"]["0.85GHz"]["dense"] == pytest.approx(one["seconds"]["0.85GHz"]["dense"], rel=1e-3)
+    assert two["seconds"]["0.85GHz"]["dense"] > one["seconds"]["0.85GHz"]["dense"]  # gradients meet
+    assert two["samples_per_second"]["dense"] == pytest.approx(2 * one["samples_per_second"]["dense"], rel=1e-3)
+    assert two["energy"]["dense"]["joules_per_token"] == pytest.approx(
+        one["energy"]["dense"]["joules_per_token"], rel=1e-3
+    )
+    with pytest.raises(UserError, match="3 systems share a batch of 2"):
+        simulate(batch=2, systems=3)
+
+
+def test_a_small_batch_waits_for_weights():
+    model = step.Model.uniform(named_shape("cerebras-gpt-13b"), 1)
+    found = step.search(CS2, CLOCK, model, layer.central(CS2))
+    assert found.parts["linear layers"].io > 0.2 * found.total.cycles
+    slow = CS2.override({"host_bandwidth": 2e10})
+    assert step.search(slow, CLOCK, model, layer.central(CS2)).total.bound_by == "I/O"
+
+
+def test_what_does_not_fit_is_said():
+    with pytest.raises(UserError, match=r"does not fit cs2: the activations of one sequence"):
+        simulate(machine=CS2.override({"activation_share": 1e-4}))
+
+
+# ---- real masks ------------------------------------------------------------------------------------------------------
+
+
+def masks(shape, density, seed=0):
+    random = np.random.default_rng(seed)
+    return {
+        f"layer{i}.{j}": random.random(sides) < density
+        for i, sides in enumerate(step.matrices(shape))
+        for j in range(shape.n_layer)
+    }
+
+
+def test_random_masks_cost_what_chance_expects():
+    shape = Shape(4, 512, 8, 2048, 257, 256)
+    chance = estimates.simulate_step(CS2, step.Model.uniform(shape, 512, 0.9), sensitivity=False)
+    real = estimates.simulate_step(CS2, step.Model.of_patterns(shape, masks(shape, 0.1), 512), sensitivity=False)
+    assert real["mask"] == "real" and real["speedup"] == pytest.approx(chance["speedup"], rel=0.05)
+
+
+def test_a_lopsided_mask_gains_less():
+    shape = Shape(4, 512, 8, 2048, 257, 256)
+    even = masks(shape, 0.25)
+    lopsided = {}
+    for name, mask in even.items():
+        lopsided[name] = np.zeros_like(mask)
+        lopsided[name][:, : mask.shape[1] // 4] = True
+    speedup = [
+        estimates.simulate_step(CS2, step.Model.of_patterns(shape, p, 512), sensitivity=False)["speedup"]["central"]
+        for p in (even, lopsided)
+    ]
+    assert speedup[1] < 0.9 * speedup[0]
+
+
+def test_matrices_without_a_mask_are_dense():
+    some = dict(list(masks(TINY, 0.1).items())[:3])
+    model = step.Model.of_patterns(TINY, some, 8)
+    assert sum(w.numel * n for w, n in model.layers) == TINY.linear
+    kept = sum(m.sum() for m in some.values()) + TINY.linear - sum(m.size for m in some.values())
+    assert model.kept * TINY.linear == pytest.approx(kept)
+
+
+def write_run(folder, patterns, **changes):
+    folder.mkdir()
+    sizes = ("n_layer", "d_model", "n_head", "d_ff", "vocab_size", "sequence_length")
+    config = {"model": {key: getattr(TINY, key) for key in sizes}, "phases": [{"sparsity": 0.9, "steps": 10}]}
+    (folder / "config.yaml").write_text(json.dumps(config))
+    phase = {
+        "name": "sparse", "sparsity": 0.9, "steps": 10, "tokens": 10 * 8 * 128,
+        "speedup": {"median": 2.0, "low": 1.9, "high": 2.1},
+        "flops": {"dense": 100, "useful": 25, "executed": 30},
+    }  # fmt: skip
+    last = {**phase, "name": "dense", "sparsity": 0.0}
+    last.pop("speedup")
+    model = {**{key: getattr(TINY, key) for key in Shape.__dataclass_fields__}, "parameters": TINY.parameters}
+    (folder / "summary.json").write_text(json.dumps({"model": model, "phases": [phase, last]} | changes))
+    arrays = {}
+    for name, mask in patterns.items():
+        arrays[name] = np.packbits(mask.reshape(-1), bitorder="little")
+        arrays[f"{name}.shape"] = np.array(mask.shape)
+    np.savez(folder / "patterns.npz", **arrays)
+    return folder
+
+
+def test_a_runs_masks_and_measured_times_side_by_side(vspdf, tmp_path):
+    patterns = masks(TINY, 0.1)
+    folder = write_run(tmp_path / "run", patterns)
+    run = Run(folder)
+    assert run.shape == TINY and run.masks(0).keys() == patterns.keys()
+    assert all(np.array_equal(run.masks(0)[name], mask) for name, mask in patterns.items())
+    status, out, err = vspdf("simulate", "step", "--run", folder, "--json")
+    assert status == 0, err
+    result = json.loads(out)
+    (row,) = result["comparison"]
+    assert row["cpu"]["median"] == 2.0 and row["ideal"] == 4 and row["executed"] == pytest.approx(100 / 30)
+    assert row["cs2"] == {key: result["speedup"][key] for key in ("low", "central", "high")}
+    assert result["mask"] == row["mask"] == "real" and result["batch"] == 8
+    status, out, _ = vspdf("simulate", "step", "--run", folder)
+    assert status == 0 and "CPU, measured" in out and "2.00x" in out
+    status, out, _ = vspdf("simulate", "layer", "--run", folder, "--layer", "layer0.1", "--json")
+    layer_result = json.loads(out)
+    assert layer_result["mask"] == "real" and layer_result["tokens"] == 8 * 128
+    assert layer_result["sparsity"] == pytest.approx(1 - patterns["layer0.1"].mean())
+
+
+def test_train_compares_what_it_measured_with_the_wafer(vspdf, tiny, tmp_path):
+    status, out, err = vspdf("train", tiny, "train.measure_dense=1")
+    assert status == 0, err
+    assert "CPU, measured" in out and "cs2 estimated" in out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    sparse, half = summary["comparison"]
+    assert (sparse["mask"], half["mask"]) == ("real", "real")
+    assert sparse["cpu"] == summary["phases"][0]["speedup"]
+    assert sparse["ideal"] > half["ideal"] > 1 and sparse["cs2"]["central"] >= 1
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "CS-2, simulated, these masks" in page and "CS-2, simulated, masks by chance" not in page
+    assert f"{sparse['cs2']['central']:.2f}x" in page
+    first, second = (Run(tmp_path / "run").masks(phase) for phase in (0, 1))
+    assert first.keys() == second.keys()
+    for name, mask in second.items():
+        assert mask.mean() == pytest.approx(1 - half["sparsity"], abs=0.01)
+        assert (mask >= first[name]).all()  # weights are only ever added
+    (tmp_path / "run" / "patterns-2.npz").unlink()  # as runs of before this file was kept
+    _, out, _ = vspdf("simulate", "step", "--run", tmp_path / "run", "--json")
+    assert [row["mask"] for row in json.loads(out)["comparison"]] == ["real", "binomial"]
+
+
+def test_broken_runs_are_one_clear_line(vspdf, tmp_path):
+    folder = write_run(tmp_path / "run", masks(TINY, 0.1))
+    assert "Did you mean 'layer0.1'" in vspdf("simulate", "layer", "--run", folder, "--layer", "layer0.l")[2]
+    assert "leave --in and --out away" in vspdf("simulate", "layer", "--run", folder, "--in", 3)[2]
+    assert "which of layer0.0" in vspdf("simulate", "layer", "--run", folder)[2]
+    assert "holds no run" in vspdf("simulate", "step", "--run", tmp_path)[2]
+    (folder / "patterns.npz").write_bytes(b"PK nonsense")
+    assert "is damaged" in vspdf("simulate", "step", "--run", folder)[2]
+    (folder / "summary.json").write_text("{}")
+    assert "cannot be read" in vspdf("simulate", "step", "--run", folder)[2]
+    (folder / "summary.json").unlink()
+    assert "not finished" in vspdf("simulate", "step", "--run", folder)[2]
+
+
+# ---- parameters, command line ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("elementwise_passes", 100),
+        ("exchange_latency", 1.0),
+        ("update_exposed", 1.0),
+        ("activation_share", 0.2),
+        ("reduce_startup", 60),
+        ("trigger_cycles", 9),
+        ("host_bandwidth", 1e9),
+        ("dense_weight_bytes", 4),
+        ("sparse_weight_bytes", 8),
+        ("gradient_bytes", 8),
+        ("clock_hot_chips", 2.0),
+    ],
+)
+def test_every_parameter_is_live(key, value):
+    assert moved(CS2) != moved(CS2.override({key: value}))
+
+
+def moved(machine):
+    model = step.Model.uniform(named_shape("gpt2-small"), 256, 0.9, systems=2)
+    return [
+        step.search(machine, clock, m, layer.central(machine)).seconds
+        for clock in machine.clocks.values()
+        for m in (model, model.dense)
+    ]
+
+
+@pytest.mark.parametrize("key, place", [("power_low", 0), ("power_high", 1)])
+def test_power_is_live(key, place):
+    before, after = (simulate(TINY, 8, 0.9, machine=m)["energy"] for m in (CS2, CS2.override({key: 1e6})))
+    for kind in ("dense", "sparse"):
+        a, b = (energy[kind]["joules_per_token"] for energy in (before, after))
+        assert b[place] > a[place] and b[1 - place] == a[1 - place]
+
+
+def test_step_on_the_command_line(vspdf):
+    arguments = ("step", "--model", "gpt2-small", "--batch", 64, "--sequence", 512, "--sparsity", 0.75)
+    status, out, err = vspdf("simulate", *arguments, "--json")
+    assert status == 0, err
+    result = json.loads(out)
+    assert result["sequence_length"] == 512 and result["batch"] == 64
+    assert {"cycles", "speedup", "samples_per_second", "tokens_per_second", "bound_by"} <= result.keys()
+    assert result["bound_by"] in ("compute", "reduction", "broadcast", "I/O", "latency")
+    status, out, _ = vspdf("simulate", *arguments)
+    assert status == 0 and "samples/s" in out and "J a token" in out and "which unknown moves" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "expected --model NAME or --run RUN"),
+        (("--model", "gpt3-xxl", "--batch", 1), "Did you mean 'gpt3-xl'"),
+        (("--model", "gpt3-xl"), "how many sequences"),
+        (("--model", "gpt3-xl", "--batch", 0), "--batch must be at least 1"),
+        (("--model", "gpt3-xl", "--batch", 1, "--sparsity", 1), "sparsity must lie in"),
+        (("--model", "gpt3-xl", "--batch", 1, "--level", "event"), "at the aggregate level only"),
+        (("--model", "gpt3-xl", "--batch", 1, "--systems", 2), "2 systems share a batch of 1"),
+    ],
+)
+def test_errors_are_one_line(vspdf, arguments, message):
+    status, _, err = vspdf("simulate", "step", *arguments)
+    assert status == 2 and message in err and err.count("\n") == 1
+
+
+def test_the_same_from_python():
+    import vspdf
+
+    result = vspdf.simulate("step", model="gpt2-small", batch=8, sparsity=0.9, machine="cs2")
+    assert result["speedup"] == pytest.approx(simulate("gpt2-small", 8, 0.9)["speedup"])
+    layer_result = vspdf.simulate("layer", tokens=1024, in_features=512, out_features=512, sparsity=0.5)
+    assert layer_result["speedup"]["ideal"] == 2
+    with pytest.raises(UserError, match="unexpected keyword argument 'token'"):
+        vspdf.simulate("layer", token=3)
+
+
+def test_the_simulator_needs_no_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.modules['vspdf._C'] = None\n"
+        "from vspdf.simulator import machine\nfrom vspdf.simulator.aggregate import estimates, step\n"
+        "from vspdf.shapes import MODELS\n"
+        "model = step.Model.uniform(MODELS['gpt2-small'], 64, 0.9)\n"
+        "assert estimates.simulate_step(machine.load(), model, sensitivity=False)['speedup']['central'] > 1"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,392 @@
+"""What users hand over (hooks, attributes, lists, optimizers, edits, states, adapters) is carried over or refused."""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import transformers
+from torch import nn
+from torch.nn.utils import prune
+
+import vspdf
+from vspdf.errors import UserError
+from vspdf.pattern import Pattern
+from vspdf.sparsity.layer import SparseLinear, sparse_layers
+
+
+def one(out_features=96, in_features=48):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(in_features, out_features))
+
+
+def sparse_one(sparsity=0.8, **how):
+    model = one()
+    vspdf.sparsify(model, sparsity, **how)
+    return model
+
+
+def llama(**how):
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, **how
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config)
+
+
+TOKENS = torch.arange(8)[None]
+
+
+# -- hooks, attributes, places ----------------------------------------------------------------------------------------
+
+
+def test_hooks_run_and_their_handles_remove_them_through_all_forms():
+    model, seen = one(), []
+    forward = model[0].register_forward_hook(lambda *a: seen.append("forward"))
+    model[0].register_forward_pre_hook(lambda *a, **k: seen.append("before"), with_kwargs=True)
+    model[0].register_full_backward_hook(lambda *a: seen.append("backward"))
+    model[0].register_state_dict_post_hook(lambda *a: seen.append("saved"))
+    for change in (
+        lambda: vspdf.sparsify(model, 0.5),
+        lambda: vspdf.set_sparsity(model, 0.2),
+        lambda: vspdf.densify(model),
+    ):
+        change()
+        seen.clear()
+        model(torch.randn(4, 48, requires_grad=True)).sum().backward()
+        model.state_dict()
+        assert seen == ["before", "forward", "backward", "saved"]
+    forward.remove()
+    seen.clear()
+    model(torch.randn(4, 48))
+    assert seen == ["before"]
+
+
+def test_attributes_buffers_and_gradients_stay():
+    model = one()
+    model[0].role, model[0].weight.no_decay = "up", True
+    model[0].register_buffer("scale", torch.ones(3))
+    model(torch.ones(2, 48)).sum().backward()
+    gradient = model[0].weight.grad.clone()
+    pattern = vspdf.sparsify(model, 0.5)["0"]
+    assert model[0].role == "up" and model[0].values.no_decay and "0.scale" in model.state_dict()
+    assert torch.equal(model[0].values.grad, gradient[pattern.mask()])
+    model[0].later = 1
+    vspdf.densify(model)
+    assert type(model[0]) is nn.Linear and model[0].role == "up" and model[0].weight.no_decay and model[0].later == 1
+    assert torch.equal(model[0].weight.grad, gradient * pattern.mask()) and "0.scale" in model.state_dict()
+
+
+def test_a_hook_on_the_weight_itself_is_named(caplog):
+    model = one()
+    model[0].weight.register_hook(lambda g: g)
+    with caplog.at_level(logging.WARNING, "vspdf"):
+        vspdf.sparsify(model, 0.5)
+    assert "'0': hooks on the weight itself are gone" in caplog.text
+
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.plain, self.nested, self.fixed = [self.a, self.b], {"x": [self.a]}, (self.a, self.b)
+
+    def forward(self, x):
+        for layer in (*self.plain, *self.nested["x"], *self.fixed):
+            x = layer(x)
+        return x
+
+
+def test_lists_dicts_and_tuples_of_a_model_follow():
+    model = Listed()
+    for change, kind in ((lambda: vspdf.sparsify(model, 0.5), SparseLinear), (lambda: vspdf.densify(model), nn.Linear)):
+        change()
+        assert model.plain[0] is model.nested["x"][0] is model.fixed[0] is model.a and type(model.a) is kind
+    model(torch.randn(2, 8)).sum().backward()
+    assert model.a.weight.grad is not None
+
+
+@pytest.mark.parametrize("verb", ["sparsify", "set_sparsity", "densify"])
+def test_an_optimizer_that_was_forgotten_is_named(verb, caplog):
+    model = one() if verb == "sparsify" else sparse_one()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    change = {"sparsify": (0.5,), "set_sparsity": (0.5,), "densify": ()}[verb]
+    with caplog.at_level(logging.WARNING, "vspdf"):
+        getattr(vspdf, verb)(model, *change)
+    assert f"{verb}: an optimizer made before still holds 1 of the parameters" in caplog.text
+    del optimizer
+
+
+def test_no_optimizer_no_word(caplog):
+    with caplog.at_level(logging.WARNING, "vspdf"):
+        vspdf.densify(sparse_one())
+    assert not caplog.records
+
+
+# -- edits of layer.weight --------------------------------------------------------------------------------------------
+
+EDITS = {
+    "nn.init": lambda layer: nn.init.constant_(layer.weight, 3.0),
+    "no_grad": lambda layer: torch.no_grad()(lambda: layer.weight.fill_(3.0))(),
+    "data": lambda layer: layer.weight.data.fill_(3.0),
+    "data +=": lambda layer: setattr(layer.weight, "data", layer.weight.data * 0 + 3.0),
+    "detach": lambda layer: layer.weight.detach().fill_(3.0),
+    "rows": lambda layer: [layer.weight.data[i].fill_(3.0) for i in range(layer.out_features)],
+    "transposed": lambda layer: layer.weight.data.T.fill_(3.0),
+    "copy_": lambda layer: layer.weight.data.copy_(torch.full((96, 48), 3.0)),
+    "out=": lambda layer: torch.full((96, 48), 3.0, out=layer.weight.detach()),
+    "foreach": lambda layer: torch._foreach_copy_([layer.weight.detach()], [torch.full((96, 48), 3.0)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_an_edit_in_place_reaches_the_values(edit):
+    layer = sparse_one()[0]
+    edit(layer)
+    assert (layer.values == 3).all()
+    assert torch.equal(layer.weight != 0, layer.pattern.mask())
+
+
+def test_what_lies_outside_the_mask_is_dropped_and_said_once(caplog):
+    layer = sparse_one()[0]
+    with caplog.at_level(logging.WARNING, "vspdf"):
+        layer.weight.data.fill_(1.0), layer.weight.data.fill_(2.0)
+    assert len(caplog.records) == 1 and "had non-zeros at masked positions" in caplog.text
+
+
+def test_edits_that_cannot_be_honoured_are_refused():
+    layer = sparse_one()[0]
+    with pytest.raises(UserError, match=r"edit it in place under torch.no_grad\(\), or change layer.values"):
+        layer.weight.mul_(2)
+    with pytest.raises(ValueError, match="read-only"):
+        layer.weight.detach().numpy()[:] = 0
+    own = nn.Parameter(layer.weight)
+    before = layer.values.detach().clone()
+    torch.optim.SGD([own], lr=1.0)
+    with torch.no_grad():
+        own.zero_()
+    assert torch.equal(layer.values, before)
+
+
+def test_a_sparse_layer_is_copied_and_pickled_with_what_it_was_made_from():
+    model = sparse_one()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other[0].weight, model[0].weight)
+        vspdf.densify(other)
+        assert type(other[0]) is nn.Linear
+
+
+# -- optimizers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, transformers.Adafactor], ids=["torch", "transformers"])
+def test_adafactor_goes_on_after_a_switch_with_a_word(make, caplog):
+    model = sparse_one()
+    optimizer = make(model.parameters(), lr=1e-2, **({} if make is torch.optim.Adafactor else {"relative_step": False}))
+    with caplog.at_level(logging.WARNING, "vspdf"):
+        for change in (
+            lambda: None,
+            lambda: vspdf.densify(model, optimizer),
+            lambda: vspdf.sparsify(model, 0.5, optimizer=optimizer),
+        ):
+            change()
+            model(torch.randn(4, 48)).sum().backward()
+            optimizer.step(), optimizer.zero_grad()
+    assert [r for r in caplog.records if "Adafactor keeps state that is not element by element" in r.getMessage()]
+
+
+def test_lbfgs_history_is_reset_with_a_word(caplog):
+    model = sparse_one()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+    closure = lambda: (loss := model(torch.ones(4, 48)).square().mean(), optimizer.zero_grad(), loss.backward())[0]  # noqa: E731
+    optimizer.step(closure)
+    with caplog.at_level(logging.WARNING, "vspdf"):
+        vspdf.densify(model, optimizer)
+    assert "LBFGS keeps state that is not element by element" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_an_optimizer_for_matrices_is_refused_before_anything_changes():
+    model = one()
+    optimizer = torch.optim.Muon([model[0].weight], lr=1e-2)
+    with pytest.raises(UserError, match=r"Muon takes matrices only.*vspdf.parameter_groups"):
+        vspdf.sparsify(model, 0.5, optimizer=optimizer)
+    assert type(model[0]) is nn.Linear
+
+
+def test_parameter_groups_decay_sparse_values_as_matrices():
+    model = nn.Sequential(nn.Linear(48, 96), nn.LayerNorm(96), nn.Linear(96, 8))
+    model[2].bias.requires_grad_(False)
+    vspdf.sparsify(model, 0.5, include="0")
+    decayed, rest = vspdf.parameter_groups(model, 0.1)
+    assert decayed["weight_decay"] == 0.1 and rest["weight_decay"] == 0.0
+    assert {id(p) for p in decayed["params"]} == {id(model[0].values), id(model[2].weight)}
+    assert {id(p) for p in rest["params"]} == {id(model[0].bias), id(model[1].weight), id(model[1].bias)}
+
+
+# -- values under another mask ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_values_without_their_pattern_are_refused(strict):
+    a, b = sparse_one(seed=1), sparse_one(seed=2)
+    stripped = {key: value for key, value in a.state_dict().items() if "_extra_state" not in key}
+    with pytest.raises(RuntimeError, match=r"'0.values' comes without its pattern"):
+        b.load_state_dict(stripped, strict=strict)
+    b.load_state_dict(a.state_dict())
+    assert torch.equal(a(torch.ones(1, 48)), b(torch.ones(1, 48)))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT-2 (Conv1D)"])
+def test_save_pretrained_while_sparse_is_the_same_function(kind, tmp_path):
+    model = llama() if kind == "Llama" else transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=97, n_embd=24, n_head=4, n_layer=2, n_positions=32)
+    )  # fmt: skip
+    model.eval()
+    patterns = vspdf.sparsify(model, 0.8)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(again(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-5)
+    assert vspdf.sparsify(again, 0.5, init_method="from_zeros") == patterns
+    vspdf.densify(model)
+    model.save_pretrained(tmp_path / "dense")  # as ever
+
+
+def _rank(rank, port, seeds, out):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model = sparse_one(seed=seeds[rank])
+    try:
+        nn.parallel.DistributedDataParallel(model)(torch.ones(1, 48))
+        found = "agreed"
+    except UserError as error:
+        found = str(error)
+    with open(f"{out}-{rank}", "w") as stream:
+        stream.write(found)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("seeds", [(1, 1), (1, 2)], ids=["same masks", "other masks"])
+def test_ranks_with_other_masks_are_refused_by_the_one_that_differs(seeds, tmp_path):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_rank, (port, seeds, str(tmp_path / "said")), nprocs=2)
+    first, second = ((tmp_path / f"said-{rank}").read_text() for rank in (0, 1))
+    assert first == "agreed"
+    assert second == "agreed" if seeds[0] == seeds[1] else "this process and rank 0 have different masks" in second
+
+
+# -- kinds of models --------------------------------------------------------------------------------------------------
+
+
+class Renamed(nn.Linear):
+    """As Falcon's: a forward of its own that computes the same."""
+
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_subclasses_that_compute_the_same_are_taken(caplog):
+    model = nn.Sequential(Renamed(8, 8), Scaled(8, 8), type("Plain", (nn.Linear,), {})(8, 8))
+    rng = torch.get_rng_state()
+    with caplog.at_level(logging.WARNING, "vspdf"):
+        assert set(vspdf.sparsify(model, 0.5)) == {"0", "2"}
+    assert "'1' stays dense: Scaled is a kind of its own" in caplog.text and torch.equal(rng, torch.get_rng_state())
+    vspdf.densify(model)
+    assert type(model[0]) is Renamed and type(model[2]).__name__ == "Plain"
+
+
+def test_heads_and_experts(caplog):
+    head = transformers.LlamaForSequenceClassification(llama().config)
+    assert not any("score" in name for name in vspdf.sparsify(head, 0.5))
+    model = nn.ModuleDict({"up": nn.Linear(8, 8), "experts": nn.ParameterList([nn.Parameter(torch.zeros(2, 3, 4))])})
+    with caplog.at_level(logging.WARNING, "vspdf"):
+        assert set(vspdf.sparsify(model, 0.5)) == {"up"}
+    assert "'experts.0' stays dense: a parameter of 2 x 3 x 4" in caplog.text
+
+
+def test_pruned_by_torch_is_named(caplog):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    prune.random_unstructured(model[0], "weight", 0.5)
+    with caplog.at_level(logging.WARNING, "vspdf"):
+        assert set(vspdf.sparsify(model, 0.5)) == {"1"}
+    assert "torch.nn.utils.prune.remove" in caplog.text
+
+
+def test_compiled_models_get_the_same_masks():
+    assert list(vspdf.sparsify(torch.compile(one()), 0.8).values()) == list(vspdf.sparsify(one(), 0.8).values())
+
+
+def test_a_percentage_is_asked_about():
+    with pytest.raises(UserError, match=r"not 90. Did you mean 0.9\?"):
+        vspdf.sparsify(one(), 90)
+
+
+def test_a_model_on_the_meta_device():
+    with torch.device("meta"):
+        model = one()
+    pattern = vspdf.sparsify(model, 0.8)["0"]
+    assert (model[0].values.is_meta and pattern == Pattern.random((96, 48), 0.8, seed=0)) or pattern.nnz
+    with torch.device("meta"):
+        for refused in ({"init_method": "topk"}, {"rescale": True}):
+            with pytest.raises(UserError, match="is on the meta device"):
+                vspdf.sparsify(one(), 0.8, **refused)
+    model.load_state_dict(sparse_one().state_dict(), assign=True)
+    assert model(torch.ones(1, 48)).shape == (1, 96)
+
+
+def test_more_than_65536_features():
+    model = nn.Sequential(nn.Linear(16, 70000))
+    dense = copy.deepcopy(model)
+    pattern = vspdf.sparsify(model, 0.9)["0"]
+    with torch.no_grad():
+        dense[0].weight.mul_(pattern.mask())
+    x = torch.randn(4, 16)
+    torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-5)
+
+
+# -- LoRA -------------------------------------------------------------------------------------------------------------
+
+peft = pytest.importorskip("peft", reason="peft is not installed: no LoRA test")
+LORA = {"r": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lora_adapters_stay_dense_and_the_frozen_base_is_taken():
+    model = peft.get_peft_model(llama(), peft.LoraConfig(**LORA))
+    patterns = vspdf.sparsify(model, 0.9)
+    assert len(patterns) == 14 and not any("lora_" in name for name in patterns)
+    assert not any(layer.values.requires_grad for layer in sparse_layers(model).values())
+    model(TOKENS, labels=TOKENS).loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["some", "all-linear"])
+def test_lora_on_a_sparse_model_trains_and_merges_within_the_mask(targets, caplog):
+    model = llama()
+    patterns = vspdf.sparsify(model, 0.9)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(**{**LORA, "target_modules": targets}))
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
+    tuned(TOKENS, labels=TOKENS).loss.backward()
+    optimizer.step()
+    name = next(iter(patterns))
+    layer = tuned.base_model.model.get_submodule(name)
+    expected = layer.base_layer.weight.detach() + layer.get_delta_weight("default").detach() * patterns[name].mask()
+    with caplog.at_level(logging.WARNING, "vspdf"):
+        merged = tuned.merge_and_unload()
+    assert {key: layer.pattern for key, layer in sparse_layers(merged).items()} == patterns
+    torch.testing.assert_close(merged.get_submodule(name).weight.detach(), expected.as_subclass(torch.Tensor))
+    assert "dropped, the mask stays" in caplog.text

@@ -1,0 +1,260 @@
+"""Phases on a training of one's own: a plain loop, and transformers' Trainer with resume."""
+
+import logging
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import vspdf
+from vspdf.errors import UserError
+from vspdf.sparsity.layer import sparse_layers
+
+# -- a plain loop -----------------------------------------------------------------------------------------------------
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 30), nn.GELU(), nn.Linear(30, 12))
+
+
+def loop(phases, model, optimizer, steps, seen):
+    for step in steps:
+        phases.at(step, model, optimizer)
+        seen.append(phases.sparsity)
+        model(torch.randn(8, 12, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        phases.step(optimizer)
+        optimizer.zero_grad()
+
+
+STAGES = [vspdf.Phase(schedule="cycling", levels=[0.9, 0.5], steps=6), (0.0, 4)]
+
+
+def test_a_plain_loop_goes_through_its_phases_and_resumes(tmp_path):
+    model, phases, seen = mlp(), vspdf.Phases(STAGES), []
+    phases.start(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for stop in (2, 4, 8):
+        loop(phases, model, optimizer, range(len(seen), stop), seen)
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / f"{stop}.pt")
+    loop(phases, model, optimizer, range(8, 10), seen)
+    assert seen == [0.9] * 3 + [0.5] * 3 + [0.0] * 4 and not sparse_layers(model)
+    for stop in (2, 4, 8):
+        saved = torch.load(tmp_path / f"{stop}.pt", weights_only=True)
+        again, phases = mlp(), vspdf.Phases(STAGES)
+        phases.restore(again, saved["model"], stop)
+        again.load_state_dict(saved["model"])
+        optimizer = torch.optim.AdamW(again.parameters(), lr=0.01)
+        optimizer.load_state_dict(saved["optimizer"])
+        loop(phases, again, optimizer, range(stop, 10), [])
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)), stop
+
+
+def test_revived_weights_ramp_up_after_a_switch():
+    steps = {}
+    for ramp in (0, 3):
+        model, phases = mlp(), vspdf.Phases([(0.9, 3), (0.0, 9)], revived_warmup=ramp)
+        phases.start(model)
+        mask = model[0].pattern.mask()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0)
+        loop(phases, model, optimizer, range(4), [])
+        steps[ramp] = model[0].weight.detach()[~mask]
+    torch.testing.assert_close(steps[3], steps[0] / 4)
+
+
+REFUSED = {
+    "none": ([], r"at least one phase"),
+    "no steps": ([(0.9, 0)], r"phases.0 needs a number of steps of at least 1, not 0"),
+    "a rise": ([(0.5, 2), (0.9, 2)], r"phases.1.sparsity = 0.9 is above the phase before \(0.5\)"),
+    "out of range": ([(1.0, 2)], r"phases.0.sparsity must lie in \[0, 1\), not 1.0"),
+}
+
+
+@pytest.mark.parametrize("phases, message", REFUSED.values(), ids=REFUSED)
+def test_impossible_phases_are_refused(phases, message):
+    with pytest.raises(UserError, match=message):
+        vspdf.Phases(phases)
+
+
+def masks(model):
+    return {name: layer.pattern for name, layer in sparse_layers(model).items()}
+
+
+def test_layers_have_sparsities_of_their_own_and_seeds_follow_from_phase_and_stage():
+    apart = vspdf.Phase(sparsity=0.9, layers={"2": 0.5}, steps=2)
+    falling = vspdf.Phase(schedule="cycling", levels=[0.4, 0.2], steps=4)
+    model, phases = mlp(), vspdf.Phases([apart, falling], seed=7)
+    phases.start(model)
+    assert [round(p.sparsity, 2) for p in masks(model).values()] == [0.9, 0.5]
+    assert phases.sparsity == pytest.approx(0.7)  # both have 360 weights
+    by_hand = mlp()
+    vspdf.sparsify(by_hand, {"2": 0.5, "*": 0.9}, seed=7)
+    for step, amount, seed in ((2, 0.4, 8), (4, 0.2, 8 + 1_000_003)):
+        assert masks(model) == masks(by_hand)
+        assert phases.at(step, model) and not phases.at(step + 1, model)
+        vspdf.set_sparsity(by_hand, amount, seed=seed)
+    assert masks(model) == masks(by_hand) and phases.now[:3] == (4, 1, 1)
+    with pytest.raises(UserError, match=r"phases.0.layers: '3' matches no layer"):
+        vspdf.Phases([vspdf.Phase(sparsity=0.9, layers={"3": 0.5}, steps=2)]).start(mlp())
+    with pytest.raises(UserError, match=r"layer '2' would go from sparsity 0.5 to 0.8: weights are only ever added"):
+        vspdf.Phases([apart, (0.8, 3)]).start(mlp())
+
+
+def test_a_model_that_is_sparse_already_goes_on_and_gets_no_sparser():
+    model = mlp()
+    before = vspdf.sparsify(model, {"0": 0.9}, seed=3)
+    with pytest.raises(UserError, match=r"layer '2' is dense already and would go to 0.5: weights are only ever"):
+        vspdf.Phases([(0.5, 2)]).start(model)
+    with pytest.raises(UserError, match=r"layer '0' has sparsity 0.9 and would go to 0.95: weights are only ever"):
+        vspdf.Phases([(0.95, 2)], exclude="2").start(model)
+    vspdf.Phases([(0.5, 2)], exclude="2").start(model)
+    assert masks(model)["0"].sparsity == 0.5 and masks(model)["0"].issuperset(before["0"])
+
+
+@pytest.mark.parametrize("moments", ["keep", "reset"])
+def test_moments_are_kept_or_forgotten_at_the_start_of_a_phase_alone(moments):
+    stages = [(0.9, 2), vspdf.Phase(schedule="cycling", levels=[0.5, 0.2], steps=4)]
+    model, phases = mlp(), vspdf.Phases(stages, moments=moments)
+    phases.start(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    loop(phases, model, optimizer, range(5), [])
+    assert {int(state["step"]) for state in optimizer.state.values()} == {5 if moments == "keep" else 3}
+
+
+def test_a_ramp_goes_on_after_a_resume(caplog):
+    ends, stages = [], [(0.9, 3), (0.0, 9)]
+    for stop in (8, 5):
+        model, phases = mlp(), vspdf.Phases(stages, revived_warmup=4)
+        phases.start(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        loop(phases, model, optimizer, range(stop), [])
+        if stop < 8:
+            (before, done), saved, state = phases.ramp, model.state_dict(), optimizer.state_dict()
+            assert set(before) == {"0", "2"} and done == 2
+            model, phases = mlp(), vspdf.Phases(stages, revived_warmup=4)
+            phases.restore(model, saved, stop, (before, done))
+            model.load_state_dict(saved)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+            optimizer.load_state_dict(state)
+            loop(phases, model, optimizer, range(stop, 8), [])
+            assert not caplog.records
+            vspdf.Phases(stages, revived_warmup=4).restore(mlp(), saved, stop)
+            assert "resumed within a ramp of revived weights" in caplog.text
+        ends.append(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_start_comes_first_and_checkpoints_belong_to_phases():
+    phases = vspdf.Phases([(0.9, 2), (0.0, 2)])
+    with pytest.raises(UserError, match=r"start\(model\) or restore\(...\) comes before the first step"):
+        phases.at(0, mlp())
+    other = mlp()
+    vspdf.sparsify(other, 0.5)
+    with pytest.raises(UserError, match=r"the checkpoint has a sparsity of 0.5; after 1 steps these phases have 0.9"):
+        phases.restore(mlp(), other.state_dict(), 1)
+
+
+# -- transformers' Trainer --------------------------------------------------------------------------------------------
+
+PHASES = [(0.9, 4), (0.0, 4)]
+
+
+def gpt2():
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 16, "vocab_size": 61}
+    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 1}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **quiet))
+
+
+def texts():
+    rows = torch.randint(61, (64, 16), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+class Watch(transformers.TrainerCallback):
+    """Sees, after each step, the weights of one layer as a dense matrix."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_optimizer_step(self, args, state, control, model=None, **others):
+        layer = model.transformer.h[1].mlp.c_fc
+        sparse = isinstance(layer, vspdf.SparseLinear)
+        self.weights.append((sparse, (layer.weight if sparse else layer.weight.T).detach().clone()))
+
+
+def trainer(folder, callback, model, *callbacks, steps=8):
+    args = transformers.TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, save_steps=2,
+        warmup_steps=2, lr_scheduler_type="linear", report_to=[], disable_tqdm=True, logging_steps=100, use_cpu=True,
+    )  # fmt: skip
+    return transformers.Trainer(model, args, train_dataset=texts(), callbacks=[callback, *callbacks])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny GPT-2 of transformers through 4 sparse and 4 dense steps of its Trainer."""
+    folder, callback, watch, model = tmp_path_factory.mktemp("out"), vspdf.PhasesCallback(PHASES), Watch(), gpt2()
+    callback.prepare(model)
+    mask = model.transformer.h[1].mlp.c_fc.pattern.mask()
+    trainer(folder, callback, model, watch).train()
+    return folder, model, watch.weights, mask
+
+
+def test_masked_weights_are_exactly_zero_before_the_switch_and_learn_after(trained):
+    _, model, weights, mask = trained
+    assert [sparse for sparse, _ in weights] == [True] * 4 + [False] * 4
+    for step, (_, weight) in enumerate(weights):
+        off = weight[~mask]
+        assert bool((off == 0).all()) if step < 4 else bool((off != 0).any())
+        assert bool((weight[mask] != 0).all())
+    assert not sparse_layers(model)
+    assert type(model.transformer.h[1].mlp.c_fc) is transformers.pytorch_utils.Conv1D
+
+
+def test_the_end_is_an_ordinary_model(trained, tmp_path):
+    _, model, _, _ = trained
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = texts()[0]["input_ids"][None]
+    torch.testing.assert_close(again(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6], ids=["sparse", "at the switch", "dense"])
+def test_a_resumed_training_ends_in_the_same_weights(trained, tmp_path, stop):
+    folder, model, _, _ = trained
+    checkpoint = folder / f"checkpoint-{stop}"
+    callback, again = vspdf.PhasesCallback(PHASES), gpt2()
+    callback.prepare(again, checkpoint)
+    assert len(sparse_layers(again)) == (8 if stop < 4 else 0)
+    trainer(tmp_path, callback, again).train(resume_from_checkpoint=str(checkpoint))
+    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_optimizer_state_is_carried_over_and_ramps_work_in_the_trainer(tmp_path):
+    callback, model = vspdf.PhasesCallback(PHASES, revived_warmup=2), gpt2()
+    made = trainer(tmp_path, callback, callback.prepare(model), steps=5)
+    made.train()
+    weight = model.transformer.h[0].attn.c_attn.weight
+    state = made.optimizer.state[weight]
+    assert int(state["step"]) == 5 and state["exp_avg"].shape == weight.shape
+    assert callback.phases.revived.done == 1
+
+
+def test_what_was_forgotten_is_said(trained, tmp_path, caplog):
+    with pytest.raises(UserError, match=r"prepare\(model\) comes before Trainer"):
+        trainer(tmp_path, vspdf.PhasesCallback(PHASES), gpt2()).train()
+    callback = vspdf.PhasesCallback(PHASES)
+    callback.prepare(gpt2())
+    with pytest.raises(UserError, match=r"has another model than the one that was prepared"):
+        trainer(tmp_path, callback, gpt2()).train()
+    with pytest.raises(UserError, match=r"is no checkpoint of the Trainer"):
+        callback.prepare(gpt2(), tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"these phases have 0.8"):
+        vspdf.PhasesCallback([(0.8, 9)]).prepare(gpt2(), trained[0] / "checkpoint-2")
+    callback, model = vspdf.PhasesCallback(PHASES), gpt2()
+    with caplog.at_level(logging.WARNING):
+        trainer(tmp_path, callback, callback.prepare(model), steps=3).train()
+    assert "training ends at step 3, before the last switch at step 4" in caplog.text

@@ -1,0 +1,130 @@
+import math
+from itertools import pairwise
+
+import pytest
+
+from vspdf.config.settings import PhaseConfig
+from vspdf.errors import UserError
+from vspdf.shapes import linear_layers
+from vspdf.sparsity import schedule
+from vspdf.sparsity.schedule import Phase
+from vspdf.train.schedule import Position, learning_rate, position
+
+
+def phase(**settings):
+    return PhaseConfig(**{"steps": 100, "lr": 1e-3, "lr_end": 1e-4, "warmup_steps": 10, "batch_size": 4, **settings})
+
+
+def test_warm_up_reaches_the_peak_and_decay_ends_at_the_end():
+    rates = [learning_rate(phase(), step) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4) and rates[4] == pytest.approx(5e-4)
+    assert rates[9] == rates[10] == max(rates) == 1e-3
+    assert rates[99] == pytest.approx(1e-4, rel=1e-12)
+    assert all(a > b for a, b in pairwise(rates[10:]))
+    steps = [a - b for a, b in pairwise(rates[10:])]
+    assert max(steps) == pytest.approx(min(steps))  # linear
+
+
+def test_cosine_passes_the_middle_at_half_way_and_constant_stays():
+    cosine = phase(decay="cosine", steps=111)
+    assert learning_rate(cosine, 60) == pytest.approx((1e-3 + 1e-4) / 2)
+    assert learning_rate(cosine, 110) == pytest.approx(1e-4)
+    assert learning_rate(cosine, 35) == pytest.approx(1e-4 + 9e-4 * (1 + math.cos(math.pi / 4)) / 2)
+    constant = phase(decay="constant")
+    assert {learning_rate(constant, step) for step in range(10, 100)} == {1e-3}
+
+
+def test_multiples_scale_the_peak_but_not_the_end():
+    """The published 6.7B recipe: 3 x 1.2e-4, down to 1.2e-5 over 62,523 steps."""
+    sparse = phase(steps=62_523, lr=1.2e-4, lr_multiple=3.0, lr_end=1.2e-5, warmup_steps=177)
+    assert learning_rate(sparse, 176) == pytest.approx(3.6e-4)
+    assert learning_rate(sparse, 62_522) == pytest.approx(1.2e-5)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 99, 100])
+def test_any_warm_up_within_the_phase(warmup):
+    rates = [learning_rate(phase(warmup_steps=warmup), step) for step in range(100)]
+    assert max(rates) == pytest.approx(1e-3) and min(rates) > 0
+
+
+def test_a_single_step():
+    assert learning_rate(phase(steps=1, warmup_steps=0), 0) == 1e-3
+
+
+def test_positions_and_the_global_count_of_samples():
+    phases = [phase(steps=3, batch_size=4), phase(steps=2, batch_size=10), phase(steps=1, batch_size=1)]
+    assert [position(phases, step) for step in range(7)] == [
+        Position(0, 0, 0), Position(0, 1, 4), Position(0, 2, 8), Position(1, 0, 12), Position(1, 1, 22),
+        Position(2, 0, 32), Position(3, 0, 33),
+    ]  # fmt: skip
+
+
+def test_the_published_split_adds_dense_steps():
+    assert schedule.split_add_on(62_522, 0.75, 0.9) == (62_522, 9_379)
+    assert schedule.split_add_on(100, 0.9, 0.9) == (100, 0)
+    assert schedule.split_add_on(100, 0.0, 0.9) == (100, 90)
+    assert schedule.split_add_on(1000, 0.7, 0.8) == (1000, 100)  # 100.00000000000009 in binary
+
+
+def test_the_fixed_budget_split():
+    assert schedule.split_fixed_budget(62_522, 0.75, 0.9) == (52_102, 10_420)
+    sparse, dense = schedule.split_fixed_budget(6000, 0.75, 0.9)
+    assert (sparse, dense) == (5000, 1000)
+    assert schedule.effective_sparsity(6000, [(0.9, sparse), (0.0, dense)]) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("effective, sparsity", [(0.9, 0.75), (-0.1, 0.5), (0.0, 0.0), (0.5, 1.0)])
+@pytest.mark.parametrize("split", [schedule.split_add_on, schedule.split_fixed_budget], ids=["add-on", "fixed budget"])
+def test_impossible_splits_are_refused(split, effective, sparsity):
+    with pytest.raises(
+        UserError, match=rf"effective sparsity of {effective} cannot come from a first stage at {sparsity}"
+    ):
+        split(100, effective, sparsity)
+
+
+def test_the_published_recipe_is_75_percent_effective_and_78_over_time():
+    stages = [(0.9, 62_523), (0.0, 9_379)]
+    assert 1 - schedule.effective_sparsity(62_522, stages) == pytest.approx(0.2500, abs=5e-5)
+    assert schedule.time_average_sparsity(stages) == pytest.approx(0.783, abs=5e-4)
+
+
+# -- sparsity within a phase ------------------------------------------------------------------------------------------
+
+
+def amounts(**settings):
+    return [stage.sparsity for stage in Phase(**settings).resolved("phase").stages()]
+
+
+def test_every_schedule_goes_from_the_start_to_the_end():
+    common = {"sparsity": 0.9, "steps": 50, "update_every": 10}
+    assert amounts(**common, schedule="linear") == pytest.approx([0.9, 0.675, 0.45, 0.225, 0])
+    assert amounts(**common, schedule="power") == pytest.approx([0.9, 0.9 * 27 / 64, 0.9 / 8, 0.9 / 64, 0])
+    assert amounts(**common, schedule="cosine") == pytest.approx(
+        [0.9, 0.45 + 0.45 * math.sqrt(0.5), 0.45, 0.45 - 0.45 * math.sqrt(0.5), 0]
+    )
+    densities = [1 - s for s in amounts(**common, schedule="exp")]
+    assert [b / a for a, b in pairwise(densities)] == pytest.approx([10**0.25] * 4)
+    for name in ("linear", "exp", "power", "cosine"):
+        found = amounts(**common, schedule=name)
+        assert found[0] == 0.9 and found[-1] == 0.0 and all(a > b for a, b in pairwise(found))
+
+
+def stages(**settings):
+    return Phase(**settings).resolved("phase").stages()
+
+
+def test_cycling_takes_its_levels_in_turn_and_stretches_add_up():
+    assert stages(schedule="cycling", levels=[0.9, 0.75, 0.5, 0.0], steps=10, update_every=3) == [
+        (0, 3, 0.9), (3, 3, 0.75), (6, 3, 0.5), (9, 1, 0.0),
+    ]  # fmt: skip
+    assert stages(sparsity=0.9, steps=10) == [(0, 10, 0.9)]
+    assert stages(schedule="linear", sparsity=0.5, sparsity_end=0.5, steps=10, update_every=3) == [(0, 10, 0.5)]
+
+
+def test_what_is_left_out_follows_and_layers_have_amounts_of_their_own():
+    found = Phase(schedule="exp", sparsity=0.9, steps=25).resolved("phase")
+    assert (found.sparsity_end, found.update_every, found.name) == (0.0, 3, "sparse 0.9")
+    layers = linear_layers(2, 10, 40)
+    apart = Phase(sparsity=0.5, layers={"*.c_fc": 0.9, "h.0.*": 0.0}, steps=1).resolved("phase", None, layers)
+    assert apart.of_layers(layers)["h.0.mlp.c_fc"] == 0.9 and apart.of_layers(layers)["h.1.attn.c_proj"] == 0.5
+    assert apart.mean(layers) == pytest.approx((2 * 400 * 0.9 + (400 + 400) * 0.5) / 2400)

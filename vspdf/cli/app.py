@@ -1,0 +1,80 @@
+"""The command line: `vspdf VERB ...`. Figures go to stdout, progress to stderr; `--json` prints one JSON object."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import typer
+from rich.logging import RichHandler
+
+from vspdf.cli import bench, plan, programs, runs, simulate, tasks, train
+from vspdf.cli.console import Verb, err
+from vspdf.errors import BackendUnavailable, Interrupted, UserError, did_you_mean
+
+app = typer.Typer(
+    name="vspdf",
+    help="Variable Sparse Pre-training and Dense Fine-tuning of GPTs, with the masked FLOPs really skipped.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+def main() -> None:
+    """Entry point: user errors end in one line and status 2, a stopped run in status 130."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=err, show_path=False, show_time=False)]
+    )
+    logging.getLogger("vspdf").setLevel(logging.INFO)
+    try:
+        sys.exit(app(standalone_mode=False))
+    except (UserError, BackendUnavailable) as error:
+        message = str(error)
+    except Interrupted as error:
+        err.print(f"vspdf: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's usage errors, whatever class they are in its version
+            raise
+        message = _usage_error(error)
+    if message:
+        err.print(f"vspdf: error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
+def _usage_error(error: Any) -> str:
+    """What was wrong with the arguments, in one line; empty where help was asked for, and is printed already."""
+    context, message = getattr(error, "ctx", None), error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return ""
+    if hasattr(error, "possibilities") and context is not None:
+        known = [option for parameter in context.command.params for option in parameter.opts if option[0] == "-"]
+        known.extend(context.help_option_names)
+        message = f"no such option '{error.option_name}'.{did_you_mean(error.option_name, known)}"
+    elif context is not None and "Did you mean" not in message:
+        verbs = getattr(context.command, "commands", None)
+        expected = f"Known: {', '.join(verbs)}." if verbs else context.get_usage()
+        message = f"{message.rstrip('.')}. {expected}"
+    return " ".join((message[:1].lower() + message[1:]).split())
+
+
+for program in programs.PROGRAMS:
+    simulate.simulate.command(cls=Verb)(program)
+for verb in (
+    train.train,
+    tasks.evaluate,
+    runs.report,
+    train.finetune,
+    tasks.generate,
+    tasks.bleu,
+    runs.compare,
+    programs.validate,
+    runs.convert,
+    plan.plan,
+    runs.info,
+):
+    app.command(name="eval" if verb is tasks.evaluate else None, cls=Verb)(verb)
+app.add_typer(simulate.simulate, name="simulate")
+app.add_typer(bench.bench, name="bench")

@@ -1,0 +1,219 @@
+"""`vspdf bench ...`: sparse against dense and peers, on the CPU or a GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from vspdf.cli.console import Json, Verb, emit, err, murmur, out
+from vspdf.draw import words
+from vspdf.errors import UserError
+from vspdf.kernels.hardware import keep_freed_memory
+
+Positive = Annotated[int, typer.Option(min=1)]
+bench = typer.Typer(help="Sparse against dense and peers, interleaved in one process.", no_args_is_help=True)
+
+
+def _numbers(text: str, kind: type, what: str, least: float = 0, most: float = math.inf) -> list[Any]:
+    try:
+        numbers = [kind(part) for part in text.split(",") if part]
+    except ValueError:
+        raise UserError(f"{what} '{text}': expected numbers with commas between.") from None
+    if wrong := [number for number in numbers if not least <= number <= most]:
+        bounds = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
+        raise UserError(f"{what} '{text}': expected numbers {bounds}, not {wrong[0]}.")
+    return numbers
+
+
+def _destination(path: Path | None, what: str, kinds: Sequence[str]) -> None:
+    """Refuses a file that could not be written, before minutes of measuring for it."""
+    if path is None:
+        return
+    if path.suffix.lower() not in kinds:
+        raise UserError(f"{what} '{path}': expected a name that ends in {' or '.join(kinds)}.")
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"{what} '{path}': {'is a folder' if path.is_dir() else f'there is no folder {path.parent}'}.")
+
+
+def _write_results(result: dict[str, Any], csv: Path | None, as_json: bool) -> None:
+    from vspdf.bench.rounds import write_csv
+
+    if csv:
+        write_csv(result, csv)
+        err.print(f"wrote {csv}")
+    if as_json:
+        emit(result)
+
+
+@bench.command(name="linear", cls=Verb)
+def bench_linear(
+    shapes: Annotated[str, typer.Option(help="TOKENSxINxOUT, with commas between; default: five layers of GPTs.")] = "",
+    sparsity: Annotated[str, typer.Option(help="With commas between.")] = "0.5,0.75,0.9,0.95,0.99",
+    threads: Annotated[str, typer.Option(help="With commas between; default: 1 and all cores.")] = "",
+    rounds: Annotated[int, typer.Option(min=1)] = 7,
+    peers: Annotated[bool, typer.Option(help="Time torch.sparse, scipy and, where installed, SparseLab too.")] = True,
+    csv: Annotated[Path | None, typer.Option(help="Write all rows here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of speed-up over sparsity here (PNG, SVG).")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for the current GPU.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="On a GPU: bf16, fp16, tf32, fp32; commas between.")] = "bf16,fp32",
+    tune: Annotated[bool, typer.Option("--tune", help="On a GPU: keep the timings, for auto.")] = False,
+    as_json: Json = False,
+) -> None:
+    """One linear layer: forward, gradient of the input, gradient of the weights, and all three.
+
+    `vspdf bench linear --shapes 1024x768x3072 --sparsity 0.75,0.9`
+
+    `vspdf bench linear --device cuda --tune`
+    """
+    from vspdf.bench import linear as benchmark
+    from vspdf.bench import linear_gpu
+
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"--device '{device}' is not known: cpu or cuda.")
+    if tune and device == "cpu":
+        raise UserError("--tune is for --device cuda: on the CPU, auto times both paths by itself.")
+    if plot and device == "cuda":
+        raise UserError("--plot is for the CPU; on a GPU, python benchmarks/gpu.py draws.")
+    try:
+        chosen: Any = [tuple(int(n) for n in shape.split("x")) for shape in shapes.split(",") if shape]
+        assert all(len(shape) == 3 and min(shape) > 0 for shape in chosen)
+    except (ValueError, AssertionError):
+        raise UserError(f"--shapes '{shapes}': expected TOKENSxINxOUT, e.g. 1024x768x3072.") from None
+    _destination(csv, "--csv", (".csv",))
+    _destination(plot, "--plot", (".png", ".svg", ".pdf"))
+    amounts = _numbers(sparsity, float, "--sparsity", most=1)
+    if device == "cuda":
+        result = linear_gpu.bench_linear(
+            chosen or linear_gpu.SHAPES, amounts, precision.split(","), rounds, peers, tune, murmur
+        )
+        _write_results(result, csv, as_json)
+        if not as_json:
+            _print_linear_gpu(result)
+        return
+    keep_freed_memory()
+    result = benchmark.bench_linear(
+        chosen or benchmark.SHAPES,
+        amounts,
+        _numbers(threads, int, "--threads", least=1) or None,
+        rounds,
+        peers,
+        murmur,
+    )
+    _write_results(result, csv, as_json)
+    if plot:
+        benchmark.plot(result, plot)
+        err.print(f"wrote {plot}")
+    if not as_json:
+        _print_linear(result)
+
+
+def _print_linear_gpu(result: dict[str, Any]) -> None:
+    table = Table(title=f"speed-up over cuBLAS on masked weights: {result['hardware']['gpu']}", title_justify="left")
+    for column in ("tokens, in, out", "sparsity", "", "product", "candidate", "speed-up", "TFLOP/s useful", "error"):
+        table.add_column(column)
+    for r in result["rows"]:
+        shape = f"{r['tokens']} {r['in_features']} {r['out_features']}"
+        error = "" if r["error"] is None else f"{r['error']:.1e}"
+        name = f"auto: {r['path']}" if r["candidate"] == "auto" != r["path"] else r["candidate"]
+        table.add_row(
+            shape, f"{r['sparsity']:.4g}", r["precision"], r["product"], name, f"{r['ratio_to_dense']:.2f}x",
+            f"{r['gflops_useful'] / 1e3:.1f}", error,
+        )  # fmt: skip
+    out.print(table)
+    for name, reason in result["missing"].items():
+        out.print(f"{name} was not timed: {reason}", highlight=False)
+
+
+def _print_linear(result: dict[str, Any]) -> None:
+    rows = result["rows"]
+    problems = list(dict.fromkeys((r["tokens"], r["in_features"], r["out_features"], r["threads"]) for r in rows))
+    for tokens, n_in, n_out, threads in problems:
+        here = (tokens, n_in, n_out, threads)
+        mine = [r for r in rows if (r["tokens"], r["in_features"], r["out_features"], r["threads"]) == here]
+        cells = {(r["product"], r["candidate"], r["sparsity"]): r for r in mine}
+        sparsities = list(dict.fromkeys(r["sparsity"] for r in mine))
+        table = Table(
+            title=f"speed-up over dense: {tokens} tokens, {n_in} -> {n_out}, {threads} threads", title_justify="left"
+        )
+        table.add_column("product")
+        table.add_column("candidate")
+        for s in sparsities:
+            table.add_column(f"{s:.4g}", justify="right")
+        for product, candidate in dict.fromkeys(
+            (r["product"], r["candidate"]) for r in mine if r["candidate"] != "dense"
+        ):
+            ratios = [cells.get((product, candidate, s)) for s in sparsities]
+            table.add_row(product, candidate, *(f"{r['ratio_to_dense']:.2f}x" if r else "" for r in ratios))
+            if candidate == "vspdf":
+                table.add_row("", "  GFLOP/s useful", *(f"{r['gflops_useful']:.0f}" if r else "" for r in ratios))
+                table.add_row("", "  of FMA peak", *(f"{r['peak_fraction']:.0%}" if r else "" for r in ratios))
+                if any(r and r["disturbed_rounds"] for r in ratios):
+                    cells_ = (f"{r['disturbed_rounds']} of {r['rounds']}" if r else "" for r in ratios)
+                    table.add_row("", "  disturbed rounds", *cells_)
+        out.print(table)
+    for threads, peak in result["peak_gflops"].items():
+        out.print(f"FMA peak measured with {threads} threads: {peak:.0f} GFLOP/s", highlight=False)
+    out.print(
+        "Medians of interleaved rounds; packing, transposes and value refresh counted. "
+        "A round is disturbed where dense ran below 60 % of the FMA peak.",
+        highlight=False,
+    )
+    for name, reason in result["missing"].items():
+        out.print(f"{name} was not timed: {reason}", highlight=False)
+
+
+@bench.command(name="step", cls=Verb)
+def bench_step(
+    n_layer: Positive = 12,
+    d_model: Positive = 768,
+    n_head: Positive = 12,
+    sequence_length: Positive = 512,
+    batch_size: Positive = 4,
+    sparsity: Annotated[str, typer.Option(help="With commas between.")] = "0.75,0.9",
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    csv: Annotated[Path | None, typer.Option(help="Write all rows here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """A whole training step (forward, backward, clipping, AdamW) of a GPT, sparse models beside the same dense one.
+
+    `vspdf bench step --n-layer 4 --d-model 512 --n-head 8`
+    """
+    from vspdf.bench import step
+
+    _destination(csv, "--csv", (".csv",))
+    sparsities = _numbers(sparsity, float, "--sparsity", most=1)
+    keep_freed_memory()
+    result = step.bench_step(
+        n_layer, d_model, n_head, sequence_length, batch_size, sparsities, threads, rounds,
+        progress=murmur,
+    )  # fmt: skip
+    _write_results(result, csv, as_json)
+    if as_json:
+        return
+    table = Table(title=f"training step, {words.count(result['model']['parameters'])} parameters", title_justify="left")
+    for column in (
+        "sparsity",
+        "threads",
+        "s/step",
+        "quartiles",
+        "speed-up",
+        "state of its layers",
+        "of the model",
+    ):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        memory = row["memory"]
+        shares = (
+            [f"{memory[k]['sparse'] / memory[k]['dense']:.0%}" for k in ("sparsified", "model")] if memory else ["", ""]
+        )
+        table.add_row(
+            f"{row['sparsity']:.0%}", str(row["threads"]), f"{row['seconds_median']:.3f}",
+            f"{row['seconds_low']:.2f}-{row['seconds_high']:.2f}", f"{row['ratio_to_dense']:.2f}x", *shares,
+        )  # fmt: skip
+    out.print(table)

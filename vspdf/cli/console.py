@@ -1,0 +1,75 @@
+"""What every verb takes and prints with: figures to stdout, progress to stderr, `--json` one object on stdout."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperCommand
+
+from vspdf.draw import words
+from vspdf.errors import Interrupted, UserError
+
+out = Console()
+err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+MachineName = Annotated[str, typer.Option("--machine", help="A machine by name, or a YAML file of your own.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a machine parameter; repeatable.")
+]
+
+
+class Verb(TyperCommand):
+    """A command whose errors name its options: the library says `` `grid` ``, the command line ``--grid``."""
+
+    def invoke(self, context: Any) -> Any:
+        """Runs the verb; in errors, arguments in backticks become the flags that it has for them."""
+        flags = {parameter.name: parameter.opts[0] for parameter in self.params if parameter.opts[0][:2] == "--"}
+        try:
+            return super().invoke(context)
+        except (UserError, Interrupted) as error:
+            error.args = (re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), str(error)),)
+            raise
+
+
+def emit(body: dict[str, Any]) -> None:
+    """Prints one JSON object to stdout."""
+    sys.stdout.write(json.dumps(body) + "\n")
+
+
+def say(line: str) -> None:
+    """Prints a line of progress to stderr, as it is."""
+    err.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def murmur(line: str) -> None:
+    """Prints a line of progress to stderr, dimmed: what goes by while something is measured."""
+    err.print(line, style="dim", markup=False, highlight=False)
+
+
+def tell(*lines: str) -> None:
+    """Prints lines of text to stdout as they are, however wide the terminal is."""
+    for line in lines:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class Progress:
+    """A line now and then: how much is done, and how long the rest will take at the present speed."""
+
+    def __init__(self, total: int, what: str) -> None:
+        self.total, self.what = total, what
+        self.started = self.said = time.perf_counter()
+
+    def __call__(self, done: int) -> None:
+        now = time.perf_counter()
+        if now - self.said > 3 or done == self.total:
+            self.said = now
+            rate = done / (now - self.started)
+            speed = f"{rate:,.0f}" if rate >= 100 else f"{rate:.2f}"
+            say(f"{done:,}/{self.total:,} {self.what}  {speed}/s  {words.eta((self.total - done) / rate)}")

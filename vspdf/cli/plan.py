@@ -1,0 +1,136 @@
+"""`vspdf plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from vspdf.cli.console import Json, emit, murmur, out, say
+from vspdf.draw import words
+from vspdf.errors import UserError
+from vspdf.kernels.hardware import keep_freed_memory
+
+if TYPE_CHECKING:
+    from vspdf.plan.planner import Plan
+
+
+def plan(
+    model: Annotated[str, typer.Option(help="A named model, a configuration, or a Hugging Face folder.")],
+    sparsity: Annotated[float | None, typer.Option(help="Of the first stage; alone, of the whole run.")] = None,
+    effective: Annotated[float | None, typer.Option(help="Weight-FLOPs to save against the dense run.")] = None,
+    split: Annotated[str | None, typer.Option(help="add-on (as published, the default) or fixed-budget.")] = None,
+    phases: Annotated[str, typer.Option(metavar="S:STEPS,...", help="Explicit stages, any number.")] = "",
+    steps: Annotated[int | None, typer.Option(help="Of the dense run to compare with.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a step, for models without a config.")] = None,
+    convention: Annotated[str, typer.Option(help="linear, spdf, vspdf, chinchilla or cerebras-card.")] = "vspdf",
+    causal: Annotated[bool, typer.Option("--causal", help="Count half of the attention products.")] = False,
+    save: Annotated[float | None, typer.Option(help="Wish: save this fraction of all FLOPs.")] = None,
+    memory: Annotated[float | None, typer.Option(help="Wish: a training state of so many GB in every stage.")] = None,
+    hours: Annotated[float | None, typer.Option(help="Wish: done in so many hours on this machine.")] = None,
+    time: Annotated[bool, typer.Option("--time", help="Measure this machine's speed for it.")] = False,
+    write: Annotated[Path | None, typer.Option(metavar="CONFIG", help="Write the YAML that `train` runs.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Stages, tokens, FLOPs, memory and time of a run before it is run, or the run for a wish.
+
+    `vspdf plan --model cerebras-gpt-6.7b --sparsity 0.9 --effective 0.75`
+
+    `vspdf plan --model gpt2-small --save 0.5 --write mine.yaml`
+
+    `vspdf plan --model quickstart --time`
+    """
+    from vspdf.plan import planner
+    from vspdf.plan import write as plan_write
+
+    if time or hours is not None:
+        keep_freed_memory()
+    found = planner.plan(
+        model, sparsity=sparsity, effective=effective, split=split, phases=_stages(phases) if phases else None,
+        steps=steps, batch_size=batch_size, convention=convention, causal=causal, save=save, memory=memory, hours=hours,
+        time=time, progress=murmur,
+    )  # fmt: skip
+    if write:
+        plan_write.write(found, write)
+        say(f"wrote {write}: vspdf train {write}")
+    if as_json:
+        emit(found.to_json())
+    else:
+        _print_plan(found)
+
+
+def _stages(text: str) -> list[tuple[float, int]]:
+    try:
+        pairs = [part.split(":") for part in text.split(",") if part]
+        return [(float(sparsity), int(steps)) for sparsity, steps in pairs]
+    except ValueError:
+        raise UserError(f"`phases` '{text}': expected SPARSITY:STEPS,..., e.g. 0.9:62523,0:9379.") from None
+
+
+def _print_plan(found: Plan) -> None:
+    timed = found.calibration is not None
+    table = Table(title=f"{found.model}: {words.count(found.shape.parameters)} parameters", title_justify="left")
+    table.add_column("")
+    for column in ("sparsity", "steps", "tokens", "FLOPs", "state", *(["time"] if timed else [])):
+        table.add_column(column, justify="right")
+    for stage in [*found.phases, found.dense]:
+        if stage is found.dense:
+            table.add_section()
+            steps = sum(phase.steps for phase in found.phases)
+            cells = [f"{steps:,}", words.count(found.tokens), f"{found.flops:.2e}", words.size(found.state_bytes)]
+            clock = [words.duration(found.seconds)] if found.seconds is not None else []
+            table.add_row("whole run", f"{found.time_average_sparsity:.4f}", *cells, *clock, style="bold")
+        clock = [words.duration(stage.seconds)] if stage.seconds is not None else []
+        table.add_row(
+            stage.name, f"{stage.sparsity:.4g}", f"{stage.steps:,}", words.count(stage.tokens), f"{stage.flops:.2e}",
+            words.size(stage.state_bytes), *clock,
+        )  # fmt: skip
+    out.print(table)
+    table = Table(title="training FLOPs" + (", causal attention" if found.causal else ""), title_justify="left")
+    for column in ("convention", "dense run", "planned", "saved", "times fewer"):
+        table.add_column(column, justify="left" if column == "convention" else "right")
+    for name, row in found.by_convention().items():
+        table.add_row(
+            name, f"{row['dense']:.4g}", f"{row['planned']:.4g}", f"{row['saved_fraction']:.2%}",
+            f"{row['dense'] / row['planned']:.3f}x", style="bold" if name == found.convention else None,
+        )  # fmt: skip
+    out.print(table)
+    lines = [
+        f"Dense run: {found.baseline}.",
+        f"Effective sparsity {found.effective_sparsity:.4f} (weight-FLOPs against the dense run), over time "
+        f"{found.time_average_sparsity:.4f}; {found.token_ratio:.4f} times the dense run's tokens, "
+        f"{found.sparse_fraction:.4f} of them at the first sparsity.",
+        f"State: weights, gradients and AdamW moments in float32, patterns and kernel plans; activations come on top. "
+        f"Peak {found.state_bytes / found.dense.state_bytes:.0%} of the dense run's.",
+        *found.notes,
+    ]
+    if (measured := found.calibration) is not None:
+        block = measured.block_seconds
+        speeds = ", ".join(f"{s:.4g}: {block[0.0] / seconds:.2f}x" for s, seconds in block.items() if s)
+        lines.append(
+            f"Time: from one block timed here on {measured.tokens:,} tokens ({measured.threads} threads, medians of "
+            f"{measured.rounds} rounds; forward and backward, attention and norms included; speed-up by sparsity "
+            f"{speeds or '-'}), times the layers; vocabulary and AdamW timed apart. No data, evaluation, checkpoints."
+        )
+    else:
+        lines.append("Time on this machine: not measured (--time).")
+    lines.append(_on_cs2(found))
+    for line in lines:
+        out.print(line, markup=False, highlight=False)
+
+
+def _on_cs2(found: Plan) -> str:
+    """The last line: simulated time, or why there is none."""
+
+    try:
+        wafer = found.on_cs2()
+    except UserError as error:
+        return f"Time on a CS-2: not known; {error}"
+    seconds = wafer["seconds"]
+    longest, middle, shortest = (words.duration(seconds["planned"][key]) for key in ("low", "central", "high"))
+    return (
+        f"Time on a CS-2, simulated: {middle} ({shortest} to {longest}, by what is not known of it); the dense run "
+        f"{words.duration(seconds['dense'])}. One system at {wafer['clock']}; {wafer['central']} (vspdf simulate step)."
+    )

@@ -1,0 +1,194 @@
+"""`vspdf simulate PROGRAM` on a grid, and `vspdf validate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from vspdf.cli.console import Json, MachineName, Settings, emit, murmur, out, say, tell
+from vspdf.draw import words
+
+Level = Annotated[
+    str, typer.Option(help="event (every wavelet), aggregate (closed form), or auto: event where it ends in seconds.")
+]
+Grid = Annotated[str, typer.Option(metavar="WxH", help="PEs, width x height.")]
+Dtype = Annotated[str, typer.Option(help="fp32 or fp16.")]
+Trace = Annotated[Path | None, typer.Option(help="Write a Chrome (Perfetto) trace here: .json.")]
+Plot = Annotated[Path | None, typer.Option(help="Draw heat maps per PE and a time line here: .html or .png.")]
+Seed = Annotated[int, typer.Option(help="Of matrices and positions.")]
+
+
+def _run(program: str, as_json: bool, trace: Path | None, plot: Path | None, **arguments: Any) -> None:
+    from vspdf.simulator.simulate import simulate
+
+    result = simulate(program, trace=trace, plot=plot, **arguments)
+    for path in (trace, plot):
+        if path is not None:
+            say(f"wrote {path}")
+    if as_json:
+        emit(result)
+        return
+    table = Table(
+        title=f"{program} on {result['machine']}, {result['level']} level ({result['why']})", title_justify="left"
+    )
+    table.add_column("")
+    table.add_column("", justify="right")
+    for key, value in result.items():
+        if key in ("program", "machine", "level", "why"):
+            continue
+        if isinstance(value, dict):
+            for name, part in value.items():
+                table.add_row(f"{key.replace('_', ' ')}: {name.replace('_', ' ')}", words.amount(part))
+        else:
+            table.add_row(key.replace("_", " "), words.amount(value))
+    out.print(table)
+
+
+def spmm(
+    format: Annotated[str, typer.Option(help="coo, csc, csr or ellpack; dense for the product without any.")],
+    grid: Grid,
+    n: Annotated[int, typer.Option(help="Rows of A and C; the grid's height splits them.")],
+    k: Annotated[int, typer.Option(help="Columns of A, rows of B; the grid's width splits them.")],
+    m: Annotated[int, typer.Option(help="Columns of B and C, padding included.")],
+    density: Annotated[float, typer.Option(help="Of A, in percent.")] = 100,
+    nnz_per_pe: Annotated[int | None, typer.Option(help="Stored non-zeros of the fullest PE after padding.")] = None,
+    seed: Seed = 0,
+    trace: Trace = None,
+    plot: Plot = None,
+    machine: MachineName = "cs2",
+    settings: Settings = None,
+    level: Level = "auto",
+    as_json: Json = False,
+) -> None:
+    """C = A·B in fp32 with A sparse: one multiply-add over a row of B per non-zero, as hand-written kernels do.
+
+    `vspdf simulate spmm --format coo --grid 48x6 --n 768 --k 768 --m 68 --density 5 --nnz-per-pe 127`
+    """
+    _run(
+        "spmm", as_json, trace, plot, format=format, grid=grid, n=n, k=k, m=m, density=density, nnz_per_pe=nnz_per_pe,
+        seed=seed, machine=machine, settings=settings or (), level=level,
+    )  # fmt: skip
+
+
+def gemm(
+    grid: Grid,
+    n: Annotated[int, typer.Option(help="Side of all three matrices.")],
+    algorithm: Annotated[str, typer.Option(help="summa, cannon or meshgemm.")] = "meshgemm",
+    dtype: Dtype = "fp32",
+    seed: Seed = 0,
+    trace: Trace = None,
+    plot: Plot = None,
+    machine: MachineName = "cs2",
+    settings: Settings = None,
+    level: Level = "auto",
+    as_json: Json = False,
+) -> None:
+    """C = A·B, dense, on a square grid. Efficiency: the time of the local products alone over the whole time.
+
+    `vspdf simulate gemm --algorithm meshgemm --grid 750x750 --n 33000 --dtype fp16`
+    """
+    _run(
+        "gemm", as_json, trace, plot, algorithm=algorithm, grid=grid, n=n, dtype=dtype, seed=seed, machine=machine,
+        settings=settings or (), level=level,
+    )  # fmt: skip
+
+
+def gemv(
+    grid: Grid,
+    n: Annotated[int, typer.Option(help="Side of the matrix.")],
+    algorithm: Annotated[str, typer.Option(help="meshgemv.")] = "meshgemv",
+    dtype: Dtype = "fp16",
+    seed: Seed = 0,
+    trace: Trace = None,
+    plot: Plot = None,
+    machine: MachineName = "cs2",
+    settings: Settings = None,
+    level: Level = "auto",
+    as_json: Json = False,
+) -> None:
+    """y = A·v, dense, on a square grid: local products, then an all-reduce along the columns.
+
+    `vspdf simulate gemv --grid 720x720 --n 16384 --dtype fp16`
+    """
+    _run(
+        "gemv", as_json, trace, plot, algorithm=algorithm, grid=grid, n=n, dtype=dtype, seed=seed, machine=machine,
+        settings=settings or (), level=level,
+    )  # fmt: skip
+
+
+def reduce(
+    pes: Annotated[int, typer.Option(help="PEs in a row, each with a vector.")],
+    elements: Annotated[int, typer.Option(help="fp32 elements of the vector.")],
+    group: Annotated[str, typer.Option(help="PEs of a chain in the first phase; all of them is one chain; or star.")],
+    everywhere: Annotated[bool, typer.Option(help="All-reduce: broadcast the sum back.")] = False,
+    trace: Trace = None,
+    plot: Plot = None,
+    machine: MachineName = "cs2",
+    settings: Settings = None,
+    level: Level = "auto",
+    as_json: Json = False,
+) -> None:
+    """The sum of a vector per PE, in two phases of chains.
+
+    `vspdf simulate reduce --pes 512 --elements 4096 --group 32`
+    """
+    _run(
+        "reduce", as_json, trace, plot, pes=pes, elements=elements, group=group, everywhere=everywhere,
+        machine=machine, settings=settings or (), level=level,
+    )  # fmt: skip
+
+
+PROGRAMS = (spmm, gemm, gemv, reduce)
+
+
+def validate(
+    case: Annotated[list[str] | None, typer.Option(help="Only this one, e.g. V4; repeatable.")] = None,
+    machine: MachineName = "cs2",
+    settings: Settings = None,
+    level: Level = "auto",
+    as_json: Json = False,
+) -> None:
+    """The simulator against every published measurement it knows, with the error of each.
+
+    `vspdf validate`
+
+    `vspdf validate --case V2 --case V4`
+    """
+    from vspdf.simulator.validate import validate as check
+
+    result = check(
+        machine, settings or (), level, [name.upper() for name in case or ()] or None,
+        say=murmur,
+    )  # fmt: skip
+    if as_json:
+        emit(result)
+        return
+    table = Table(title=f"{result['machine']} against published measurements", title_justify="left")
+    for column in ("case", "published", "simulated", "error", "role", "level"):
+        table.add_column(column, justify="right" if column in ("published", "simulated", "error") else "left")
+    last = None
+    for c in result["cases"]:
+        if c["id"] != last:
+            last = c["id"]
+            table.add_section()
+            table.add_row(
+                f"[bold]{c['id']}[/] {c['title']}", "", "", f"< {c['tolerance']:.0%}" if c["tolerance"] else ""
+            )
+        missed = "" if c["passed"] else " [red]MISSED[/]"
+        detail = c["case"].removeprefix(c["title"]).lstrip(", ")
+        table.add_row(
+            f"  {detail}", words.amount(c["published"]), words.amount(c["simulated"]),
+            f"{c['error']:+.2%}{missed}", c["role"], c["level"],
+        )  # fmt: skip
+    out.print(table)
+    roles = [c["role"] for c in result["cases"]]
+    lines = [
+        f"{sum(c['passed'] for c in result['cases'])} of {len(roles)} cases within their tolerance; "
+        f"{roles.count('predicted')} predicted, {roles.count('calibrated')} calibrated (they set a parameter).",
+        "Predicted: no number was set from this row. Mechanisms chosen with a table in view:",
+        *(f"  {name}: {view}." for name, view in result["chosen_in_view"].items()),
+    ]
+    tell(*lines)

@@ -1,0 +1,299 @@
+"""`vspdf simulate ...`: what the wafer would do with a layer or a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from vspdf.cli.console import Json, MachineName, Settings, Verb, emit, out, say
+from vspdf.draw import words
+from vspdf.errors import UserError
+
+simulate = typer.Typer(
+    help="A Cerebras CS-2 at work: programs on a grid, one layer, a whole training step.", no_args_is_help=True
+)
+
+Level = Annotated[str, typer.Option(help="event (every wavelet) or aggregate (closed form).")]
+
+
+def _machine(name: str, settings: Sequence[str] | None) -> Any:
+    from vspdf.simulator import machine
+
+    return machine.load(name, settings or ())
+
+
+# ---- layer -----------------------------------------------------------------------------------------------------------
+
+
+@simulate.command(name="layer", cls=Verb)
+def simulate_layer(
+    tokens: Annotated[int | None, typer.Option(help="On the wafer at once.")] = None,
+    in_features: Annotated[int | None, typer.Option("--in", help="Features in.")] = None,
+    out_features: Annotated[int | None, typer.Option("--out", help="Features out.")] = None,
+    sparsity: Annotated[float, typer.Option(help="In [0, 1); positions by chance.")] = 0.9,
+    run: Annotated[Path | None, typer.Option(help="Take a layer's real mask from this run.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Which one, by its name in the run.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw speed-up over sparsity here: .png; at level event, heat maps: .html, .png."),
+    ] = None,
+    machine: MachineName = "cs2",
+    settings: Settings = None,
+    level: Level = "aggregate",
+    as_json: Json = False,
+) -> None:
+    """Forward, delta and gradient of one linear layer: cycles dense and sparse, the speed-up as a band.
+
+    `vspdf simulate layer --tokens 65536 --in 12288 --out 12288 --sparsity 0.9`
+
+    `vspdf simulate layer --run runs/quickstart --layer blocks.0.mlp.c_fc`
+    """
+    from vspdf.plan import cs2
+
+    wafer = _machine(machine, settings)
+    asked = {"tokens": tokens, "in_features": in_features, "out_features": out_features, "sparsity": sparsity}
+    result = cs2.layer_by_request(wafer, **asked, run=run, layer=layer, level=level, plot=plot)  # type: ignore[arg-type]
+    if plot is not None:
+        say(f"wrote {plot}")
+    if as_json:
+        emit(result)
+    elif level == "event":
+        _print_event_layer(result)
+    else:
+        _print_layer(result)
+
+
+def _print_layer(result: dict[str, Any]) -> None:
+    positions = "the run's mask" if result["mask"] == "real" else "positions by chance"
+    table = Table(
+        title=f"{result['machine']}: {result['in_features']} -> {result['out_features']}, {result['tokens']:,} tokens, "
+        f"sparsity {result['sparsity']:.4g} ({positions}); {result['central']}; cycles",
+        title_justify="left",
+    )
+    _cost_columns(table, "product")
+    for name, pair in result["products"].items():
+        _cost_row(table, name, pair)
+    total = {
+        "dense": {"cycles": result["cycles"]["dense"], "bound_by": result["bound_by_dense"]},
+        "sparse": {
+            "cycles": result["cycles"]["sparse"]["central"],
+            "bound_by": result["bound_by"],
+            "overhead": result["overhead"]["sparse"],
+        },
+    }
+    table.add_section()
+    _cost_row(table, "layer", total)
+    out.print(table)
+    _print_lines(
+        [
+            _band(result),
+            _where(result["products"].values()),
+            *(
+                f"{kind}: {m['columns']} columns share the features, {m['rows']} rows x {m['replicas']} replicas the "
+                f"tokens, {m['local']} a PE; {result['utilisation'][kind]:.1%} of peak."
+                for kind, m in result["mapping"].items()
+            ),
+            _clocks(result),
+        ]
+    )
+    _print_sensitivity(result)
+
+
+def _print_event_layer(result: dict[str, Any]) -> None:
+    region = result["region"]
+    table = Table(
+        title=f"{result['in_features']} -> {result['out_features']}, {result['tokens']:,} tokens, sparsity "
+        f"{result['sparsity']:.4g}: level 1 on {region['columns']}x{region['rows']} PEs",
+        title_justify="left",
+    )
+    table.add_column("product")
+    for column in ("dense cycles", "aggregate", "sparse cycles", "aggregate", "speed-up"):
+        table.add_column(column, justify="right")
+    for name, pair in result["products"].items():
+        dense, sparse = pair["dense"], pair["sparse"]
+        numbers = (dense["cycles"], dense["aggregate"], sparse["cycles"], sparse["aggregate"])
+        table.add_row(name, *(f"{n:,}" for n in numbers), f"{dense['cycles'] / sparse['cycles']:.2f}x")
+    out.print(table)
+    s = result["speedup"]
+    out.print(f"Speed-up {s['central']:.2f}x, ideal {s['ideal']:.2f}x.", highlight=False)
+
+
+# ---- step ------------------------------------------------------------------------------------------------------------
+
+
+@simulate.command(name="step", cls=Verb)
+def simulate_step(
+    model: Annotated[str | None, typer.Option(help="A named model, a configuration, or a Hugging Face folder.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="A finished run: its model, batch, masks and measured times.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences of a step, all systems together.")] = None,
+    sequence: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: the model's.")] = None,
+    systems: Annotated[int, typer.Option(help="Systems that share the batch.")] = 1,
+    sparsity: Annotated[float | None, typer.Option(help="Of projections and FFN; default: 0, or the run's.")] = None,
+    machine: MachineName = "cs2",
+    settings: Settings = None,
+    level: Level = "aggregate",
+    as_json: Json = False,
+) -> None:
+    """A training step of a GPT: samples and tokens a second, dense against sparse, and what bounds it.
+
+    `vspdf simulate step --model gpt3-xl --batch 121 --sparsity 0.75`
+
+    `vspdf simulate step --run runs/quickstart`
+    """
+    from vspdf.plan import cs2
+    from vspdf.plan.models import model_and_batch
+
+    wafer = _machine(machine, settings)
+    if (model is None) == (run is None):
+        raise UserError("expected `model` NAME or `run` RUN, one of them.")
+    shape, known = model_and_batch(model) if model else (None, None)
+    asked = {"sequence": sequence, "systems": systems, "sparsity": sparsity, "level": level}
+    result = cs2.step_by_request(wafer, model=shape, run=run, batch=known if batch is None else batch, **asked)  # type: ignore[arg-type]
+    result["name"] = model or str(run)
+    if as_json:
+        emit(result)
+    else:
+        _print_step(result)
+
+
+def _print_step(result: dict[str, Any]) -> None:
+    systems = f"{result['systems']} systems" if result["systems"] > 1 else "one system"
+    table = Table(
+        title=f"{result['name']} on {result['machine']}, {systems}: {result['batch']} sequences of "
+        f"{result['sequence_length']} tokens a step, sparsity {result['sparsity']:.4g}; {result['central']}; cycles",
+        title_justify="left",
+    )
+    _cost_columns(table, "part")
+    for name, pair in result["parts"].items():
+        _cost_row(table, name, pair)
+        if name == "linear layers":
+            for product, costs in result["products"].items():
+                _cost_row(table, f"  {product}", costs)
+    table.add_section()
+    total = {
+        "dense": {"cycles": result["cycles"]["dense"], "bound_by": result["bound_by_dense"]},
+        "sparse": {
+            "cycles": result["cycles"]["sparse"]["central"],
+            "bound_by": result["bound_by"],
+            "overhead": result["overhead"]["sparse"],
+        },
+    }
+    _cost_row(table, "step", total)
+    out.print(table)
+    lines = [_band(result), _where(result["parts"].values()), _clocks(result)]
+    for label, rate in result["tokens_per_second_by_clock"].items():
+        samples = result["samples_per_second_by_clock"][label]
+        lines.append(
+            f"{label}: dense {samples['dense']:,.4g} samples/s ({rate['dense']:,.0f} tokens/s), sparse "
+            f"{samples['sparse']['central']:,.4g} ({rate['sparse']['low']:,.0f} to {rate['sparse']['high']:,.0f} "
+            "tokens/s)."
+        )
+    for kind, m in result["mapping"].items():
+        again = "blocks computed again in the backward pass" if m["recompute"] else "activations kept"
+        joules = result["energy"][kind]["joules_per_token"]
+        lines.append(
+            f"{kind}: {m['passes']} x {m['micro_batch']} sequences a system, {m['columns']} columns, {m['replicas']} "
+            f"replicas, {m['local']} tokens a PE, {again}; {result['utilisation'][kind]:.1%} of fp16 peak, "
+            f"{joules[0]:.3g} to {joules[1]:.3g} J a token."
+        )
+    _print_lines(lines)
+    _print_sensitivity(result)
+    if result["comparison"]:
+        out.print(comparison_table(result["comparison"]))
+
+
+def comparison_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """CPU-measured speed-up, ideal and CS-2 estimate of a run's sparse phases."""
+    first = rows[0]
+    table = Table(
+        title=f"a training step, sparse against dense; {first['machine']} estimated, {first['central']}",
+        title_justify="left",
+    )
+    for column in (
+        "phase",
+        "sparsity",
+        "CPU, measured",
+        "ideal",
+        first["machine"],
+        "band",
+    ):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for row in rows:
+        measured = "{median:.2f}x".format(**row["cpu"]) if row["cpu"] else "-"
+        band = f"{row['cs2']['low']:.2f}-{row['cs2']['high']:.2f}x"
+        table.add_row(
+            row["phase"], f"{row['sparsity']:.4g}", measured, f"{row['ideal']:.2f}x",
+            f"{row['cs2']['central']:.2f}x", band,
+        )  # fmt: skip
+    return table
+
+
+# ---- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _cost_columns(table: Table, first: str) -> None:
+    for column in (first, "dense", "bound by", "sparse", "bound by", "speed-up", "overhead"):
+        left = column in (first, "bound by")
+        table.add_column(column, justify="left" if left else "right", no_wrap=left)
+
+
+def _cost_row(table: Table, name: str, pair: dict[str, Any]) -> None:
+    dense, sparse = pair["dense"], pair["sparse"]
+    ratio = f"{dense['cycles'] / sparse['cycles']:.2f}x" if sparse["cycles"] else "-"
+    table.add_row(
+        name, words.cycles(dense["cycles"]), dense["bound_by"], words.cycles(sparse["cycles"]), sparse["bound_by"],
+        ratio, f"{sparse['overhead']:.0%}",
+    )  # fmt: skip
+
+
+def _band(result: dict[str, Any]) -> str:
+    s = result["speedup"]
+    return (
+        f"Speed-up {s['central']:.2f}x ({result['central']}); {s['low']:.2f}x to {s['high']:.2f}x over start-ups of 0 "
+        f"to 10 cycles and all synchronisation policies; ideal {s['ideal']:.2f}x."
+    )
+
+
+def _where(pairs: Any) -> str:
+    parts: dict[str, float] = {}
+    for pair in pairs:
+        for name, cycles in pair["sparse"]["parts"].items():
+            parts[name] = parts.get(name, 0) + cycles
+    total = sum(parts.values())
+    shares = sorted(parts.items(), key=lambda item: -item[1])
+    return (
+        "Overhead is all but multiplying. Sparse time: "
+        + ", ".join(f"{name} {c / total:.0%}" for name, c in shares if c / total >= 0.005)
+        + "."
+    )
+
+
+def _clocks(result: dict[str, Any]) -> str:
+    return "; ".join(
+        f"at {label} dense {t['dense']:.4g} s, sparse {t['sparse']['central']:.4g} s"
+        for label, t in result["seconds"].items()
+    ) + ". Cycles are at {clock}.".format(**result)  # fmt: skip
+
+
+def _print_sensitivity(result: dict[str, Any]) -> None:
+    rows = [row for row in result.get("sensitivity", ()) if row["span"] >= 0.001]
+    if not rows:
+        return
+    table = Table(title="which unknown moves the speed-up most (one at a time)", title_justify="left")
+    for column in ("unknown", "speed-up at", "span"):
+        table.add_column(column, justify="right" if column == "span" else "left")
+    for row in rows:
+        values = ", ".join(f"{value}: {speedup:.2f}x" for value, speedup in row["speedup"].items())
+        table.add_row(row["unknown"], values, f"{row['span']:.1%}")
+    out.print(table)
+
+
+def _print_lines(lines: Sequence[str]) -> None:
+    for line in lines:
+        out.print(line, markup=False, highlight=False)

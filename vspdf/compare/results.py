@@ -1,0 +1,244 @@
+"""What the runs of a study show: means and paired differences over seeds, as JSON and CSV."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vspdf import ledger
+from vspdf.compare.definition import Arm, Study
+from vspdf.compare.tuning import Tuning, tuned
+from vspdf.config import resolve
+from vspdf.config.resolved import ResolvedConfig
+from vspdf.errors import UserError
+from vspdf.kernels import hardware
+from vspdf.report.comparison import Axis, at, curve, evaluated, paired, spread
+from vspdf.report.tables import LOSSES, main_axes
+from vspdf.runs.folder import COLUMNS, Run
+
+# -- what finished runs say -------------------------------------------------------------------------------------------
+
+
+def collect(study: Study, root: Path, jobs: int | None = None) -> dict[str, Any]:
+    """Results of a study, from whatever runs are finished in `root`.
+
+    Returns
+    -------
+    dict
+        `arms` (`name`, `phases`, `tuned`, `trials`, `runs` with `seed`, `val_loss`, `test_loss`, `seconds`, `flops` and
+        the `curve` of evaluations while training, ...), `paired` (`a`, `b`, `mean`, `low`, `high` of a − b on the test
+        text, `seeds`, `verdict`), `tasks` (`arms` with the `bleu` of their `runs`, `paired`), `complete`, and what the
+        figures depend on.
+
+    Raises
+    ------
+    UserError
+        If runs of a seed did not read the same tokens in the same order.
+    """
+    arms = [_arm(study, root, arm) for arm in study.arms.values() if not arm.untrained]
+    tasks = [_task(study, root, task) for task in study.tasks]
+    for some in (arms, *(task["arms"] for task in tasks)):
+        for seed in study.seeds:
+            orders = {run["order"]: arm["name"] for arm in some for run in arm["runs"] if run["seed"] == seed}
+            if len(orders) > 1:
+                raise UserError(f"runs of seed {seed} in '{root}' read different data ({', '.join(orders.values())}).")
+    first, axes = arms[0], main_axes(arms)
+    for arm in arms:
+        if arm["flops"] and first["flops"]:
+            arm["relative_flops"] = {name: total / first["flops"][name] for name, total in arm["flops"].items()}
+    runs = [run for arm in arms for run in arm["runs"]]
+    trained = [pair for pair in study.pairs if not any(study.arms[name].untrained for name in pair)]
+    machines = [run.pop("machine") for run in runs]
+    corpora = [run.pop("corpus") for run in runs]
+    return {
+        "study": study.name,
+        "about": study.about,
+        "complete": all(
+            len(arm["runs"]) == len(study.seeds) for some in (arms, *(task["arms"] for task in tasks)) for arm in some
+        ),
+        "seeds": list(study.seeds),
+        "tuning_seeds": list(study.tuning_seeds),
+        "arms": arms,
+        "paired": [_difference(_named(arms, a), _named(arms, b), "test_loss", axes) for a, b in trained],
+        "tasks": tasks,
+        "corpus": corpora[0] if corpora else None,
+        "jobs": jobs,
+        "command": study.command,
+        # Of the first run, as all of them are meant to have; of this process where none is finished.
+        **(machines[0] if machines else {"hardware": hardware.hardware(), "versions": hardware.versions()}),
+        "same_machine": all(machine == machines[0] for machine in machines),
+    }
+
+
+def _named(arms: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    return next(arm for arm in arms if arm["name"] == name)
+
+
+def _arm(study: Study, root: Path, arm: Arm) -> dict[str, Any]:
+    state = tuned(study, root, arm)
+    config = arm.configure(state.chosen or {}, study.seeds[0])
+    runs = []
+    if state.chosen is not None:
+        folders = [arm.folder(root, state.chosen, seed) for seed in study.seeds]
+        runs = [_run(folder) for folder in folders if {"test_loss", "diverged"} & Run(folder).evaluation.keys()]
+    whole = [run for run in runs if run["test_loss"] is not None]
+    return {
+        "name": arm.name,
+        "phases": [
+            {key: getattr(phase, key) for key in ("name", "sparsity", "steps", "tokens")} for phase in config.phases
+        ],
+        "tuned": state.chosen,
+        "at_the_edge": state.at_the_edge(arm),
+        "trials": [{"values": trial.values, "val_loss": _finite(trial.losses)} for trial in state.trials],
+        "test_loss": spread([run["test_loss"] for run in whole]),
+        "flops": {**whole[0]["flops"], **whole[0]["flops_by_convention"]} if whole else None,
+        "relative_flops": None,  # to the first arm's, by convention and column
+        "runs": runs,
+    }
+
+
+def _finite(losses: Sequence[float | None]) -> list[float | None]:
+    """Losses as JSON has them: null where a trial diverged or is not known."""
+    return [loss if loss is not None and math.isfinite(loss) else None for loss in losses]
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    """A finished run. Its curve is what was logged while it trained, on `train.eval_tokens` of the validation text."""
+    run = Run(folder)
+    known, shape = run.evaluation, run.shape
+    points = []
+    for point in evaluated(curve(run)):
+        stages = _stages_until(run.config, point["tokens"])
+        points.append({
+            **{key: point[key] for key in ("step", "tokens", "val_loss", "flops", "seconds", "cpu_seconds")},
+            "flops_by_convention": {
+                name: ledger.training_flops(shape, stages, convention=name) for name in ledger.CONVENTIONS
+            },
+        })  # fmt: skip
+    last = run.lines[-1] if run.lines else {"tokens": 0, "training_seconds": 0.0, "flops": dict.fromkeys(COLUMNS, 0)}
+    return {
+        "seed": run.config.seed,
+        **{key: known.get(key) for key in LOSSES},
+        **({"diverged": known["diverged"]} if "diverged" in known else {}),
+        "tokens": last["tokens"],
+        "seconds": last["training_seconds"],
+        "cpu_seconds": last.get("training_cpu_seconds"),  # None: the run, or its beginning, is older than the count
+        "threads": run.config.train.threads if run.config.train.device == "cpu" else None,
+        "load_average": known.get("load_average"),
+        "flops": last["flops"],
+        "flops_by_convention": points[-1]["flops_by_convention"] if points else None,
+        "order": run.manifest["order"],
+        "corpus": {key: run.manifest[key] for key in ("corpus", "tokenizer", "train", "validation", "test")},
+        "machine": {key: run.summary.get(key) for key in ("hardware", "versions")},
+        "parameters": shape.parameters,
+        "curve": points,
+    }
+
+
+def _stages_until(config: ResolvedConfig, tokens: float) -> list[tuple[float, float]]:
+    """(sparsity, tokens) of the stretches of a run until it had read so many tokens."""
+    stages: list[tuple[float, float]] = []
+    for sparsity, size in resolve.amounts(config):
+        here = min(tokens, size)
+        stages.append((sparsity, here))
+        tokens -= here
+    return stages
+
+
+def _task(study: Study, root: Path, name: str) -> dict[str, Any]:
+    """What every arm scores on a task after fine-tuning."""
+    task, arms, sizes = study.tasks[name], [], {}
+    copied = None
+    for arm in study.arms.values():
+        runs: list[dict[str, Any]] = []
+        chosen, state = tuned(study, root, arm).chosen, Tuning(None, [])
+        if chosen is not None:
+            fine = study.fine_tuning(arm, name, root, chosen)
+            state = tuned(study, root, fine)
+            for seed in study.seeds if state.chosen is not None else ():
+                run = Run(fine.folder(root, state.chosen or {}, seed))
+                if {"bleu", "diverged"} & (known := run.evaluation).keys():
+                    runs.append({"seed": seed, **_fine_tuned(run, known), "order": run.manifest["order"]})
+                    sizes = {key: run.manifest[key] for key in ("corpus", "samples", "train", "validation", "test")}
+                    copied = known.get("bleu_of_contexts", copied)
+        whole = [run for run in runs if run["bleu"] is not None]
+        arms.append({
+            "name": arm.name, "tuned": state.chosen, "at_the_edge": state.at_the_edge(study.fine_tunings[name]),
+            "trials": [{"values": trial.values, "val_loss": _finite(trial.losses)} for trial in state.trials],
+            "bleu": spread([run["bleu"] for run in whole]),
+            "test_loss": spread([run["test_loss"] for run in whole]), "runs": runs,
+        })  # fmt: skip
+    return {
+        "name": name, "protocol": task.protocol, "decoding": asdict(task.decoding), "sizes": sizes,
+        "bleu_of_contexts": copied, "arms": arms,
+        "paired": [_difference(_named(arms, a), _named(arms, b), "bleu") for a, b in study.pairs],
+    }  # fmt: skip
+
+
+def _fine_tuned(run: Run, known: dict[str, Any]) -> dict[str, Any]:
+    if "diverged" in known:
+        return {"diverged": known["diverged"], **dict.fromkeys(("bleu", "test_loss", "val_loss"))}
+    summary = run.summary
+    keys = ("bleu", "brevity_penalty", "hypothesis_length", "reference_length")
+    return {
+        **{key: known["bleu"][key] for key in keys}, **{key: known[key] for key in ("test_loss", "val_loss")},
+        "steps": summary["phases"][0]["steps"], "tokens": summary["tokens"],
+        "seconds": summary["phases"][0]["seconds"], "cpu_seconds": summary["cpu_seconds"],
+    }  # fmt: skip
+
+
+def _difference(a: dict[str, Any], b: dict[str, Any], key: str, axes: Sequence[Axis] = ()) -> dict[str, Any]:
+    """The difference a − b of `key` on the test part, seed by seed, on the seeds that both have finished.
+
+    `at_equal` has the differences of validation losses while training, where both had spent what the shorter one spent
+    in all, between evaluations.
+    """
+    theirs = {run["seed"]: run for run in b["runs"] if run[key] is not None}
+    both = [(run, theirs[run["seed"]]) for run in a["runs"] if run[key] is not None and run["seed"] in theirs]
+    differences = [mine[key] - other[key] for mine, other in both]
+    body = paired(differences)
+    return {
+        "a": a["name"], "b": b["name"],
+        "mean": body["mean"], "low": body["low"], "high": body["high"],
+        "seeds": [run["seed"] for run, _ in both], "differences": differences, "verdict": body["verdict"],
+        "at_equal": {axis.name: _at_equal(both, axis) for axis in axes} if both else {},
+    }  # fmt: skip
+
+
+def _at_equal(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], axis: Axis) -> dict[str, float | None]:
+    differences, budgets = [], []
+    for a, b in pairs:
+        budget = min(axis.value(run["curve"][-1]) for run in (a, b))
+        mine, theirs = at(a["curve"], axis, budget), at(b["curve"], axis, budget)
+        if mine is None or theirs is None:
+            return {"budget": budget, "mean": None, "low": None, "high": None}
+        differences.append(mine - theirs)
+        budgets.append(budget)
+    body = paired(differences)
+    return {"budget": statistics.fmean(budgets), **{key: body[key] for key in ("mean", "low", "high")}}
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def read(study: Study) -> dict[str, Any]:
+    """The results that are kept beside a study.
+
+    Raises
+    ------
+    UserError
+        If there are none.
+    """
+    try:
+        return json.loads(study.results.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"study '{study.name}' has no committed results: it was not run yet. `vspdf compare {study.path}` runs it."
+        ) from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{study.results} cannot be read: {error}.") from None

@@ -1,0 +1,106 @@
+"""One run of a study, in a process of its own: trains, evaluates, and for a task answers and scores.
+
+What is known at the end is kept in the run's directory; what is there already is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vspdf.config import loading, resolve
+from vspdf.config.resolved import ResolvedConfig, ResolvedTask
+from vspdf.data import pairs, source
+from vspdf.data.text import prepare
+from vspdf.errors import Diverged, Interrupted, UserError
+from vspdf.evaluate import answers
+from vspdf.evaluate.generate import Decoding
+from vspdf.evaluate.loss import evaluate
+from vspdf.interop import checkpoints, hugging_face
+from vspdf.interop.checkpoints import Loaded
+from vspdf.kernels.hardware import device
+from vspdf.model import GPT
+from vspdf.runs.folder import START, Run
+from vspdf.runs.writer import Writer
+from vspdf.train.trainer import train
+
+
+def work() -> None:
+    """Does what the first line of the input asks for; a signal comes at the input's end."""
+    order = json.loads(sys.stdin.readline())
+    threading.Thread(target=_stop_at_the_end_of_input, daemon=True).start()
+    from vspdf.kernels.hardware import keep_freed_memory
+
+    keep_freed_memory()
+    try:
+        _work(loading.build(order["config"], "the study"), order)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except Interrupted:
+        sys.exit(130)
+
+
+def _stop_at_the_end_of_input() -> None:
+    while os.read(0, 4096):  # not sys.stdin: its lock would be held when the interpreter ends
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _work(config: ResolvedConfig, order: dict[str, Any]) -> None:
+    folder = Path(config.run_dir)
+    run = Run(folder)
+    result = run.evaluation
+    if config.train.threads:  # the trainer sets it back when it is done
+        torch.set_num_threads(config.train.threads)
+    try:
+        if order["untrained"]:
+            loaded = _drawn(config, folder / START)
+        else:
+            if not run.finished:
+                train(config, resume=run.configured, say=lambda line: None)
+                result["load_average"] = os.getloadavg()[0]
+            loaded = checkpoints.load(folder, config.train.backend)
+        model = loaded.model.to(device(config.train.device, "train.device"))
+        data = source.prepare(config, loaded.tokenizer)
+        for part, text in {"val": data, **({"test": data.for_test()} if order["test"] else {})}.items():
+            if f"{part}_loss" in result:  # of a trial that is now a result
+                continue
+            found = evaluate(model, text, config.train.micro_batch_size, precision=config.train.precision)
+            result[f"{part}_loss"], result[f"{part}_bits_per_byte"] = found
+        if config.task and order["test"]:
+            result |= _answered(loaded, config.task, order["task"], folder)
+    except Diverged as error:
+        result = {"diverged": str(error)}
+    Writer(folder).evaluation(result)
+
+
+def _answered(loaded: Loaded, data: ResolvedTask, task: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Answers the test part of a task, keeps the answers, and scores them."""
+    assert loaded.tokenizer is not None
+    examples = pairs.parts(data)["test"]
+    prompts = answers.Prompts([example.context for example in examples], answering=True)
+    lines = answers.answer(loaded.model, loaded.tokenizer, prompts, Decoding(**task["decoding"])).lines
+    Writer(folder).answers(lines)
+    return answers.scored(lines, examples, task["protocol"])
+
+
+def _drawn(config: ResolvedConfig, folder: Path) -> Loaded:
+    """The initial weights of a seed, kept where fine-tuning finds them."""
+    if not folder.exists():
+        data = prepare(config.data, config.model.sequence_length, config.seed)
+        shape = resolve.model_shape(config.model, data.vocab_size)
+        model = GPT(shape, config.model.init_std, seed=config.seed, activation=config.model.activation)
+        draft = folder.with_name(".draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        hugging_face.write_hugging_face(model, data.tokenizer, draft)
+        draft.rename(folder)
+    return checkpoints.load(folder)

@@ -1,0 +1,238 @@
+"""Configurations read from YAML with `key=value` overrides, and written back."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from vspdf.config.resolve import resolve, resolve_model
+from vspdf.config.resolved import ResolvedConfig
+from vspdf.config.settings import Config, ModelConfig
+from vspdf.errors import UserError, did_you_mean
+
+_CEREBRAS = {"trainer", "runconfig", "train_input", "sparsity"}  # one of them is in each of its files
+
+
+def load(
+    source: str | Path, overrides: Sequence[str] = (), *, start: tuple[str, ModelConfig] | None = None
+) -> ResolvedConfig:
+    """Reads a configuration, applies overrides, fills in what follows from the rest, and checks it.
+
+    Parameters
+    ----------
+    source : path of a YAML file, or the name of a config that ships with vspdf ("quickstart")
+    overrides : sequence of "key=value"
+        Dotted keys; list items by index: ``phases.0.steps=100``.
+    start : (str, ModelConfig), optional
+        Fine-tuning: where the model to begin with is, and its shape; the configuration itself names none, or the same.
+
+    Returns
+    -------
+    ResolvedConfig
+        Frozen, and complete but for what the data tell.
+
+    Raises
+    ------
+    UserError
+        For a missing file, one of another program, an unknown key, a wrong type or an impossible value; one line
+        that names the key.
+    """
+    path = find_config(source)
+    return build(read_yaml(path), str(path), overrides, start=start)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds, interpolations not yet resolved.
+
+    Raises
+    ------
+    UserError
+        If it cannot be read or is no YAML.
+    """
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except OmegaConfBaseException as error:
+        raise _explained(error, str(path)) from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {_first_line(error)}.") from None
+
+
+def build(
+    body: Any, where: str, overrides: Sequence[str] = (), *, start: tuple[str, ModelConfig] | None = None
+) -> ResolvedConfig:
+    """As `load`, from what a file holds; `where` begins error messages."""
+    if isinstance(body, dict) and (theirs := sorted(_CEREBRAS & body.keys())):
+        raise UserError(
+            f"{where}: '{theirs[0]}' is a setting of the Cerebras stack: vspdf.interop.load_config reads such files."
+        )
+    try:
+        _check_form(body, Config, "", where)
+        tree = OmegaConf.merge(OmegaConf.structured(Config), body)
+    except OmegaConfBaseException as error:
+        raise _explained(error, where) from None
+    for override in overrides:
+        key, value = parse_override(override)
+        try:
+            _check_path(tree, key)
+            _check_form(OmegaConf.to_container(value)["value"], _hint(key), key, f"override '{override}'")  # type: ignore[call-overload,index]
+            OmegaConf.update(tree, re.sub(r"\.(\d+)", r"[\1]", key), value.value)
+        except OmegaConfBaseException as error:
+            raise _explained(error, f"override '{override}'") from None
+    try:
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise _explained(error, where) from None
+    assert isinstance(config, Config)
+    if start is not None:
+        config.start, model = start
+        found = dataclasses.asdict(resolve_model(model))
+        for key, value in found.items():
+            mine = getattr(config.model, key)
+            if key != "init_std" and mine not in (None, value, getattr(ModelConfig(), key)):
+                raise UserError(f"model.{key} = {mine}, but the model to start from has {value}: leave it out.")
+        config.model = ModelConfig(**found)
+    return resolve(config)
+
+
+def parse_override(override: str) -> tuple[str, DictConfig | ListConfig]:
+    """The dotted key of ``key=value``, and its value under "value".
+
+    Raises
+    ------
+    UserError
+        If it is not of that form, or the value is no YAML.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override '{override}' is not of the form key=value.")
+    try:
+        return key, OmegaConf.create(f"value: {text}") if text else OmegaConf.create({"value": ""})
+    except YAMLError:
+        raise UserError(f"override '{override}': its value is not valid YAML.") from None
+    except OmegaConfBaseException as error:
+        raise _explained(error, f"override '{override}'") from None
+
+
+def shipped(folder: str = "configs") -> list[Path]:
+    """Configurations, or what else is in a folder of YAML files, that come with vspdf."""
+    return sorted(Path(__file__).parents[1].glob(f"{folder}/*.yaml"))
+
+
+def find_config(source: str | Path, folder: str = "configs", what: str = "configuration") -> Path:
+    """Path of a configuration given by path or by the name of one that ships with vspdf."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    ours = {file.stem: file for file in shipped(folder)}
+    if str(source) in ours:
+        return ours[str(source)]
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; a {what} is a YAML file.")
+    near = [*ours, *(str(file) for file in path.parent.glob("*.yaml"))]
+    raise UserError(f"no {what} '{source}': neither a file nor one that ships.{did_you_mean(str(source), near)}")
+
+
+def to_yaml(config: ResolvedConfig) -> str:
+    """A resolved configuration as `load` reads it."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def to_dict(config: ResolvedConfig) -> dict[str, Any]:
+    """A resolved configuration as `build` takes it."""
+    body = dataclasses.asdict(config)
+    return body | {"phases": [phase | {"levels": list(phase["levels"])} for phase in body["phases"]]}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _keys(node: Any) -> list[str]:
+    return [str(key) for key in node] if isinstance(node, DictConfig) else []
+
+
+def _check_path(tree: Any, key: str) -> None:
+    """An override must name a setting that exists."""
+    node, seen = tree, ""
+    for part in key.split("."):
+        known = _keys(node) if not isinstance(node, ListConfig) else [str(i) for i in range(len(node))]
+        if part not in known:
+            what = f"{seen} has {len(known)} items, no" if isinstance(node, ListConfig) else "unknown setting"
+            hint = "" if isinstance(node, ListConfig) else did_you_mean(part, known)
+            raise UserError(f"{what} '{seen + '.' if seen else ''}{part}' (override {key}=...).{hint}")
+        node = node[int(part)] if isinstance(node, ListConfig) else node._get_node(part)
+        seen = f"{seen}.{part}" if seen else part
+
+
+def _hint(key: str) -> Any:
+    """Type of the setting that a dotted key names."""
+    hint: Any = Config
+    for part in key.split("."):
+        hint = get_args(hint)[0] if get_origin(hint) is list else get_type_hints(hint)[part]
+    return hint
+
+
+def _check_form(value: Any, hint: Any, key: str, where: str) -> None:
+    """Mappings, lists and keys must be those of the dataclasses; what single values are is left to OmegaConf."""
+    named = f"'{key}' must be" if key else "expected"
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: {named} a mapping of settings, not {_described(value)}.")
+        known = get_type_hints(hint)
+        for name, item in value.items():
+            path = f"{key}.{name}" if key else str(name)
+            if name not in known:
+                raise UserError(f"{where}: unknown setting '{path}'.{did_you_mean(str(name), known)}")
+            _check_form(item, known[name], path, where)
+    elif get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise UserError(f"{where}: {named} a list, not {_described(value)}.")
+        for i, item in enumerate(value):
+            _check_form(item, get_args(hint)[0], f"{key}.{i}", where)
+    elif value is None and type(None) not in get_args(hint):
+        raise UserError(f"{where}: '{key}' must not be empty.")
+
+
+def _described(value: Any) -> str:
+    kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
+    return kinds.get(type(value), f"'{value}'")
+
+
+def _explained(error: OmegaConfBaseException, where: str) -> UserError:
+    """OmegaConf's error in one line that names the key."""
+    key = re.sub(r"\[(\d+)\]", r".\1", error.full_key or str(error.key or ""))
+    return UserError(f"{where}: {f'{key!r}: ' if key else ''}{_first_line(error)}.")
+
+
+# A resumed run may differ in these: they do not touch the numbers.
+FREE_TO_CHANGE = {
+    "name", "run_dir", "data.cache_dir",
+    "train.log_every", "train.eval_every", "train.eval_tokens", "train.sample_tokens", "train.checkpoint_every",
+    "train.keep_checkpoints", "train.measure_dense", "train.tensorboard",
+}  # fmt: skip
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Settings in which two configurations differ, by dotted key: (in a, in b)."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted({*a, *b}):
+        old, new = a.get(key), b.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found.update(differences(old, new, f"{prefix}{key}."))
+        elif isinstance(old, list) and isinstance(new, list):
+            if len(old) != len(new):
+                return {prefix + key: (f"a list of {len(old)}", f"one of {len(new)}")}
+            numbered = [{str(i): item for i, item in enumerate(items)} for items in (old, new)]
+            found.update(differences(numbered[0], numbered[1], f"{prefix}{key}."))
+        elif old != new:
+            found[prefix + key] = (old, new)
+    return found

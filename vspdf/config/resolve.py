@@ -1,0 +1,278 @@
+"""From settings as written to those a run is taken with: what is left out follows, what cannot be is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import asdict
+
+from vspdf import shapes
+from vspdf.config.resolved import (
+    ResolvedConfig,
+    ResolvedData,
+    ResolvedModel,
+    ResolvedOptimizer,
+    ResolvedPhase,
+    ResolvedTask,
+    ResolvedTrain,
+)
+from vspdf.config.settings import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PhaseConfig,
+    TrainConfig,
+)
+from vspdf.errors import UserError, check_device, one_of, require
+
+
+def resolve(config: Config) -> ResolvedConfig:
+    """Every setting, those that follow from others included, and checked; `config` stays as it is.
+
+    Raises
+    ------
+    UserError
+        Naming the setting, its value and what was expected.
+    """
+    model = resolve_model(config.model)
+    train = _train(config.train)
+    optimizer = _optimizer(config.optimizer)
+    require(config.seed >= 0, f"seed must not be negative, is {config.seed}.")
+    require(bool(re.fullmatch(r"\w[\w.-]*", config.name)), f"name = '{config.name}' must be usable as a folder's name.")
+    require(
+        bool(config.phases), "phases: at least one phase is needed, e.g. [{sparsity: 0.9, steps: 250}, {steps: 50}]."
+    )
+    found = ResolvedConfig(
+        name=config.name,
+        run_dir=config.run_dir or f"runs/{config.name}",
+        init_from=config.init_from,
+        seed=config.seed,
+        start=config.start,
+        model=model,
+        data=_data(config, model.sequence_length),
+        optimizer=optimizer,
+        train=train,
+        phases=(),
+    )
+    for written in config.phases:
+        found = dataclasses.replace(found, phases=(*found.phases, _phase(written, found)))
+    return found
+
+
+def resolve_model(model: ModelConfig) -> ResolvedModel:
+    """What a preset or other keys tell of a model, with its sizes checked.
+
+    Raises
+    ------
+    UserError
+        Naming the setting, its value and what was expected.
+    """
+    sizes = {key: getattr(model, key) for key in ("n_layer", "d_model", "n_head", "sequence_length")}
+    d_ff, vocab_size = model.d_ff, model.vocab_size
+    if model.name is not None:
+        preset = asdict(shapes.named_shape(model.name))
+        sizes = {key: preset[key] if size is None else size for key, size in sizes.items()}
+        d_ff = preset["d_ff"] if d_ff is None else d_ff
+        vocab_size = preset["vocab_size"] if vocab_size is None else vocab_size
+    for key, size in sizes.items():
+        require(
+            size is not None,
+            f"model.{key} is not set; give it, or model.name for a preset "
+            "(fine-tuning: vspdf finetune CHECKPOINT CONFIG).",
+        )
+        require(size >= 1, f"model.{key} must be at least 1, not {size}.")
+    d_ff = 4 * sizes["d_model"] if d_ff is None else d_ff
+    require(d_ff >= 1, f"model.d_ff must be at least 1, not {d_ff}.")
+    require(vocab_size is None or vocab_size >= 1, f"model.vocab_size must be at least 1, not {vocab_size}.")
+    require(
+        sizes["d_model"] % sizes["n_head"] == 0,
+        f"model.n_head = {sizes['n_head']} does not divide model.d_model = {sizes['d_model']}.",
+    )
+    one_of("model.activation", model.activation, ("gelu", "gelu_tanh"))
+    require(0 < model.init_std < math.inf, f"model.init_std must be positive, not {model.init_std}.")
+    return ResolvedModel(
+        name=model.name, **sizes, d_ff=d_ff, vocab_size=vocab_size, activation=model.activation,
+        init_std=model.init_std,
+    )  # fmt: skip
+
+
+def _train(train: TrainConfig) -> ResolvedTrain:
+    one_of("train.precision", train.precision, ("fp32", "bf16"))
+    one_of("train.backend", train.backend, ("auto", "cpu", "reference", "triton"))
+    check_device("train.device", train.device)
+    for backend, device in (("cpu", "cuda"), ("triton", "cpu")):
+        require(
+            train.backend != backend or not train.device.startswith(device),
+            f"train.backend = '{backend}' does not run on train.device = '{train.device}'.",
+        )
+    micro = train.batch_size if train.micro_batch_size is None else train.micro_batch_size
+    found = ResolvedTrain(**{**vars(train), "micro_batch_size": micro})
+    for key in ("batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
+        require(getattr(found, key) >= 1, f"train.{key} must be at least 1, not {getattr(found, key)}.")
+    for key in ("eval_every", "eval_tokens", "sample_tokens", "checkpoint_every", "measure_dense"):
+        require(getattr(found, key) >= 0, f"train.{key} must not be negative, is {getattr(found, key)}.")
+    require(found.threads is None or found.threads >= 1, f"train.threads must be at least 1, not {found.threads}.")
+    return found
+
+
+def _optimizer(optimizer: OptimizerConfig) -> ResolvedOptimizer:
+    require(0 < optimizer.lr < math.inf, f"optimizer.lr must be positive, not {optimizer.lr}.")
+    for key in ("eps", "weight_decay", "clip"):
+        value = getattr(optimizer, key)
+        require(0 <= value < math.inf, f"optimizer.{key} must not be negative, is {value}.")
+    for key in ("beta1", "beta2"):
+        require(0 <= getattr(optimizer, key) < 1, f"optimizer.{key} must lie in [0, 1), not {getattr(optimizer, key)}.")
+    return ResolvedOptimizer(**vars(optimizer))
+
+
+def _data(config: Config, longest: int) -> ResolvedData:
+    """Text to pre-train on; or, of fine-tuning, a task to learn beside a model to start from, both or neither."""
+    data, found = config.data, resolve_data(config.data)
+    require(
+        config.start is None or data.path is not None,
+        "data.path is not set: give the task's file, data.path=FILE (DART, WebNLG, E2E, or JSONL).",
+    )
+    if data.path is None:
+        return found
+    require(config.init_from is None, "init_from is for pre-training; fine-tuning names its checkpoint first.")
+    require(config.start is not None, "data.path is for fine-tuning: vspdf finetune CHECKPOINT CONFIG data.path=FILE.")
+    require(not any(phase.sparsity for phase in config.phases), "fine-tuning is dense: phases must have no sparsity.")
+    return resolve_task(data, longest)
+
+
+def resolve_data(data: DataConfig) -> ResolvedData:
+    """Data of text as they are taken.
+
+    Raises
+    ------
+    UserError
+        Naming the setting, its value and what was expected.
+    """
+    first, fraction, test = data.first_sequence, data.validation_fraction, data.test_fraction
+    require(first is None or first >= 0, f"data.first_sequence must not be negative, is {first}.")
+    require(0 < fraction < 1, f"data.validation_fraction must lie between 0 and 1, is {fraction}.")
+    require(0 <= test < 1 - fraction, f"data.test_fraction must lie in [0, {1 - fraction:.4g}), is {test}.")
+    return ResolvedData(**vars(data))
+
+
+def resolve_task(data: DataConfig, longest: int) -> ResolvedTask:
+    """A task's data as they are taken for a model whose window is `longest` tokens.
+
+    Raises
+    ------
+    UserError
+        Naming the setting, its value and what was expected.
+    """
+    one_of("data.format", data.format, ("auto", "dart", "webnlg", "e2e", "jsonl"))
+    one_of("data.overlong", data.overlong, ("refuse", "cut", "drop"))
+    length = longest if data.length is None else data.length
+    require(
+        4 <= length <= longest,
+        f"data.length = {length} must lie between 4 and the model's sequence length of {longest}.",
+    )
+    return ResolvedTask(**{**vars(data), "length": length})
+
+
+def _phase(phase: PhaseConfig, run: ResolvedConfig) -> ResolvedPhase:
+    """The phase that follows those that `run` has."""
+    key, previous = f"phases.{len(run.phases)}", run.phases[-1] if run.phases else None
+    batch_size = run.train.batch_size if phase.batch_size is None else phase.batch_size
+    require(batch_size >= 1, f"{key}.batch_size must be at least 1, not {batch_size}.")
+    micro = min(run.train.micro_batch_size, batch_size)
+    steps = _steps(phase, key, batch_size * (run.data.length or run.model.sequence_length))
+    require(
+        batch_size % micro == 0,
+        f"train.micro_batch_size = {micro} does not divide {key}.batch_size = {batch_size}.",
+    )
+    amounts = dataclasses.replace(phase, steps=steps).resolved(key, previous, linear_layers(run.model))
+    one_of(f"{key}.decay", phase.decay, ("linear", "cosine", "constant"))
+    optimizer = run.optimizer
+    found = ResolvedPhase(
+        **vars(amounts),
+        tokens=steps * batch_size * (run.data.length or run.model.sequence_length),
+        lr=optimizer.lr if phase.lr is None else phase.lr,
+        lr_multiple=phase.lr_multiple,
+        s_mu_par=phase.s_mu_par,
+        lr_end=optimizer.lr / 10 if phase.lr_end is None else phase.lr_end,
+        decay=phase.decay,
+        warmup_steps=steps // (10 if previous else 20) if phase.warmup_steps is None else phase.warmup_steps,
+        batch_size=batch_size,
+        weight_decay=optimizer.weight_decay if phase.weight_decay is None else phase.weight_decay,
+        beta2=optimizer.beta2 if phase.beta2 is None else phase.beta2,
+    )
+    _check_rates(found, key)
+    return found
+
+
+def _steps(phase: PhaseConfig, key: str, step_tokens: int) -> int:
+    """Steps of a phase, from whichever of steps and tokens is given; both, where they agree."""
+    steps, tokens = phase.steps, phase.tokens
+    if steps is None and tokens is not None:
+        require(tokens >= 1, f"{key}.tokens must be at least 1, not {tokens}.")
+        return max(1, round(tokens / step_tokens))
+    if steps is None or tokens not in (None, steps * step_tokens):
+        raise UserError(f"{key} needs steps or tokens, one of them.")
+    require(steps >= 1, f"{key}.steps must be at least 1, not {steps}.")
+    return steps
+
+
+def _check_rates(phase: ResolvedPhase, key: str) -> None:
+    peak = phase.lr * phase.lr_multiple
+    require(phase.lr > 0 and phase.lr_multiple > 0 and peak < math.inf, f"{key}: lr and lr_multiple must be positive.")
+    require(
+        0 <= phase.lr_end <= peak,
+        f"{key}.lr_end = {phase.lr_end:.4g} must lie between 0 and the phase's peak, {peak:.4g} (lr · lr_multiple).",
+    )
+    require(
+        0 <= phase.warmup_steps <= phase.steps,
+        f"{key}.warmup_steps = {phase.warmup_steps} must lie between 0 and the phase's {phase.steps} steps.",
+    )
+    require(0 <= phase.weight_decay < math.inf, f"{key}.weight_decay must not be negative, is {phase.weight_decay}.")
+    require(0 <= phase.beta2 < 1, f"{key}.beta2 must lie in [0, 1), not {phase.beta2}.")
+
+
+def written(config: ResolvedConfig) -> Config:
+    """A resolved configuration as settings that say all of it, to be changed and resolved again."""
+    return Config(
+        name=config.name,
+        run_dir=config.run_dir,
+        init_from=config.init_from,
+        seed=config.seed,
+        start=config.start,
+        model=ModelConfig(**asdict(config.model)),
+        data=DataConfig(**asdict(config.data)),
+        optimizer=OptimizerConfig(**asdict(config.optimizer)),
+        train=TrainConfig(**asdict(config.train)),
+        phases=[PhaseConfig(**{**asdict(phase), "levels": list(phase.levels)}) for phase in config.phases],
+    )
+
+
+def model_shape(model: ResolvedModel, vocab_size: int | None = None) -> shapes.Shape:
+    """Shape of a configured model; `vocab_size` is the tokenizer's, for where the configuration leaves it open.
+
+    Raises
+    ------
+    UserError
+        If neither tells the size of the vocabulary.
+    """
+    vocab_size = vocab_size if model.vocab_size is None else model.vocab_size
+    if vocab_size is None:
+        raise UserError("model.vocab_size is not set, and no tokenizer tells it here: set it.")
+    return shapes.Shape(model.n_layer, model.d_model, model.n_head, model.d_ff, vocab_size, model.sequence_length)
+
+
+def linear_layers(model: ResolvedModel) -> dict[str, int]:
+    """The layers of a configured model that can be sparse, and how many weights each has."""
+    return shapes.linear_layers(model.n_layer, model.d_model, model.d_ff)
+
+
+def amounts(config: ResolvedConfig) -> list[tuple[float, float]]:
+    """(sparsity over all weights of the layers, tokens) of every stretch of a run, in order."""
+    layers = linear_layers(config.model)
+    return [
+        (phase.mean(layers, stage.sparsity), stage.steps * phase.tokens / phase.steps)
+        for phase in config.phases
+        for stage in phase.stages()
+    ]

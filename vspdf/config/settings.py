@@ -1,0 +1,120 @@
+"""Every setting and its default: dataclasses, read from YAML with `key=value` overrides.
+
+Defaults carry their reason. Training defaults are the published recipe of Cerebras-GPT (arXiv:2304.03208); those of the
+switch from sparse to dense come from small-scale studies (see docs/method.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vspdf.sparsity.schedule import Phase
+
+
+@dataclass
+class ModelConfig:
+    """A dense GPT-2-shaped GPT. `name` starts from a preset; other keys override it."""
+
+    name: str | None = None
+    n_layer: int | None = None
+    d_model: int | None = None
+    n_head: int | None = None
+    d_ff: int | None = None  # default 4 · d_model
+    sequence_length: int | None = None
+    vocab_size: int | None = None  # default: what the tokenizer needs
+    activation: str = "gelu"  # exact, as in Cerebras-GPT; "gelu_tanh": GPT-2's
+    init_std: float = 0.02  # published; narrow models want about 0.5 / sqrt(d_model)
+
+
+@dataclass
+class DataConfig:
+    """Text, its tokenizer and its order."""
+
+    # A file, a folder, FILE.jsonl, "hf:DATASET[:CONFIG]", or of the Python that runs this: "stdlib" (sources of
+    # top-level modules), "stdlib-all" (all sources, tests included), "stdlib-docs" (docstrings and help topics:
+    # English); several with " + " between them
+    corpus: str = "stdlib"
+    text_field: str = "text"  # of JSONL lines and Hugging Face rows
+    # "bytes", "bpe:VOCAB_SIZE" (trained on the corpus), "gpt2:FOLDER" (vocab.json, merges.txt) or a tokenizer.json
+    tokenizer: str = "bytes"
+    validation_fraction: float = 0.05  # of the text, held out as whole documents
+    test_fraction: float = 0.0  # likewise, for figures that no choice was made by; training and tuning never read it
+    repeat: bool = False  # False: running out of unseen samples is an error
+    # Fine-tuning: a file of contexts with completions instead of a corpus (see vspdf.tasks)
+    path: str | None = None
+    format: str = "auto"  # "dart", "webnlg", "e2e", "jsonl"
+    validation_path: str | None = None  # default: validation_fraction of the examples in `path`
+    length: int | None = None  # tokens of a context with its completion; default and limit: model.sequence_length
+    overlong: str = "refuse"  # what is longer: "refuse", "cut" (the end of the context) or "drop"
+    lower_relations: bool = False  # of triples, as the preparation script of the LoRA paper does for DART
+    # Where the stream of samples begins; default 0, and after init_from where that run stopped, if it had this text
+    first_sequence: int | None = None
+    cache_dir: str | None = None  # default: vspdf's folder in the user's cache
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW as published for Cerebras-GPT (arXiv:2304.03208)."""
+
+    lr: float = 6e-4  # peak, of dense training; phases scale it
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-9
+    weight_decay: float = 0.1
+    clip: float = 1.0  # global gradient norm; 0: off
+
+
+@dataclass
+class PhaseConfig(Phase):
+    """One stage of training: how much is kept (`vspdf.sparsity.schedule.Phase`), and how it learns.
+
+    Give `steps` or `tokens`.
+    """
+
+    tokens: int | None = None
+    lr: float | None = None  # peak; default optimizer.lr
+    lr_multiple: float = 1.0  # of `lr`; at 90 % about 3 (published, and best of 3, 5 and 8 in study "toy")
+    # SµPar (arXiv:2405.15743): learning rate of sparse weights x 1/density, their init x 1/sqrt(density)
+    s_mu_par: bool = False
+    lr_end: float | None = None  # default: a tenth of optimizer.lr, as published
+    decay: str = "linear"  # "linear", "cosine" or "constant"
+    warmup_steps: int | None = None  # default: a tenth of the phase after a switch, else 5 %
+    batch_size: int | None = None  # sequences a step; default train.batch_size
+    weight_decay: float | None = None
+    beta2: float | None = None
+
+
+@dataclass
+class TrainConfig:
+    """How a step is taken and what is measured beside it."""
+
+    batch_size: int = 8  # sequences a step
+    micro_batch_size: int | None = None  # sequences at a time (gradient accumulation); default batch_size
+    precision: str = "fp32"  # "fp32" or "bf16" (autocast)
+    device: str = "cpu"  # or "cuda", "cuda:1"
+    threads: int | None = None  # default: what torch uses
+    backend: str = "auto"  # of the sparse products: "auto", "cpu", "reference", "triton"
+    log_every: int = 10  # steps
+    eval_every: int = 100  # steps; 0: only at the end of each phase
+    eval_tokens: int = 65536  # of the validation text; 0: all of it
+    sample_tokens: int = 120  # of text generated at the end of each phase; 0: none
+    checkpoint_every: int = 200  # steps; 0: only at the end
+    keep_checkpoints: int = 2
+    measure_dense: int = 3  # dense steps timed beside each sparse phase, on the same batches; 0: off
+    tensorboard: bool = False
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    name: str = "run"
+    run_dir: str | None = None  # default runs/NAME
+    init_from: str | None = None  # a run, checkpoint or Hugging Face folder whose weights (and moments) to start from
+    seed: int = 0
+    start: str | None = None  # fine-tuning: the checkpoint or Hugging Face folder that it begins with
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    phases: list[PhaseConfig] = field(default_factory=list)

@@ -1,0 +1,1 @@
+"""Figures for people: numbers in words, charts as SVG, self-contained pages."""

@@ -1,0 +1,66 @@
+"""Loss and bits per byte of a model on what its run held out, or on a text of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vspdf.config.resolved import ResolvedConfig
+from vspdf.data import source
+from vspdf.data.text import Text
+from vspdf.data.tokenizer import Tokenizer
+from vspdf.errors import UserError
+from vspdf.evaluate.loss import Evaluation, evaluate
+from vspdf.model import GPT
+
+Progress = Callable[[int], None]
+
+
+def on_run(
+    model: GPT, tokenizer: Tokenizer | None, config: ResolvedConfig, sha256: str, progress: Callable[[int], Progress]
+) -> Evaluation:
+    """Mean loss over all that a run held out.
+
+    Parameters
+    ----------
+    config : ResolvedConfig
+        Of the run.
+    sha256 : str
+        Of the corpus that it trained on, as its checkpoint says.
+    progress : callable
+        Given the number of tokens of a held-out text, returns what is called with the number done.
+
+    Raises
+    ------
+    UserError
+        If the corpus is missing or has changed since.
+    """
+    data = source.prepare(config, tokenizer)
+    if data.manifest["corpus"]["sha256"] != sha256:
+        name = config.task.path if config.task else config.data.corpus
+        raise UserError(f"the corpus '{name}' has changed since the model was trained on it.")
+    told = (lambda done: None) if config.task else progress(data.manifest["validation"]["tokens"])
+    return evaluate(model, data, config.train.micro_batch_size, precision=config.train.precision, progress=told)
+
+
+def on_text(
+    model: GPT, tokenizer: Tokenizer, path: str, batch_size: int, progress: Callable[[int], Progress]
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Mean loss over a text of one's own, and what was read: name, bytes, documents, tokens.
+
+    Parameters
+    ----------
+    path : str
+        A file, a folder, or ``FILE.jsonl``.
+    batch_size : int
+        Sequences at a time.
+    progress : callable
+        As of `on_run`.
+
+    Raises
+    ------
+    UserError
+        If the text is missing or empty.
+    """
+    own = Text.read(path, tokenizer, model.shape.sequence_length)
+    return evaluate(model, own, batch_size, progress=progress(own.source["tokens"])), own.source

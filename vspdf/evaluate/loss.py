@@ -1,0 +1,70 @@
+"""Held-out loss and bits per byte."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from vspdf.data.samples import ValidationBatch
+
+
+class Evaluation(NamedTuple):
+    """Mean loss of a model over held-out text."""
+
+    loss: float  # nats per token
+    bits_per_byte: float  # of the text itself, so that tokenizers compare
+
+
+class HeldOut(Protocol):
+    """Data that a model can be evaluated on: batches of held-out text, always the same."""
+
+    def validation_batches(self, batch_size: int, max_tokens: int = 0) -> Iterator[ValidationBatch]: ...
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """Context of a configured `train.precision`."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    data: HeldOut,
+    batch_size: int,
+    max_tokens: int = 0,
+    precision: str = "fp32",
+    progress: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Mean loss of a model over the held-out documents, the same ones at every call.
+
+    Parameters
+    ----------
+    model : nn.Module
+        ``model(tokens, targets)`` gives the mean cross-entropy in nats per token.
+    data : Dataset, Text or Pairs
+    batch_size : int
+        Sequences at a time.
+    max_tokens : int
+        Stop after about this many; 0: all.
+    precision : {"fp32", "bf16"}
+    progress : callable
+        Called with the number of tokens done.
+    """
+    training = model.training
+    model.eval()
+    nats = tokens = text_bytes = 0.0
+    where = next(model.parameters()).device
+    with autocast(precision, where):
+        for inputs, targets, size in data.validation_batches(batch_size, max_tokens):
+            count = int((targets >= 0).sum())  # below: no target
+            nats += float(model(inputs.to(where), targets.to(where))) * count
+            tokens += count
+            text_bytes += size
+            progress(int(tokens))
+    model.train(training)
+    return Evaluation(nats / tokens, nats / math.log(2) / text_bytes)

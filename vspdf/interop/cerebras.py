@@ -1,0 +1,322 @@
+"""Configurations of the Cerebras stack, in either generation's form, as configurations of ours.
+
+The current form nests everything under ``trainer``; the older one has ``model``, ``optimizer``, ``runconfig`` and
+``sparsity`` side by side. What cannot be kept is refused by name: a run that differs in silence would be worse.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vspdf import shapes
+from vspdf.errors import UserError, did_you_mean
+from vspdf.interop.cerebras_sparsity import sparsity
+
+log = logging.getLogger("vspdf")
+_SIZES = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "num_heads": "n_head", "filter_size": "d_ff",
+          "max_position_embeddings": "sequence_length", "vocab_size": "vocab_size"}  # fmt: skip
+# What our GPT is, in their words; the first is their default where the key is absent.
+_MODEL = {
+    "position_embedding_type": ("learned",), "share_embedding_weights": (True,), "use_ffn_bias": (True,),
+    "use_projection_bias_in_attention": (True,), "use_ffn_bias_in_attention": (True,), "use_bias_in_output": (False,),
+    "nonlinearity": ("gelu",), "layer_norm_epsilon": (1e-5,),
+    "norm_type": ("layernorm",), "attention_type": ("scaled_dot_product",), "embedding_layer_norm": (False,),
+    "use_position_embedding": (True,), "norm_first": (True,), "fixed_sparse_attention": (None,), "moe_params": (None,),
+    "attention_inner_dim": (None,), "attention_sliding_window_length": (None,), "use_untied_layer_norm": (False,),
+}  # fmt: skip
+_DROPOUT = ("dropout_rate", "attention_dropout_rate", "embedding_dropout_rate", "residual_dropout_rate")
+# What speaks of their machine and its numbers, or is read elsewhere.
+_MODEL_BESIDE = ("name", "mixed_precision", "fp16_type", "use_bfloat16", "attention_module", "attention_softmax_fp32",
+                 "attention_kernel", "compute_eval_metrics", "loss_scaling", "loss_weight", "initializer",
+                 "embedding_initializer", "output_layer_initializer")  # fmt: skip
+_MUP = ("mup_base_hidden_size", "mup_base_filter_size", "embeddings_scale", "output_logits_scale",
+        "output_logits_alpha", "scale_qk_dot_by_d", "attention_logits_alpha", "adjust_learning_rate")  # fmt: skip
+_OPTIMIZER = ("optimizer_type", "betas", "beta1", "beta2", "eps", "weight_decay", "weight_decay_rate", "learning_rate",
+              "max_gradient_norm", "correct_bias", "adjust_learning_rate", "log_summaries", "loss_scaling_factor",
+              "initial_loss_scale", "steps_per_increase", "min_loss_scale", "max_loss_scale")  # fmt: skip
+
+
+def is_cerebras(body: Any) -> bool:
+    """Tells whether a YAML file's content is a configuration of the Cerebras stack."""
+    if not isinstance(body, dict):
+        return False
+    model = body.get("model")
+    return "trainer" in body or "runconfig" in body or (isinstance(model, dict) and "hidden_size" in model)
+
+
+def translate(body: Mapping[str, Any], where: str, fine_tuning: bool = False) -> dict[str, Any]:
+    """A configuration of ours, as YAML would hold it, without the text: theirs lies in files that are not read here.
+
+    Parameters
+    ----------
+    body : mapping
+        What the file holds.
+    where : str
+        For messages.
+    fine_tuning : bool
+        On pairs, of up to ``max_sequence_length`` tokens, instead of text.
+
+    Raises
+    ------
+    UserError
+        Naming the setting, if it asks for what cannot be done here.
+    """
+    init = _mapping(_mapping(body.get("trainer"), "trainer", where).get("init"), "trainer.init", where)
+    now = "trainer" in body
+    model = _model_block(body, where)
+    steps, data, extra = _current(body, init, where) if now else _older(body, where)
+    batch, length = _whole(data.get("batch_size"), "batch_size", where), data.get("max_sequence_length")
+    optimizer, rates = _optimizer(init if now else body, now, where)
+    n_layer = model.get("num_hidden_layers")
+    block = init.get("sparsity") if now else body.get("sparsity")
+    found = sparsity(block, n_layer if isinstance(n_layer, int) else 0, where, older=not now)
+    seed = found.pop("seed", None)
+    phase = {"steps": steps, **_rates(rates, steps, where), **found}
+    ours = _model(model, where)
+    if not fine_tuning and length not in (None, ours["sequence_length"]):
+        raise UserError(
+            f"{where}: train_input.max_sequence_length = {length} is not offered beside max_position_embeddings = "
+            f"{ours['sequence_length']}: text fills the model's window."
+        )
+    config = {
+        "model": ours,
+        "optimizer": optimizer,
+        "phases": [phase],
+        "data": {"length": length} if fine_tuning else {"corpus": "", "tokenizer": ""},
+        "train": {"batch_size": batch, "micro_batch_size": math.gcd(batch, 8), **extra},
+    }
+    seeds = (seed, body.get("seed"), init.get("seed"), _mapping(body.get("runconfig"), "runconfig", where).get("seed"))
+    seed = next((found for found in seeds if found is not None), None)
+    return config if seed is None else config | {"seed": seed}
+
+
+def architecture(body: Mapping[str, Any], where: str) -> tuple[dict[str, int], str, dict[str, Any]]:
+    """Sizes of the model of a configuration under our names, its activation, and its settings of µP.
+
+    Raises
+    ------
+    UserError
+        Naming the setting, if it asks for what our GPT does not have.
+    """
+    model = _model_block(body, where)
+    return _sizes(model, where), str(model.get("nonlinearity", "gelu")), {k: model[k] for k in _MUP if k in model}
+
+
+def _model_block(body: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    init = _mapping(_mapping(body.get("trainer"), "trainer", where).get("init"), "trainer.init", where)
+    return _mapping(init.get("model") if "trainer" in body else body.get("model"), "model", where)
+
+
+def _model(model: Mapping[str, Any], where: str) -> dict[str, Any]:
+    for key in _MUP:
+        if model.get(key) not in (None, False):
+            raise UserError(
+                f"{where}: model.{key} is µP, which is not trained here (vspdf convert takes over its weights)."
+            )
+    if model.get("dropout_rate") is None:
+        raise UserError(
+            f"{where}: model.dropout_rate is not set, which means 0.1 there; no dropout is offered: set it to 0."
+        )
+    for key in _DROPOUT:
+        if model.get(key) not in (None, 0):
+            raise UserError(f"{where}: model.{key} = {model[key]!r} is not offered; expected 0.0.")
+    found: dict[str, Any] = _sizes(model, where)
+    _check_loss(model, found["sequence_length"], where)
+    if (std := _std(model, "initializer", where)) is not None:
+        found["init_std"] = std
+        if (embedding := _std(model, "embedding_initializer", where)) not in (None, std):
+            raise UserError(f"{where}: model.embedding_initializer.std = {embedding} is not offered; expected {std}.")
+        output = _std(model, "output_layer_initializer", where)
+        wanted = std / math.sqrt(2 * found["n_layer"])
+        if output is not None and not math.isclose(output, wanted, rel_tol=0.01):
+            raise UserError(
+                f"{where}: model.output_layer_initializer.std = {output} is not offered; expected {wanted:.4g}, the "
+                "initializer's over the root of twice the layers."
+            )
+    return found
+
+
+def _sizes(model: Mapping[str, Any], where: str) -> dict[str, int]:
+    """Sizes of a model that computes what our GPT does."""
+    for key, allowed in _MODEL.items():
+        value = model.get(key, allowed[0])
+        if value is not None and value not in allowed:
+            raise UserError(f"{where}: model.{key} = {value!r} is not offered; expected {allowed[0]!r}.")
+    found: dict[str, int] = {}
+    for theirs, ours in _SIZES.items():
+        value = model.get(theirs)
+        if not isinstance(value, int) or isinstance(value, bool):
+            near = "" if theirs in model else did_you_mean(theirs, map(str, model))
+            raise UserError(f"{where}: model.{theirs} must be a whole number, not {value!r}.{near}")
+        found[ours] = value
+    known = (*_MODEL, *_DROPOUT, *_MUP, *_MODEL_BESIDE, *_SIZES)
+    _name_ignored("model", model, known, where)
+    return found
+
+
+def _name_ignored(what: str, block: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    if ignored := [f"{what}.{key}" for key in block if key not in known]:
+        log.warning("%s: settings that are not read here: %s.", where, ", ".join(ignored))
+
+
+def _check_loss(model: Mapping[str, Any], length: int, where: str) -> None:
+    """The loss is the mean over the targets here; of a batch of full windows, theirs by batch size may be the same."""
+    scaling, weight = model.get("loss_scaling", "num_tokens"), model.get("loss_weight", 1.0)
+    mean = {"num_tokens": 1.0, "batch_size": 1 / length}
+    if scaling not in mean or not isinstance(weight, int | float) or not math.isclose(weight, mean[scaling]):
+        raise UserError(
+            f"{where}: model.loss_scaling = {scaling!r} with loss_weight = {weight!r} is not offered; the loss is the "
+            f"mean over the targets: 'num_tokens' with 1.0, or 'batch_size' with 1 / {length}."
+        )
+
+
+def _std(model: Mapping[str, Any], key: str, where: str) -> float | None:
+    value = model.get(key)
+    if value is None:
+        return None
+    if (
+        not isinstance(value, dict)
+        or value.get("name") != "truncated_normal"
+        or not isinstance(value.get("std"), float)
+    ):
+        raise UserError(f"{where}: model.{key} must be a truncated_normal with a std, not {value!r}.")
+    return value["std"]
+
+
+def _current(body: Mapping[str, Any], init: Mapping[str, Any], where: str) -> tuple[int, Mapping, dict[str, Any]]:
+    """Steps, where the data come from, and how often what is done."""
+    loop = _mapping(init.get("loop"), "trainer.init.loop", where)
+    fit = _mapping(_mapping(body["trainer"], "trainer", where).get("fit"), "trainer.fit", where)
+    data = _mapping(fit.get("train_dataloader"), "trainer.fit.train_dataloader", where)
+    every = {
+        "checkpoint_every": _mapping(init.get("checkpoint"), "trainer.init.checkpoint", where).get("steps"),
+        "eval_every": loop.get("eval_frequency"),
+        "log_every": _mapping(init.get("logging"), "trainer.init.logging", where).get("log_steps"),
+    }
+    return (
+        _whole(loop.get("max_steps"), "trainer.init.loop.max_steps", where),
+        data,
+        {key: value for key, value in every.items() if value is not None},
+    )
+
+
+def _older(body: Mapping[str, Any], where: str) -> tuple[int, Mapping, dict[str, Any]]:
+    run = _mapping(body.get("runconfig"), "runconfig", where)
+    every = {"checkpoint_every": run.get("checkpoint_steps"), "eval_every": run.get("eval_frequency"),
+             "log_every": run.get("log_steps")}  # fmt: skip
+    return (
+        _whole(run.get("max_steps"), "runconfig.max_steps", where),
+        _mapping(body.get("train_input"), "train_input", where),
+        {key: value for key, value in every.items() if value is not None},
+    )
+
+
+def _optimizer(body: Mapping[str, Any], now: bool, where: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Our optimizer's settings, and the learning rate's stretches as {kind, start, end, steps}."""
+    stated = _mapping(body.get("optimizer"), "optimizer", where)
+    kind = next(iter(stated), "") if now else stated.get("optimizer_type", "")
+    if str(kind).lower() != "adamw":
+        raise UserError(f"{where}: optimizer '{kind}' is not offered; expected AdamW.")
+    settings = _mapping(stated[kind], f"optimizer.{kind}", where) if now else stated
+    for key, expected in (("correct_bias", True), ("adjust_learning_rate", None)):
+        if settings.get(key, expected) not in (None, expected):
+            raise UserError(f"{where}: optimizer.{key} = {settings[key]!r} is not offered; expected {expected!r}.")
+    _name_ignored("optimizer", settings, _OPTIMIZER, where)
+    betas = settings.get("betas") or [settings.get("beta1", 0.9), settings.get("beta2", 0.999)]
+    if not isinstance(betas, list) or len(betas) != 2:
+        raise UserError(f"{where}: optimizer.betas must be two numbers, not {betas!r}.")
+    clip = (_mapping(body.get("precision"), "precision", where) if now else settings).get("max_gradient_norm")
+    if now:
+        listed = body.get("schedulers") or []
+        listed = listed if isinstance(listed, list) else [listed]
+        rates = [item for entry in listed for item in _flat(entry)] or [_flat_rate(settings.get("learning_rate"))]
+    else:
+        stated_rate = settings.get("learning_rate")
+        rates = [_flat_rate(item) for item in (stated_rate if isinstance(stated_rate, list) else [stated_rate])]
+    found = {"beta1": betas[0], "beta2": betas[1], "eps": settings.get("eps", 1e-6), "clip": clip or 0.0,
+             "weight_decay": settings.get("weight_decay", settings.get("weight_decay_rate", 0.0))}  # fmt: skip
+    stretches = [_stretch(rate, where) for rate in rates]
+    found["lr"] = max(max(s["start"], s["end"]) for s in stretches)
+    return found, stretches
+
+
+def _flat(entry: Any) -> list[dict[str, Any]]:
+    """``{LinearLR: {...}}`` as ``{scheduler: Linear, ...}``; a SequentialLR as its parts."""
+    name, settings = next(iter(entry.items())) if isinstance(entry, dict) and entry else ("", {})
+    if name == "SequentialLR":
+        parts = settings.get("schedulers") if isinstance(settings, dict) else None
+        return [item for part in parts for item in _flat(part)] if isinstance(parts, list) else [{}]
+    return [{"scheduler": str(name).removesuffix("LR"), **(settings if isinstance(settings, dict) else {})}]
+
+
+def _flat_rate(rate: Any) -> dict[str, Any]:
+    return rate if isinstance(rate, dict) else {"scheduler": "Constant", "learning_rate": rate}
+
+
+def _stretch(rate: Mapping[str, Any], where: str) -> dict[str, Any]:
+    kind = str(rate.get("scheduler", "")).lower().removesuffix("lr").removesuffix("decay")
+    if kind not in ("linear", "cosine", "constant"):
+        raise UserError(
+            f"{where}: the learning rate's scheduler '{rate.get('scheduler')}' is not offered; expected Linear, "
+            "CosineDecay or Constant."
+        )
+    start = rate.get("initial_learning_rate", rate.get("learning_rate", rate.get("val")))
+    end = rate.get("end_learning_rate", start) if kind != "constant" else start
+    for value in (start, end):
+        if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+            raise UserError(f"{where}: a learning rate must be a number of at least 0, not {value!r}.")
+    return {"kind": kind, "start": float(start), "end": float(end), "steps": rate.get("total_iters", rate.get("steps"))}
+
+
+def _rates(stretches: list[dict[str, Any]], steps: int, where: str) -> dict[str, Any]:
+    """Warm-up and decay of a phase."""
+    warmup = 0
+    if len(stretches) > 1 and stretches[0]["kind"] == "linear" and stretches[0]["start"] == 0:
+        warmup = _whole(stretches[0]["steps"], "total_iters of the warm-up", where)
+        peak = stretches.pop(0)["end"]
+    else:
+        peak = stretches[0]["start"]
+    if len(stretches) != 1 or stretches[0]["start"] != peak:
+        raise UserError(f"{where}: the learning rate must warm up from 0 and then fall once, or stay.")
+    last = stretches[0]
+    if last["kind"] != "constant" and last["steps"] is not None and abs(warmup + last["steps"] - steps) > 1:
+        raise UserError(
+            f"{where}: the learning rate's schedule covers {warmup + last['steps']:,} steps, the run has {steps:,}."
+        )
+    return {"lr": peak, "lr_end": last["end"], "decay": last["kind"], "warmup_steps": warmup}
+
+
+def _mapping(value: Any, key: str, where: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {key} must be a mapping, not {value!r}.")
+    return value
+
+
+def _whole(value: Any, key: str, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{where}: {key} must be a whole number of at least 1, not {value!r}.")
+    return value
+
+
+def translated(body: Any, where: str, fine_tuning: bool) -> Any:
+    """A whole file of the Cerebras stack, or its ``sparsity`` block beside our settings, as settings of ours."""
+    if is_cerebras(body):
+        return {"name": re.sub(r"[^\w.-]", "-", Path(where).stem)} | translate(body, where, fine_tuning)
+    if not isinstance(body, dict) or "sparsity" not in body:
+        return body
+    body = dict(body)
+    block, phases, model = body.pop("sparsity"), body.get("phases"), body.get("model")
+    if not isinstance(phases, list) or not phases or not isinstance(phases[0], dict) or "sparsity" in phases[0]:
+        raise UserError(f"{where}: a sparsity block goes with phases, the first of which has no sparsity of its own.")
+    settings = model if isinstance(model, dict) else {}
+    n_layer = settings.get("n_layer") or (shapes.named_shape(settings["name"]).n_layer if "name" in settings else 0)
+    found = sparsity(block, n_layer if isinstance(n_layer, int) else 0, where, older=True)
+    seed = {"seed": found.pop("seed")} if "seed" in found else {}
+    return body | seed | {"phases": [phases[0] | found, *phases[1:]]}

@@ -1,0 +1,113 @@
+"""The one door to any checkpoint: ours, a run directory, a Hugging Face folder, the Cerebras stack's."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vspdf.data.tokenizer import Tokenizer, _mismatch
+from vspdf.errors import UserError, near_path
+from vspdf.interop.hugging_face import _configuration, read_configuration, read_theirs
+from vspdf.kernels.hardware import device as find_device
+from vspdf.model import GPT
+from vspdf.runs import checkpoint
+from vspdf.runs.folder import of_checkpoint
+from vspdf.shapes import Shape
+from vspdf.sparsity.surgery import sparsify
+
+log = logging.getLogger("vspdf")
+
+
+class Loaded(NamedTuple):
+    """A checkpoint in memory.
+
+    Attributes
+    ----------
+    model : GPT
+        Sparse layers as stored.
+    tokenizer : Tokenizer or None
+        None where nothing beside the weights tells it.
+    state : dict
+        At least `step` (0 for a Hugging Face folder), `model` (its shape) and `activation`; of a run also `corpus`.
+    """
+
+    model: GPT
+    tokenizer: Tokenizer | None
+    state: dict[str, Any]
+
+
+def kind(path: Path) -> str:
+    """Names what a path holds: "checkpoint" (of ours: a run directory or a step folder), "hugging-face" or "cerebras".
+
+    Raises
+    ------
+    UserError
+        If it is neither.
+    """
+    if not path.exists():
+        raise UserError(f"'{path}' not found.{near_path(path)}")
+    if checkpoint.is_ours(path):
+        return "checkpoint"
+    if (path / "config.json").is_file():
+        return "hugging-face"
+    if path.is_dir() and any(path.glob("*.mdl")):
+        return "cerebras"
+    raise UserError(
+        f"no checkpoint in '{path}': expected a run directory, one of its checkpoints/step-N folders, a Hugging Face "
+        "folder (config.json), or a folder with a checkpoint of the Cerebras stack (.mdl) and its YAML."
+    )
+
+
+def load(path: str | Path, backend: str = "auto", tokenizer: Tokenizer | None = None, device: str = "cpu") -> Loaded:
+    """Model, tokenizer and state of any checkpoint: of ours, a Hugging Face GPT-2 folder, or the Cerebras stack's.
+
+    Parameters
+    ----------
+    path : str or Path
+        Of a run directory the last checkpoint is taken.
+    backend : {"auto", "cpu", "reference", "triton"}
+        Of sparse layers.
+    tokenizer : Tokenizer, optional
+        Instead of the stored one.
+    device : str
+        "cpu", "cuda" or "cuda:1".
+
+    Raises
+    ------
+    UserError
+        If there is no checkpoint, it is damaged, it is of a model that our GPT does not cover, the tokenizer does not
+        match the model, or the device is not here.
+    """
+    where, path = find_device(device), Path(path)
+    if kind(path) != "checkpoint":
+        model, tokenizer, state, masks = read_theirs(path, tokenizer)
+        if masks:
+            sparsify(model, masks, backend=backend)
+        return Loaded(model.to(where), tokenizer, state)
+    stored = checkpoint.read(path)
+    state = stored.state
+    state.setdefault("activation", "gelu")
+    model = GPT(Shape(**state["model"]), activation=state["activation"])
+    stored.restore(model, backend)
+    file = of_checkpoint(stored.folder).tokenizer
+    if tokenizer is None and file.is_file():
+        tokenizer = Tokenizer.load(file)
+    if tokenizer is not None and tokenizer.vocab_size > model.shape.vocab_size:
+        raise _mismatch(tokenizer, f"the model of {stored.folder} has {model.shape.vocab_size}")
+    return Loaded(model.to(where), tokenizer, state)
+
+
+def shape_of(path: str | Path) -> tuple[Shape, str]:
+    """Shape and activation of any checkpoint, without its weights.
+
+    Raises
+    ------
+    UserError
+        As `load`, as far as it can be known without the weights.
+    """
+    path = Path(path)
+    if kind(path) != "checkpoint":
+        return read_configuration(*_configuration(path))[:2]
+    state = checkpoint.read_state(checkpoint.resolve(path))
+    return Shape(**state["model"]), state.get("activation", "gelu")

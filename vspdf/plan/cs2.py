@@ -1,0 +1,281 @@
+"""The one place where runs and plans meet the simulator: a run's phases, a layer or a step as asked for, a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vspdf.errors import UserError, did_you_mean
+from vspdf.runs.folder import Run
+from vspdf.runs.writer import Writer
+from vspdf.shapes import Shape, named_shape
+from vspdf.simulator import machine as machines
+from vspdf.simulator.aggregate.estimates import check_picture, plot_layer, simulate_layer, simulate_step, sweep_layer
+from vspdf.simulator.aggregate.layer import Weights
+from vspdf.simulator.aggregate.step import Model
+from vspdf.simulator.machine import Machine
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+def compare(folder: Path, machine: Machine | None = None) -> list[dict[str, Any]]:
+    """Compares a finished run with a CS-2, as `compare_phases` does, and keeps that as `comparison` in its summary.
+
+    Raises
+    ------
+    UserError
+        If the run is not finished, a file of it is broken, or its model's activations do not fit the wafer.
+    """
+    run = Run(folder).require(finished=True)
+    rows = compare_phases(machine or machines.load(), run.shape, _masks(run), run.summary["phases"])
+    Writer(folder).summary({**run.summary, "comparison": rows})
+    return rows
+
+
+def _masks(run: Run) -> list[Mapping[str, np.ndarray]]:
+    return [run.masks(index) for index in range(len(run.summary["phases"]))]
+
+
+def _batch(phase: Mapping[str, Any], shape: Shape) -> int:
+    """Sequences a step of a phase had."""
+    return max(1, round(phase["tokens"] / phase["steps"] / shape.sequence_length))
+
+
+def compare_phases(
+    machine: Machine, shape: Shape, masks: Sequence[Mapping[str, np.ndarray]], phases: Sequence[dict[str, Any]],
+    systems: int = 1,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """CPU-measured speed-up, ideal and CS-2 estimate of every sparse phase of a run, side by side.
+
+    Parameters
+    ----------
+    masks : sequence of mapping
+        Of every phase by layer, bool [out, in]; a sparse phase without any is simulated with positions by chance.
+    phases : sequence of dict
+        As in `summary.json`.
+    """
+    table = []
+    for phase, patterns in zip(phases, masks, strict=True):
+        if not phase["sparsity"]:
+            continue
+        batch = _batch(phase, shape)
+        if patterns:
+            model = Model.of_patterns(shape, patterns, batch, systems)
+        else:
+            model = Model.uniform(shape, batch, phase["sparsity"], systems)
+        result = simulate_step(machine, model, sensitivity=False)
+        flops = phase["flops"]
+        table.append(
+            {
+                "phase": phase["name"],
+                "sparsity": phase["sparsity"],
+                "cpu": phase.get("speedup"),
+                "ideal": flops["dense"] / flops["useful"],
+                "executed": flops["dense"] / flops["executed"],
+                "cs2": {key: result["speedup"][key] for key in ("low", "central", "high")},
+                "cs2_step_seconds": result["seconds"][result["clock"]],
+                "bound_by": result["bound_by"],
+                "central": result["central"],
+                "clock": result["clock"],
+                "machine": machine.name,
+                "mask": result["mask"],
+            }
+        )
+    return table
+
+
+# ---- as asked for, on the command line or in Python ------------------------------------------------------------------
+
+
+def layer_by_request(
+    machine: Machine, *, tokens: int | None = None, in_features: int | None = None, out_features: int | None = None,
+    sparsity: float = 0.9, run: str | Path | None = None, layer: str | None = None, level: str = "aggregate",
+    plot: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """`simulate_layer`, or `layer_events.event_layer` for ``level="event"``, by sizes or with a run's layer's mask.
+
+    `plot` draws speed-up over sparsity, or at the event level heat maps and a time line.
+
+    Raises
+    ------
+    UserError
+        For arguments that are missing or contradict each other, and as the two functions do.
+    """
+    if level not in ("aggregate", "event"):
+        raise UserError(f"`level` {level}: expected event or aggregate.")
+    if run is not None:
+        if in_features or out_features:
+            raise UserError("`run` gives the layer's size: leave `in_features` and `out_features` away.")
+        done = Run(Path(run)).require(finished=True)
+        masks = done.masks(0)
+        if layer is None:
+            raise UserError(f"`layer`: which of {', '.join(masks) or 'none: the run was dense'}?")
+        if layer not in masks:
+            raise UserError(f"'{run}' has no sparse layer '{layer}'.{did_you_mean(layer, masks)}")
+        mask = masks[layer]
+        weights = Weights(mask.shape[0], mask.shape[1], float(mask.mean()), mask)
+        tokens = tokens or _batch(done.summary["phases"][0], done.shape) * done.shape.sequence_length
+    elif tokens is None or in_features is None or out_features is None:
+        raise UserError(
+            "expected `tokens`, `in_features` and `out_features` (e.g. 65536, 12288, 12288), or `run` and `layer`."
+        )
+    else:
+        if not 0 <= sparsity < 1:
+            raise UserError(f"sparsity must lie in [0, 1), not {sparsity}.")
+        weights = Weights(out_features, in_features, 1 - sparsity)
+    if min(weights.in_features, weights.out_features, tokens) < 1:
+        raise UserError("`in_features`, `out_features` and `tokens` must be at least 1.")
+    if level == "event":
+        from vspdf.simulator.events.layer import event_layer  # needs the compiled core
+
+        return event_layer(machine, weights, tokens, plot)
+    if plot is not None:
+        check_picture(plot)
+    result = simulate_layer(machine, weights, tokens)
+    if plot is not None:
+        plot_layer(machine, sweep_layer(machine, weights.in_features, weights.out_features, tokens), plot)
+    return result
+
+
+def step_by_request(
+    machine: Machine, *, model: str | Shape | None = None, run: str | Path | None = None, batch: int | None = None,
+    sequence: int | None = None, systems: int = 1, sparsity: float | None = None, level: str = "aggregate",
+) -> dict[str, Any]:  # fmt: skip
+    """`simulate_step` of a model (a name of `ledger.MODELS` or a shape) or of a finished run.
+
+    Without a `sparsity`, a run's own masks count, and a model is dense. ``comparison`` of a run holds `compare_phases`.
+
+    Raises
+    ------
+    UserError
+        For arguments that are missing or wrong, and as `simulate_step` does.
+    """
+    if level != "aggregate":
+        raise UserError(f"`level` {level}: a training step is simulated at the aggregate level only.")
+    for name, value in (("batch", batch), ("sequence", sequence), ("systems", systems)):
+        if value is not None and value < 1:
+            raise UserError(f"`{name}` must be at least 1, not {value}.")
+    if (model is None) == (run is None):
+        raise UserError("expected `model` NAME or `run` RUN, one of them.")
+    done = Run(Path(run)).require(finished=True) if run is not None else None
+    masks = _masks(done) if done else []
+    shape = done.shape if done else named_shape(model) if isinstance(model, str) else model
+    assert shape is not None
+    if sequence is not None:
+        shape = replace(shape, sequence_length=sequence)
+    if batch is None and done:
+        batch = _batch(done.summary["phases"][0], done.shape)
+    if batch is None:
+        raise UserError("`batch`: how many sequences does a step of this model have?")
+    if done and sparsity is None and masks[0]:
+        what = Model.of_patterns(shape, masks[0], batch, systems)
+    else:
+        what = Model.uniform(shape, batch, sparsity or 0.0, systems)
+    result = simulate_step(machine, what)
+    result["comparison"] = compare_phases(machine, done.shape, masks, done.summary["phases"]) if done else []
+    return result
+
+
+ESTIMATES: dict[str, Callable[..., dict[str, Any]]] = {"layer": layer_by_request, "step": step_by_request}
+
+
+def simulate(
+    program: str, *, machine: str | Path | Machine = "cs2", settings: Iterable[str] | Mapping[str, Any] = (),
+    level: str = "auto", trace: str | Path | None = None, plot: str | Path | None = None, **arguments: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Runs a program on a simulated wafer and returns its figures.
+
+    Parameters
+    ----------
+    program : {"spmm", "gemm", "gemv", "reduce", "layer", "step"}
+        Its arguments are those of `vspdf simulate PROGRAM` with underscores, e.g.
+        ``simulate("reduce", pes=512, elements=4096, group=32)``; of a layer ``in_features`` and ``out_features``.
+    machine : str or path
+        A machine by name, or a YAML file of one's own.
+    settings : list of "key=value", or mapping
+        Machine parameters to change.
+    level : {"auto", "event", "aggregate"}
+        "event" moves every wavelet and computes every value; "aggregate" is the closed form of the same program.
+        "auto" takes the event level where it ends within seconds.
+    trace : path, optional
+        Write a Chrome (Perfetto) trace here; takes the event level.
+    plot : path, optional
+        Draw heat maps per PE and a time line here (.html, .png); takes the event level. Of a layer at the aggregate
+        level: speed-up over sparsity (.png).
+
+    Returns
+    -------
+    dict
+        Cycles and what else the program reports, ``seconds`` at both clocks, ``level`` and ``why``.
+
+    Raises
+    ------
+    UserError
+        For an unknown program, machine, parameter or argument, and for what does not fit the machine.
+    """
+    from vspdf.simulator import simulate as programs  # needs the compiled core
+
+    chosen = machines.load(machine, settings)
+    if program not in programs.PROGRAMS and program not in ESTIMATES:
+        raise UserError(f"unknown program '{program}'.{did_you_mean(program, [*programs.PROGRAMS, *ESTIMATES])}")
+    if program in programs.PROGRAMS:
+        return programs.simulate(program, machine=chosen, level=level, trace=trace, plot=plot, **arguments)
+    programs.check_level(level)
+    if trace is not None or (plot is not None and program == "step"):
+        raise UserError(f"a {program} is not drawn so: leave trace{' and plot' if program == 'step' else ''} away.")
+    if plot is not None:
+        arguments["plot"] = Path(plot)
+    try:
+        return ESTIMATES[program](chosen, level="aggregate" if level == "auto" else level, **arguments)
+    except TypeError as error:
+        raise UserError(f"simulate('{program}'): {str(error).split('()', 1)[-1].strip()}.") from None
+
+
+# ---- a plan ----------------------------------------------------------------------------------------------------------
+
+
+def on_cs2(shape: Shape, batch: int, stages: Sequence[tuple[float, int]], dense_steps: int) -> dict[str, Any]:
+    """Simulated seconds of a planned run and of its dense run on one CS-2.
+
+    Parameters
+    ----------
+    shape : Shape
+    batch : int
+        Sequences of a step.
+    stages : sequence of (sparsity, steps)
+        Of the planned run.
+    dense_steps : int
+        Of the dense run.
+
+    Returns
+    -------
+    dict
+        `step_seconds` of every stage, `seconds` of both runs (`low`, `central` and `high` of the planned one), and the
+        `machine`, `clock` and `central` case they are of.
+
+    Raises
+    ------
+    UserError
+        If the model's activations do not fit the wafer.
+    """
+    wafer, steps = machines.load(), {}
+    for sparsity in {sparsity for sparsity, _ in stages}:
+        steps[sparsity] = simulate_step(wafer, Model.uniform(shape, batch, sparsity), sensitivity=False)
+    some = next(iter(steps.values()))
+    second = lambda sparsity, key: steps[sparsity]["seconds"][some["clock"]]["sparse"][key]  # noqa: E731
+    return {
+        "machine": some["machine"],
+        "clock": some["clock"],
+        "central": some["central"],
+        "step_seconds": [second(sparsity, "central") for sparsity, _ in stages],
+        "seconds": {
+            "dense": dense_steps * some["seconds"][some["clock"]]["dense"],
+            "planned": {
+                key: sum(n * second(sparsity, key) for sparsity, n in stages) for key in ("low", "central", "high")
+            },
+        },
+    }

@@ -1,0 +1,293 @@
+"""What a run will cost before it is run: phases, tokens, FLOPs, memory, time; and the other way, the run for a wish.
+
+A plan compares against one dense run (`Plan.dense`) and says which. Arithmetic only, without torch; time on this
+machine is measured by `vspdf.calibrate`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vspdf import ledger
+from vspdf.bench.calibrate import Calibration
+from vspdf.config import resolve
+from vspdf.config.resolved import ResolvedConfig
+from vspdf.config.settings import PhaseConfig
+from vspdf.errors import UserError, did_you_mean
+from vspdf.plan.cs2 import on_cs2
+from vspdf.plan.models import _dense_run, _source
+from vspdf.plan.wish import SPLITS, _Wish, state_bytes
+from vspdf.shapes import Shape
+from vspdf.sparsity import schedule
+
+LR_MULTIPLE = 3.0  # of both its stages: 3.6e-4 against the dense run's 1.2e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlannedPhase:
+    """A phase, or the dense run. `state_bytes` is the whole model's, as the function of that name counts it."""
+
+    name: str
+    sparsity: float
+    steps: int
+    tokens: int
+    flops: float
+    state_bytes: float
+    step_seconds: float | None  # None: not measured
+
+    @property
+    def seconds(self) -> float | None:
+        return None if self.step_seconds is None else self.step_seconds * self.steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found. `config` is the configuration that trains it; `notes` are sentences for the reader."""
+
+    model: str
+    shape: Shape
+    convention: str
+    causal: bool
+    dense: PlannedPhase
+    baseline: str  # which dense run that is
+    phases: list[PlannedPhase]
+    config: ResolvedConfig
+    calibration: Calibration | None
+    notes: list[str]
+
+    @property
+    def tokens(self) -> int:
+        return sum(phase.tokens for phase in self.phases)
+
+    @property
+    def flops(self) -> float:
+        """Of the planned run, under `convention`."""
+        return sum(phase.flops for phase in self.phases)
+
+    @property
+    def flops_saved_fraction(self) -> float:
+        return 1 - self.flops / self.dense.flops
+
+    @property
+    def effective_sparsity(self) -> float:
+        """Weight-FLOPs saved against the dense run."""
+        return schedule.effective_sparsity(self.dense.tokens, self._stages())
+
+    @property
+    def time_average_sparsity(self) -> float:
+        return schedule.time_average_sparsity(self._stages())
+
+    @property
+    def sparse_fraction(self) -> float:
+        """Share of the run's tokens that its sparsest phase takes."""
+        most = max(phase.sparsity for phase in self.phases)
+        return sum(phase.tokens for phase in self.phases if phase.sparsity == most) / self.tokens
+
+    @property
+    def token_ratio(self) -> float:
+        return self.tokens / self.dense.tokens
+
+    @property
+    def state_bytes(self) -> float:
+        """Peak over the phases."""
+        return max(phase.state_bytes for phase in self.phases)
+
+    @property
+    def seconds(self) -> float | None:
+        """On this machine; None: not measured."""
+        parts = [phase.seconds for phase in self.phases]
+        return None if None in parts else sum(part for part in parts if part is not None)
+
+    def _stages(self) -> list[tuple[float, float]]:
+        return [(phase.sparsity, phase.tokens) for phase in self.phases]
+
+    def by_convention(self) -> dict[str, dict[str, float]]:
+        """``{convention: {"dense", "planned", "saved_fraction"}}``, FLOPs."""
+        table = {}
+        for name in ledger.CONVENTIONS:
+            dense, planned = (
+                ledger.training_flops(self.shape, stages, convention=name, causal=self.causal)
+                for stages in ([(0.0, self.dense.tokens)], self._stages())
+            )
+            table[name] = {"dense": dense, "planned": planned, "saved_fraction": 1 - planned / dense}
+        return table
+
+    def on_cs2(self) -> dict[str, Any]:
+        """As `vspdf.plan.cs2.on_cs2` estimates it.
+
+        Raises
+        ------
+        UserError
+            If the model's activations do not fit the wafer.
+        """
+        stages = [(phase.sparsity, phase.steps) for phase in self.phases]
+        return on_cs2(self.shape, self.config.train.batch_size, stages, self.dense.steps)
+
+    def _cs2(self) -> dict[str, Any] | None:
+        try:
+            return self.on_cs2()
+        except UserError:
+            return None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "parameters": self.shape.parameters,
+            "convention": self.convention,
+            "causal": self.causal,
+            "dense_run": {**asdict(self.dense), "origin": self.baseline},
+            "phases": [asdict(phase) for phase in self.phases],
+            "flops": {"dense": self.dense.flops, "planned": self.flops},
+            "flops_saved_fraction": self.flops_saved_fraction,
+            "flops_by_convention": self.by_convention(),
+            "effective_sparsity": self.effective_sparsity,
+            "time_average_sparsity": self.time_average_sparsity,
+            "sparse_fraction": self.sparse_fraction,
+            "token_ratio": self.token_ratio,
+            "state_bytes": {"dense": self.dense.state_bytes, "planned": self.state_bytes},
+            "seconds": {"dense": self.dense.seconds, "planned": self.seconds} if self.calibration else None,
+            "calibration": asdict(self.calibration) if self.calibration else None,
+            "cs2": self._cs2(),
+            "notes": self.notes,
+        }
+
+
+def plan(
+    model: str | Path,
+    *,
+    sparsity: float | None = None,
+    effective: float | None = None,
+    split: str | None = None,
+    phases: Sequence[tuple[float, int]] | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    convention: str = "vspdf",
+    causal: bool = False,
+    save: float | None = None,
+    memory: float | None = None,
+    hours: float | None = None,
+    time: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Plan:
+    """Plans a run against its dense run.
+
+    Without `sparsity`, `effective`, `phases` or a wish: a configuration's own phases, else the published 0.9 and 0.75.
+
+    Parameters
+    ----------
+    model : str
+        A key of `ledger.MODELS`, a configuration of ours (path or shipped name), or a Hugging Face folder.
+    sparsity : float in [0, 1)
+        Of the first stage. Alone: of the whole run, as in SPDF.
+    effective : float
+        Weight-FLOPs to save against the dense run; the second stage, dense, takes what is left.
+    split : {"add-on", "fixed-budget"}
+        As many sparse steps as the dense run has and dense ones on top (published, the default), or the dense run's
+        steps in all.
+    phases : sequence of (sparsity, steps)
+        Explicit stages, any number, each at most as sparse as the one before.
+    steps, batch_size : int
+        Of the dense run. Default: the published run, the tokens of the phases given, or 20 tokens a parameter.
+    convention : str
+        A key of `ledger.CONVENTIONS`.
+    causal : bool
+        Count half of the attention products.
+    save : float in (0, 1)
+        Wish: this fraction of the dense run's FLOPs is saved, under `convention`.
+    memory : float
+        Wish: the training state fits into so many gigabytes (10⁹ bytes) in every phase.
+    hours : float
+        Wish: the run ends within so many hours on this machine; measures.
+    time : bool
+        Measure this machine's speed (`calibrate`): seconds; at billions of parameters most of a minute.
+    progress : callable
+        Receives a line at a time while measuring.
+
+    Raises
+    ------
+    UserError
+        For an unknown model, contradicting arguments, impossible values, or a wish that cannot come true; the message
+        names the nearest that can.
+    """
+    if split is not None and phases is not None:
+        raise UserError(f"phases leave nothing to split: give them, or split = '{split}'.")
+    split = "add-on" if split is None else split
+    _check_arguments(sparsity, effective, split, phases, save, memory, hours, steps, batch_size)
+    source = _source(model)
+    shape, settings = source.shape, source.settings
+    own = bool(source.phases) and sparsity is effective is phases is save is memory is hours is None
+    if batch_size and source.phases:
+        raise UserError(f"the batch size of {model} is in that file (train.batch_size): `batch_size` is for models.")
+    planned = sum(n for _, n in phases) if phases else None
+    dense_steps, baseline = _dense_run(source, shape, steps, batch_size, planned)
+    step_tokens = settings.train.batch_size * shape.sequence_length
+    run = _Wish(shape, dense_steps, step_tokens, split, sparsity, effective, convention, causal, progress)
+
+    if not own:
+        stages = list(phases) if phases is not None else run.stages(save, memory, hours)
+        multiple = LR_MULTIPLE if any(s for s, _ in stages) else 1.0
+        settings.phases = [PhaseConfig(sparsity=s, steps=n, lr_multiple=multiple) for s, n in stages if n]
+    config = resolve.resolve(settings)
+    if time:
+        run.measure([sparsity for sparsity, _ in resolve.amounts(config)])
+
+    def stage(name: str, s: float, steps: int, tokens: int) -> PlannedPhase:
+        flops = ledger.training_flops(shape, [(s, tokens)], convention=convention, causal=causal)
+        seconds = run.calibration.step_seconds(shape, s, tokens // steps) if run.calibration else None
+        return PlannedPhase(name, s, steps, tokens, flops, state_bytes(shape, s), seconds)
+
+    return Plan(
+        source.name, shape, convention, causal,
+        stage("dense run", 0.0, dense_steps, dense_steps * step_tokens), baseline,
+        [
+            stage(f"{p.name} {s.sparsity:.4g}" if len(p.stages()) > 1 else p.name,
+                  p.mean(resolve.linear_layers(config.model), s.sparsity),
+                  s.steps, s.steps * p.tokens // p.steps)
+            for p in config.phases
+            for s in p.stages()
+        ],
+        config, run.calibration, run.notes,
+    )  # fmt: skip
+
+
+def _check_arguments(
+    sparsity: float | None,
+    effective: float | None,
+    split: str,
+    phases: Sequence[tuple[float, int]] | None,
+    save: float | None,
+    memory: float | None,
+    hours: float | None,
+    steps: int | None,
+    batch_size: int | None,
+) -> None:
+    if split not in SPLITS:
+        raise UserError(f"unknown split '{split}'.{did_you_mean(split, SPLITS)}")
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise UserError(f"sparsity must lie in [0, 1), not {sparsity}.")
+    if effective is not None and not 0 <= effective < 1:
+        raise UserError(f"effective sparsity must lie in [0, 1), not {effective}.")
+    wishes = {"save": save, "memory": memory, "hours": hours}
+    given = [wish for wish, value in wishes.items() if value is not None]
+    if len(given) > 1:
+        raise UserError(f"one wish at a time: {' and '.join(given)} were given.")
+    if given and phases is not None:
+        raise UserError(f"phases say all that {given[0]} would find out: give one of them.")
+    if phases is not None and (sparsity is not None or effective is not None):
+        raise UserError("phases leave nothing to split: give them, or sparsity and effective sparsity.")
+    if effective is not None and (save is not None or hours is not None):
+        raise UserError(f"effective sparsity is what {given[0]} finds: give one of them.")
+    if save is not None and not 0 < save < 1:
+        raise UserError(f"save must lie between 0 and 1 (a fraction of the dense run's FLOPs), not {save}.")
+    for what, value in {"memory": memory, "hours": hours, "steps": steps, "batch size": batch_size}.items():
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{what} must be positive, not {value}.")

@@ -1,0 +1,79 @@
+"""A plan as a configuration that `vspdf train` takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from vspdf.config import resolve
+from vspdf.config.settings import Config
+from vspdf.errors import UserError
+
+if TYPE_CHECKING:
+    from vspdf.plan.planner import Plan
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The configuration that trains it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write(found: Plan, path: str | Path) -> None:
+    """Writes the YAML that `vspdf train` runs: what differs from the defaults and does not follow from other settings.
+
+    Raises
+    ------
+    UserError
+        If the file exists or cannot be written.
+    """
+    path = Path(path)
+    config = resolve.written(found.config)
+    if re.fullmatch(r"\w[\w.-]*", path.stem):
+        config.name, config.run_dir = path.stem, None
+    _drop_what_follows(config)
+    body = OmegaConf.to_yaml(OmegaConf.create(_differing(config, Config())))
+    text = (
+        f"# Planned by `vspdf plan` for {found.model}: {found.flops_saved_fraction:.2%} fewer training FLOPs "
+        f"(convention {found.convention})\n# than a dense run of {found.baseline}.\n"
+        "# lr_multiple is the published one at 90 % sparsity: lower it for milder ones. Your own text: data.corpus.\n"
+    )
+    try:
+        with path.open("x") as stream:
+            stream.write(text + body)
+    except FileExistsError:
+        raise UserError(f"'{path}' exists and is not overwritten: give another name.") from None
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be written: {error.strerror}.") from None
+
+
+def _drop_what_follows(config: Config) -> None:
+    """Empties, in place, every setting that resolving would fill in again."""
+    whole = resolve.resolve(config)
+    for phase in config.phases:
+        phase.tokens = None  # rather than steps
+    parts: list[Any] = [config, config.model, config.train, *config.phases]
+    for part in parts:
+        for f in dataclasses.fields(part):
+            value = getattr(part, f.name)
+            if f.default is not None or value is None:
+                continue
+            setattr(part, f.name, None)
+            try:
+                follows = resolve.resolve(config) == whole
+            except UserError:
+                follows = False
+            if not follows:
+                setattr(part, f.name, value)
+
+
+def _differing(value: Any, default: Any) -> Any:
+    """Settings that are not at their default."""
+    if isinstance(value, list):
+        return [_differing(item, type(item)()) for item in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    pairs = {f.name: (getattr(value, f.name), getattr(default, f.name)) for f in dataclasses.fields(value)}
+    return {name: _differing(mine, other) for name, (mine, other) in pairs.items() if mine != other}

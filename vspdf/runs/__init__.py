@@ -1,0 +1,1 @@
+"""Every file of a run directory: its name, its writer, its reader."""

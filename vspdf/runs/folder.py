@@ -1,0 +1,280 @@
+"""A run directory: its files by name, and `Run`, which reads them. `vspdf.runs.writer` fills it."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vspdf.config import loading, resolve
+from vspdf.config.resolved import ResolvedConfig
+from vspdf.errors import UserError, near_path
+from vspdf.runs import masks
+from vspdf.runs.masks import Masks
+from vspdf.runs.record import beside_dense
+from vspdf.shapes import Shape
+
+if TYPE_CHECKING:
+    from vspdf.pattern import Pattern
+
+CONFIG = "config.yaml"  # as it was resolved
+TOKENIZER = "tokenizer.json"
+MANIFEST = "manifest.json"  # what the data is, and in which order it is read
+METRICS = "metrics.jsonl"  # a line per logged step
+CHECKPOINTS = "checkpoints"  # folders step-N, see `vspdf.runs.checkpoint`
+STATE = "state.json"  # of a checkpoint
+SUMMARY = "summary.json"  # once the run is finished
+REPORT = "report.html"
+TENSORBOARD = "tensorboard"
+EVALUATION = "evaluation.json"  # of a study's run: losses on all of the held-out text, or why it diverged
+ANSWERS = "answers.txt"  # of a study's fine-tuning, to the test part of its task: a line each
+START = "start"  # of a study's run that is not trained: its initial weights, as a Hugging Face folder
+
+
+def masks_file(phase: int) -> str:
+    """Name of the file with the masks at the start of a phase, if that was sparse."""
+    return f"patterns-{phase + 1}.npz" if phase else "patterns.npz"
+
+
+def steps(folder: Path) -> list[Path]:
+    """Whole checkpoints in the checkpoints folder of a run, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def of_checkpoint(step: Path) -> Run:
+    """The run that a checkpoint's folder belongs to."""
+    return Run(step.parent.parent)
+
+
+class Run:
+    """A run directory. Each file is read when it is first asked for, and kept: a new `Run` sees what is new.
+
+    Parameters
+    ----------
+    folder : Path
+    label : str, optional
+        What a report calls it; default: the folder's name.
+    """
+
+    def __init__(self, folder: Path, label: str | None = None) -> None:
+        self.folder = folder
+        self.label = label or folder.resolve().name
+
+    @property
+    def begun(self) -> bool:
+        """Whether the directory holds a run at all."""
+        return any((self.folder / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS))
+
+    @property
+    def configured(self) -> bool:
+        """Whether its configuration is there, so that it is a run and no mere folder of checkpoints."""
+        return (self.folder / CONFIG).is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is at its end."""
+        return (self.folder / SUMMARY).exists()
+
+    def require(self, *, finished: bool = False) -> Run:
+        """The run itself.
+
+        Raises
+        ------
+        UserError
+            If the directory holds none, or one that is not finished where that is asked for.
+        """
+        folder = self.folder
+        if not folder.exists():
+            raise UserError(f"no run directory '{folder}'.{near_path(folder)}")
+        if not self.configured:
+            inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+            hint = f" Did you mean '{inside[0]}'?" if inside else ""
+            raise UserError(f"'{folder}' holds no run: expected a directory that `vspdf train` filled.{hint}")
+        if finished and not self.finished:
+            raise UserError(f"'{folder}' has no {SUMMARY}: the run is not finished (vspdf train --resume).")
+        return self
+
+    # -- what was wanted -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def config(self) -> ResolvedConfig:
+        """The configuration, resolved."""
+        return loading.load(self.require().folder / CONFIG)
+
+    @cached_property
+    def shape(self) -> Shape:
+        """Shape of the model."""
+        return resolve.model_shape(self.config.model)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps that are wanted, over all phases."""
+        return self.config.steps
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What the data is: `corpus`, `tokenizer`, parts, and `order`, a hash of the order in which it is read."""
+        return _json(self.folder / MANIFEST)
+
+    @property
+    def tokenizer(self) -> Path:
+        """Of the tokenizer's file."""
+        return self.folder / TOKENIZER
+
+    # -- what was done -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def lines(self) -> list[dict[str, Any]]:
+        """Lines of the metrics."""
+        return _metrics(self.folder / METRICS)
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Lines of the metrics at which the model was evaluated."""
+        return [line for line in self.lines if "val_loss" in line]
+
+    @property
+    def step(self) -> int:
+        """Steps done so far, as the last whole line of the metrics tells now; 0 before there is one."""
+        try:
+            with open(self.folder / METRICS, "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+                ends = file.read().split(b"\n")
+            return int(json.loads(ends[-2])["step"])
+        except (OSError, ValueError, IndexError, KeyError, TypeError):
+            return 0
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Folders of whole checkpoints, oldest first."""
+        return steps(self.folder / CHECKPOINTS)
+
+    @cached_property
+    def checkpoint(self) -> Path | None:
+        """Folder of the last checkpoint."""
+        return self.checkpoints[-1] if self.checkpoints else None
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """What the last checkpoint says beside its tensors; empty where there is none."""
+        return _json(self.checkpoint / STATE) if self.checkpoint else {}
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """What the run did, from its end; empty before that."""
+        return _json(self.folder / SUMMARY, needed=False, key="phases")
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """Of a study's run, losses on all of the held-out text, or why it diverged; empty where not known yet."""
+        return _json(self.folder / EVALUATION, needed=False)
+
+    def masks(self, phase: int) -> Masks:
+        """Masks by layer at the start of a phase; none where it was dense, or where an older run did not keep them."""
+        return masks.read(self.folder / masks_file(phase))
+
+    @cached_property
+    def patterns(self) -> dict[str, Pattern]:
+        """Patterns by layer at the start of the first phase; none where it was dense."""
+        from vspdf.pattern import Pattern  # brings torch
+
+        return {name: Pattern(*stored) for name, stored in self.masks(0).bits.items()}
+
+    @cached_property
+    def phases(self) -> list[dict[str, Any]]:
+        """As in the summary; of a run that is not finished, what metrics and the last checkpoint say so far."""
+        return self.summary.get("phases") or list(self._phases_so_far())
+
+    def _phases_so_far(self) -> Iterator[dict[str, Any]]:
+        before: dict[str, Any] = {"step": 0, "tokens": 0, "training_seconds": 0.0, "flops": dict.fromkeys(COLUMNS, 0)}
+        ends = np.cumsum([phase.steps for phase in self.config.phases])
+        records = self.state.get("records") or [{}] * len(ends)
+        for phase, end, record in zip(self.config.phases, ends, records, strict=True):
+            mine = [line for line in self.lines if before["step"] < line["step"] <= end]
+            if not mine:
+                return
+            last, pairs = mine[-1], record.get("paired_seconds") or []
+            body = {
+                "name": phase.name,
+                "sparsity": phase.sparsity,
+                "steps": last["step"] - before["step"],
+                "tokens": last["tokens"] - before["tokens"],
+                "seconds": last["training_seconds"] - before["training_seconds"],
+                "step_seconds_median": statistics.median(line["step_seconds"] for line in mine),
+                "loss": last["loss"],
+                "val_loss": None,
+                "val_bits_per_byte": None,
+                "flops": {column: last["flops"][column] - before["flops"][column] for column in COLUMNS},
+                "time_fractions": record.get("parts") or {},
+            }
+            for line in mine:
+                body.update({key: line[key] for key in ("val_loss", "val_bits_per_byte") if key in line})
+            yield body | (beside_dense(pairs) if pairs else {})
+            before = last
+
+
+COLUMNS = ("dense", "useful", "executed")  # of FLOPs
+
+
+def read(folders: Sequence[Path]) -> list[Run]:
+    """Run directories, each under a label that no other has.
+
+    Raises
+    ------
+    UserError
+        If a directory holds no run or is given twice, or none is given.
+    """
+    if not folders:
+        raise UserError("a report needs at least one run directory.")
+    names = [folder.resolve().name for folder in folders]
+    runs: list[Run] = []
+    for folder, name in zip(folders, names, strict=True):
+        if any(folder.resolve() == other.folder.resolve() for other in runs):
+            raise UserError(f"'{folder}' is given twice.")
+        runs.append(Run(folder, name if names.count(name) == 1 else str(folder)).require())
+    return runs
+
+
+# What a line of the metrics has at least.
+_LINE = ("step", "phase", "sparsity", "tokens", "loss", "flops", "training_seconds", "step_seconds")
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of metrics; a last line without its end is one that a process is writing, or died in: left out."""
+    lines = []
+    try:
+        texts = path.read_text().split("\n")
+    except FileNotFoundError:
+        return []
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    for number, text in enumerate(texts[:-1], 1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            raise UserError(f"{path}, line {number} is broken: expected a JSON object, got {text[:40]!r}.") from None
+        if missing := [key for key in _LINE if not isinstance(line, dict) or key not in line]:
+            raise UserError(f"{path}, line {number} is broken: it has no '{missing[0]}'.")
+        lines.append(line)
+    return lines
+
+
+def _json(path: Path, *, needed: bool = True, key: str | None = None) -> dict[str, Any]:
+    """What a file holds, with a `key` that it must have; empty where it is missing and not `needed`."""
+    try:
+        body = json.loads(path.read_text())
+    except FileNotFoundError:
+        if not needed:
+            return {}
+        raise UserError(f"{path} is missing: the run directory is not whole.") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(body, dict) or (key and key not in body):
+        raise UserError(f"{path} cannot be read: expected a JSON object{f' with {key!r}' if key else ''}.")
+    return body

@@ -1,0 +1,77 @@
+"""What the phases of a run did: seconds, FLOPs and parts of their steps, as checkpoints and the summary keep them."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vspdf.config.resolved import ResolvedPhase
+from vspdf.ledger import Count, Tally
+
+
+@dataclass
+class PhaseRecord:
+    """What one phase has done so far."""
+
+    seconds: float = 0.0  # in steps
+    cpu_seconds: float | None = 0.0  # of all threads, in steps; None: it began before they were counted
+    tally: Tally = field(default_factory=Tally)
+    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=512))
+    paired_seconds: list[tuple[float, float]] = field(default_factory=list)  # (this step, dense step on the same batch)
+    dense_threads: int | None = None
+    parts: dict[str, float] = field(default_factory=dict)  # fraction of a step's time
+    val_loss: float | None = None
+    val_bits_per_byte: float | None = None
+    loss: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **{k: v for k, v in vars(self).items() if k not in ("tally", "step_seconds")},
+            "tally": {name: asdict(count) for name, count in self.tally.products.items()},
+            "step_seconds": list(self.step_seconds),
+        }
+
+    @classmethod
+    def from_json(cls, body: dict[str, Any]) -> PhaseRecord:
+        plain = {k: v for k, v in body.items() if k not in ("tally", "step_seconds", "paired_seconds")}
+        record = cls(**{"cpu_seconds": None, **plain})
+        record.tally = Tally({name: Count(**count) for name, count in body["tally"].items()})
+        record.step_seconds.extend(body["step_seconds"])
+        record.paired_seconds = [(a, b) for a, b in body["paired_seconds"]]
+        return record
+
+    def summary(self, layers: Mapping[str, int], phase: ResolvedPhase, tokens: int) -> dict[str, Any]:
+        """What `summary.json` says of the phase, of a model that has `layers` with so many weights each."""
+        body: dict[str, Any] = {
+            "name": phase.name,
+            "sparsity": phase.mean(layers),
+            "stages": [stage._asdict() for stage in phase.stages()],
+            "steps": phase.steps,
+            "tokens": tokens,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "step_seconds_median": statistics.median(self.step_seconds),
+            "loss": self.loss,
+            "val_loss": self.val_loss,
+            "val_bits_per_byte": self.val_bits_per_byte,
+            "flops": self.tally.total.flops(),
+            "products": {name: asdict(count) for name, count in self.tally.products.items()},
+            "time_fractions": self.parts,
+        }
+        if self.paired_seconds:
+            body |= beside_dense(self.paired_seconds) | {"dense_threads": self.dense_threads}
+        return body
+
+
+def beside_dense(paired_seconds: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """How much faster steps were than dense ones on the same batches, from (seconds, seconds of the dense one)."""
+    mine, dense = (statistics.median(column) for column in zip(*paired_seconds, strict=True))
+    ratios = [b / a for a, b in paired_seconds]
+    return {
+        "dense_step_seconds_median": dense,
+        "paired_step_seconds_median": mine,
+        "speedup": {"median": dense / mine, "low": min(ratios), "high": max(ratios)},
+    }

@@ -1,0 +1,1 @@
+"""Between dense and sparse in any nn.Module, and over steps."""

@@ -1,0 +1,79 @@
+"""What hangs on a layer beside its weight (hooks, attributes, buffers) follows it into the one that takes its place."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+from torch import Tensor, nn
+
+log = logging.getLogger("vspdf")
+
+# What every module has of itself; the rest of a module's __dict__ was put there by somebody.
+_OWN = {*vars(nn.Linear(1, 1)), "nf", "nx", "backend", "origin", "_pattern", "_agreed", "_told"}
+_HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name]
+
+
+def shell(module: nn.Module) -> nn.Module:
+    """A copy of a linear layer without its tensors: what it takes to make a layer of that very class again."""
+    empty = copy.copy(module)
+    for table in ("_parameters", "_buffers", "_modules", *_HOOKS):
+        empty.__dict__[table] = type(vars(module)[table])()
+    for name in [name for name in vars(empty) if name not in _OWN]:
+        del empty.__dict__[name]
+    empty.__dict__["_parameters"] |= {"weight": None, "bias": None}
+    return empty
+
+
+def hand_over(old: nn.Module, new: nn.Module) -> None:
+    """Gives `new` all that hangs on `old`: hooks (handles still remove them), attributes, buffers, further modules."""
+    for table in _HOOKS:
+        if vars(old)[table]:
+            vars(new)[table] = vars(old)[table]  # the very table, which handles refer to
+    new._is_full_backward_hook = old._is_full_backward_hook
+    for name, value in vars(old).items():
+        if name not in _OWN and name not in vars(new):
+            new.__dict__[name] = value
+    for table in ("_parameters", "_buffers", "_modules"):
+        for name, value in vars(old)[table].items():
+            if name not in ("weight", "values", "bias", "mask_digest"):
+                vars(new)[table].setdefault(name, value)
+    new._non_persistent_buffers_set |= old._non_persistent_buffers_set
+    new.train(old.training)
+
+
+def mark(old: Tensor, new: Tensor, name: str) -> None:
+    """Copies attributes of a parameter (``weight.no_decay``) to the one in its place; names hooks that stay behind."""
+    vars(new).update(vars(old))
+    if old._backward_hooks or getattr(old, "_post_accumulate_grad_hooks", None):
+        log.warning(
+            "'%s': hooks on the weight itself are gone, since its gradient has another shape now: register them on the "
+            "new parameter.", name,
+        )  # fmt: skip
+
+
+def place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts `new` in every place of `old`: a shared module stays shared, also where a list or dict refers to it."""
+    for parent in list(model.modules()):
+        for child, module in list(parent._modules.items()):
+            if module is old:
+                setattr(parent, child, new)
+        for key, value in vars(parent).items():
+            if key not in ("_modules", "_parameters", "_buffers", *_HOOKS):
+                found = _swapped(value, old, new)
+                if found is not value:
+                    parent.__dict__[key] = found
+
+
+def _swapped(value: Any, old: nn.Module, new: nn.Module) -> Any:
+    """`value` with `new` for `old`: lists and dicts in place, tuples made anew."""
+    if value is old:
+        return new
+    if type(value) is list:
+        value[:] = [_swapped(item, old, new) for item in value]
+    elif type(value) is dict:
+        value.update({key: _swapped(item, old, new) for key, item in value.items()})
+    elif type(value) is tuple and any(type(item) in (list, dict, tuple) or item is old for item in value):
+        return tuple(_swapped(item, old, new) for item in value)
+    return value

@@ -1,0 +1,280 @@
+"""`SparseLinear`: a linear layer whose parameters are the weights that its pattern keeps."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from vspdf.errors import UserError
+from vspdf.kernels import cpu, ops, reference
+from vspdf.kernels.ops import sparse_linear
+from vspdf.pattern import Pattern
+from vspdf.sparsity.attached import shell
+from vspdf.sparsity.dense_view import DenseView
+
+log = logging.getLogger("vspdf")
+
+
+def is_conv1d(module: nn.Module | None) -> bool:
+    """Whether a module is transformers' Conv1D, a linear layer whose weight is [in, out]; asks without importing it."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+class SparseLinear(nn.Linear):
+    """Linear layer in which only the kept weights exist.
+
+    Parameters: ``values``, shape (nnz,), row-major over the pattern, and ``bias``, shape (out_features,) or None.
+    A state_dict holds both and the packed pattern; loading one adopts its pattern, which must have as many weights, and
+    refuses values that come without one. It is an `nn.Linear` to code that asks (peft's LoRA, for one): its `weight` is
+    made anew at every access. Optimizers that tell matrices from the rest by ``dim()`` take `values`, a vector, for the
+    rest: `vspdf.parameter_groups` does not.
+
+    Attributes
+    ----------
+    pattern : Pattern, shape (out_features, in_features)
+    backend : {"auto", "cpu", "reference", "triton"}
+    origin : nn.Module or None
+        The layer it was made from, without tensors: what `densify` goes back to.
+    """
+
+    mask_digest: Tensor
+    origin: nn.Module | None
+
+    def __init__(self, pattern: Pattern, values: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> None:
+        nn.Module.__init__(self)  # not nn.Linear's, which would draw a dense weight
+        if values.shape != (pattern.nnz,):
+            raise UserError(f"values of shape {tuple(values.shape)} do not fit a {pattern}: expected ({pattern.nnz},).")
+        self.backend = backend
+        self.values = nn.Parameter(values)
+        self.bias = None if bias is None else nn.Parameter(bias)  # type: ignore[assignment]
+        self.__dict__["origin"] = None  # past nn.Module, which would make it a part
+        self._told = False
+        # DistributedDataParallel sends rank 0's buffers to all: so ranks with other masks are found at the first step.
+        self.register_buffer("mask_digest", torch.zeros(2, dtype=torch.int64, device=values.device), persistent=False)
+        self.pattern = pattern
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, pattern: Pattern, *, backend: str = "auto") -> SparseLinear:
+        """Sparse layer with the kept weights of an `nn.Linear` or transformers' Conv1D.
+
+        Raises
+        ------
+        UserError
+            If the pattern's shape is not (out_features, in_features) of the layer.
+        """
+        weight = linear.weight.T if is_conv1d(linear) else linear.weight
+        assert isinstance(weight, Tensor)
+        if tuple(weight.shape) != pattern.shape:
+            raise UserError(f"a {pattern} does not fit a layer of shape {tuple(weight.shape)} (out, in).")
+        bias = linear.bias
+        with torch.no_grad():
+            values = reference.sample(weight.detach(), pattern)
+            layer = cls(pattern, values, None if bias is None else bias.detach().clone(), backend=backend)  # type: ignore[operator]
+        layer.__dict__["origin"] = shell(linear)
+        layer.values.requires_grad_(weight.requires_grad)
+        return layer.train(linear.training)
+
+    @property
+    def pattern(self) -> Pattern:
+        """Which weights exist; setting it is for those who also set `values`."""
+        return self._pattern
+
+    @pattern.setter
+    def pattern(self, pattern: Pattern) -> None:
+        self._pattern, self._agreed = pattern, False
+        if not self.mask_digest.is_meta:
+            self.mask_digest = self._digest(self.mask_digest.device)
+
+    def _digest(self, device: torch.device) -> Tensor:
+        halves = (self.pattern.digest[:16], self.pattern.digest[16:])
+        return torch.tensor([int(half, 16) - 2**63 for half in halves], dtype=torch.int64, device=device)
+
+    def _agree(self) -> None:
+        """After another process wrote its digest here: its mask must be this one, since its values have come too."""
+        self._agreed = True
+        if not torch.equal(self.mask_digest, self._digest(self.mask_digest.device)):
+            raise UserError(
+                f"this process and rank 0 have different masks in a {self.out_features} x {self.in_features} layer, "
+                "and DistributedDataParallel gave it rank 0's values: sparsify with the same seed on every rank, and "
+                "for topk or from_zeros only after all have the same weights."
+            )
+
+    @property
+    def conv1d(self) -> bool:
+        """Whether it was made from transformers' Conv1D."""
+        return is_conv1d(self.origin)
+
+    @property
+    def in_features(self) -> int:  # type: ignore[override]
+        """Width of the input."""
+        return self.pattern.in_features
+
+    @property
+    def out_features(self) -> int:  # type: ignore[override]
+        """Width of the output."""
+        return self.pattern.out_features
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Dense weight [out_features, in_features], zeros at masked positions, for code that reads a layer's weight.
+
+        Made anew at every access and differentiable. Edits in place under ``torch.no_grad()`` reach `values`; what they
+        would put at masked positions is dropped.
+        """
+        require_whole(self.values)
+        return DenseView.of(scatter(self.values, self.pattern), self)
+
+    def write(self, dense: Tensor) -> None:
+        """Takes the kept weights of a dense matrix [out_features, in_features]; drops the others, and says so once."""
+        with torch.no_grad():
+            dense = dense.detach()
+            self.values.copy_(reference.sample(dense, self.pattern))
+            if not self._told and bool((scatter(self.values, self.pattern) != dense).any()):
+                self._told = True
+                log.warning(
+                    "what was written to the weight of a sparse %d x %d layer had non-zeros at masked positions: "
+                    "dropped, the mask stays.", self.out_features, self.in_features,
+                )  # fmt: skip
+
+    def to_linear(self) -> nn.Linear:
+        """Dense `nn.Linear` with zeros at masked positions."""
+        like = {"device": self.values.device, "dtype": self.values.dtype}
+        linear = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, bias=self.bias is not None, **like)
+        with torch.no_grad():
+            linear.weight.copy_(scatter(self.values, self.pattern))
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear.train(self.training)
+
+    def to_original(self) -> nn.Module:
+        """Dense layer of the class this one was made from, with zeros at masked positions and this layer's own bias."""
+        if self.origin is None:
+            return self.to_linear()
+        layer, dense = shell(self.origin), scatter(self.values.detach(), self.pattern)
+        layer.weight = nn.Parameter(dense.T.contiguous() if self.conv1d else dense, self.values.requires_grad)
+        layer.bias = self.bias
+        return layer.train(self.training)
+
+    def reset_parameters(self) -> None:
+        """Draws the kept weights and the bias as a dense layer of this shape would."""
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None)
+        with torch.no_grad():
+            self.values.copy_(reference.sample(dense.weight, self.pattern))
+            if self.bias is not None:
+                self.bias.copy_(dense.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._agreed and not torch.compiler.is_compiling() and self.mask_digest._version:
+            self._agree()
+        return sparse_linear(x, self.values, self.pattern, self.bias, backend=self.backend)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.from_numpy(self.pattern.bits.copy())
+
+    def set_extra_state(self, state: Tensor) -> None:
+        pattern = Pattern(self.pattern.shape, state.cpu().numpy())
+        if pattern.nnz != self.pattern.nnz:
+            raise UserError(f"the stored pattern has {pattern.nnz} weights, this layer {self.pattern.nnz}.")
+        self.pattern = pattern
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        if f"{prefix}values" in state_dict and f"{prefix}_extra_state" not in state_dict:
+            errors.append(
+                f"'{prefix}values' comes without its pattern ('{prefix}_extra_state', which some tools strip): whether "
+                "it belongs to this layer's mask cannot be checked. Where it is known to, add layer.get_extra_state() "
+                "under that name."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def extra_repr(self) -> str:
+        bias, sparsity = self.bias is not None, self.pattern.sparsity
+        return f"{self.in_features}, {self.out_features}, {bias=}, {sparsity=:.4g}"
+
+
+def require_whole(tensor: Tensor) -> None:
+    """Raises UserError for a tensor of which this process has a shard only (DTensor)."""
+    if type(tensor).__name__ == "DTensor":
+        raise UserError(
+            "the weights are sharded over processes (DTensor, by fully_shard or tensor parallelism): masks are given "
+            "and changed on whole weights; sparsify before fully_shard, and switch on a model that is not sharded."
+        )
+
+
+def explain(
+    target: nn.Module | Pattern,
+    tokens: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    device: torch.device | str = "cpu",
+) -> str:
+    """Which path each product takes here, and why.
+
+    Parameters
+    ----------
+    target : Pattern, SparseLinear, or any module with sparse layers inside
+    tokens : int
+        Rows of the input, batch times sequence.
+    backend, device
+        Of a pattern; layers have their own.
+
+    Returns
+    -------
+    str
+        A line per product, under a line per layer where there are several.
+    """
+    if isinstance(target, Pattern):
+        return ops.explain(target, tokens, dtype, backend, device)
+    layers = sparse_layers(target)
+    if not layers:
+        return "no sparse layer: every product is torch's own."
+    parts = []
+    for name, layer in layers.items():
+        lines = ops.explain(layer.pattern, tokens, dtype, layer.backend, layer.values.device)
+        parts.append(f"{name}\n  " + lines.replace("\n", "\n  ") if name else lines)
+    return "\n".join(parts)
+
+
+def scatter(values: Tensor, pattern: Pattern, inside: Pattern | None = None) -> Tensor:
+    """`values` of `pattern` spread over the dense matrix, or over the positions of `inside`, with zeros between.
+
+    Returns a tensor of shape `pattern.shape`, or (inside.nnz,).
+    """
+    dense = reference.materialise(values, pattern)
+    return dense if inside is None else reference.sample(dense, inside)
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
+    """All sparse layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def build_plans(model: nn.Module) -> None:
+    """Builds the CPU kernels' plans of all sparse layers now, in parallel, instead of one by one at their first use."""
+    layers = [layer for layer in sparse_layers(model).values() if layer.backend in ("auto", "cpu")]
+    cpu.prepare({layer.pattern for layer in layers if cpu.takes(layer.values)})
+
+
+def training_state_bytes(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Training-state bytes: weight, gradient and two AdamW moments each, and the plans of sparse layers.
+
+    Returns
+    -------
+    dict
+        ``{"sparsified": {"dense", "sparse"}, "model": {"dense", "sparse"}}``, in bytes; plans that are not built yet
+        count nothing.
+    """
+    layers = sparse_layers(model).values()
+    values = [layer.values for layer in layers]
+    plans = {id(p): p for layer in layers for p in layer.pattern.plans.values() if hasattr(p, "nbytes")}
+    packed = sum(layer.pattern.bits.nbytes for layer in layers) + sum(p.nbytes for p in plans.values())
+    sparse = sum(4 * v.numel() * v.element_size() for v in values) + packed
+    dense = sum(4 * layer.pattern.numel * layer.values.element_size() for layer in layers)
+    everything = sum(4 * p.numel() * p.element_size() for p in model.parameters()) + packed
+    return {
+        "sparsified": {"dense": dense, "sparse": sparse},
+        "model": {"dense": everything - sparse + dense, "sparse": everything},
+    }

@@ -1,0 +1,292 @@
+"""The engine of phases: takes a model and its optimizer through them, in our trainer and in any other loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vspdf.errors import UserError
+from vspdf.pattern import Pattern, kept_count
+from vspdf.sparsity.layer import sparse_layers
+from vspdf.sparsity.optimizer import RevivedWarmup
+from vspdf.sparsity.schedule import Amounts, Phase, only_added
+from vspdf.sparsity.surgery import adopt, densify, set_sparsity, sparsifiable, sparsify
+
+log = logging.getLogger("vspdf")
+
+
+class Stretch(NamedTuple):
+    """Steps at one sparsity: the first of them, the phase and which of its stages, and what the stage asks for."""
+
+    start: int
+    phase: int
+    stage: int
+    sparsity: float
+
+
+class Phases:
+    """Takes a model and its optimizer through phases of sparsity, in any training loop.
+
+    Parameters
+    ----------
+    phases : sequence of (sparsity, steps), or of `vspdf.Phase`
+        In steps of the optimizer; the last phase goes on for as long as the training does. A `Phase` may have a
+        `schedule`, so that it densifies in steps, and `layers` with sparsities of their own.
+    seed : int
+    moments : {"keep", "reset"}, optional
+        At the start of a phase, the optimizer keeps its state of weights that were there before, or forgets the state
+        of the whole model. Default: as each phase says, "keep" if it says nothing.
+    revived_warmup : int, optional
+        Steps over which updates of newly added weights ramp up; about 50-100 for a beta2 above 0.98. Default: as each
+        phase says.
+    init_method : str, optional
+        Of the first masks, as `vspdf.sparsify` has it. Default: as the first phase says.
+    **options
+        Of `vspdf.sparsify`: `include`, `exclude`, `rescale`, `backend`.
+
+    Raises
+    ------
+    UserError
+        If a phase would drop weights, or a sparsity or a number of steps is impossible.
+
+    Examples
+    --------
+    >>> phases = vspdf.Phases([(0.9, 900), (0.0, 100)])
+    >>> phases.start(model)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> for step, batch in enumerate(batches):
+    ...     phases.at(step, model, optimizer)
+    ...     model(batch).backward()
+    ...     phases.step(optimizer)
+    ...     optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        phases: Sequence[tuple[float, int] | Phase | Amounts],
+        *,
+        seed: int = 0,
+        moments: str | None = None,
+        revived_warmup: int | None = None,
+        init_method: str | None = None,
+        **options: Any,
+    ) -> None:
+        if not phases:
+            raise UserError("Phases needs at least one phase, e.g. [(0.9, 900), (0.0, 100)].")
+        given: dict[str, Any] = {"moments": moments, "revived_warmup": revived_warmup, "init_method": init_method}
+        given = {name: value for name, value in given.items() if value is not None}
+        self.phases: list[Amounts] = []
+        self.stages: list[Stretch] = []
+        self.seed, self.options = seed, options
+        start = 0
+        for i, phase in enumerate(phases):
+            if not isinstance(phase, (Phase, Amounts)):
+                phase = Phase(sparsity=phase[0], steps=int(phase[1]))
+            phase = replace(phase, **given)
+            if isinstance(phase, Phase):
+                phase = phase.resolved(f"phases.{i}", self.phases[-1] if i else None)
+            self.phases.append(phase)
+            self.stages += [Stretch(start + s.start, i, k, s.sparsity) for k, s in enumerate(phase.stages())]
+            start += phase.steps
+        self.before: dict[str, Pattern] = {}  # of layers that the last switch changed, how they were
+        self.revived: RevivedWarmup | None = None
+        self._now: int | None = None
+        self._weights: dict[str, int] = {}  # of each layer that is sparse or could be
+
+    # -- where the model is ------------------------------------------------------------------------------------------
+
+    @property
+    def started(self) -> bool:
+        """Whether a model was brought into the form of a phase."""
+        return self._now is not None
+
+    @property
+    def now(self) -> Stretch:
+        """The phase and stage whose form the model has."""
+        return self.stages[self._now or 0]
+
+    @property
+    def sparsity(self) -> float:
+        """Sparsity that the model has now, over all weights of its layers that can be sparse."""
+        return self._sparsity(self.now)
+
+    @property
+    def ramp(self) -> tuple[dict[str, Pattern], int]:
+        """What `restore` needs of a ramp of revived weights that is under way: patterns before it, steps of it done."""
+        if self.revived is None or self.revived.done >= self.revived.steps:
+            return {}, 0
+        return self.revived.before, self.revived.done
+
+    # -- bringing a model there --------------------------------------------------------------------------------------
+
+    def check(self, model: nn.Module) -> None:
+        """Whether a model can begin: `start` asks it too, this is for those who want to know before they write files.
+
+        Raises
+        ------
+        UserError
+            Naming a layer that would drop weights, a glob that matches none, or, where zeros are to become masks, a
+            layer that has more or fewer of them: figures go by the sparsity that was asked for.
+        """
+        self._weigh(model)
+        for i, phase in enumerate(self.phases):
+            phase.check_layers(f"phases.{i}", self.phases[i - 1] if i else None, list(self._weights))
+        if self.phases[0].init_method != "from_zeros" or sparse_layers(model):
+            return
+        for name, amount in self.phases[0].of_layers(self._weights).items():
+            zeros = float((model.get_submodule(name).weight == 0).float().mean())  # type: ignore[union-attr]
+            if amount and abs(zeros - amount) > 0.005:
+                raise UserError(
+                    f"phases.0.init_method = from_zeros takes zeros for masked: '{name}' has {zeros:.2%} of them, "
+                    f"its sparsity is to be {amount:.2%}. Start from a model that has (init_from), or give what it has."
+                )
+
+    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+        """Brings a model into the form of the first phase, before its optimizer is made or with it.
+
+        A model that is sparse already keeps its positions, and gets more where the phase asks for more.
+
+        Raises
+        ------
+        UserError
+            If that would drop weights.
+        """
+        self.check(model)
+        phase, before = self.phases[0], {}
+        if layers := sparse_layers(model):
+            for name, amount in phase.of_layers(self._weights).items():
+                only_added(
+                    name in layers or not amount,
+                    f"phase '{phase.name}': layer '{name}' is dense already and would go to {amount:.4g}",
+                )
+            before = self._grow(model, optimizer, self.stages[0])
+        elif any(phase.of_layers(self._weights).values()):
+            sparsify(
+                model, {**phase.layers, "*": phase.sparsity}, seed=self.seed, init_method=phase.init_method,
+                truncate=phase.count == "truncate", optimizer=optimizer, **self.options,
+            )  # fmt: skip
+        self._enter(model, 0, before)
+        return model
+
+    def restore(
+        self,
+        model: nn.Module,
+        state_dict: Mapping[str, Tensor],
+        step: int,
+        ramp: tuple[Mapping[str, Pattern], int] | None = None,
+    ) -> nn.Module:
+        """Brings a dense model into the form in which its `state_dict` was saved after `step` steps.
+
+        Weights and optimizer state are then loaded as for any model. `ramp` is what `Phases.ramp` was when the state
+        was saved.
+
+        Raises
+        ------
+        UserError
+            If the state does not belong to these phases at this step.
+        """
+        adopt(model, state_dict, backend=self.options.get("backend", "auto"))
+        return self.resume(model, step, ramp)
+
+    def resume(self, model: nn.Module, step: int, ramp: tuple[Mapping[str, Pattern], int] | None = None) -> nn.Module:
+        """Goes on after `step` steps with a model that has the form it had then; see `restore`.
+
+        Raises
+        ------
+        UserError
+            If the model's form is not that of these phases at this step.
+        """
+        self._weigh(model)
+        layers = sparse_layers(model)
+        weights = sum(layer.pattern.numel for layer in layers.values())
+        found = 1 - sum(layer.pattern.nnz for layer in layers.values()) / weights if weights else 0.0
+        near = (5e-3 if self.phases[0].init_method == "from_zeros" else 1e-3) + len(layers) / max(1, weights)
+        for index in (self._index(max(0, step - 1)), self._index(step)):  # saved before the switch, or after it
+            if abs(self._sparsity(self.stages[index], layers) - found) < near:
+                self._enter(model, index, *(ramp or ({}, 0)))
+                ramped = self.phases[self.now.phase].revived_warmup
+                if ramp is None and index and 0 < step - self.now.start < ramped:
+                    log.warning("resumed within a ramp of revived weights: the rest of it is left out.")
+                return model
+        raise UserError(
+            f"the checkpoint has a sparsity of {found:.4g}; after {step} steps these phases have "
+            f"{self._sparsity(self.stages[self._index(step)]):.4g}. Are the phases those it was trained with?"
+        )
+
+    def at(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Before the step numbered `step`, from 0: switches where a boundary falls, and says whether it did.
+
+        Parameters of the model are replaced where it switches, and exchanged in the `optimizer`, with their state.
+
+        Raises
+        ------
+        UserError
+            Before `start` or `restore`.
+        """
+        if self._now is None:
+            raise UserError("Phases: start(model) or restore(...) comes before the first step.")
+        index = self._index(step)
+        if index <= self._now:
+            return False
+        old, new = self.stages[self._now], self.stages[index]
+        before = self._grow(model, optimizer, new)
+        if optimizer is not None and new.phase != old.phase and self.phases[new.phase].moments == "reset":
+            for parameter in model.parameters():
+                optimizer.state.pop(parameter, None)
+        self._enter(model, index, before)
+        return True
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """``optimizer.step()``, ramped for revived weights after a switch where `revived_warmup` asks for it."""
+        if self.revived is None:
+            optimizer.step()
+        else:
+            self.revived.step(optimizer)
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _index(self, step: int) -> int:
+        return sum(stretch.start <= step for stretch in self.stages) - 1
+
+    def _weigh(self, model: nn.Module) -> None:
+        """Notes the layers that are sparse or could be, in the model's order."""
+        dense = sparsifiable(model, self.options.get("include", "*"), self.options.get("exclude", ()))
+        sparse = sparse_layers(model)
+        self._weights = {
+            name: sparse[name].pattern.numel if name in sparse else dense[name].weight.numel()  # type: ignore[operator]
+            for name, _ in model.named_modules()
+            if name in sparse or name in dense
+        }
+
+    def _sparsity(self, stretch: Stretch, layers: Mapping[str, Any] | None = None) -> float:
+        """That a stretch asks for over `layers`, or all of them."""
+        weights = {name: n for name, n in self._weights.items() if not layers or name in layers}
+        return self.phases[stretch.phase].mean(weights, stretch.sparsity)
+
+    def _enter(self, model: nn.Module, index: int, before: Mapping[str, Pattern], done: int = 0) -> None:
+        """Notes which form the model has now, and which of its weights are to ramp up."""
+        self._now, self.before = index, dict(before)
+        steps = self.phases[self.now.phase].revived_warmup
+        self.revived = RevivedWarmup(model, before, steps, done) if before and steps else None
+
+    def _grow(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, stretch: Stretch) -> dict[str, Pattern]:
+        """Adds positions until the model has the sparsities of a stretch; returns the patterns before."""
+        phase, layers = self.phases[stretch.phase], sparse_layers(model)
+        amounts = phase.of_layers(layers, stretch.sparsity)
+        if not any(amounts.values()):
+            return densify(model, optimizer)
+        wanted = {}
+        for name, amount in amounts.items():  # one weight more or less is a matter of how kept ones are counted
+            pattern = layers[name].pattern
+            missing = kept_count(pattern.numel, amount) - pattern.nnz
+            now = f"phase '{phase.name}': layer '{name}' has sparsity {pattern.sparsity:.4g}"
+            only_added(missing >= -1, f"{now} and would go to {amount:.4g}")
+            if missing > 1:
+                wanted[name] = amount
+        seed = self.seed + stretch.phase + 1_000_003 * stretch.stage
+        return set_sparsity(model, wanted, optimizer, seed=seed) if wanted else {}

@@ -1,0 +1,448 @@
+"""The ways between dense and sparse in any model: `sparsify`, `set_sparsity`, `densify`.
+
+All of them keep weights and optimizer state.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from vspdf.errors import UserError, did_you_mean
+from vspdf.kernels import reference
+from vspdf.pattern import Pattern
+from vspdf.sparsity.attached import hand_over, mark, place
+from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, scatter, sparse_layers
+from vspdf.sparsity.optimizer import carry, check_moments, check_takes_vectors, warn_of_stale
+from vspdf.sparsity.pretrained import teach_save_pretrained
+from vspdf.sparsity.schedule import INIT_METHODS
+
+log = logging.getLogger("vspdf")
+
+# Output heads of the common architectures, unembeddings and those of classification: never sparsified, tied or not.
+HEADS = (
+    "lm_head",
+    "embed_out",
+    "output_projection",
+    "unembed",
+    "score",
+    "classifier",
+    "qa_outputs",
+    "classification_head",
+)
+UNEMBEDDINGS = tuple(glob for head in HEADS for glob in (head, f"*.{head}", f"{head}.*", f"*.{head}.*"))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and nothing else, dense: by its class, or as a renamed one by what it does."""
+    if type(module) is nn.Linear or is_conv1d(module):
+        return True
+    if not isinstance(module, nn.Linear) or isinstance(module, SparseLinear) or "weight" not in module._parameters:
+        return False
+    if (
+        type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear
+    ):  # nn.MultiheadAttention reads its weight itself
+        return False
+    return type(module).forward is nn.Linear.forward or _computes_linear(module)
+
+
+def _computes_linear(module: nn.Linear) -> bool:
+    """Whether a subclass of nn.Linear with a `forward` of its own (as Falcon's) gives what nn.Linear gives."""
+    weight, training = module.weight, module.training
+    if weight.is_meta or not weight.is_floating_point():
+        return False
+    x = torch.linspace(-1, 1, 2 * module.in_features, dtype=weight.dtype, device=weight.device).view(2, -1)
+    module.training = False
+    try:
+        with torch.no_grad():
+            found = type(module).forward(module, x)
+            return torch.allclose(found, nn.functional.linear(x, weight, module.bias), rtol=1e-2, atol=1e-5)
+    except Exception:  # whatever it needs, it is not x alone
+        return False
+    finally:
+        module.training = training
+
+
+def _adapters(model: nn.Module) -> tuple[set[str], bool]:
+    """Names of low-rank adapters, and whether they are peft's: a model's frozen weights are then their base."""
+    names, wrapped = set(), False
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft.tuners") and hasattr(module, "base_layer"):
+            wrapped = True
+            parts = (part for part, _ in module.named_modules() if part and part.split(".")[0] != "base_layer")
+            names |= {f"{name}.{part}" if name else part for part in parts}
+        elif any(part.startswith("lora_") for part in name.split(".")):
+            names.add(name)
+    return names, wrapped
+
+
+def _plain_name(name: str) -> str:
+    """A module's name without what torch.compile puts before it."""
+    return name.replace("_orig_mod.", "")
+
+
+def _globs(globs: str | Iterable[str]) -> tuple[str, ...]:
+    return (globs,) if isinstance(globs, str) else tuple(globs)
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def _layer_seed(seed: int, name: str) -> int:
+    """Masks of different layers are independent, and a layer's does not depend on the others."""
+    return (seed << 32) | zlib.crc32(_plain_name(name).encode())
+
+
+def sparsify(
+    model: nn.Module,
+    sparsity: float | Mapping[str, float | Pattern],
+    *,
+    seed: int = 0,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = (),
+    init_method: str = "random",
+    truncate: bool = False,
+    rescale: bool = False,
+    backend: str = "auto",
+    optimizer: torch.optim.Optimizer | None = None,
+) -> dict[str, Pattern]:
+    """Replaces linear layers of any model, in place, by sparse ones with static masks.
+
+    Takes every `nn.Linear`, subclasses that compute the same, and transformers' `Conv1D`, except heads (by name,
+    `UNEMBEDDINGS`) and low-rank adapters. Layers whose weight is tied, frozen or quantised and subclasses that use
+    their weight in ways of their own are skipped with a logged warning; of a peft model, the frozen base is taken and
+    stays frozen. Embeddings and norms are never touched. Kept weights keep their values and gradients; biases stay the
+    same parameters; hooks, attributes and buffers of a layer follow it, also where a list of the model refers to it.
+
+    Parameters
+    ----------
+    model : nn.Module
+    sparsity : float in [0, 1), or mapping from glob over module names to float or Pattern
+        Of a mapping the first matching glob counts; layers that match none stay dense, as do those at 0.
+    seed : int
+        Together with a layer's name gives its mask.
+    include, exclude : globs over module names, one or several
+    init_method : {"random", "topk", "from_zeros", "checkerboard"}
+        Which weights are kept: at random, the largest, those that are not zero (whatever the sparsity), or evenly
+        spread ones. Patterns given in the mapping are taken as they are.
+    truncate : bool
+        How kept weights are counted: ``numel − round(sparsity · numel)``, or ``int((1 − sparsity) · numel)``.
+    rescale : bool
+        Density-aware init (SµPar, arXiv:2405.15743): multiply kept weights by ``1/sqrt(density)``. For a model that was
+        only just initialised.
+    backend : {"auto", "cpu", "reference", "triton"}
+    optimizer : torch.optim.Optimizer, optional
+        Its state of the replaced weights is carried over at kept positions. Without it a line is logged where a living
+        optimizer still holds weights that were replaced.
+
+    Returns
+    -------
+    dict of str to Pattern
+        By module name.
+
+    Raises
+    ------
+    UserError
+        If a sparsity is outside [0, 1), `init_method` is unknown, a pattern does not fit, or a glob or the
+        whole call matches no layer. The model is then as it was.
+    """
+    rules = _rules(sparsity)
+    if init_method not in INIT_METHODS:
+        raise UserError(f"init_method '{init_method}' is not known.{did_you_mean(init_method, INIT_METHODS)}")
+    linears, wrapped = _candidates(model)
+    _require_some(model, linears)
+    _check_globs(model, linears, (*rules, *_globs(include)), _globs(exclude))
+    _name_others(model)
+    uses = _uses(model)
+    layers: dict[str, SparseLinear] = {}
+    for name, module in _chosen(linears, include, exclude).items():
+        amount = next((rule for glob, rule in rules.items() if fnmatchcase(_plain_name(name), glob)), 0.0)
+        if amount == 0.0:
+            continue
+        if why := _why_dense(module, uses, wrapped):
+            log.warning("sparsify: '%s' stays dense: %s.", name, why)
+            continue
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if not isinstance(amount, Pattern):
+            dense = weight.detach().T if is_conv1d(module) else weight.detach()
+            if dense.is_meta and (init_method in ("topk", "from_zeros") or rescale):
+                what = "rescale" if rescale else f"init_method '{init_method}'"
+                raise UserError(f"'{name}' is on the meta device, it has no weights yet: {what} needs them.")
+            amount = _draw(dense, amount, init_method, _layer_seed(seed, name), truncate)
+            if init_method == "from_zeros" and amount.nnz == amount.numel:
+                log.warning("sparsify: '%s' stays dense: none of its weights is zero.", name)
+                continue
+        layers[name] = SparseLinear.from_linear(module, amount, backend=backend)
+    check_takes_vectors(optimizer, [linears[name].weight for name in layers])
+    for name, layer in layers.items():
+        if rescale and layer.pattern.nnz:
+            with torch.no_grad():
+                layer.values.mul_(1 / math.sqrt(layer.pattern.density))
+        _put_sparse(model, name, linears[name], layer, optimizer)
+    if optimizer is None:
+        warn_of_stale("sparsify", [linears[name].weight for name in layers])
+    teach_save_pretrained(model)
+    return {name: layer.pattern for name, layer in layers.items()}
+
+
+def _rules(sparsity: float | Mapping[str, float | Pattern]) -> dict[str, float | Pattern]:
+    """Amounts by glob, each checked."""
+    rules: dict[str, float | Pattern] = dict(sparsity) if isinstance(sparsity, Mapping) else {"*": sparsity}
+    for glob, amount in rules.items():
+        if not isinstance(amount, Pattern) and not 0 <= amount < 1:
+            meant = f" Did you mean {amount / 100:g}?" if 1 <= amount <= 100 else ""
+            raise UserError(
+                f"sparsity must lie in [0, 1), not {amount}{'' if glob == '*' else f' (for {glob!r})'}.{meant}"
+            )
+    return rules
+
+
+def sparsifiable(
+    model: nn.Module, include: str | Iterable[str] = "*", exclude: str | Iterable[str] = ()
+) -> dict[str, nn.Module]:
+    """The dense layers of a model that `sparsify` would replace, by name."""
+    linears, wrapped = _candidates(model)
+    chosen, uses = _chosen(linears, include, exclude), _uses(model)
+    return {name: module for name, module in chosen.items() if not _why_dense(module, uses, wrapped)}
+
+
+def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], bool]:
+    """Linear layers by name, heads and adapters left out; and whether peft wraps the model."""
+    adapters, wrapped = _adapters(model)
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if name not in adapters
+        and not _matches(_plain_name(name), UNEMBEDDINGS)
+        and (output is None or module is not output)
+        and _is_linear(module)
+    }
+    return linears, wrapped
+
+
+def _require_some(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
+    if _is_linear(model):
+        raise UserError("sparsify replaces layers inside a model; for a single one use SparseLinear.from_linear.")
+    if already := 0 if linears else len(sparse_layers(model)):
+        raise UserError(f"sparsify found no layer: {already} are sparse already; set_sparsity adds weights to them.")
+    if not linears:
+        raise UserError("sparsify found no layer: the model has no nn.Linear or Conv1D beside heads and adapters.")
+
+
+def _name_others(model: nn.Module) -> None:
+    """Logs what holds many weights and yet stays dense."""
+    adapters, _ = _adapters(model)
+    for name, module in model.named_modules():
+        head = name in adapters or _matches(_plain_name(name), UNEMBEDDINGS)
+        dense = isinstance(module, nn.Linear) and not isinstance(module, SparseLinear)
+        if dense and not head and not _is_linear(module):
+            log.warning("sparsify: '%s' stays dense: %s is a kind of its own.", name, type(module).__name__)
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() == 3:  # experts, a matrix each
+                where, size = f"{name}.{key}".lstrip("."), " x ".join(map(str, parameter.shape))
+                log.warning("sparsify: '%s' stays dense: a parameter of %s is no linear layer.", where, size)
+    if lora := sum(isinstance(module, nn.Linear) for name, module in model.named_modules() if name in adapters):
+        log.info("sparsify: %d linear layers of low-rank adapters stay dense.", lora)
+
+
+def _chosen(
+    linears: Mapping[str, nn.Module], include: str | Iterable[str], exclude: str | Iterable[str]
+) -> dict[str, nn.Module]:
+    include, exclude = _globs(include), _globs(exclude)
+    plain = {name: _plain_name(name) for name in linears}
+    return {n: m for n, m in linears.items() if _matches(plain[n], include) and not _matches(plain[n], exclude)}
+
+
+def _uses(model: nn.Module) -> Counter[int]:
+    """In how many places each parameter is, by its id."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+
+
+def _check_globs(
+    model: nn.Module, linears: Mapping[str, nn.Module], chosen: Iterable[str], exclude: Iterable[str]
+) -> None:
+    names = [_plain_name(name) for name in linears]
+    for glob in chosen:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise UserError(f"'{glob}' matches no linear layer.{did_you_mean(glob, names)}")
+    for glob in exclude:
+        if not any(fnmatchcase(_plain_name(name), glob) for name, _ in model.named_modules()):
+            raise UserError(f"'{glob}' matches no module.{did_you_mean(glob, names)}")
+
+
+def _why_dense(module: nn.Module, uses: Mapping[int, int], wrapped: bool) -> str:
+    """Why a linear layer cannot be made sparse, or ""."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    require_whole(weight)
+    if not isinstance(weight, nn.Parameter):
+        return (
+            "its weight is computed anew at every call (torch.nn.utils.prune or a weight norm): make that permanent "
+            "first, e.g. by torch.nn.utils.prune.remove, then init_method='from_zeros' takes its mask"
+        )
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        return f"its weight is a {type(weight).__name__} of {weight.dtype} (quantised?)"
+    if uses[id(weight)] > 1:
+        return "its weight is tied to another module's"
+    if not weight.requires_grad and not wrapped:
+        return "its weight is frozen (requires_grad is False)"
+    return ""
+
+
+def _put_sparse(
+    model: nn.Module, name: str, module: nn.Module, layer: SparseLinear, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """`layer` in the place of a dense `module`, with its bias, its state in the optimizer and all that hung on it."""
+    conv1d, pattern = is_conv1d(module), layer.pattern
+    layer.bias = module.bias  # type: ignore[assignment]
+    assert isinstance(module.weight, nn.Parameter)
+    carry(optimizer, module.weight, layer.values, lambda t: reference.sample(t.T if conv1d else t, pattern))
+    mark(module.weight, layer.values, name)
+    hand_over(module, layer)
+    place(model, module, layer)
+
+
+def _draw(weight: Tensor, sparsity: float, method: str, seed: int, truncate: bool) -> Pattern:
+    """Pattern of a layer with the dense `weight` [out_features, in_features]."""
+    if method == "topk":
+        return Pattern.topk(weight, sparsity, truncate=truncate)
+    if method == "from_zeros":
+        return Pattern.from_mask(weight != 0)
+    shape = (weight.shape[0], weight.shape[1])
+    if method == "checkerboard":
+        return Pattern.checkerboard(shape, sparsity, truncate=truncate)
+    return Pattern.random(shape, sparsity, seed=seed, truncate=truncate)
+
+
+def set_sparsity(
+    model: nn.Module,
+    sparsity: float | Mapping[str, float],
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    seed: int = 0,
+    moments: str = "keep",
+) -> dict[str, Pattern]:
+    """Densifies every sparse layer, in place, down to `sparsity`: adds random positions, never drops any.
+
+    `sparsity` may be a mapping from glob over module names to sparsity: the first match counts, layers that match none
+    stay as they are. New weights are zeros that learn; kept weights and, with ``moments="keep"``, their optimizer state
+    stay. At 0 layers stay sparse layers with a full pattern; `densify` goes back to dense classes.
+
+    Returns
+    -------
+    dict of str to Pattern
+        The patterns before, by module name.
+
+    Raises
+    ------
+    UserError
+        If a layer is already denser, the model has no sparse layer, or `moments` is unknown.
+    """
+    check_moments(moments)
+    layers = sparse_layers(model)
+    if not layers:
+        raise UserError("set_sparsity found no sparse layer: call vspdf.sparsify(model, ...) first.")
+    rules = sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}
+    for glob in rules:
+        if not any(fnmatchcase(name, glob) for name in layers):
+            raise UserError(f"'{glob}' matches no sparse layer.{did_you_mean(glob, layers)}")
+    grown = {
+        name: layer.pattern.grow(amount, seed=_layer_seed(seed, name))
+        for name, layer in layers.items()
+        if (amount := next((rule for glob, rule in rules.items() if fnmatchcase(name, glob)), None)) is not None
+    }
+    before, replaced = {}, []
+    for name in grown:
+        layer = layers[name]
+        require_whole(layer.values)
+        old, old_values = layer.pattern, layer.values
+        spread = lambda t, a=old, b=grown[name]: scatter(t, a, inside=b)  # noqa: E731
+        values = nn.Parameter(spread(old_values.detach()), old_values.requires_grad)
+        layer.pattern, layer.values = grown[name], values
+        carry(optimizer, old_values, values, spread, moments)
+        mark(old_values, values, name)
+        before[name] = old
+        replaced.append(old_values)
+    if optimizer is None:
+        warn_of_stale("set_sparsity", replaced)
+    return before
+
+
+def densify(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, moments: str = "keep"
+) -> dict[str, Pattern]:
+    """Turns every sparse layer, in place, back into its original class; masked weights become zeros that learn.
+
+    Parameters
+    ----------
+    model : nn.Module
+    optimizer : torch.optim.Optimizer, optional
+        Its parameters are exchanged; with ``moments="keep"`` moments of kept weights are carried over (zeros
+        elsewhere), with ``"reset"`` those weights start without state.
+
+    Returns
+    -------
+    dict of str to Pattern
+        The patterns before, by module name.
+
+    Raises
+    ------
+    UserError
+        If `moments` is unknown, or `model` is itself a sparse layer.
+    """
+    check_moments(moments)
+    if isinstance(model, SparseLinear):
+        raise UserError("densify replaces layers inside a model; for a single one use its to_linear().")
+    layers = sparse_layers(model)
+    for layer in layers.values():
+        require_whole(layer.values)
+    for name, layer in layers.items():
+        dense = layer.to_original()
+        assert isinstance(dense.weight, nn.Parameter)
+        dense.weight.requires_grad_(layer.values.requires_grad)
+        dense.register_parameter("bias", layer.bias)
+        spread = lambda t, p=layer.pattern, c=layer.conv1d: scatter(t, p).T if c else scatter(t, p)  # noqa: E731
+        carry(optimizer, layer.values, dense.weight, spread, moments)
+        mark(layer.values, dense.weight, name)
+        hand_over(layer, dense)
+        place(model, layer, dense)
+    if optimizer is None:
+        warn_of_stale("densify", [layer.values for layer in layers.values()])
+    return {name: layer.pattern for name, layer in layers.items()}
+
+
+def adopt(model: nn.Module, state_dict: Mapping[str, Tensor], *, backend: str = "auto") -> dict[str, Pattern]:
+    """Makes those layers of a dense model sparse whose patterns a state_dict holds, so that it can be loaded.
+
+    Returns
+    -------
+    dict of str to Pattern
+        By module name; empty where the state is that of a dense model.
+
+    Raises
+    ------
+    UserError
+        If the model has no such layer, or a pattern does not fit it.
+    """
+    modules, patterns = dict(model.named_modules()), {}
+    for key, bits in state_dict.items():
+        name = key.removesuffix("._extra_state")
+        if name == key or f"{name}.values" not in state_dict:
+            continue
+        if name not in modules or not _is_linear(modules[name]):
+            raise UserError(f"the state holds a sparse layer '{name}', the model has no linear layer of that name.")
+        weight = modules[name].weight
+        assert isinstance(weight, Tensor)
+        out_features, in_features = reversed(weight.shape) if is_conv1d(modules[name]) else weight.shape
+        patterns[name] = Pattern((out_features, in_features), bits.cpu().numpy())
+    return sparsify(model, patterns, backend=backend) if patterns else {}
