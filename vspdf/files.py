@@ -340,5 +340,5 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read: {error}.") from None
     body = parse_json(text, str(file))
     if not isinstance(body, dict):
-        raise UserError(f"{file} is no mapping of settings.")
+        raise UserError(f"{file} cannot be read: expected a JSON object.")
     return body

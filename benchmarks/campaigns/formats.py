@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,12 @@ def formats(bench: Bench) -> dict[str, Format]:
     train = ["train", "FILE", "run_dir=run", "data.corpus=../text.txt", "data.tokenizer=bytes", "train.threads=1"]
     answer = ["generate", run_dir, "--input", "FILE", "--tokens", "1", "--beams", "1", "--limit", "2",
               "--overlong", "cut", "--output", "answers.txt"]  # fmt: skip
+    older = inputs / "older"  # a run of before files had digests: their form alone can tell that they are bent
+    if not older.exists():
+        shutil.copytree(run_dir, older, ignore=shutil.ignore_patterns("*digest*", "checkpoints"))
+    going = inputs / "going"  # and one that is not at its end
+    if not going.exists():
+        shutil.copytree(older, going, ignore=shutil.ignore_patterns("summary.json"))
     tensors = {"linear.weight": torch.ones(4, 4), "linear.weight_mask": torch.eye(4), "linear.bias": torch.zeros(4)}
     save_file(tensors, inputs / "t.safetensors")
     config = yaml.safe_load((bench.folder / "tiny.yaml").read_text()) | {"phases": [{"sparsity": 0.5, "steps": 1}]}
@@ -150,9 +157,11 @@ def formats(bench: Bench) -> dict[str, Format]:
                            JSON, hf),
         "machine": Format("m.yaml", to_yaml(MACHINE),
                           ["simulate", "step", "--model", "../tiny.yaml", "--machine", "FILE"], YAML),
-        "run-summary": Format("run/summary.json", run_file("summary.json"), ["report", "FOLDER"], JSON, run_dir),
-        "run-metrics": Format("run/metrics.jsonl", run_file("metrics.jsonl"), ["report", "FOLDER"], LINES, run_dir),
+        "run-summary": Format("run/summary.json", run_file("summary.json"), ["report", "FOLDER"], JSON, older),
+        "run-manifest": Format("run/manifest.json", run_file("manifest.json"), ["report", "FOLDER"], JSON, older),
+        "run-metrics": Format("run/metrics.jsonl", run_file("metrics.jsonl"), ["report", "FOLDER"], LINES, older),
+        "run-unfinished": Format("run/metrics.jsonl", run_file("metrics.jsonl"), ["report", "FOLDER"], LINES, going),
         "run-simulate": Format("run/summary.json", run_file("summary.json"), ["simulate", "step", "--run", "FOLDER"],
-                               JSON, run_dir),
+                               JSON, older),
     }  # fmt: skip
     return found
