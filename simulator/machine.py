@@ -101,7 +101,7 @@ def _like(key: str, value: Any, old: Any) -> Any:
             )
         return list(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MOST:
-        raise UserError(f"machine parameter '{key}' takes a number of 0 to {MOST:g}, not {value!r}.")
+        raise UserError(f"machine parameter '{key}' takes a number of at least 0 and at most {MOST:g}, not {value!r}.")
     if value < 1 / MOST and key in POSITIVE:
         raise UserError(f"machine parameter '{key}' must be above 0.")
     if isinstance(old, int) and float(value) != int(value):

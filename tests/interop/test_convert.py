@@ -545,7 +545,7 @@ WRONG = {
     "not JSON": (lambda folder: made_folder(folder, text="{"), r"config.json is no JSON"),
     "no mapping": (
         lambda folder: made_folder(folder, text="[]"),
-        r"config.json cannot be read: expected a JSON object",
+        r"cannot be read: expected a JSON object",
     ),
 }
 
