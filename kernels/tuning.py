@@ -126,8 +126,9 @@ class _Table:
         with self.lock:
             self.used[key] = self.timings[key] = timing
             file = self.path()
+            guard = file.with_name(f".{file.name}.lock")
             # A cache that cannot be written costs only the next tuning.
-            with contextlib.suppress(UserError, OSError), lock(file.with_name(f".{file.name}.lock"), str(file), PATIENCE):
+            with contextlib.suppress(UserError, OSError), lock(guard, str(file), PATIENCE):
                 machines = self.read()  # others may have added theirs meanwhile
                 stored = machines.get(self.machine())
                 machines[self.machine()] = {**(stored if isinstance(stored, dict) else {}), key: list(timing)}
