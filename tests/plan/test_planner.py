@@ -278,7 +278,7 @@ def test_nothing_is_overwritten(tmp_path, command):
     path = tmp_path / "mine.yaml"
     path.write_text("precious")
     status, out, err = command("--model", "gpt2-small", "--write", path)
-    assert status == 2 and out == "" and "exists and is not overwritten" in err and path.read_text() == "precious"
+    assert status == 2 and out == "" and "nothing is overwritten" in err and path.read_text() == "precious"
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
