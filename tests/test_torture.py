@@ -18,7 +18,7 @@ PARTS = {
     "together": "1:resume",
     "hostile": "0:pickle,hf,e2e,jsonl,dart,xml,cerebras,summary",
     "fuzz": "2:webnlg,jsonl,hf-index,run-summary",
-    "soak": "3000:masks",
+    "soak": "1500:masks",
 }
 
 

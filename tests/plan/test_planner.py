@@ -347,7 +347,7 @@ def test_bad_input_in_one_line(command, arguments, messages):
 @pytest.mark.parametrize(
     "body, message",
     [
-        ("{", "config.json cannot be read"),
+        ("{", "config.json is no JSON"),
         ('{"model_type": "llama"}', "model_type 'llama' is not known"),
         ('{"model_type": "gpt2", "n_embd": "x"}', "expected a whole number as n_layer"),
     ],
