@@ -132,9 +132,7 @@ def test_a_directory_without_a_run_says_what_is_near(tmp_path, old):
         Run(old).require(finished=True)
 
 
-@pytest.mark.parametrize(
-    "content, why", [("{", "is no JSON"), ("[]", "expected a JSON object"), ("{}", "'phases'")]
-)
+@pytest.mark.parametrize("content, why", [("{", "is no JSON"), ("[]", "expected a JSON object"), ("{}", "'phases'")])
 def test_a_broken_summary_is_named(old, content, why):
     (old / "summary.json").write_text(content)
     with pytest.raises(UserError, match=rf"summary.json cannot be read: .*{why}|summary.json {why}"):
