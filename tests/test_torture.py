@@ -11,14 +11,14 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux's linker loads the shim")
 
 PARTS = {
-    "kills": "2:train,plan",
+    "kills": "2:train",
     "faults": "1:generate",
     "power": "1:train",
     "damage": "1:resume/run/metrics,resume/run/tokenizer,report/run/metrics,convert/run/config,again/cache",
     "together": "1:resume",
     "hostile": "0:pickle,hf,e2e,jsonl,dart,xml,cerebras,summary",
     "fuzz": "2:webnlg,jsonl,hf-index,run-summary",
-    "soak": "1500:masks",
+    "soak": "1000:masks",
 }
 
 
