@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 from rich.logging import RichHandler
 
 from vspdf.cli import bench, plan, programs, runs, simulate, tasks, train
-from vspdf.cli.console import Verb, err
+from vspdf.cli.console import Verb, err, tell
 from vspdf.errors import BackendUnavailable, Interrupted, UserError, did_you_mean
 
 app = typer.Typer(
     name="vspdf",
-    help="Variable Sparse Pre-training and Dense Fine-tuning of GPTs, with the masked FLOPs really skipped.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        tell(f"vspdf {version('vspdf')}")
+        raise typer.Exit
+
+
+@app.callback()
+def vspdf(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Variable Sparse Pre-training and Dense Fine-tuning of GPTs, with the masked FLOPs really skipped."""
 
 
 def main() -> None:
@@ -35,6 +51,10 @@ def main() -> None:
     except Interrupted as error:
         err.print(f"vspdf: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(130)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # of any path that is asked for
+            raise
+        message = f"'{str(error.filename)[:40]}...' is longer than the name of a file can be."
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's usage errors, whatever class they are in its version
             raise

@@ -15,7 +15,7 @@ from yaml import YAMLError
 from vspdf.config.resolve import resolve, resolve_model
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.config.settings import Config, ModelConfig
-from vspdf.errors import UserError, did_you_mean
+from vspdf.errors import UserError, did_you_mean, percent_meant
 
 _CEREBRAS = {"trainer", "runconfig", "train_input", "sparsity"}  # one of them is in each of its files
 
@@ -64,6 +64,8 @@ def read_yaml(path: Path) -> Any:
         raise _explained(error, str(path)) from None
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read: {_first_line(error)}.") from None
+    except Exception as error:  # of tags that do not fit their values, YAML's constructors raise whatever they meet
+        raise UserError(f"{path} is not valid YAML: {_first_line(error)}.") from None
 
 
 def build(
@@ -97,7 +99,7 @@ def build(
         found = dataclasses.asdict(resolve_model(model))
         for key, value in found.items():
             mine = getattr(config.model, key)
-            if key != "init_std" and mine not in (None, value, getattr(ModelConfig(), key)):
+            if key not in ("init_std", "output_init_std") and mine not in (None, value, getattr(ModelConfig(), key)):
                 raise UserError(f"model.{key} = {mine}, but the model to start from has {value}: leave it out.")
         config.model = ModelConfig(**found)
     return resolve(config)
@@ -210,7 +212,9 @@ def _described(value: Any) -> str:
 def _explained(error: OmegaConfBaseException, where: str) -> UserError:
     """OmegaConf's error in one line that names the key."""
     key = re.sub(r"\[(\d+)\]", r".\1", error.full_key or str(error.key or ""))
-    return UserError(f"{where}: {f'{key!r}: ' if key else ''}{_first_line(error)}.")
+    written = re.search(r"Value '(.*?)' of type 'str' could not be converted to Float", str(error))
+    meant = percent_meant(written[1]) if written else ""
+    return UserError(f"{where}: {f'{key!r}: ' if key else ''}{_first_line(error)}.{meant}")
 
 
 # A resumed run may differ in these: they do not touch the numbers.

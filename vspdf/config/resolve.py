@@ -91,10 +91,13 @@ def resolve_model(model: ModelConfig) -> ResolvedModel:
         f"model.n_head = {sizes['n_head']} does not divide model.d_model = {sizes['d_model']}.",
     )
     one_of("model.activation", model.activation, ("gelu", "gelu_tanh"))
-    require(0 < model.init_std < math.inf, f"model.init_std must be positive, not {model.init_std}.")
+    output = model.output_init_std
+    output = model.init_std / math.sqrt(2 * sizes["n_layer"]) if output is None else output
+    for key, std in (("init_std", model.init_std), ("output_init_std", output)):
+        require(0 < std < math.inf, f"model.{key} must be positive, not {std}.")
     return ResolvedModel(
         name=model.name, **sizes, d_ff=d_ff, vocab_size=vocab_size, activation=model.activation,
-        init_std=model.init_std,
+        init_std=model.init_std, output_init_std=output,
     )  # fmt: skip
 
 
@@ -135,6 +138,12 @@ def _data(config: Config, longest: int) -> ResolvedData:
         "data.path is not set: give the task's file, data.path=FILE (DART, WebNLG, E2E, or JSONL).",
     )
     if data.path is None:
+        for key in ("format", "validation_path", "length", "overlong", "lower_relations"):
+            require(
+                getattr(data, key) == getattr(DataConfig(), key),
+                f"data.{key} = {getattr(data, key)} is for fine-tuning: vspdf finetune CHECKPOINT CONFIG "
+                "data.path=FILE.",
+            )
         return found
     require(config.init_from is None, "init_from is for pre-training; fine-tuning names its checkpoint first.")
     require(config.start is not None, "data.path is for fine-tuning: vspdf finetune CHECKPOINT CONFIG data.path=FILE.")
@@ -154,6 +163,8 @@ def resolve_data(data: DataConfig) -> ResolvedData:
     require(first is None or first >= 0, f"data.first_sequence must not be negative, is {first}.")
     require(0 < fraction < 1, f"data.validation_fraction must lie between 0 and 1, is {fraction}.")
     require(0 <= test < 1 - fraction, f"data.test_fraction must lie in [0, {1 - fraction:.4g}), is {test}.")
+    one_of("data.format", data.format, ("auto", "dart", "webnlg", "e2e", "jsonl"))
+    one_of("data.overlong", data.overlong, ("refuse", "cut", "drop"))
     return ResolvedData(**vars(data))
 
 
@@ -165,8 +176,6 @@ def resolve_task(data: DataConfig, longest: int) -> ResolvedTask:
     UserError
         Naming the setting, its value and what was expected.
     """
-    one_of("data.format", data.format, ("auto", "dart", "webnlg", "e2e", "jsonl"))
-    one_of("data.overlong", data.overlong, ("refuse", "cut", "drop"))
     length = longest if data.length is None else data.length
     require(
         4 <= length <= longest,
