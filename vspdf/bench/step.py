@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vspdf.attention import plain
 from vspdf.bench.rounds import _quartiles
 from vspdf.kernels import hardware
+from vspdf.model import GPT, Attention
+from vspdf.shapes import Shape
 
 
 def bench_step(
@@ -37,11 +40,7 @@ def bench_step(
         ``rows`` with ``sparsity``, ``attention`` ("torch" or "blocks"), ``seconds_median`` and quartiles,
         ``ratio_to_dense`` (with torch's attention), memory of the training state; ``hardware``, ``versions``.
     """
-    from vspdf.attention import plain
-    from vspdf.model import GPT, Attention
-    from vspdf.shapes import Shape
     from vspdf.sparsity.layer import training_state_bytes
-    from vspdf.sparsity.surgery import sparsify
 
     before = torch.get_num_threads()
     if threads:
@@ -50,14 +49,7 @@ def bench_step(
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(257, (batch_size, sequence_length + 1), generator=generator)
     dense = (0.0, "torch")
-    models = {side: GPT(shape) for side in (dense, *((sparsity, "blocks") for sparsity in (0.0, *sparsities)))}
-    for (sparsity, attention), model in models.items():
-        if attention == "torch":
-            for module in model.modules():
-                if isinstance(module, Attention):
-                    module.attend = plain
-        if sparsity:
-            sparsify(model, sparsity)
+    models = {side: _model(shape, *side) for side in (dense, *((s, "blocks") for s in (0.0, *sparsities)))}
     steps = {side: _training_step(model, tokens) for side, model in models.items()}
     times: dict[tuple[float, str], list[float]] = {side: [] for side in steps}
     try:
@@ -89,6 +81,19 @@ def bench_step(
         "hardware": hardware.hardware(),
         "versions": hardware.versions(),
     }
+
+
+def _model(shape: Shape, sparsity: float, attention: str) -> GPT:
+    from vspdf.sparsity.surgery import sparsify
+
+    model = GPT(shape)
+    if attention == "torch":
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.attend = plain
+    if sparsity:
+        sparsify(model, sparsity)
+    return model
 
 
 def _training_step(model: torch.nn.Module, tokens: Tensor) -> Callable[[], None]:
