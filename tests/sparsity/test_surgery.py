@@ -528,7 +528,7 @@ def test_build_plans_builds_every_plan_that_a_kernel_may_use():
     sparsify(model, 0.9)
     model[2].backend = "reference"
     build_plans(model)
-    sizes = [layer.pattern.plans["cpu"].nbytes for layer in model[:2]]
+    sizes = [layer.pattern.packed["cpu"].nbytes for layer in model[:2]]
     model(torch.randn(80, 64, requires_grad=True)).sum().backward()
-    assert sizes == [layer.pattern.plans["cpu"].nbytes for layer in model[:2]]
-    assert "cpu" not in model[2].pattern.plans
+    assert sizes == [layer.pattern.packed["cpu"].nbytes for layer in model[:2]]
+    assert "cpu" not in model[2].pattern.packed
