@@ -417,7 +417,7 @@ def test_state_bytes_count_what_exists():
     [
         ({"sparsity": 1.0}, r"sparsity must lie in \[0, 1\), not 1.0"),
         ({"sparsity": -0.5}, "not -0.5"),
-        ({"sparsity": {"0": 1.5}}, r"not 1.5 \(for '0'\)"),
+        ({"sparsity": {"0": 1.5}}, r"the sparsity of '0' must lie in \[0, 1\), not 1.5"),
         (
             {"sparsity": {"0": Pattern.random((30, 12), 0.5), "2": Pattern.random((3, 3), 0.5)}},
             "Pattern.3x3.*does not fit",
