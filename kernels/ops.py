@@ -248,6 +248,6 @@ def explain(
         choice = choose(product, pattern, tokens, dtype, torch.device(device), backend)
         path = choice.path
         if path == "cpu":
-            path = f"{path}-{cpu.isa()} ({cpu.plan(pattern).describe(tokens)[product]})"
+            path = f"{path}-{cpu.isa()} ({cpu.packed(pattern).describe(tokens)[product]})"
         lines.append(f"{product}: {backend} chose {path}: {choice.reason}")
     return "\n".join(lines)
