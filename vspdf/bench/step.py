@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vspdf.attention import plain
 from vspdf.bench.rounds import Timed, compared, ideal, others_at_work, quartiles
 from vspdf.kernels import hardware
+from vspdf.model import GPT, Attention
+from vspdf.shapes import Shape
 
 
 def bench_step(
@@ -27,18 +30,17 @@ def bench_step(
 ) -> dict[str, Any]:
     """Times whole training steps (forward, backward, clipping, AdamW) of sparse models beside the same dense model.
 
-    The dense side is plain PyTorch: nn.Linear, scaled_dot_product_attention, fused AdamW. Vocabulary: bytes.
+    The dense side is plain PyTorch: nn.Linear, scaled_dot_product_attention, fused AdamW. Where the sparse models' own
+    attention (`vspdf.attention`) skips more than torch's, a second dense model has it too. Vocabulary: bytes.
 
     Returns
     -------
     dict
-        ``rows`` with ``sparsity``, ``seconds_median`` and quartiles, ``ratio_to_dense`` (of rounds, `compared`) and
-        whether it is ``possible``, memory of the training state; ``load``, ``hardware``, ``versions``.
+        ``rows`` with ``sparsity``, ``attention`` ("torch" or "blocks"), ``seconds_median`` and quartiles,
+        ``ratio_to_dense`` (with torch's attention; of rounds, `compared`) and whether it is ``possible``, memory of the
+        training state; ``load``, ``hardware``, ``versions``.
     """
-    from vspdf.model import GPT
-    from vspdf.shapes import Shape
     from vspdf.sparsity.layer import training_state_bytes
-    from vspdf.sparsity.surgery import sparsify
 
     before = torch.get_num_threads()
     if threads:
@@ -46,30 +48,27 @@ def bench_step(
     shape = Shape(n_layer, d_model, n_head, 4 * d_model, 257, sequence_length)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(257, (batch_size, sequence_length + 1), generator=generator)
-    steps: dict[float, Callable[[], None]] = {}
-    memory: dict[float, Any] = {}
-    models = {}
-    for sparsity in (0.0, *sparsities):
-        model = GPT(shape)
-        if sparsity:
-            sparsify(model, sparsity)
-        steps[sparsity], models[sparsity] = _training_step(model, tokens), model
+    dense = (0.0, "torch")
+    models = {side: _model(shape, *side) for side in (dense, *((s, "blocks") for s in (0.0, *sparsities)))}
+    steps = {side: _training_step(model, tokens) for side, model in models.items()}
     load = others_at_work()
-    times: dict[float, list[Timed]] = {sparsity: [] for sparsity in steps}
+    times: dict[tuple[float, str], list[Timed]] = {side: [] for side in steps}
     try:
         for i in range(rounds + 2):
             progress(f"round {i} of {rounds + 1}")
-            for sparsity, step in steps.items():
+            for side, step in steps.items():
                 timed = Timed.of(step)
                 if i > 1:  # two rounds of warm-up: plans, tuning, moments
-                    times[sparsity].append(timed)
-        for sparsity, model in models.items():
-            memory[sparsity] = training_state_bytes(model) if sparsity else None
+                    times[side].append(timed)
+        memory = {side: training_state_bytes(model) if side[0] else None for side, model in models.items()}
         used = torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
     rows = [
-        _row(sparsity, used, times[0.0], column) | {"memory": memory[sparsity]} for sparsity, column in times.items()
+        {"sparsity": side[0], "attention": side[1], "threads": used}
+        | _figures(side[0], times[dense], times[0.0, side[1]], column)
+        | {"memory": memory[side]}
+        for side, column in times.items()
     ]
     return {
         "model": {**asdict(shape), "batch_size": batch_size, "parameters": shape.parameters},
@@ -80,16 +79,32 @@ def bench_step(
     }
 
 
-def _row(sparsity: float, threads: int, dense: Sequence[Timed], column: Sequence[Timed]) -> dict[str, Any]:
+def _figures(
+    sparsity: float, dense: Sequence[Timed], alike: Sequence[Timed], column: Sequence[Timed]
+) -> dict[str, Any]:
+    """Seconds and speed-up of one model; possible is what sparsity allows against a dense model with its attention."""
     seconds = [timed.seconds for timed in column]
     low, high = quartiles(seconds)
     ratio = compared(dense, column)
     return {
-        "sparsity": sparsity, "threads": threads, "seconds_median": statistics.median(seconds),
-        "seconds_low": low, "seconds_high": high,
+        "seconds_median": statistics.median(seconds), "seconds_low": low, "seconds_high": high,
         "ratio_to_dense": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high,
-        "possible": ratio.median <= ideal(sparsity), "rounds": len(column), "disturbed_rounds": ratio.disturbed,
+        "possible": compared(alike, column).median <= ideal(sparsity), "rounds": len(column),
+        "disturbed_rounds": ratio.disturbed,
     }  # fmt: skip
+
+
+def _model(shape: Shape, sparsity: float, attention: str) -> GPT:
+    from vspdf.sparsity.surgery import sparsify
+
+    model = GPT(shape)
+    if attention == "torch":
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.attend = plain
+    if sparsity:
+        sparsify(model, sparsity)
+    return model
 
 
 def _training_step(model: torch.nn.Module, tokens: Tensor) -> Callable[[], None]:

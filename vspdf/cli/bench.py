@@ -246,6 +246,7 @@ def bench_step(
     )
     for column in (
         "sparsity",
+        "attention",
         "s/step",
         "quartiles",
         "speed-up",
@@ -261,7 +262,7 @@ def bench_step(
             [f"{memory[k]['sparse'] / memory[k]['dense']:.0%}" for k in ("sparsified", "model")] if memory else ["", ""]
         )
         table.add_row(
-            f"{row['sparsity']:.4g}", f"{row['seconds_median']:.3f}",
+            f"{row['sparsity']:.4g}", row["attention"], f"{row['seconds_median']:.3f}",
             f"{row['seconds_low']:.3f}-{row['seconds_high']:.3f}", _speedup(row),
             f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}", f"{row['disturbed_rounds']} of {row['rounds']}", *shares,
         )  # fmt: skip

@@ -23,7 +23,7 @@ from vspdf.config import essentials
 from vspdf.config.resolved import ResolvedConfig, ResolvedPhase
 from vspdf.errors import Diverged, Interrupted
 from vspdf.evaluate.loss import evaluate
-from vspdf.kernels.hardware import crowded, device
+from vspdf.kernels.hardware import crowded, device, slow_bf16
 from vspdf.runs import writer
 from vspdf.runs.folder import CONFIG
 from vspdf.runs.record import PhaseRecord
@@ -82,6 +82,8 @@ def train(
         with writer.Writer(Path(config.run_dir)) as files:
             if resume:
                 files.hold()
+            if config.train.precision == "bf16" and (reason := slow_bf16(where)):
+                say(f"train.precision = bf16 runs in fp32: {reason}.")
             state = begin(config, where, say)
             if state.step:
                 files.go_on_from(state.step)
