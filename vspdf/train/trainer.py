@@ -77,13 +77,9 @@ def train(
         loaded, config = config, writer.check(config, resume)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
-            if crowd := crowded(config.train.threads):
-                say(f"train.threads: {crowd}")
         with writer.Writer(Path(config.run_dir)) as files:
             if resume:
                 files.hold()
-            if config.train.precision == "bf16" and (reason := slow_bf16(where)):
-                say(f"train.precision = bf16 runs in fp32: {reason}.")
             state = begin(config, where, say)
             if state.step:
                 files.go_on_from(state.step)
@@ -91,12 +87,21 @@ def train(
                 if resume:
                     say("no checkpoint was written yet: starting again from step 0")
                 files.begin(state.config, state.data.tokenizer.to_json(), state.data.manifest, again=resume)
-            say(f"{config.name}: settings that are not defaults; all are in {files.folder / CONFIG}")
-            for line in essentials.lines(loaded):
+            for line in _said(loaded, where, files.folder):
                 say(line)
             return _loop(state, Log(files, say, config.train.tensorboard), on_evaluation or (lambda folder: None))
     finally:
         torch.set_num_threads(threads)
+
+
+def _said(config: ResolvedConfig, where: torch.device, folder: Path) -> Iterator[str]:
+    """Once nothing stands in a run's way: the settings that are not defaults, and what of them is not meant so."""
+    yield f"{config.name}: settings that are not defaults; all are in {folder / CONFIG}"
+    yield from essentials.lines(config)
+    if config.train.threads and (crowd := crowded(config.train.threads)):
+        yield f"train.threads: {crowd}"
+    if config.train.precision == "bf16" and (reason := slow_bf16(where)):
+        yield f"train.precision = bf16 runs in fp32: {reason}."
 
 
 def _loop(state: State, log: Log, on_evaluation: Callable[[Path], None]) -> dict[str, Any]:
