@@ -2,10 +2,78 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from vspdf.config.resolved import ResolvedPhase
+from vspdf.model import GPT
+from vspdf.runs.record import PhaseRecord, beside_dense
+from vspdf.sparsity.layer import sparse_layers
+from vspdf.sparsity.surgery import densify
+from vspdf.train.state import State
+from vspdf.train.step import adamw, optimise
+
+
+class DenseTwin:
+    """The plain dense model with a run's weights, to be timed beside it; it never feeds back."""
+
+    def __init__(self, state: State, phase: ResolvedPhase, batch: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        self.config = state.config
+        self.model: GPT = copy.deepcopy(state.model)
+        densify(self.model)
+        self.optimizer = adamw(self.model, self.config.optimizer, phase)
+        times: dict[int, float] = {}
+        for threads in {torch.get_num_threads(), os.cpu_count() or 1}:
+            self.threads = threads
+            self.step(batch)  # warm-up: allocates the moments
+            times[threads] = self.step(batch)
+        self.threads = min(times, key=lambda threads: times[threads])
+
+    def step(self, batch: Callable[[], tuple[Tensor, Tensor]]) -> float:
+        """Seconds of one dense step at its best thread count, making the batch included."""
+        current = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            start = time.perf_counter()
+            optimise(self.model, self.optimizer, batch(), 1e-8, self.config.train, self.config.optimizer.clip)
+            return time.perf_counter() - start
+        finally:
+            torch.set_num_threads(current)
+
+
+class Beside:
+    """Times steps of a dense twin on the batches of the sparse steps beside them, a few per phase."""
+
+    def __init__(self) -> None:
+        self._twin: DenseTwin | None = None
+
+    def forget(self) -> None:
+        """Drops the twin: the model has another form now."""
+        self._twin = None
+
+    def measure(
+        self, state: State, phase: ResolvedPhase, record: PhaseRecord, batch: Callable[[], tuple[Tensor, Tensor]],
+        seconds: float,
+    ) -> dict[str, Any] | None:  # fmt: skip
+        """Takes the dense step beside one that took `seconds`; what was found, once enough were taken."""
+        wanted = state.config.train.measure_dense if sparse_layers(state.model) else 0
+        if len(record.paired_seconds) >= wanted or len(record.step_seconds) < 2:
+            return None
+        if self._twin is None:
+            self._twin = DenseTwin(state, phase, batch)
+            record.dense_threads = self._twin.threads
+            return None
+        record.paired_seconds.append((seconds, self._twin.step(batch)))
+        if len(record.paired_seconds) < wanted:
+            return None
+        self._twin = None
+        return beside_dense(record.paired_seconds)
 
 
 def profiled(step: Callable[[], Any], vocab_size: int) -> tuple[Any, dict[str, float]]:

@@ -1,0 +1,163 @@
+"""All that a run tells: lines of metrics and of progress, generated text, and the summary.
+
+Of several processes one holds the log; the others need none.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vspdf import ledger
+from vspdf.config import resolve
+from vspdf.config.resolved import ResolvedPhase
+from vspdf.draw import words
+from vspdf.errors import UserError
+from vspdf.evaluate.generate import Decoding, generate
+from vspdf.kernels import hardware
+from vspdf.runs.folder import TENSORBOARD
+from vspdf.runs.record import PhaseRecord
+from vspdf.runs.writer import Writer
+from vspdf.sparsity import schedule
+from vspdf.sparsity.layer import sparse_layers
+from vspdf.train.state import State
+
+_CURVES = ("loss", "lr", "grad_norm", "val_loss", "val_bits_per_byte", "tokens_per_second")
+
+
+class Log:
+    """Where a run is told of.
+
+    Parameters
+    ----------
+    writer : Writer
+        Of the run directory.
+    say : callable
+        Receives progress, a line at a time.
+    tensorboard : bool
+        Whether curves are drawn there too.
+    """
+
+    def __init__(self, writer: Writer, say: Callable[[str], None], tensorboard: bool = False) -> None:
+        self.writer, self.say = writer, say
+        self.board = _tensorboard(writer.folder) if tensorboard else None
+
+    def entered(self, state: State, phase: ResolvedPhase) -> None:
+        """A phase begins: its masks, and what it will be."""
+        if layers := sparse_layers(state.model):
+            self.writer.masks(state.phases.now.phase, {name: layer.pattern for name, layer in layers.items()})
+        tokens = state.tokens(state.step + phase.steps) - state.tokens(state.step)
+        self.say(f"phase '{phase.name}': {phase.steps:,} steps, {tokens:,} tokens; {_form(state.model)}")
+
+    def densified(self, state: State) -> None:
+        """The model was densified within a phase."""
+        self.say(f"densified to sparsity {state.phases.sparsity:.4g}: {_form(state.model)}")
+
+    def beside_dense(self, record: PhaseRecord, found: dict[str, Any]) -> None:
+        """A dense twin was measured beside the run."""
+        ratios = "{median:.2f}x faster (pairs {low:.2f}-{high:.2f})".format(**found["speedup"])
+        self.say(
+            f"measured beside each other: a step takes {found['paired_step_seconds_median']:.3f} s, a dense step "
+            f"{found['dense_step_seconds_median']:.3f} s ({record.dense_threads} threads): {ratios}"
+        )
+
+    def sample(self, state: State, phase: ResolvedPhase) -> None:
+        """Generates text at the end of a phase, if the configuration wants any."""
+        count = state.config.train.sample_tokens
+        if not count:
+            return
+        prompt = state.data.prompt()
+        answer = generate(state.model, [prompt], Decoding(max_tokens=count, temperature=0.8), state.data.end)[0]
+        text = state.data.tokenizer.decode(prompt + answer)
+        state.samples.append({"step": state.step, "phase": phase.name, "text": text})
+        self.say(f"sample after phase '{phase.name}': {text!r}")
+
+    def step(self, state: State, line: dict[str, Any]) -> None:
+        """A step was taken: writes its line of metrics, with what the run has cost so far, and says it."""
+        total, steps = state.count, state.config.steps
+        line["flops"] = total.flops()
+        line["seconds"] = state.seconds
+        line["training_seconds"] = sum(record.seconds for record in state.records)
+        line["training_cpu_seconds"] = state.cpu_seconds
+        self.writer.append(line)
+        if self.board:
+            for key in (key for key in _CURVES if key in line):
+                self.board.add_scalar(key, line[key], state.step)
+        val = f"  val {line['val_loss']:.4f} ({line['val_bits_per_byte']:.3f} bits/byte)" if "val_loss" in line else ""
+        self.say(
+            f"step {state.step:>{len(str(steps))}}/{steps}  {line['phase']}  loss {line['loss']:.4f}{val}"
+            f"  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tokens/s"
+            f"  {1 - total.executed / total.dense:.0%} of FLOPs skipped  {words.eta(_seconds_left(state))}"
+        )
+
+    def summary(self, state: State) -> dict[str, Any]:
+        """The run is at its end: writes the summary."""
+        config, manifest, last = state.config, state.data.manifest, state.records[-1]
+        stages = resolve.amounts(config)
+        tokens = sum(n for _, n in stages)
+        layers, ends = resolve.linear_layers(config.model), accumulate(phase.steps for phase in config.phases)
+        body = {
+            "name": config.name,
+            "model": {**asdict(state.shape), "parameters": state.shape.parameters},
+            "corpus": manifest["corpus"],
+            "tokenizer": manifest["tokenizer"],
+            "tokens": state.tokens(config.steps),
+            "seconds": state.seconds,
+            "cpu_seconds": state.cpu_seconds,
+            "val_loss": last.val_loss,
+            "val_bits_per_byte": last.val_bits_per_byte,
+            "phases": [
+                record.summary(layers, phase, state.tokens(end) - state.tokens(end - phase.steps))
+                for phase, record, end in zip(config.phases, state.records, ends, strict=True)
+            ],
+            "flops": state.count.flops(),
+            "flops_saved_fraction_by_convention": {
+                name: 1
+                - ledger.training_flops(state.shape, stages, convention=name)
+                / ledger.training_flops(state.shape, tokens=tokens, convention=name)
+                for name in ledger.CONVENTIONS
+            },
+            "effective_sparsity": schedule.effective_sparsity(tokens, stages),
+            "samples": state.samples,
+            "hardware": hardware.hardware(),
+            "versions": hardware.versions(),
+        }
+        self.writer.summary(body)
+        return body
+
+
+def _seconds_left(state: State) -> float | None:
+    """Steps of each phase at its own speed, or at the dense twin's where it has not begun; None: not known yet."""
+    now, left, fallback = state.place, 0.0, 0.0
+    for i, (phase, record) in enumerate(zip(state.config.phases, state.records, strict=True)):
+        dense = [b for _, b in record.paired_seconds]
+        mine = statistics.median(record.step_seconds) if record.step_seconds else fallback
+        if i == now.phase and not mine:
+            return None
+        if i >= now.phase:
+            left += (phase.steps - (now.step if i == now.phase else 0)) * mine
+        fallback = statistics.median(dense) if dense else mine
+    return left
+
+
+def _form(model: nn.Module) -> str:
+    """How much of a model is trained, in words."""
+    layers = sparse_layers(model)
+    if not layers:
+        return "every weight is trained"
+    kept, of = (sum(getattr(layer.pattern, n) for layer in layers.values()) for n in ("nnz", "numel"))
+    return f"{len(layers)} sparse layers keep {kept:,} of {of:,} weights"
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("train.tensorboard needs the package 'tensorboard': pip install tensorboard.") from None
+    return SummaryWriter(str(folder / TENSORBOARD))

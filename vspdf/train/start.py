@@ -1,0 +1,133 @@
+"""How a run begins: fresh, with the weights of another, with a model to fine-tune, or where it was killed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from vspdf.config import resolve
+from vspdf.config.resolved import ResolvedConfig, ResolvedTask
+from vspdf.data import pairs, text
+from vspdf.data.tokenizer import Tokenizer, check_tokenizer
+from vspdf.draw import words
+from vspdf.errors import UserError
+from vspdf.interop import checkpoints
+from vspdf.kernels import hardware
+from vspdf.model import GPT
+from vspdf.runs import checkpoint
+from vspdf.runs.folder import Run
+from vspdf.runs.record import PhaseRecord
+from vspdf.shapes import Shape
+from vspdf.sparsity.layer import sparse_layers
+from vspdf.sparsity.phases import Phases
+from vspdf.sparsity.surgery import densify
+from vspdf.train.schedule import position
+from vspdf.train.state import State
+
+log = logging.getLogger("vspdf")
+
+
+def begin(config: ResolvedConfig, device: torch.device, say: Callable[[str], None]) -> State:
+    """A run at its beginning, or at its last checkpoint if its directory has one. Nothing is written.
+
+    Raises
+    ------
+    UserError
+        For anything that a run cannot be started with: too little data, a checkpoint that does not fit, too large a
+        model.
+    """
+    run = Run(Path(config.run_dir))
+    goes_on = bool(run.checkpoints)
+    model: GPT | None = None
+    data: text.Dataset | pairs.Pairs
+    if config.task and config.start:
+        model, tokenizer = _form_of(run) if goes_on else _to_tune(config.task, config.start, say)
+        data = pairs.prepare(config.task, config.seed, tokenizer)
+    else:
+        data = text.prepare(config.data, config.model.sequence_length, config.seed)
+    config = config.with_data(data.vocab_size)
+    shape = resolve.model_shape(config.model)
+    if shape.vocab_size < data.vocab_size:
+        raise UserError(f"model.vocab_size = {shape.vocab_size} is less than the tokenizer's {data.vocab_size}.")
+    _check_memory(shape)
+    model = model or GPT(shape, config.model.init_std, seed=config.seed, activation=config.model.activation)
+    engine = Phases(
+        config.phases, seed=config.seed, backend=config.train.backend,
+        rescale=config.phases[0].s_mu_par and not config.init_from,
+    )  # fmt: skip
+    records = [PhaseRecord() for _ in config.phases]
+    state = State(config, device, data, shape, model.to(device), engine, records=records)
+    if not goes_on:
+        if config.init_from:
+            _take_over(state, config.init_from, say)
+        engine.check(state.model)
+    state.config = state.config.with_data(first_sequence=0)
+    data.check(state.first_sample + position(config.phases, config.steps).samples)
+    if goes_on:
+        state.restore()
+        say(f"resumed at step {state.step} of {config.steps}")
+    return state
+
+
+def _check_memory(shape: Shape) -> None:
+    weights = 4 * shape.parameters  # fp32; a model is dense before it is sparse
+    if weights > hardware.memory():
+        raise UserError(
+            f"the weights of {shape.parameters:,} parameters take {words.size(weights)}, this machine has "
+            f"{words.size(hardware.memory())}; vspdf plan says what a run needs."
+        )
+
+
+def _form_of(run: Run) -> tuple[GPT, Tokenizer]:
+    """Of a fine-tuning that goes on: a model of its form, whose weights a checkpoint holds, and its tokenizer."""
+    return GPT(run.shape, activation=run.config.model.activation), Tokenizer.load(run.tokenizer)
+
+
+def _to_tune(task: ResolvedTask, source: str, say: Callable[[str], None]) -> tuple[GPT, Tokenizer]:
+    """The model that fine-tuning begins with, dense, and its tokenizer."""
+    model, found, _ = checkpoints.load(source)
+    if sparse := sparse_layers(model):
+        kept, of = (sum(getattr(layer.pattern, n) for layer in sparse.values()) for n in ("nnz", "numel"))
+        densify(model)
+        say(f"'{source}' keeps {kept / of:.1%} of {len(sparse)} layers: densified, every weight learns")
+    tokenizer = pairs.tokenizer_for(task, found, source)
+    if found is None:
+        check_tokenizer(tokenizer, model.shape, source)
+    return model, tokenizer
+
+
+def _take_over(state: State, source: str, say: Callable[[str], None]) -> None:
+    """Takes weights, masks, moments and the place in the data from another run, or the weights of a folder."""
+    config, corpus = state.config, state.data.manifest["corpus"]
+    loaded = checkpoints.load(source, config.train.backend)
+    old = loaded.state
+    if loaded.tokenizer is None:
+        log.warning("init_from '%s' has no tokenizer: data.tokenizer is taken to be its own.", source)
+    elif not loaded.tokenizer.same_vocabulary(state.data.tokenizer):
+        name = (old.get("tokenizer") or {}).get("name", loaded.tokenizer.name)
+        raise UserError(
+            f"init_from '{source}' was trained with the tokenizer {name}, whose vocabulary is not that of "
+            f"data.tokenizer = '{config.data.tokenizer}'."
+        )
+    for key, value in asdict(state.shape).items():
+        if (theirs := old["model"][key]) != value:
+            raise UserError(f"init_from '{source}': its model.{key} is {theirs}, here it is {value}.")
+    if old["activation"] != config.model.activation:
+        raise UserError(f"init_from '{source}' needs model.activation={old['activation']}.")
+    state.model = loaded.model.to(state.device)
+    if checkpoints.kind(Path(source)) == "checkpoint":
+        stored = checkpoint.read(Path(source))
+        if stored.moments and config.phases[0].moments == "keep":
+            stored.restore_optimizer(state.model, state.renew_optimizer(config.phases[0]))
+    if config.data.first_sequence is None:
+        ours = (corpus, config.data.validation_fraction, config.seed)
+        if (old.get("corpus"), old.get("validation_fraction"), old.get("seed")) == ours:
+            state.config = config.with_data(first_sequence=old["sequences"])
+        elif old.get("corpus") == corpus:
+            log.warning("init_from '%s' saw this text in another order: some of it will be seen again.", source)
+    where = f", its data from sequence {state.first_sample}" if state.first_sample else ""
+    say(f"starting from {source} (step {old['step']}), {'with' if state.optimizer else 'without'} moments{where}")

@@ -1,0 +1,174 @@
+"""A run under way, in one place: `start` makes it, the trainer's steps advance it, `log` tells of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vspdf.config.resolved import ResolvedConfig, ResolvedPhase
+from vspdf.data.pairs import Pairs
+from vspdf.data.text import Dataset
+from vspdf.errors import UserError
+from vspdf.kernels import hardware, tuning
+from vspdf.ledger import Count
+from vspdf.model import GPT
+from vspdf.runs import checkpoint
+from vspdf.runs.record import PhaseRecord
+from vspdf.shapes import Shape
+from vspdf.sparsity.layer import build_plans
+from vspdf.sparsity.phases import Phases
+from vspdf.train.schedule import Position, position
+from vspdf.train.step import adamw
+
+
+@dataclass
+class State:
+    """A run under way.
+
+    Attributes
+    ----------
+    config : ResolvedConfig
+        With what the data told filled in.
+    device : torch.device
+    data : Dataset or Pairs
+        Samples by their global index, and held-out text.
+    shape : Shape
+    model : GPT
+    phases : Phases
+        The engine that has brought the model into the form it has.
+    optimizer : torch.optim.Optimizer, optional
+        None before the first phase, unless another run's moments are taken over.
+    step : int
+        Global steps done.
+    seconds : float
+        Wall clock, evaluation and checkpoints included.
+    records : list of PhaseRecord
+        What each phase has done.
+    samples : list of dict
+        Text generated at the ends of phases.
+    saved_step : int, optional
+        Step of the last checkpoint of this run.
+    """
+
+    config: ResolvedConfig
+    device: torch.device
+    data: Dataset | Pairs
+    shape: Shape
+    model: GPT
+    phases: Phases
+    optimizer: torch.optim.Optimizer | None = None
+    step: int = 0
+    seconds: float = 0.0
+    records: list[PhaseRecord] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    saved_step: int | None = None
+
+    # -- where it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def place(self) -> Position:
+        """Where the next step falls."""
+        return position(self.config.phases, self.step)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.config.steps
+
+    @property
+    def first_sample(self) -> int:
+        """Global index of the run's first sample: other runs may have seen those before it."""
+        return self.config.data.first_sequence or 0
+
+    def batch(self, place: Position) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of a step."""
+        return self.data.batch(self.first_sample + place.samples, self.config.phases[place.phase].batch_size)
+
+    def tokens(self, step: int) -> int:
+        """Tokens that the first `step` steps consume."""
+        return self.data.tokens(position(self.config.phases, step).samples)
+
+    @property
+    def count(self) -> Count:
+        """FLOPs done, over all phases."""
+        total = Count()
+        for record in self.records:
+            total.add(record.tally.total)
+        return total
+
+    @property
+    def cpu_seconds(self) -> float | None:
+        """CPU time of all threads in steps; None where a part of the run did not count it."""
+        counted = [record.cpu_seconds for record in self.records]
+        return None if None in counted else math.fsum(counted)  # type: ignore[arg-type]
+
+    # -- optimizer and checkpoints -----------------------------------------------------------------------------------
+
+    def renew_optimizer(self, phase: ResolvedPhase) -> torch.optim.Optimizer:
+        """Makes an optimizer over the model's present parameters, with the state of the old one."""
+        optimizer = adamw(self.model, self.config.optimizer, phase)
+        if self.optimizer is not None:
+            optimizer.state.update(self.optimizer.state)
+        self.optimizer = optimizer
+        return optimizer
+
+    def save(self) -> None:
+        """Writes a checkpoint of the last whole step, unless there is one."""
+        if self.saved_step == self.step:
+            return
+        config, revived = self.config, self.phases.revived
+        body = {
+            "vspdf": hardware.versions()["vspdf"],
+            "model": asdict(self.shape),
+            "activation": config.model.activation,
+            "tokenizer": self.data.manifest["tokenizer"],
+            "corpus": self.data.manifest["corpus"],
+            "task": {"lower_relations": config.data.lower_relations} if config.task else None,
+            "phase": self.phases.now.phase,
+            "seed": config.seed,
+            "validation_fraction": config.data.validation_fraction,
+            "sequences": self.first_sample + self.place.samples,
+            "seconds": self.seconds,
+            "samples": self.samples,
+            "records": [record.to_json() for record in self.records],
+            "revived_done": revived.done if revived else 0,
+            "kernel_choices": tuning.choices(),
+        }
+        run = Path(config.run_dir)
+        checkpoint.save(run, self.step, self.model, self.optimizer, body, self.phases.ramp[0])
+        checkpoint.prune(run, config.train.keep_checkpoints)
+        self.saved_step = self.step
+
+    def restore(self) -> None:
+        """Brings a fresh state to where the last checkpoint of its run was written.
+
+        Raises
+        ------
+        UserError
+            If the checkpoint is damaged, or belongs to another corpus, model or course of phases.
+        """
+        stored = checkpoint.read(Path(self.config.run_dir))
+        body, corpus, shape = stored.state, self.data.manifest["corpus"], asdict(self.shape)
+        if body["corpus"]["sha256"] != corpus["sha256"]:
+            raise UserError(
+                f"checkpoint {stored.folder} belongs to another corpus: sha256 was "
+                f"{body['corpus']['sha256'][:12]}..., is {corpus['sha256'][:12]}...."
+            )
+        if body["model"] != shape:
+            wrong = next(key for key, value in shape.items() if body["model"].get(key) != value)
+            raise UserError(
+                f"the checkpoint belongs to another model: its {wrong} is {body['model'].get(wrong)}, "
+                f"here it is {shape[wrong]}."
+            )
+        stored.restore(self.model, self.config.train.backend)
+        tuning.pin(body["kernel_choices"])
+        build_plans(self.model)
+        self.step = self.saved_step = body["step"]
+        self.seconds, self.samples = body["seconds"], body["samples"]
+        self.records = [PhaseRecord.from_json(record) for record in body["records"]]
+        self.phases.resume(self.model, self.step, (stored.before_switch(self.model), body["revived_done"]))
+        stored.restore_optimizer(self.model, self.renew_optimizer(self.config.phases[body["phase"]]))
