@@ -95,11 +95,8 @@ class ResolvedPhase(Amounts):
 
     tokens: int
     lr: float
-    lr_multiple: float
-    s_mu_par: bool
     lr_end: float
-    decay: str
-    warmup_steps: int
+    s_mu_par: bool
     batch_size: int
     weight_decay: float
     beta2: float

@@ -66,19 +66,14 @@ class OptimizerConfig:
 
 @dataclass
 class PhaseConfig(Phase):
-    """One stage of training: how much is kept (`vspdf.sparsity.schedule.Phase`), and how it learns.
+    """One stage of training: a `vspdf.Phase`, and what only a run of one's own has.
 
     Give `steps` or `tokens`.
     """
 
     tokens: int | None = None
-    lr: float | None = None  # peak; default optimizer.lr
-    lr_multiple: float = 1.0  # of `lr`; at 90 % about 3 (published, and best of 3, 5 and 8 in study "toy")
     # SµPar (arXiv:2405.15743): learning rate of sparse weights x 1/density, their init x 1/sqrt(density)
     s_mu_par: bool = False
-    lr_end: float | None = None  # default: a tenth of optimizer.lr, as published
-    decay: str = "linear"  # "linear", "cosine" or "constant"
-    warmup_steps: int | None = None  # default: a tenth of the phase after a switch, else 5 %
     batch_size: int | None = None  # sequences a step; default train.batch_size
     weight_decay: float | None = None
     beta2: float | None = None

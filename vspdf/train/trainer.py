@@ -28,7 +28,6 @@ from vspdf.runs.record import PhaseRecord
 from vspdf.sparsity.layer import build_plans
 from vspdf.train.beside import Beside, profiled
 from vspdf.train.log import Log
-from vspdf.train.schedule import learning_rate
 from vspdf.train.start import begin
 from vspdf.train.state import State
 from vspdf.train.step import dense_counts, optimise
@@ -152,7 +151,7 @@ def _step(state: State, phase: ResolvedPhase, record: PhaseRecord) -> dict[str, 
     """Takes the next step and notes what it did; returns its line of metrics."""
     place, optimizer, config = state.place, state.optimizer, state.config
     assert optimizer is not None
-    lr = learning_rate(phase, place.step)
+    lr = phase.learning_rate(place.step, config.optimizer.lr)
     start, cpu_start = time.perf_counter(), time.process_time()
     batch = state.batch(place)
     take = lambda: optimise(  # noqa: E731
