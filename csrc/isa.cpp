@@ -3,6 +3,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
 namespace vspdf {
 
 const char* isa_name(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "plain"; }
@@ -52,6 +56,17 @@ bool fast_bf16_pairs() {
 #else
     return false;
 #endif
+}
+
+int64_t second_level_bytes() {
+    static const int64_t bytes = [] {
+        int64_t found = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+        found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+        return found > 0 ? found : int64_t(1) << 20;
+    }();
+    return bytes;
 }
 
 }  // namespace vspdf

@@ -1,6 +1,7 @@
 // Which instruction set runs: found at run time, lowered by VSPDF_ISA or by name.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -22,5 +23,8 @@ bool jit_wanted(Isa isa);
 // Whether the processor multiplies pairs of bf16 as fast as single floats. Intel's, but for AMX, take four times as
 // long.
 bool fast_bf16_pairs();
+
+// Bytes of the second-level cache of one core; 1 MiB where the system does not say.
+int64_t second_level_bytes();
 
 }  // namespace vspdf

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "bf16.hpp"
 #include "parallel.hpp"
@@ -13,7 +14,6 @@ constexpr int kLine = 64;        // bytes of a line of x and of a row's sums
 constexpr double kThin = 0.03;   // density below which a longer block pays: the sums then cost more than the lines
 constexpr int kThinBlock = 512;  // features
 constexpr int kBlock = 256;
-constexpr int kRun = 16;  // values that are moved together
 
 struct Entry {
     uint32_t col;
@@ -232,8 +232,14 @@ void SpmmProgram::refresh(float* out, const T* values, const uint32_t* start, in
         return;
     }
     const int tasks = std::min(threads, chains());
+    const bool few = nnz() < 4 * int64_t(order_.size());  // values in a run, on average
     parallel_for(tasks, threads, [&](int64_t task) {
-        refresh_runs(out, values, start, int(chains() * task / tasks), int(chains() * (task + 1) / tasks));
+        const int first = int(chains() * task / tasks), last = int(chains() * (task + 1) / tasks);
+        if (few) {
+            refresh_runs<8>(out, values, start, first, last);
+        } else {
+            refresh_runs<16>(out, values, start, first, last);
+        }
     });
 }
 
@@ -242,6 +248,9 @@ void SpmmProgram::refresh_rows(float* out, const T* values, const uint32_t* star
     const int first = chain_panel(chain), last = chain_panel(chain + 1);
     std::vector<uint32_t> next(start + row_[chain], start + row_[chain + 1]);
     const uint32_t* segment = segment_.data() + size_t(first) * blocks_;
+    // The chain's values lie together, but are read from as many places at once as it has rows.
+    constexpr uint32_t kStep = kLine / sizeof(T);
+    for (uint32_t i = start[row_[chain]]; i < start[row_[chain + 1]]; i += kStep) __builtin_prefetch(values + i);
     for (int b = 0; b < blocks_; ++b) {
         for (int p = first; p < last; ++p, ++segment) {
             uint32_t* row = next.data() + (panel_row(p) - row_[chain]);
@@ -250,13 +259,32 @@ void SpmmProgram::refresh_rows(float* out, const T* values, const uint32_t* star
     }
 }
 
-template <class T>
+// fn(f, count[f]) for every count that is not 0, eight at a glance: most are 0 in sparse patterns.
+template <class Fn>
+inline void each_count(const uint8_t* count, int features, const Fn& fn) {
+    int f = 0;
+    for (; f + 8 <= features; f += 8) {
+        uint64_t eight;
+        std::memcpy(&eight, count + f, sizeof eight);
+        while (eight) {
+            const int j = __builtin_ctzll(eight) & ~7;
+            fn(f + j / 8, int(eight >> j & 0xFF));
+            eight &= ~(uint64_t(0xFF) << j);
+        }
+    }
+    for (; f < features; ++f) {
+        if (count[f]) fn(f, count[f]);
+    }
+}
+
+// Runs move as whole vectors where neither side has an end: what is written too far is written again.
+template <int Run, class T>
 void SpmmProgram::refresh_runs(float* out, const T* values, const uint32_t* start, int first_chain,
                                int last_chain) const {
     std::vector<uint32_t> next(start, start + cols_);  // by row of W, which is a feature here
-    const uint32_t nnz = value_.back(), end = value_[size_t(last_chain) * blocks_];
+    const int64_t nnz = value_.back(), end = value_[size_t(last_chain) * blocks_];
     const uint8_t* count = order_.data();
-    uint32_t i = 0;
+    int64_t i = 0;
     for (int c = 0; c < last_chain; ++c) {
         const int panels = chain_panel(c + 1) - chain_panel(c);
         if (c == first_chain) i = value_[size_t(c) * blocks_];
@@ -268,23 +296,15 @@ void SpmmProgram::refresh_runs(float* out, const T* values, const uint32_t* star
                     for (int f = 0; f < features; ++f) from[f] += count[f];
                     continue;
                 }
-                for (int f = 0; f < features; ++f) {
-                    const uint32_t n = count[f];
-                    for (uint32_t done = 0; done < n; done += kRun) {
-                        const T* run = values + from[f] + done;
-                        float* to = out + i + done;
-                        // Whole vectors where neither side has an end: what is written too far is written again.
-                        const bool whole = from[f] + done + kRun <= nnz && i + done + kRun <= end;
-                        const uint32_t move = whole ? kRun : std::min<uint32_t>(kRun, n - done);
-                        if (whole) {
-                            for (int j = 0; j < kRun; ++j) to[j] = to_float(run[j]);
-                        } else {
-                            for (uint32_t j = 0; j < move; ++j) to[j] = to_float(run[j]);
-                        }
+                each_count(count, features, [&](int f, int left) {
+                    int64_t at = from[f];
+                    from[f] += uint32_t(left);
+                    for (; left > 0 && at + Run <= nnz && i + Run <= end; left -= Run, at += Run, i += Run) {
+                        for (int j = 0; j < Run; ++j) out[i + j] = to_float(values[at + j]);
                     }
-                    from[f] += n;
-                    i += n;
-                }
+                    if (left < 0) i += left;  // so much of the last vector did not belong to the run
+                    for (; left > 0; --left) out[i++] = to_float(values[at++]);
+                });
             }
         }
     }

@@ -55,7 +55,7 @@ class SpmmProgram {
     int chain_panel(int chain) const { return int(int64_t(chain) * panels_ / chains()); }
     template <class T>
     void refresh_rows(float* out, const T* values, const uint32_t* start, int chain) const;
-    template <class T>
+    template <int Run, class T>
     void refresh_runs(float* out, const T* values, const uint32_t* start, int first_chain, int last_chain) const;
 
     int rows_, cols_;

@@ -171,9 +171,11 @@ void pack_pairs(float* out, int lanes, const bf16* x, int64_t stride, int tokens
     }
 }
 
-template <class T>
-void unpack(T* out, int64_t stride, const float* y, int lanes, int tokens, int features, const float* bias,
-            bool streaming) {
+// Lines of a known length spare the arithmetic of addresses; 0: any.
+template <int Lanes, class T>
+void unpack_lanes(T* out, int64_t stride, const float* y, int any_lanes, int tokens, int features, const float* bias,
+                  bool streaming) {
+    const int lanes = Lanes ? Lanes : any_lanes;
     streaming = streaming && stride * sizeof(T) % (4 * W) == 0 && reinterpret_cast<uintptr_t>(out) % (4 * W) == 0;
     for (int t = 0; t < tokens; t += W) {
         const int here = tokens - t < W ? tokens - t : W;
@@ -212,6 +214,13 @@ void unpack(T* out, int64_t stride, const float* y, int lanes, int tokens, int f
             for (int i = 0; i < W; ++i) store_narrow(to + i * stride, row[i] + shift);
         }
     }
+}
+
+template <class T>
+void unpack(T* out, int64_t stride, const float* y, int lanes, int tokens, int features, const float* bias,
+            bool streaming) {
+    const auto run = lanes == 16 ? unpack_lanes<16, T> : lanes == 64 ? unpack_lanes<64, T> : unpack_lanes<0, T>;
+    run(out, stride, y, lanes, tokens, features, bias, streaming);
 }
 
 // ---- Row loops --------------------------------------------------------------------------------------------------
@@ -277,19 +286,31 @@ int64_t scatter(float* dx, const float* dy, const float* values, const uint16_t*
     return macs;
 }
 
+// Values come as vectors, so that only x is loaded number by number: loads of floats are what limits a row's sum.
 void dots(float* y, const float* x, const float* values, const uint16_t* col, const uint32_t* lo, const uint32_t* hi,
           int n, bool first) {
-    constexpr int U = 8;  // sums of their own hide the latency of the multiply-add
+    typedef float Four __attribute__((vector_size(16)));
+    typedef float FourU __attribute__((vector_size(16), aligned(4), may_alias));
+    constexpr int U = 4;  // sums of their own hide the latency of the multiply-add
     for (int r = 0; r < n; ++r) {
-        float sum[U] = {};
+        Four sum[U] = {};
         uint32_t i = lo[r];
         const uint32_t end = hi[r];
-        for (; i + U <= end; i += U) {
-#pragma GCC unroll 8
-            for (int u = 0; u < U; ++u) sum[u] += values[i + u] * x[col[i + u]];
+        const auto add = [&](Four& to, uint32_t at) {
+            uint64_t c;  // four columns
+            std::memcpy(&c, col + at, sizeof c);
+            to += *reinterpret_cast<const FourU*>(values + at) *
+                  Four{x[c & 0xFFFF], x[c >> 16 & 0xFFFF], x[c >> 32 & 0xFFFF], x[c >> 48]};
+        };
+        for (; i + 4 * U <= end; i += 4 * U) {
+#pragma GCC unroll 4
+            for (int u = 0; u < U; ++u) add(sum[u], i + 4 * u);
         }
-        for (; i < end; ++i) sum[0] += values[i] * x[col[i]];
-        const float total = (sum[0] + sum[1] + (sum[2] + sum[3])) + (sum[4] + sum[5] + (sum[6] + sum[7]));
+        for (; i + 4 <= end; i += 4) add(sum[0], i);
+        float rest = 0;
+        for (; i < end; ++i) rest += values[i] * x[col[i]];
+        const Four four = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        const float total = (four[0] + four[1]) + (four[2] + four[3]) + rest;
         y[r] = first ? total : y[r] + total;
     }
 }

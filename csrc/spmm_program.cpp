@@ -10,11 +10,12 @@
 namespace vspdf {
 namespace {
 
-constexpr int kFewSlices = 6;          // a block of fewer does not pay for its pass over the code
-constexpr int kPackedAll = 1 << 20;    // bytes of packed x: half of a second-level cache
-constexpr int kPackedGroup = 1 << 19;  // the same where the sums of all rows need room too
-constexpr int kCodeNear = 3 << 18;     // bytes of code and values that stay in the second-level cache
-constexpr int kSumsNear = 2 << 20;     // bytes of packed x and sums that do
+constexpr int kFewSlices = 6;  // a block of fewer does not pay for its pass over the code
+// Shares of the second-level cache.
+constexpr double kPackedAll = 0.5;     // packed x
+constexpr double kPackedGroup = 0.25;  // the same where the sums of all rows need room too
+constexpr double kCodeNear = 0.375;    // code and values that stay
+constexpr double kSumsNear = 1;        // packed x and sums that do
 constexpr double kNearCost = 0.2;      // of a byte from that cache against one from further away
 constexpr int kSpan = 64;              // rows that leave for the output together: whole runs suit memory better
 constexpr int kLine = 64;              // bytes of a cache line
@@ -65,15 +66,17 @@ struct Pass {
 Pass choose_pass(const SpmmProgram& program) {
     const int rows = program.rows(), cols = program.cols();
     const double code = double(program.code_bytes()) + double(program.nnz()) * sizeof(float);
+    const double cache = double(second_level_bytes()), group_bytes = kPackedGroup * cache;
     Pass best{0, 0};
     double least = 0;
     for (int slices : {16, 12, 8, 6, 5, 4, 3, 2, 1}) {
         const double line = slices * kSlice * double(sizeof(float));
-        const bool together = cols * line <= kPackedAll;
-        const int most = together ? program.blocks() : std::max(int(kPackedGroup / (line * program.block())), 1);
+        const bool together = cols * line <= kPackedAll * cache;
+        const int most = together ? program.blocks() : std::max(int(group_bytes / (line * program.block())), 1);
         const int groups = int(ceil_div(program.blocks(), most));
         const double sums = groups == 1 ? 0 : groups * rows * 2.0 * kLine;
-        const bool code_far = code > kCodeNear, sums_far = rows * line + kPackedGroup > kSumsNear;
+        const bool code_far = code > kCodeNear * cache;
+        const bool sums_far = rows * line + group_bytes > kSumsNear * cache;
         const double moved = code / slices * (code_far ? 1 : kNearCost) + sums * (sums_far ? 1 : kNearCost);
         if (best.slices == 0 || moved < least) {
             best = {slices, int(ceil_div(program.blocks(), groups))};

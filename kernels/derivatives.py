@@ -7,6 +7,7 @@ The operators themselves are defined in `ops`; here is what autograd knows of th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,12 @@ from vspdf.pattern import Pattern
 def _watched() -> bool:
     """Whether a transform of `torch.func` (grad, vmap, jvp) looks on, which must meet a Function and no operator."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _spared() -> contextlib.AbstractContextManager[Any]:
+    """Within a backward pass that nobody differentiates again, products need not go past autograd: some 5 us each."""
+    looked_at = torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0 or _watched()
+    return contextlib.nullcontext() if looked_at else torch._C._AutoDispatchBelowAutograd()
 
 
 def linear(x: Tensor, values: Tensor, bias: Tensor | None, key: str, backend: str) -> Tensor:
@@ -90,12 +97,11 @@ class Linear(_Product):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, values = ctx.saved_tensors
         key, needs = ctx.pattern.digest, ctx.needs_input_grad
-        return (
-            grad_input(grad, values, key, ctx.backend) if needs[0] else None,
-            grad_values(grad, x, key, ctx.backend, values.dtype) if needs[1] else None,
-            grad.reshape(-1, grad.shape[-1]).sum(0, dtype=values.dtype) if needs[2] else None,
-            None, None,
-        )  # fmt: skip
+        with _spared():
+            grad_x = grad_input(grad, values, key, ctx.backend) if needs[0] else None
+            grad_v = grad_values(grad, x, key, ctx.backend, values.dtype) if needs[1] else None
+        grad_b = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=values.dtype) if needs[2] else None
+        return grad_x, grad_v, grad_b, None, None
 
     @staticmethod
     def jvp(ctx: Any, t_x: Tensor | None, t_values: Tensor | None, t_bias: Tensor | None, *_: Any) -> Tensor:

@@ -46,6 +46,12 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def crowded(threads: int) -> str:
+    """A word on more threads than there are cores; "" where each has its own."""
+    cores = os.cpu_count() or threads
+    return f"{threads} threads on {cores} cores take turns: expect less speed than with {cores}." * (threads > cores)
+
+
 def memory() -> float:
     """Bytes of this machine's main memory; infinite where the system does not tell."""
     try:

@@ -17,10 +17,12 @@ from torch.utils.flop_counter import register_flop_formula
 from vspdf import ledger
 from vspdf.errors import UserError
 from vspdf.kernels import cpu, dense, reference
-from vspdf.kernels.derivatives import differentiable, linear
+from vspdf.kernels.derivatives import differentiable, grad_input, grad_values, linear
 from vspdf.kernels.dispatch import choose
 from vspdf.kernels.gpu import launch, two_four
 from vspdf.pattern import Pattern
+
+__all__ = ["explain", "grad_input", "grad_values", "linear", "sparse_linear"]
 
 _PRODUCTS = ("forward", "grad_input", "grad_values")
 # Sparse paths return their result and the multiply-adds executed. "sampled" (a GEMM that stores kept positions only)

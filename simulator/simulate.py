@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vspdf.errors import UserError, did_you_mean
+from vspdf.errors import UserError, did_you_mean, one_of, require
 from vspdf.simulator import machine as machines
 from vspdf.simulator.aggregate import programs as aggregate_programs
 from vspdf.simulator.events import fabric, pictures, programs
@@ -33,6 +33,7 @@ class Work:
     event: Callable[[], tuple[programs.Outcome, dict[str, Any]]]
     pes: int
     speed: float
+    seeded: bool = False  # the aggregate figures go with the seed
 
     @property
     def seconds(self) -> float:
@@ -65,8 +66,7 @@ def _grid(text: str) -> tuple[int, int]:
 
 
 def _choice(argument: str, value: str, known: Iterable[str]) -> str:
-    if value not in known:
-        raise UserError(f"`{argument}` '{value}': expected one of {', '.join(known)}.{did_you_mean(value, known)}")
+    one_of(f"`{argument}`", value, known)
     return value
 
 
@@ -96,27 +96,26 @@ def _normal(seed: int, *shape: int, half: bool = False) -> np.ndarray:
 
 
 def spmm(
-    machine: Machine, format: str, grid: str, n: int, k: int, m: int, density: float = 100,
-    nnz_per_pe: int | None = None, seed: int = 0,
+    machine: Machine, format: str, grid: str, n: int, k: int, m: int, density: float | None = None,
+    nnz_per_pe: int | None = None, seed: int | None = None,
 ) -> Work:  # fmt: skip
-    """Sparse [n, k] x dense [k, m] in fp32; the grid's width splits k, its height n; `density` in percent."""
+    """Sparse [n, k] x dense [k, m] in fp32; the grid's width splits k, its height n; `density` in percent, or 100."""
     width, height = _grid(grid)
     _positive(n=n, k=k, m=m)
     _choice("format", format, (*programs.FORMATS, "dense"))
     nt, kt = programs.check_spmm(machine, width, height, n, k, m)
-    if not 0 <= density <= 100:
-        raise UserError(f"`density` {density}: expected a percentage between 0 and 100.")
-    if nnz_per_pe is not None and not 1 <= nnz_per_pe <= nt * kt:
-        raise UserError(f"`nnz_per_pe` {nnz_per_pe}: a PE's tile of {nt} x {kt} holds 1 to {nt * kt}.")
     if format == "dense":
+        for name, value in (("density", density), ("nnz_per_pe", nnz_per_pe)):
+            require(value is None, f"`{name}` is for sparse formats: `format` dense stores every value.")
 
         def run_dense() -> tuple[programs.Outcome, dict[str, Any]]:
-            run = programs.dense(machine, n, k, m, width, height, seed)
+            run = programs.dense(machine, n, k, m, width, height, seed or 0)
             c, a, b = run.result
             return run, _window(run, _error(c, a @ b))
 
         return Work(aggregate_programs.dense(machine, n, k, m, width, height), run_dense, width * height, VECTOR_SPEED)
-    generator = np.random.default_rng(seed)
+    density = _density(density, nnz_per_pe, nt, kt)
+    generator = np.random.default_rng(seed or 0)
     if n * k <= 1 << 26:
         mask = generator.random((n, k)) < density / 100
         counts, slots = programs.tile_counts(mask, width, height, format, nnz_per_pe)
@@ -135,11 +134,27 @@ def spmm(
     def run_sparse() -> tuple[programs.Outcome, dict[str, Any]]:
         if mask is None:
             raise UserError(f"`level` event: a matrix of {n} x {k} is too large; the aggregate level takes it.")
-        run = programs.spmm(machine, format, mask, m, width, height, nnz_per_pe, seed)
+        run = programs.spmm(machine, format, mask, m, width, height, nnz_per_pe, seed or 0)
         c, a, b = run.result
         return run, _window(run, _error(c, a @ b)) | {"nnz_per_pe": stored}
 
-    return Work(aggregate, run_sparse, width * height, VECTOR_SPEED)
+    return Work(aggregate, run_sparse, width * height, VECTOR_SPEED, seeded=True)
+
+
+def _density(density: float | None, nnz_per_pe: int | None, nt: int, kt: int) -> float:
+    """In percent, and not of more non-zeros than a PE is said to store at most."""
+    density = 100.0 if density is None else density
+    require(0 <= density <= 100, f"`density` {density}: expected a percentage between 0 and 100.")
+    if nnz_per_pe is not None:
+        holds = nt * kt
+        require(1 <= nnz_per_pe <= holds, f"`nnz_per_pe` {nnz_per_pe}: a PE's tile of {nt} x {kt} holds 1 to {holds}.")
+        mean = density / 100 * holds
+        require(
+            mean <= nnz_per_pe,
+            f"`nnz_per_pe` {nnz_per_pe}: at a `density` of {density:g} percent the average PE has {mean:.4g} non-zeros "
+            "already, the fullest has no fewer.",
+        )
+    return density
 
 
 def _window(run: programs.Outcome, error: float) -> dict[str, Any]:
@@ -156,7 +171,7 @@ def _window(run: programs.Outcome, error: float) -> dict[str, Any]:
 ALGORITHMS = ("summa", "cannon", "meshgemm")
 
 
-def gemm(machine: Machine, algorithm: str, grid: str, n: int, dtype: str = "fp32", seed: int = 0) -> Work:
+def gemm(machine: Machine, algorithm: str, grid: str, n: int, dtype: str = "fp32", seed: int | None = None) -> Work:
     """Dense [n, n] x [n, n] on a square grid.
 
     `efficiency` is the time of the local products alone over the whole time.
@@ -175,7 +190,7 @@ def gemm(machine: Machine, algorithm: str, grid: str, n: int, dtype: str = "fp32
         }
 
     def run() -> tuple[programs.Outcome, dict[str, Any]]:
-        a, b = _normal(seed, n, n, half=half), _normal(seed + 1, n, n, half=half)
+        a, b = _normal(seed or 0, n, n, half=half), _normal((seed or 0) + 1, n, n, half=half)
         if algorithm == "summa":
             done = programs.summa(machine, a, b, pes, half)
         else:
@@ -186,13 +201,15 @@ def gemm(machine: Machine, algorithm: str, grid: str, n: int, dtype: str = "fp32
     return Work(figures(model["cycles"]), run, pes * pes, ROUTER_SPEED)
 
 
-def gemv(machine: Machine, grid: str, n: int, algorithm: str = "meshgemv", dtype: str = "fp16", seed: int = 0) -> Work:
+def gemv(
+    machine: Machine, grid: str, n: int, algorithm: str = "meshgemv", dtype: str = "fp16", seed: int | None = None
+) -> Work:
     """Dense [n, n] x vector on a square grid."""
     _choice("algorithm", algorithm, ("meshgemv",))
     pes, half = _square(grid, n), _choice("dtype", dtype, ("fp32", "fp16")) == "fp16"
 
     def run() -> tuple[programs.Outcome, dict[str, Any]]:
-        a, v = _normal(seed, n, n, half=half), _normal(seed + 1, n, half=half)
+        a, v = _normal(seed or 0, n, n, half=half), _normal((seed or 0) + 1, n, half=half)
         done = programs.mesh_gemv(machine, a, v, pes, half)
         return done, {
             "cycles": done.cycles,
@@ -212,7 +229,7 @@ def reduce(machine: Machine, pes: int, elements: int, group: int | str = "star",
         except ValueError:
             raise UserError(f"`group` '{group}': expected a number of PEs or 'star'.") from None
     cycles = aggregate_programs.reduce(machine, pes, elements, group, everywhere)
-    programs.check_memory(machine, 4 * elements)
+    programs.check_memory(machine, 4 * elements, "fewer `elements`")
 
     def run() -> tuple[programs.Outcome, dict[str, Any]]:
         values = _normal(0, pes, elements)
@@ -270,6 +287,10 @@ def simulate(
         level, why = "aggregate", too_large or f"the event level would take some {work.seconds:,.0f} s"
     else:
         level, why = "event", "events are drawn" if drawn else "small enough to move every wavelet"
+    if level == "aggregate" and not work.seeded and arguments.get("seed") is not None:
+        raise UserError(
+            f"`seed` draws the values that the event level computes with; the level here: aggregate, {why}."
+        )
     if level == "event":
         with fabric.tracing(drawn):
             run, body = work.event()

@@ -91,9 +91,8 @@ def _product(about: dict[str, Any], machine: Machine, level: str) -> Iterator[di
         for row, line in enumerate(table(name)):
             n, k, m, nnz = (int(line[key]) for key in ("N", "K", "M", "nnz_per_pe"))
             grid = f"{line['width']}x{line['height']}"
-            work = simulate.spmm(
-                machine, format, grid, n, k, m, float(line["density"]), None if format == "dense" else nnz
-            )
+            stored = (None, None) if format == "dense" else (float(line["density"]), nnz)
+            work = simulate.spmm(machine, format, grid, n, k, m, *stored)
             found = _figure(work, level, "cycles_max")
             case = f", {format} {grid}, {n}x{k}x{m}, {line['density']} %"
             yield _within(about, case, row, float(line["max_cycles"]), found)

@@ -1,6 +1,9 @@
+import copy
 import inspect
+import json
 import logging
 import os
+import random
 import re
 import shutil
 import sys
@@ -134,3 +137,63 @@ def browser():
         browser = session.chromium.launch(executable_path=chromium, args=list(FLAGS))
         yield browser
         browser.close()
+
+
+# What a value may turn into in a file that somebody damaged or made up.
+_NASTY = [None, True, "", "x", -1, 0, 0.5, 10**9, 2**63, float("nan"), {}, [], [[]], [None], {"": 1}, "\0", "\ud800",
+         "a" * 5000]  # fmt: skip
+
+
+def _bent(text, chance):
+    """The bytes of `text` after one to three changes: of values, where every line or the whole is JSON, or of bytes."""
+    lines = text.splitlines() if text.count("\n") and not text.startswith("[") else [text]
+    if text[:1] in "[{" and chance.random() < 0.7:
+        trees = [json.loads(line) for line in lines]
+        for _ in range(chance.randint(1, 3)):
+            _bend_tree(trees, chance)
+        return "\n".join(json.dumps(tree) for tree in trees).encode()
+    body = bytearray(text.encode())
+    for _ in range(chance.randint(1, 3)):
+        where = chance.randrange(len(body))
+        match chance.randrange(4):
+            case 0:
+                body[where] ^= 1 << chance.randrange(8)
+            case 1:
+                del body[where : where + chance.randint(1, 16)]
+            case 2:
+                body[where:where] = chance.choice((b"\0", b"\xff\xfe", b"\r", b'"', b"[" * 50, b"||", b"]]>", b"&x;"))
+            case _:
+                del body[max(1, where) :]
+    return bytes(body)
+
+
+def _bend_tree(tree, chance):
+    """Changes one value somewhere in nested lists and dicts."""
+    places = []
+
+    def walk(node):
+        for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
+            places.append((node, key))
+            if isinstance(value, dict | list):
+                walk(value)
+
+    walk(tree)
+    if not places:
+        return
+    holder, key = chance.choice(places)
+    match chance.randrange(5):
+        case 0 if isinstance(holder, dict):
+            holder[key + "x"] = holder.pop(key)
+        case 1:
+            del holder[key]
+        case 2:
+            holder[key] = [holder[key]]
+        case _:
+            holder[key] = copy.deepcopy(chance.choice(_NASTY))
+
+
+@pytest.fixture
+def bent():
+    """From a file's text to the bytes of one bent at random, always the same in the same order."""
+    chance = random.Random(0)
+    return lambda text: _bent(text, chance)

@@ -1,7 +1,6 @@
 """What is importable, how light it is, and who may take whom."""
 
 import ast
-import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -110,36 +109,31 @@ def test_what_a_wing_does_not_bring_along(module, heavy):
     assert result.stdout.strip() == "[]", result.stderr
 
 
-LONG_FILES, LONG_FUNCTIONS = {}, {}  # name: lines and the reason
+# A program for the fabric is read as one: its routes, its code and the run that both serve.
+LONG_FUNCTIONS = {
+    "simulator.events.programs.matmul.summa", "simulator.events.programs.matvec.mesh_gemv",
+    "simulator.events.programs.spmm.emit_spmm", "simulator.events.programs.spmm._grid",
+    "simulator.events.programs.streaming.gradient_code",
+}  # fmt: skip
+
+
+def lines_of_code(function):
+    """Its lines, those of a docstring not counted: what they say of shapes and errors is not to be saved on."""
+    first = function.body[0]
+    doc = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    return function.end_lineno - function.lineno + 1 - (first.end_lineno - first.lineno + 1 if doc else 0)
 
 
 def test_files_and_functions_are_short():
-    long = {m: len(p.read_text().splitlines()) for m, p in SOURCES.items()}
-    assert {m: n for m, n in long.items() if n > 450 and m not in LONG_FILES} == {}
+    assert {m: n for m, path in SOURCES.items() if (n := len(path.read_text().splitlines())) > 450} == {}
     functions = {
-        f"{module}.{node.name}": node.end_lineno - node.lineno + 1
+        f"{module}.{node.name}": lines_of_code(node)
         for module, path in SOURCES.items()
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef)
     }
     assert {name: n for name, n in functions.items() if n > 60 and name not in LONG_FUNCTIONS} == {}
-
-
-FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
-
-
-@pytest.mark.parametrize("module", sorted(m for m in SOURCES if m.split(".")[0] != "cli"))
-def test_messages_name_arguments_and_leave_flags_to_the_command_line(module):
-    tree = ast.parse(SOURCES[module].read_text())
-    told = [
-        text.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("UserError", "Interrupted", "require", "one_of")
-        for text in ast.walk(node)
-        if isinstance(text, ast.Constant) and isinstance(text.value, str)
-    ]
-    wrong = [text for text in told if FLAG.search(text) and "vspdf " not in text]  # whole commands may be told
-    assert not wrong
+    assert {name for name in LONG_FUNCTIONS if functions.get(name, 0) <= 60} == set()
 
 
 def run(code, **how):

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
+_LISTED = 60  # known words that a line names at most: all settings of a file, not all tasks of a harness
+
 
 class UserError(ValueError):
     """Bad input. The command line prints the message alone and exits with status 2."""
@@ -30,7 +32,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     near = get_close_matches(str(word), known, n=1, cutoff=0.55)
     if near:
         return f" Did you mean '{near[0]}'?"
-    return f" Known: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}." if known else ""
+    more = f" and {len(known) - _LISTED:,} more" if len(known) > _LISTED else ""
+    return f" Known: {', '.join(known[:_LISTED])}{more}." if known else ""
 
 
 def near_path(path: Path, keywords: Iterable[str] = ()) -> str:
@@ -39,11 +42,24 @@ def near_path(path: Path, keywords: Iterable[str] = ()) -> str:
     while missing.parent != missing and not missing.parent.exists():
         missing = missing.parent
     beside = sorted(entry.name for entry in missing.parent.iterdir()) if missing.parent.is_dir() else []
-    if near := get_close_matches(str(path), keywords, n=1):
-        return f" Did you mean '{near[0]}'?"
-    if near := get_close_matches(missing.name, beside, n=1):
-        return f" Did you mean '{missing.with_name(near[0]) / path.relative_to(missing)}'?"
+    if words := get_close_matches(str(path), keywords, n=1):
+        return f" Did you mean '{words[0]}'?"
+    for near in get_close_matches(missing.name, beside, n=5):  # a common ending alone makes no two names alike
+        if get_close_matches(missing.stem, [Path(near).stem]):
+            return f" Did you mean '{missing.with_name(near) / path.relative_to(missing)}'?"
     return ""
+
+
+def check_sparsity(key: str, value: float) -> None:
+    """Refuses what is no sparsity, a number in [0, 1); where a percentage was given, the message says it as one."""
+    meant = f" Did you mean {value / 100:g}?" if 2 <= value < 100 else ""
+    require(0 <= value < 1, f"{key} must lie in [0, 1), not {value}.{meant}")
+
+
+def percent_meant(text: str) -> str:
+    """The tail of an error message on a text that is no number: `` Did you mean 0.9?`` for ``90%``, else ""."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", text)
+    return f" Did you mean {float(found[1]) / 100:g}?" if found else ""
 
 
 def require(ok: bool, message: str) -> None:

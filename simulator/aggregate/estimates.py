@@ -327,30 +327,7 @@ def simulate_step(machine: Machine, model: step.Model, *, sensitivity: bool = Tr
         seconds = body["seconds"][body["clock"]][kind]
         body["utilisation"][kind] = flops[kind] / ((seconds if kind == "dense" else seconds["central"]) * peak * clock)
 
-    def rates(per_step: float, label: str) -> dict[str, Any]:
-        seconds = body["seconds"][label]
-        return {"dense": per_step / seconds["dense"], "sparse": {k: per_step / v for k, v in seconds["sparse"].items()}}
-
-    def energy(label: str) -> dict[str, Any]:
-        seconds = body["seconds"][label]
-        powers = (machine.power_low * model.systems, machine.power_high * model.systems)
-        return {
-            kind: {
-                "joules_per_step": [power * t for power in powers],
-                "joules_per_token": [power * t / model.tokens for power in powers],
-            }
-            for kind, t in (("dense", seconds["dense"]), ("sparse", seconds["sparse"]["central"]))
-        }
-
-    def placement(estimate: step.Estimate) -> dict[str, Any]:
-        place = estimate.placement
-        return {
-            **asdict(place.ring),
-            "micro_batch": place.micro_batch,
-            "passes": place.passes,
-            "recompute": place.recompute,
-        }
-
+    rates = lambda per_step, label: _rates(per_step, body["seconds"][label])  # noqa: E731
     return {
         "model": {**asdict(s), "parameters": s.parameters},
         "batch": model.batch,
@@ -365,8 +342,8 @@ def simulate_step(machine: Machine, model: step.Model, *, sensitivity: bool = Tr
         "tokens_per_second": rates(model.tokens, body["clock"]),
         "samples_per_second_by_clock": {label: rates(model.batch, label) for label in machine.clocks},
         "tokens_per_second_by_clock": {label: rates(model.tokens, label) for label in machine.clocks},
-        "energy": energy(body["clock"]),
-        "mapping": {"dense": placement(middle.dense), "sparse": placement(middle.sparse)},
+        "energy": _energy(machine, model, body["seconds"][body["clock"]]),
+        "mapping": {"dense": _placement(middle.dense), "sparse": _placement(middle.sparse)},
         "parts": {
             name: {"dense": _cost(middle.dense.parts[name]), "sparse": _cost(middle.sparse.parts[name])}
             for name in middle.dense.parts
@@ -376,3 +353,28 @@ def simulate_step(machine: Machine, model: step.Model, *, sensitivity: bool = Tr
             for name in layer.PRODUCTS
         },
     }
+
+
+def _rates(per_step: float, seconds: dict[str, Any]) -> dict[str, Any]:
+    """So many a step as so many a second."""
+    return {"dense": per_step / seconds["dense"], "sparse": {k: per_step / v for k, v in seconds["sparse"].items()}}
+
+
+def _energy(machine: Machine, model: step.Model, seconds: dict[str, Any]) -> dict[str, Any]:
+    """Joules a step and a token between the machine's lowest and highest power."""
+    powers = (machine.power_low * model.systems, machine.power_high * model.systems)
+    return {
+        kind: {
+            "joules_per_step": [power * t for power in powers],
+            "joules_per_token": [power * t / model.tokens for power in powers],
+        }
+        for kind, t in (("dense", seconds["dense"]), ("sparse", seconds["sparse"]["central"]))
+    }
+
+
+def _placement(estimate: step.Estimate) -> dict[str, Any]:
+    """How the wafer is divided, as `simulate_step` tells it."""
+    place = estimate.placement
+    return {
+        **asdict(place.ring), "micro_batch": place.micro_batch, "passes": place.passes, "recompute": place.recompute,
+    }  # fmt: skip

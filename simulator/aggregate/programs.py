@@ -49,7 +49,7 @@ def spmm(
     """
     nt, kt = programs.check_spmm(machine, width, height, n, k, m)
     address = programs.tile_layout(fmt, nt, kt, m, nnz_max)
-    programs.check_memory(machine, address["end"])
+    programs.check_memory(machine, address["end"], programs.SMALLER)
     code = Code(machine)
     programs.emit_spmm(code, fmt, address, nt, kt, m, nnz_max, slots)
     # Rows of B and C may fall into the same banks or not: the average over all pairs of rows.
@@ -76,7 +76,7 @@ def dense(machine: Machine, n: int, k: int, m: int, width: int, height: int) -> 
     """Timed window of an inner PE of `programs.dense`."""
     nt, kt = programs.check_spmm(machine, width, height, n, k, m)
     address = programs.dense_layout(nt, kt, m)
-    programs.check_memory(machine, address["end"])
+    programs.check_memory(machine, address["end"], programs.SMALLER)
     code = Code(machine)
     programs.emit_dense(code, address, nt, kt, m)
     vector = np.mean(
@@ -197,7 +197,7 @@ def gemv(machine: Machine, pes: int, n: int, half: bool) -> dict[str, float]:
     size = 2 if half else 4
     column = programs.align(t * size)
     at_y = programs.align(column * t + column)
-    programs.check_memory(machine, at_y + column)
+    programs.check_memory(machine, at_y + column, "a larger `grid` or a smaller `n`")
     code = Code(machine)
     programs.emit_gemv(code, t, column, column * t, at_y, half)
     vector = fmac(machine, (at_y, 1), (0, 1), t, half)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vspdf.errors import UserError
+from vspdf.errors import UserError, check_sparsity
 from vspdf.shapes import Shape
 from vspdf.simulator.aggregate import layer
 from vspdf.simulator.aggregate.layer import PRODUCTS, Assumption, Cost, Mapping, Weights, bounded
@@ -74,8 +74,7 @@ class Model:
     @classmethod
     def uniform(cls, shape: Shape, batch: int, sparsity: float = 0.0, systems: int = 1) -> Model:
         """All projection and FFN matrices at one sparsity, positions by chance."""
-        if not 0 <= sparsity < 1:
-            raise UserError(f"sparsity must lie in [0, 1), not {sparsity}.")
+        check_sparsity("`sparsity`", sparsity)
         layers = tuple((Weights(o, i, 1 - sparsity), n) for (o, i), n in matrices(shape).items())
         return cls(shape, layers, batch, systems)
 

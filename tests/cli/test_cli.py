@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,8 +75,10 @@ def test_generate_goes_on_from_the_prompt(vspdf, run_once):
     assert vspdf("generate", run_once, "--prompt", "def [bold]f", "--tokens", 20)[1] == out
     greedy = [vspdf("generate", run_once, "--temperature", 0, "--seed", seed, "--tokens", 5)[1] for seed in (0, 1)]
     assert greedy[0] == greedy[1]
-    sparse = vspdf("generate", run_once / "checkpoints" / "step-00000002", "--tokens", 5)
-    assert sparse[0] == 0 and sparse[1].startswith("def ")
+    begun = vspdf(
+        "generate", run_once / "checkpoints" / "step-00000002", "--tokens", 5
+    )  # nothing is put into its mouth
+    assert begun[0] == 0 and begun[1].strip() and not begun[1].startswith("def ")
 
 
 def test_resume_goes_on(vspdf, tiny, run_once):
@@ -123,6 +126,10 @@ BAD_RUNS = {
     "heads": ("model.n_head=5", "model.n_head = 5 does not divide model.d_model = 32"),
     "unknown key": ("model.n_layers=2", "Did you mean 'n_layer'?"),
     "unknown type": ("model.n_layer=two", "Value 'two' of type 'str' could not be converted to Integer"),
+    "a percentage": ("phases.0.sparsity=90%", "could not be converted to Float. Did you mean 0.9?"),
+    "a percentage without its sign": ("phases.0.sparsity=90", "not 90.0. Did you mean 0.9?"),
+    "not what to do with long examples": ("data.overlong=cutt", "data.overlong = 'cutt' is not known. Did you mean"),
+    "a setting of fine-tuning": ("data.lower_relations=true", "data.lower_relations = True is for fine-tuning"),
     "unknown tokenizer": ("data.tokenizer=byte", "Did you mean 'bytes'?"),
     "too many steps": ("phases.0.steps=100000", "set data.repeat=true"),
     "no run to resume": ("--resume", "holds no run"),
@@ -294,8 +301,33 @@ USAGE = {
     "no number": (["plan", "--model", "gpt2-small", "--save", "much"], "invalid value for '--save'"),
     "too small": (["generate", "run", "--tokens", 0], "invalid value for '--tokens'"),
     "one argument too many": (["info", "more"], "unexpected extra argument(s) (more). Usage: vspdf info [OPTIONS]"),
+    "a percentage": (["plan", "--model", "x", "--save", "90%"], "'90%' is not a number. Did you mean 0.9?"),
+    "a percentage among numbers": (["bench", "linear", "--sparsity", "0.5,90%"], "Did you mean 0.9?"),
+    "a percentage of phases": (["plan", "--model", "gpt2-small", "--phases", "75%:9"], "Did you mean 0.75?"),
+    "a percentage without its sign": (["plan", "--model", "gpt2-small", "--sparsity", 75], "Did you mean 0.75?"),
     "nothing near": (["train", "x", "--no-such"], "no such option '--no-such'. Known: --resume, --json"),
 }
+
+
+def test_the_version(vspdf):
+    status, out, err = vspdf("--version")
+    assert (status, err) == (0, "") and re.fullmatch(r"vspdf \d+\.\d+\S*\n", out)
+
+
+def test_a_finished_run_names_what_goes_on_from_it(vspdf, tiny, run_once, tmp_path):
+    phases = "phases=[{sparsity: 0.9, steps: 2}, {steps: 5}]"
+    message = refused(vspdf, tmp_path, "train", tiny, phases, "train.checkpoint_every=1", "--resume")
+    assert f"phases.1.steps was 1, is now 5. The run is finished: init_from={run_once}" in message
+    status, _, err = vspdf("train", tiny, "phases=[{steps: 1}]", f"init_from={run_once}", f"run_dir={tmp_path}/on")
+    assert status == 0 and f"starting from {run_once} (step 3)" in err
+
+
+def test_only_names_that_are_alike_are_meant(vspdf, tmp_path):
+    (tmp_path / "short.txt").write_text("words")
+    near = {name: refused(vspdf, tmp_path, "bleu", tmp_path / name, "x") for name in ("no.txt", "shrot.txt")}
+    assert near["no.txt"].endswith("not found.") and near["shrot.txt"].endswith(
+        "Did you mean '{}'?".format(tmp_path / "short.txt")
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

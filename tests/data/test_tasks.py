@@ -125,7 +125,7 @@ def test_jsonl_and_lines(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "format", "message"),
     [
-        ("a.json", "[{", "auto", "not valid JSON"),
+        ("a.json", "[{", "auto", "is no JSON"),
         ("a.json", '{"rows": []}', "auto", "neither DART .* nor WebNLG"),
         ("a.json", '[{"tripleset": [["a", "b"]], "annotations": []}]', "auto", "item 1: .* is no triple"),
         ("a.json", '[{"tripleset": [], "annotations": [{"txt": "b"}]}]', "auto", "item 1: .* with 'text'.*'txt'"),
@@ -136,6 +136,26 @@ def test_jsonl_and_lines(tmp_path):
         ("a.jsonl", '{"contxt": "a"}', "auto", "line 1: expected an object with 'context'. Did you mean 'contxt'"),
         ("a.jsonl", '{"context": "a", "completion": 3}', "auto", "'completion' must be a text"),
         ("a.csv", "x,ref\n1,2\n", "auto", "columns mr and ref, found x, ref"),
+        ("a.csv", 'mr,ref\n"name[a],b\n', "auto", "is no CSV after line 1"),
+        ("a.csv", "mr,ref\nname,b\n", "auto", r"line 2: mr must be like 'name\[Blue Spice\]"),
+        ("a.csv", 'mr,ref\n"name[a], and[b] more",x\n', "auto", "line 2: mr must be like"),
+        ("a.csv", 'mr,ref\n"' + "a" * 100_000 + '",x\n', "auto", "line 2: mr must be like"),
+        ("a.csv", 'mr,ref\n"' + "a[" * 50_000 + '",x\n', "auto", "line 2: mr must be like"),
+        ("a.csv", 'mr,ref\n"' + "a" * 200_000 + '",x\n', "auto", "is no CSV after line 1 .field larger than"),
+        ("a.json", "[" * 100_000, "auto", "nests too deep"),
+        ("a.json", '[{"tripleset": [3]}]', "auto", "item 1: 3 is no triple"),
+        ("a.json", '[{"tripleset": ["abc"]}]', "auto", "item 1: 'abc' is no triple"),
+        ("a.json", '{"entries": [3]}', "auto", "entry 1: expected an object by number, not int"),
+        ("a.json", '{"entries": [{"1": 3}]}', "auto", "entry 1: expected an object, not int"),
+        ("a.json", '{"entries": [{"1": {"lexicalisations": 3}}]}', "auto", "entry 1: expected lexicalisations, not"),
+        ("a.json", '{"entries": [{"1": {"lexicalisations": [3]}}]}', "auto", "entry 1: expected an object with 'lex'"),
+        ("a.json", '{"entries": [{"1": {"modifiedtripleset": 3}}]}', "auto", "expected a list as modifiedtripleset"),
+        ("a.jsonl", '{"context": "\\ud800"}', "auto", "line 1 holds half a surrogate pair"),
+        ("a.jsonl", '{"context": ' + "9" * 5000 + "}", "auto", "line 1 holds a number of too many digits"),
+        ("a.jsonl", "3", "auto", "line 1: expected an object with 'context' and 'completion', not 3"),
+        ("a.xml", "<!DOCTYPE x [" + '<!ENTITY a "' + "ha" * 1000 + '">' + "".join(
+            f'<!ENTITY {b} "{f"&{a};" * 50}">' for a, b in zip("abcd", "bcde", strict=True)) + "]><x>&e;</x>",
+         "auto", "not valid XML: limit on input amplification"),
         ("a.txt", "no bars\n", "e2e", r"line 1: expected context\|\|reference"),
         ("a.txt", "", "auto", "holds no example"),
         ("a.txt", "x", "darts", "format 'darts' is not known. Did you mean 'dart'"),
@@ -155,6 +175,31 @@ def test_missing_file_and_bad_bytes(tmp_path):
         tasks.read(tmp_path / "latin.txt")
     with pytest.raises(UserError, match="is a folder"):
         tasks.read(tmp_path)
+
+
+TASKS = {
+    "d.json": json.dumps(DART_JSON),
+    "w.json": json.dumps(WEBNLG_JSON),
+    "d.xml": DART_XML,
+    "e.csv": E2E_CSV,
+    "e.txt": E2E_TEXT,
+    "p.jsonl": '{"context": "a", "completion": ["b", "c"]}\n' * 3,
+    "m.jsonl": json.dumps({"messages": [{"role": role, "content": "a"} for role in ("user", "assistant")]}) + "\n",
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_bent_files_are_read_or_refused(tmp_path, name, bent):
+    """Values turned into others anywhere in the tree, and bytes flipped, dropped and put: one line, or examples."""
+    refused = 0
+    for _ in range(150):
+        try:
+            (tmp_path / name).write_bytes(bent(TASKS[name]))
+            tasks.read(tmp_path / name)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused
 
 
 @pytest.mark.skipif(not (SHARED / "dart").is_dir(), reason="needs the published DART files")

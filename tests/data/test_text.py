@@ -200,7 +200,7 @@ def test_not_utf8(tmp_path, refused):
     assert f"'{path}' is not UTF-8 (byte 0xef" in refused(path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "b.txt").write_text("x", encoding="utf-16")
-    assert "b.txt' is not UTF-8" in refused(tmp_path / "folder")
+    assert "b.txt' is UTF-16, not UTF-8" in refused(tmp_path / "folder")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")

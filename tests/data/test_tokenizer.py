@@ -226,3 +226,24 @@ def test_keys_differ_with_the_files(tmp_path):
     shutil.copy(tmp_path / "a.json", tmp_path / "c.json")
     a, b, c = (tokenizer_maker(str(tmp_path / f"{name}.json"))[0] for name in "abc")
     assert a == c != b
+
+
+def test_bent_files_are_read_or_refused(tmp_path, bent, capfd):
+    whole = Tokenizer.bytewise().to_json()
+    path, refused = tmp_path / "tokenizer.json", 0
+    for _ in range(60):
+        path.write_bytes(bent(whole))
+        try:
+            Tokenizer.load(path)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused
+
+
+def test_numbers_with_gaps_take_no_memory(tmp_path):
+    body = json.loads(Tokenizer.bytewise().to_json())
+    body["model"]["vocab"]["a"] = 10**9
+    (tmp_path / "tokenizer.json").write_text(json.dumps(body))
+    with pytest.raises(UserError, match="numbers its 257 tokens up to 1,000,000,000: expected numbers without gaps"):
+        Tokenizer.load(tmp_path / "tokenizer.json")

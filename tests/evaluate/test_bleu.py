@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from vspdf.errors import UserError
-from vspdf.evaluate.bleu import corpus_bleu, read_references
+from vspdf.evaluate.bleu import PROTOCOLS, corpus_bleu, read_references
 
 
 def multi_bleu(hypotheses, references):
@@ -158,3 +158,12 @@ def test_references_in_groups_and_in_task_files(tmp_path):
     assert read_references([grouped], 2) == [["one", "two"], ["three"]]
     lines = write(tmp_path / "pairs.jsonl", [json.dumps({"context": c, "completion": c * 2}) for c in "aab"])
     assert read_references([lines, write(tmp_path / "r", ["x", "y"])], 2) == [["aa", "aa", "x"], ["bb", "y"]]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_no_score_is_above_a_hundred(protocol):
+    """The root of the product of four times 100 % is 100.00000000000004 in sacrebleu."""
+    lines = ["the cat sat on the mat today", "a second line that is the same"]
+    score = corpus_bleu(lines, [[line] for line in lines], protocol)
+    assert score.bleu == score.bleu_without_missing == pytest.approx(100, abs=1e-9) and score.bleu <= 100
+    assert max(score.precisions) <= 100

@@ -36,14 +36,8 @@ def test_every_instruction_says_what_it_should(tmp_path):
     assert len(found) == len(samples) > 1000
     wrong = [(text, line) for (_, text), line in zip(samples, found, strict=True) if expected(text) != expected(line)]
     assert not wrong, wrong[:5]
-    assert {text.split()[0] for _, text in samples} >= {
-        "vfmadd231ps",
-        "vbroadcastss",
-        "vmovups",
-        "vxorps",
-        "lea",
-        "add",
-    }
+    mnemonics = {text.split()[0] for _, text in samples}
+    assert mnemonics >= {"vfmadd231ps", "vbroadcastss", "vmovups", "vxorps", "vpxord", "lea", "add"}
 
 
 def test_embedded_broadcast_is_of_sixteen(tmp_path):

@@ -8,7 +8,7 @@ from torch import nn
 
 import vspdf
 from vspdf.errors import UserError
-from vspdf.kernels import cpu, dense, derivatives
+from vspdf.kernels import cpu, dense, ops
 from vspdf.pattern import Pattern
 
 PATTERN = Pattern.random((6, 10), 0.5, seed=5)
@@ -29,7 +29,7 @@ def call(product, given, backend="cpu"):
         "grad_values": ("grad_output", "x"),
     }
     tensors = [given[name] for name in names[product]]
-    return getattr(derivatives, product)(*tensors, PATTERN.digest, backend)
+    return getattr(ops, product)(*tensors, PATTERN.digest, backend)
 
 
 CHANGES = {
@@ -159,3 +159,10 @@ def test_more_than_65536_features_run():
     vspdf.densify(model)
     torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
     assert isinstance(model[0], nn.Linear) and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 200])
+def test_explain_says_which_kernel_runs(tokens):
+    told = vspdf.explain(PATTERN, tokens, backend="cpu")
+    assert [line.split(":")[0] for line in told.splitlines()] == ["forward", "grad_input", "grad_values"]
+    assert told.count(f"cpu-{cpu.isa()} (") == 3

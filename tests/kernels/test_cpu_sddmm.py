@@ -129,9 +129,11 @@ def test_longest_sides(isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("tokens", [1, 16, 130, 300])
-def test_bfloat16(isa, tokens):
-    mask = random_mask(75, 140, 0.3)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 130, 255, 256, 257, 300, 513, 1030])
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.3, 1.0])
+def test_bfloat16(isa, tokens, density):
+    """Where the processor multiplies pairs of bfloat16, a lane holds two tokens."""
+    mask = random_mask(75, 140, density)
     dy, x = random(tokens, 75, 1, torch.bfloat16), random(tokens, 140, 2, torch.bfloat16)
     dvalues, _ = run(make_plan(mask, isa), mask, dy, x)
     check(dvalues, mask, dy, x)

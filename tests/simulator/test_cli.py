@@ -87,7 +87,11 @@ def test_settings_and_machines_reach_the_result(vspdf, tmp_path):
     "program, arguments, message",
     [
         ("gemm", {"grid": "4x5", "n": 8}, "`grid` 4x5: this program runs on a square grid"),
-        ("gemm", {"grid": "4x4", "n": 8, "level": "exact"}, "`level` 'exact': expected one of"),
+        (
+            "gemm",
+            {"grid": "4x4", "n": 8, "level": "exact"},
+            "`level` = 'exact' is not known. Known: auto, event, aggregate.",
+        ),
         ("reduce", {"pes": 8, "elements": 4, "group": 9}, "`group` 9: expected 1 to 8"),
         ("spmm", {"format": "coo", "grid": "2x2", "n": 8, "k": 8, "m": 4, "nnz_per_pe": 17}, "`nnz_per_pe` 17"),
         ("layer", {"tokens": 9, "in_features": 9}, "expected `tokens`, `in_features` and `out_features`"),
@@ -119,23 +123,23 @@ def test_seeds(vspdf):
     "arguments, message",
     [
         (["reduce", "--pes", 800, "--elements", 4, "--group", 4], "a grid of 800x1 PEs does not fit: cs2 has 750x994"),
-        (["reduce", "--pes", 8, "--elements", 20000, "--group", 4], "80000 bytes of SRAM, it has 49152"),
+        (["reduce", "--pes", 8, "--elements", 20000, "--group", 4], "it has 49,152: take fewer --elements."),
         (["reduce", "--pes", 8, "--elements", 4, "--group", "x"], "--group 'x': expected a number of PEs or 'star'"),
         (["reduce", "--pes", 8, "--elements", 0, "--group", 2], "--elements must be at least 1"),
         (["gemm", "--grid", "4x5", "--n", 8], "--grid 4x5: this program runs on a square grid"),
         (["gemm", "--grid", "800x800", "--n", 8000], "a grid of 800x800 PEs does not fit"),
         (["gemm", "--grid", "4", "--n", 8], "--grid '4': expected WIDTHxHEIGHT"),
         (["gemm", "--grid", "4x4", "--n", 8, "--algorithm", "suma"], "Did you mean 'summa'"),
-        (["gemm", "--grid", "4x4", "--n", 8, "--dtype", "fp8"], "--dtype 'fp8': expected one of fp32, fp16"),
-        (["gemm", "--grid", "4x4", "--n", 4000], "bytes of SRAM, it has 49152"),
-        (["gemv", "--grid", "4x4", "--n", 8, "--level", "exact"], "--level 'exact': expected one of"),
+        (["gemm", "--grid", "4x4", "--n", 8, "--dtype", "fp8"], "--dtype = 'fp8' is not known. Did you mean 'fp32'?"),
+        (["gemm", "--grid", "4x4", "--n", 4000], "of SRAM, it has 49,152: take a larger --grid or a smaller --n."),
+        (["gemv", "--grid", "4x4", "--n", 8, "--level", "exact"], "Known: auto, event, aggregate."),
         (["gemv", "--grid", "4x4", "--n", 8, "--set", "hop=3"], "unknown machine parameter 'hop'"),
         (["gemv", "--grid", "4x4", "--n", 8, "--machine", "cs9"], "no machine 'cs9'"),
         (["gemv", "--grid", "4x4", "--n", 8, "--plot", "x.txt"], "ending in .html or .png"),
         (["gemv", "--grid", "4x4", "--n", 8, "--trace", "no/x.json"], "there is no folder no"),
         (["gemv", "--grid", "4x4", "--n", 8, "--trace", "x.json", "--level", "aggregate"], "show events"),
         (["spmm", "--format", "coo", "--grid", "3x3", "--n", 8, "--k", 9, "--m", 4], "--n 8 must be a multiple"),
-        (["spmm", "--format", "cco", "--grid", "2x2", "--n", 8, "--k", 8, "--m", 4], "--format 'cco'"),
+        (["spmm", "--format", "cco", "--grid", "2x2", "--n", 8, "--k", 8, "--m", 4], "--format = 'cco'"),
         (["spmm", "--format", "coo", "--grid", "2x2", "--n", 8, "--k", 8, "--m", 4, "--density", 101], "percentage"),
         (["spmm", "--format", "coo", "--grid", "2x2", "--n", 8, "--k", 8, "--m", 4, "--nnz-per-pe", 17], "1 to 16"),
     ],
@@ -307,7 +311,8 @@ def test_the_event_level_meets_a_product_too(fmt):
     n, k, m, nnz = (int(line[key]) for key in ("N", "K", "M", "nnz_per_pe"))
     format = "dense" if fmt == "gemm" else fmt
     grid = f"{line['width']}x{line['height']}"
-    work = simulate.spmm(CS2, format, grid, n, k, m, float(line["density"]), None if format == "dense" else nnz)
+    stored = (None, None) if format == "dense" else (float(line["density"]), nnz)
+    work = simulate.spmm(CS2, format, grid, n, k, m, *stored)
     tolerance = {"coo": 0.03, "ellpack": 0.12}.get(fmt, 0.05)
     assert work.event()[1]["cycles_max"] == pytest.approx(float(line["max_cycles"]), rel=tolerance)
 

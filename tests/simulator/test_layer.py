@@ -314,7 +314,10 @@ def test_a_layer_of_one_input_has_no_corner():
     [
         (("layer", "--tokens", 9, "--in", 9, "--out", 9, "--level", "event"), "a multiple of 4"),
         (("layer", "--tokens", 4096, "--in", 4096, "--out", 4096, "--level", "event"), "fewer features or tokens"),
-        (("layer", "--tokens", 9, "--in", 9, "--out", 9, "--level", "evnt"), "expected event or aggregate"),
+        (
+            ("layer", "--tokens", 9, "--in", 9, "--out", 9, "--level", "evnt"),
+            "--level = 'evnt' is not known. Did you mean 'event'?",
+        ),
         (("layer", "--tokens", 0, "--in", 9, "--out", 9), "must be at least 1"),
         (("layer",), "expected --tokens, --in and --out"),
         (("layer", "--tokens", 9, "--in", 9, "--out", 9, "--sparsity", 1), "sparsity must lie in"),

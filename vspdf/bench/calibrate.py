@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from vspdf.shapes import Shape
 
@@ -33,6 +32,9 @@ class Calibration:
         return passes + parameters * self.optimizer_seconds
 
 
+UPDATED = 1 << 23  # parameters whose update is timed: beyond any cache
+
+
 def calibrate(
     shape: Shape,
     sparsities: Sequence[float],
@@ -57,68 +59,85 @@ def calibrate(
         After one of warm-up; medians count.
     """
     import torch
-    import torch.nn.functional as F
 
     from vspdf.bench.rounds import time_rounds
-    from vspdf.model import Block
-    from vspdf.sparsity.surgery import sparsify
 
     block_weights = shape.linear // shape.n_layer
     tokens = min(step_tokens, 2048 if block_weights < 2e7 else 512)
     sequence = min(tokens, shape.sequence_length)
     batch = tokens // sequence
-    d, head = shape.d_model, shape.d_model // shape.n_head
-    generator = torch.Generator().manual_seed(0)
-    progress(f"measuring one block of {d} x {shape.d_ff} on {batch * sequence} tokens, dense and at {sparsities}")
-    random = lambda *size: torch.randn(size, generator=generator)  # noqa: E731
-    x, grad = random(batch, sequence, d).requires_grad_(), random(batch, sequence, d)
-    calls: dict[str, Callable[[], Any]] = {}
-
-    def block(sparsity: float) -> Callable[[], None]:
-        module = Block(shape)
-        if sparsity:
-            sparsify(module, sparsity)
-
-        def call() -> None:
-            module(x).backward(grad)
-            module.zero_grad(set_to_none=True)
-
-        return call
-
-    for s in (0.0, *sparsities):
-        calls[f"block {s}"] = block(s)
-
-    def attention(length: int) -> Callable[[], None]:
-        q, k, v = (random(1, shape.n_head, length, head).requires_grad_() for _ in range(3))
-        return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
-
+    size = f"{shape.d_model} x {shape.d_ff} on {batch * sequence} tokens"
+    progress(f"measuring one block of {size}, dense and at {sparsities}")
+    torch.manual_seed(0)  # data, never zeros
+    calls = {f"block {s}": _block(shape, s, batch, sequence) for s in (0.0, *sparsities)}
     if sequence < shape.sequence_length:
-        calls["short"], calls["whole"] = attention(sequence), attention(shape.sequence_length)
-
+        calls |= {"short": _attention(shape, sequence), "whole": _attention(shape, shape.sequence_length)}
     rows = min(shape.vocab_size, 8192)  # time goes with the rows
-    wte = (random(rows, d) * 0.02).requires_grad_()
-    ids = torch.randint(rows, (batch * sequence,), generator=generator)
-
-    def vocabulary() -> None:
-        F.cross_entropy(F.linear(F.embedding(ids, wte), wte), ids).backward()
-        wte.grad = None
-
-    calls["vocabulary"] = vocabulary
-
-    sample = torch.nn.Parameter(random(1 << 23))  # beyond any cache
-    sample.grad = random(1 << 23)
-    optimizer = torch.optim.AdamW([sample], lr=1e-5, fused=True)
-
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_([sample], 1.0)
-        optimizer.step()
-
-    calls["optimizer"] = update
+    calls |= {"vocabulary": _vocabulary(shape.d_model, rows, batch * sequence), "optimizer": _update()}
     times = time_rounds({name: {"layer": call} for name, call in calls.items()}, rounds)
     median = {name: statistics.median(column) for (name, _), column in times.items()}
     return Calibration(
         batch * sequence, sequence, rounds, torch.get_num_threads(),
         {s: median[f"block {s}"] for s in (0.0, *sparsities)},
         (median["short"], median["whole"]) if "short" in median else (0.0, 0.0),
-        median["vocabulary"] * shape.vocab_size / rows, median["optimizer"] / sample.numel(),
+        median["vocabulary"] * shape.vocab_size / rows, median["optimizer"] / UPDATED,
     )  # fmt: skip
+
+
+def _block(shape: Shape, sparsity: float, batch: int, sequence: int) -> Callable[[], None]:
+    """Forward and backward of one transformer block."""
+    import torch
+
+    from vspdf.model import Block
+    from vspdf.sparsity.surgery import sparsify
+
+    module = Block(shape)
+    if sparsity:
+        sparsify(module, sparsity)
+    x = torch.randn(batch, sequence, shape.d_model, requires_grad=True)
+    grad = torch.randn(batch, sequence, shape.d_model)
+
+    def call() -> None:
+        module(x).backward(grad)
+        module.zero_grad(set_to_none=True)
+
+    return call
+
+
+def _attention(shape: Shape, length: int) -> Callable[[], None]:
+    """Forward and backward of causal attention over one sequence."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    q, k, v = (torch.randn(1, shape.n_head, length, shape.d_model // shape.n_head, requires_grad=True) for _ in "qkv")
+    return lambda: scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+
+
+def _vocabulary(d_model: int, rows: int, tokens: int) -> Callable[[], None]:
+    """Embedding, unembedding and loss over `rows` of a vocabulary, forward and backward."""
+    import torch
+    import torch.nn.functional as F
+
+    wte = (torch.randn(rows, d_model) * 0.02).requires_grad_()
+    ids = torch.randint(rows, (tokens,))
+
+    def call() -> None:
+        F.cross_entropy(F.linear(F.embedding(ids, wte), wte), ids).backward()
+        wte.grad = None
+
+    return call
+
+
+def _update() -> Callable[[], None]:
+    """Clipping and AdamW over `UPDATED` parameters."""
+    import torch
+
+    sample = torch.nn.Parameter(torch.randn(UPDATED))
+    sample.grad = torch.randn(UPDATED)
+    optimizer = torch.optim.AdamW([sample], lr=1e-5, fused=True)
+
+    def call() -> None:
+        torch.nn.utils.clip_grad_norm_([sample], 1.0)
+        optimizer.step()
+
+    return call

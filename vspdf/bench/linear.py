@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vspdf.bench.rounds import PRODUCTS, Candidate, _quartiles, time_rounds
 from vspdf.errors import UserError
-from vspdf.kernels import cpu, derivatives, hardware
+from vspdf.kernels import cpu, hardware, ops
 from vspdf.pattern import Pattern
 
 # (tokens, in_features, out_features) of the layers that GPTs of 100M to 1B parameters have.
@@ -85,9 +85,9 @@ def _auto(p: Problem) -> Candidate:
     """What users get: the operators with their dispatch."""
     values, key = p.weight[p.pattern.mask()], p.pattern.digest
     return {
-        "forward": lambda: derivatives.linear(p.x, values, None, key, "auto"),
-        "grad_input": lambda: derivatives.grad_input(p.grad, values, key, "auto"),
-        "grad_values": lambda: derivatives.grad_values(p.grad, p.x, key, "auto"),
+        "forward": lambda: ops.linear(p.x, values, None, key, "auto"),
+        "grad_input": lambda: ops.grad_input(p.grad, values, key, "auto"),
+        "grad_values": lambda: ops.grad_values(p.grad, p.x, key, "auto"),
     }
 
 

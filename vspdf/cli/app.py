@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 from rich.logging import RichHandler
 
 from vspdf.cli import bench, plan, programs, runs, simulate, tasks, train
-from vspdf.cli.console import Verb, err
+from vspdf.cli.console import Verb, err, tell
 from vspdf.errors import BackendUnavailable, Interrupted, UserError, did_you_mean
 
 app = typer.Typer(
     name="vspdf",
-    help="Variable Sparse Pre-training and Dense Fine-tuning of GPTs, with the masked FLOPs really skipped.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        tell(f"vspdf {version('vspdf')}")
+        raise typer.Exit
+
+
+@app.callback()
+def vspdf(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Variable Sparse Pre-training and Dense Fine-tuning of GPTs, with the masked FLOPs really skipped."""
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from vspdf.cli.console import Json, Verb, emit, err, murmur, out
 from vspdf.draw import words
-from vspdf.errors import UserError
+from vspdf.errors import UserError, percent_meant
 from vspdf.kernels.hardware import keep_freed_memory
 
 Positive = Annotated[int, typer.Option(min=1)]
@@ -23,10 +23,14 @@ def _numbers(text: str, kind: type, what: str, least: float = 0, most: float = m
     try:
         numbers = [kind(part) for part in text.split(",") if part]
     except ValueError:
-        raise UserError(f"{what} '{text}': expected numbers with commas between.") from None
+        meant = next(filter(None, map(percent_meant, text.split(","))), "")
+        raise UserError(f"{what} '{text}': expected numbers with commas between.{meant}") from None
     if wrong := [number for number in numbers if not least <= number <= most]:
         bounds = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
-        raise UserError(f"{what} '{text}': expected numbers {bounds}, not {wrong[0]}.")
+        meant = f" Did you mean {wrong[0] / 100:g}?" if most == 1 and 2 <= wrong[0] < 100 else ""
+        raise UserError(f"{what} '{text}': expected numbers {bounds}, not {wrong[0]}.{meant}")
+    if not numbers and text:
+        raise UserError(f"{what} '{text}': expected numbers with commas between.")
     return numbers
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from vspdf.draw import words
-from vspdf.errors import Interrupted, UserError
+from vspdf.errors import Interrupted, UserError, percent_meant
 
 out = Console()
 err = Console(stderr=True)
@@ -36,6 +36,22 @@ class Verb(TyperCommand):
         except (UserError, Interrupted) as error:
             error.args = (re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), str(error)),)
             raise
+
+
+def number(text: str | float) -> float:
+    """A number as an option takes it; where a percentage was given, the message says it as a fraction."""
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is not a number.{percent_meant(str(text))}") from None
+
+
+def only(ok: bool, where: str, context: typer.Context, *names: str) -> None:
+    """Refuses options that were given where they would change nothing; `where` is what they are for."""
+    for name in names if not ok else ():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"`{name}` {where}.")
 
 
 def emit(body: dict[str, Any]) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from vspdf.cli.console import Json, emit, murmur, out, say
+from vspdf.cli.console import Json, emit, murmur, number, out, say
 from vspdf.draw import words
-from vspdf.errors import UserError
+from vspdf.errors import UserError, percent_meant
 from vspdf.kernels.hardware import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -19,15 +20,19 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[str, typer.Option(help="A named model, a configuration, or a Hugging Face folder.")],
-    sparsity: Annotated[float | None, typer.Option(help="Of the first stage; alone, of the whole run.")] = None,
-    effective: Annotated[float | None, typer.Option(help="Weight-FLOPs to save against the dense run.")] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(parser=number, help="Of the first stage; alone, of the whole run.")
+    ] = None,
+    effective: Annotated[
+        float | None, typer.Option(parser=number, help="Weight-FLOPs to save against the dense run.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="add-on (as published, the default) or fixed-budget.")] = None,
     phases: Annotated[str, typer.Option(metavar="S:STEPS,...", help="Explicit stages, any number.")] = "",
     steps: Annotated[int | None, typer.Option(help="Of the dense run to compare with.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step, for models without a config.")] = None,
     convention: Annotated[str, typer.Option(help="linear, spdf, vspdf, chinchilla or cerebras-card.")] = "vspdf",
     causal: Annotated[bool, typer.Option("--causal", help="Count half of the attention products.")] = False,
-    save: Annotated[float | None, typer.Option(help="Wish: save this fraction of all FLOPs.")] = None,
+    save: Annotated[float | None, typer.Option(parser=number, help="Wish: save this fraction of all FLOPs.")] = None,
     memory: Annotated[float | None, typer.Option(help="Wish: a training state of so many GB in every stage.")] = None,
     hours: Annotated[float | None, typer.Option(help="Wish: done in so many hours on this machine.")] = None,
     time: Annotated[bool, typer.Option("--time", help="Measure this machine's speed for it.")] = False,
@@ -66,7 +71,8 @@ def _stages(text: str) -> list[tuple[float, int]]:
         pairs = [part.split(":") for part in text.split(",") if part]
         return [(float(sparsity), int(steps)) for sparsity, steps in pairs]
     except ValueError:
-        raise UserError(f"`phases` '{text}': expected SPARSITY:STEPS,..., e.g. 0.9:62523,0:9379.") from None
+        meant = next(filter(None, map(percent_meant, re.split("[:,]", text))), "")
+        raise UserError(f"`phases` '{text}': expected SPARSITY:STEPS,..., e.g. 0.9:62523,0:9379.{meant}") from None
 
 
 def _print_plan(found: Plan) -> None:

@@ -18,7 +18,7 @@ Grid = Annotated[str, typer.Option(metavar="WxH", help="PEs, width x height.")]
 Dtype = Annotated[str, typer.Option(help="fp32 or fp16.")]
 Trace = Annotated[Path | None, typer.Option(help="Write a Chrome (Perfetto) trace here: .json.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw heat maps per PE and a time line here: .html or .png.")]
-Seed = Annotated[int, typer.Option(help="Of matrices and positions.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Of matrices and positions.")]
 
 
 def _run(program: str, as_json: bool, trace: Path | None, plot: Path | None, **arguments: Any) -> None:
@@ -53,9 +53,9 @@ def spmm(
     n: Annotated[int, typer.Option(help="Rows of A and C; the grid's height splits them.")],
     k: Annotated[int, typer.Option(help="Columns of A, rows of B; the grid's width splits them.")],
     m: Annotated[int, typer.Option(help="Columns of B and C, padding included.")],
-    density: Annotated[float, typer.Option(help="Of A, in percent.")] = 100,
+    density: Annotated[float | None, typer.Option(help="Of A, in percent; default 100.")] = None,
     nnz_per_pe: Annotated[int | None, typer.Option(help="Stored non-zeros of the fullest PE after padding.")] = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     trace: Trace = None,
     plot: Plot = None,
     machine: MachineName = "cs2",
@@ -78,7 +78,7 @@ def gemm(
     n: Annotated[int, typer.Option(help="Side of all three matrices.")],
     algorithm: Annotated[str, typer.Option(help="summa, cannon or meshgemm.")] = "meshgemm",
     dtype: Dtype = "fp32",
-    seed: Seed = 0,
+    seed: Seed = None,
     trace: Trace = None,
     plot: Plot = None,
     machine: MachineName = "cs2",
@@ -101,7 +101,7 @@ def gemv(
     n: Annotated[int, typer.Option(help="Side of the matrix.")],
     algorithm: Annotated[str, typer.Option(help="meshgemv.")] = "meshgemv",
     dtype: Dtype = "fp16",
-    seed: Seed = 0,
+    seed: Seed = None,
     trace: Trace = None,
     plot: Plot = None,
     machine: MachineName = "cs2",

@@ -11,10 +11,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import JustifyMethod
 from rich.table import Table
 
-from vspdf.cli.console import Json, emit, out, say, tell
+from vspdf.cli.console import Json, emit, only, out, say, tell
 
 
 def compare(
+    context: typer.Context,
     study: Annotated[str, typer.Argument(help="A YAML file, or a study that ships: toy, small, finetune, gpu.")],
     changes: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
     root: Annotated[Path | None, typer.Option("--runs", help="Folder of its runs; default runs/NAME.")] = None,
@@ -45,6 +46,7 @@ def compare(
 
     if plot:
         study_page.check_plot(plot)
+    only(not results, "is for running: `results` shows what is there", context, "root", "jobs", "minutes")
     if results:
         body = read(studies.load(study, changes or []))
     else:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from vspdf.cli.console import Json, MachineName, Settings, Verb, emit, out, say
+from vspdf.cli.console import Json, MachineName, Settings, Verb, emit, number, out, say
 from vspdf.draw import words
 from vspdf.errors import UserError
 
@@ -34,7 +34,9 @@ def simulate_layer(
     tokens: Annotated[int | None, typer.Option(help="On the wafer at once.")] = None,
     in_features: Annotated[int | None, typer.Option("--in", help="Features in.")] = None,
     out_features: Annotated[int | None, typer.Option("--out", help="Features out.")] = None,
-    sparsity: Annotated[float, typer.Option(help="In [0, 1); positions by chance.")] = 0.9,
+    sparsity: Annotated[
+        float | None, typer.Option(parser=number, help="In [0, 1), positions by chance; default 0.9.")
+    ] = None,
     run: Annotated[Path | None, typer.Option(help="Take a layer's real mask from this run.")] = None,
     layer: Annotated[str | None, typer.Option(help="Which one, by its name in the run.")] = None,
     plot: Annotated[
@@ -134,7 +136,9 @@ def simulate_step(
     batch: Annotated[int | None, typer.Option(help="Sequences of a step, all systems together.")] = None,
     sequence: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: the model's.")] = None,
     systems: Annotated[int, typer.Option(help="Systems that share the batch.")] = 1,
-    sparsity: Annotated[float | None, typer.Option(help="Of projections and FFN; default: 0, or the run's.")] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(parser=number, help="Of projections and FFN; default: 0, or the run's.")
+    ] = None,
     machine: MachineName = "cs2",
     settings: Settings = None,
     level: Level = "aggregate",

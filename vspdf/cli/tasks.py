@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from vspdf.cli.console import Json, Progress, emit, out, say, tell
+from vspdf.cli.console import Json, Progress, emit, only, out, say, tell
 from vspdf.errors import UserError, one_of, require
 
 if TYPE_CHECKING:
@@ -22,8 +22,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
 
 
 def generate(
+    context: typer.Context,
     path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run, a checkpoint, or a Hugging Face folder.")],
-    prompt: Annotated[str | None, typer.Option(help="Text to go on from; 'def ' if not given.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to go on from; default: a document's beginning.")] = None,
     input: Annotated[Path | None, typer.Option(help="One prompt a line, or a task file (DART, ...).")] = None,
     output: Annotated[Path | None, typer.Option(help="Answers, one a line; default: stdout.")] = None,
     format: Annotated[str, typer.Option(help="Of --input: lines, dart, webnlg, e2e, jsonl.")] = "auto",
@@ -51,6 +52,8 @@ def generate(
     from vspdf.evaluate.generate import Decoding
     from vspdf.files import write_whole
 
+    only(input is None, "is not read beside `input`, which holds the prompts", context, "prompt")
+    only(input is not None, "goes with `input`", context, "format", "limit", "batch_size")
     one_of("`overlong`", overlong, answers.OVERLONG)
     require(
         not output or not output.exists(),
@@ -65,6 +68,11 @@ def generate(
         length_penalty=length_penalty, no_repeat_ngram=no_repeat_ngram,
         temperature=temperature if temperature is not None else (0.0 if input else 0.8), seed=seed,
     )  # fmt: skip
+    searching, drawing = decoding.beams > 1, decoding.beams == 1 and decoding.temperature > 0
+    only(searching, "is for beam search: `beams` above 1", context, "length_penalty", "no_repeat_ngram")
+    only(not searching, "is for sampling: `beams` 1", context, "temperature")
+    only(drawing, "is for sampling: `beams` 1 and a `temperature` above 0", context, "seed")
+    only(searching or input is not None, "is for beam search and `input`: sampling has no end", context, "overlong")
     started = time.perf_counter()
     if input:
         found = answers.answer(
@@ -101,6 +109,7 @@ def _with_tokenizer(path: Path, device: str) -> tuple[GPT, Tokenizer, dict[str, 
 
 
 def evaluate(
+    context: typer.Context,
     path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run, a checkpoint, or a Hugging Face folder.")],
     tasks: Annotated[
         str, typer.Option(metavar="NAME,...", help="Of lm-evaluation-harness, or cerebras7: the seven zero-shot tasks.")
@@ -111,7 +120,9 @@ def evaluate(
     task_folder: Annotated[Path | None, typer.Option(help="Task files (YAML) of your own, with their data.")] = None,
     few_shot: Annotated[int | None, typer.Option(min=0, help="Examples first; default: what the task says.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Sequences at a time; default 8, or as many as the run took.")
+    ] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -131,6 +142,7 @@ def evaluate(
     names = [name for name in tasks.split(",") if name]
     require(bool(names) or not task_folder, "`task_folder` goes with `tasks`: name the tasks in it.")
     require(not (text and names), "`text` and `tasks` are two evaluations: give one of them.")
+    only(bool(names), "goes with `tasks`", context, "few_shot", "limit")
     progress = lambda total: Progress(total, "tokens")  # noqa: E731
     body: dict[str, Any]
     if names or text:
@@ -138,16 +150,17 @@ def evaluate(
         body = {"checkpoint": str(path), "step": state["step"]}
     if names:
         body |= harness.evaluate_tasks(
-            model, tokenizer, names, folder=task_folder, few_shot=few_shot, limit=limit, batch_size=batch_size, say=say,
+            model, tokenizer, names, folder=task_folder, few_shot=few_shot, limit=limit, batch_size=batch_size or 8,
+            say=say,
         )  # fmt: skip
     elif text:
-        loss, body["text"] = held_out.on_text(model, tokenizer, text, batch_size, progress)
+        loss, body["text"] = held_out.on_text(model, tokenizer, text, batch_size or 8, progress)
     else:
         loaded = checkpoints.load(path, device=device)
         folder, settings = _run_of(path)
         body = {"checkpoint": str(folder), "step": loaded.state["step"]}
         sha256 = loaded.state["corpus"]["sha256"]
-        loss = held_out.on_run(loaded.model, loaded.tokenizer, settings, sha256, progress)
+        loss = held_out.on_run(loaded.model, loaded.tokenizer, settings, sha256, progress, batch_size)
     if not names:
         body |= {"val_loss": loss.loss, "val_bits_per_byte": loss.bits_per_byte}
     if as_json:

@@ -15,7 +15,7 @@ from yaml import YAMLError
 from vspdf.config.resolve import resolve, resolve_model
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.config.settings import Config, ModelConfig
-from vspdf.errors import UserError, did_you_mean
+from vspdf.errors import UserError, did_you_mean, percent_meant
 
 _CEREBRAS = {"trainer", "runconfig", "train_input", "sparsity"}  # one of them is in each of its files
 
@@ -210,7 +210,9 @@ def _described(value: Any) -> str:
 def _explained(error: OmegaConfBaseException, where: str) -> UserError:
     """OmegaConf's error in one line that names the key."""
     key = re.sub(r"\[(\d+)\]", r".\1", error.full_key or str(error.key or ""))
-    return UserError(f"{where}: {f'{key!r}: ' if key else ''}{_first_line(error)}.")
+    written = re.search(r"Value '(.*?)' of type 'str' could not be converted to Float", str(error))
+    meant = percent_meant(written[1]) if written else ""
+    return UserError(f"{where}: {f'{key!r}: ' if key else ''}{_first_line(error)}.{meant}")
 
 
 # A resumed run may differ in these: they do not touch the numbers.

@@ -135,6 +135,12 @@ def _data(config: Config, longest: int) -> ResolvedData:
         "data.path is not set: give the task's file, data.path=FILE (DART, WebNLG, E2E, or JSONL).",
     )
     if data.path is None:
+        for key in ("format", "validation_path", "length", "overlong", "lower_relations"):
+            require(
+                getattr(data, key) == getattr(DataConfig(), key),
+                f"data.{key} = {getattr(data, key)} is for fine-tuning: vspdf finetune CHECKPOINT CONFIG "
+                "data.path=FILE.",
+            )
         return found
     require(config.init_from is None, "init_from is for pre-training; fine-tuning names its checkpoint first.")
     require(config.start is not None, "data.path is for fine-tuning: vspdf finetune CHECKPOINT CONFIG data.path=FILE.")
@@ -154,6 +160,8 @@ def resolve_data(data: DataConfig) -> ResolvedData:
     require(first is None or first >= 0, f"data.first_sequence must not be negative, is {first}.")
     require(0 < fraction < 1, f"data.validation_fraction must lie between 0 and 1, is {fraction}.")
     require(0 <= test < 1 - fraction, f"data.test_fraction must lie in [0, {1 - fraction:.4g}), is {test}.")
+    one_of("data.format", data.format, ("auto", "dart", "webnlg", "e2e", "jsonl"))
+    one_of("data.overlong", data.overlong, ("refuse", "cut", "drop"))
     return ResolvedData(**vars(data))
 
 
@@ -165,8 +173,6 @@ def resolve_task(data: DataConfig, longest: int) -> ResolvedTask:
     UserError
         Naming the setting, its value and what was expected.
     """
-    one_of("data.format", data.format, ("auto", "dart", "webnlg", "e2e", "jsonl"))
-    one_of("data.overlong", data.overlong, ("refuse", "cut", "drop"))
     length = longest if data.length is None else data.length
     require(
         4 <= length <= longest,

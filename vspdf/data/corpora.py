@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vspdf.config.resolved import ResolvedData
+from vspdf.data.reading import ending, text_lines
 from vspdf.errors import UserError, did_you_mean, near_path
 from vspdf.files import parse_json
 
@@ -79,7 +80,7 @@ def load_documents(config: ResolvedData, cut: bool = True) -> Corpus:
         return Corpus(name, lambda: _folder(path, files, config.text_field))
     if not path.is_file():
         raise UserError(f"Corpus '{name}' not found: expected {_EXPECTED}.{near_path(path, [*_OF_PYTHON])}")
-    if path.suffix.lower() in JSON_LINES_ENDINGS:
+    if ending(path) in JSON_LINES_ENDINGS:
         return Corpus(name, lambda: _json_lines(path, config.text_field))
     return Corpus(name, lambda: _sections(path) if cut else iter([Document(path.name, _read_text(path))]))
 
@@ -148,8 +149,8 @@ def _text_files(folder: Path) -> list[Path]:
         if not any(part.startswith(".") for part in (Path(parent) / file).relative_to(folder).parts)
     )
     endings = TEXT_ENDINGS + JSON_LINES_ENDINGS
-    chosen = [file for file in visible if file.suffix.lower() in endings]
-    others = [file.suffix or "no ending" for file in visible if file.suffix.lower() not in endings]
+    chosen = [file for file in visible if ending(file) in endings]
+    others = [file.suffix or "no ending" for file in visible if ending(file) not in endings]
     kinds = ", ".join(sorted(set(others)))
     if not chosen:
         found = f"; found {kinds}" if others else ""
@@ -161,7 +162,7 @@ def _text_files(folder: Path) -> list[Path]:
 
 def _folder(folder: Path, files: list[Path], text_field: str) -> Iterator[Document]:
     for file in files:
-        if file.suffix.lower() in JSON_LINES_ENDINGS:
+        if ending(file) in JSON_LINES_ENDINGS:
             for line, text in _json_lines(folder / file, text_field):
                 yield Document(f"{file.as_posix()} {line}", text)
         else:
@@ -235,12 +236,10 @@ def _lines(path: Path, limit: int = -1) -> Iterator[tuple[int, str]]:
     """Numbered lines with their ends as they are; pieces of at most `limit` characters where lines are longer."""
     number = 1
     try:
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
+        with text_lines(path) as (file, end):
             while line := file.readline(limit):
                 yield number, line
-                number += line.endswith("\n")
+                number += line.endswith(end)
     except UnicodeDecodeError as error:  # the decoder reads ahead: the line is not known exactly
         byte = error.object[error.start]
         raise UserError(f"'{path}' is not UTF-8 (byte 0x{byte:02x}, line {number} or later): expected text.") from None
-    except OSError as error:
-        raise UserError(f"Cannot read '{path}' ({error.strerror}): expected a readable text file.") from None

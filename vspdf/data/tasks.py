@@ -7,15 +7,17 @@ answer with. The order of a file is kept, so that line N of a model's answers be
 from __future__ import annotations
 
 import csv
-import json
+import io
 import logging
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from xml.etree import ElementTree
 
+from vspdf.data.reading import ending, line_end, whole_text
+from vspdf.data.rows import pair
+from vspdf.data.rows import text as text_of
 from vspdf.errors import UserError, did_you_mean, near_path
 from vspdf.files import parse_json
 
@@ -40,7 +42,8 @@ def read(path: str | Path, format: str = "auto", *, lower_relations: bool = Fals
     format : str
         "dart" and "webnlg" are XML or JSON with sets of triples, "e2e" is CSV with the columns mr and ref or lines of
         ``context||reference``, "jsonl" has an object a line with `context` and `completion` (a text, or a list of
-        them), "lines" one context a line. "auto" goes by the name's ending and, for text, by ``||`` in its first line.
+        them), or what others call these (see `vspdf.data.rows.pair`), "lines" one context a line. "auto" goes by the
+        name's ending and, for text, by ``||`` in its first line. Any of them may be gzipped.
         Where the pairs of one context follow each other, they are one example.
     lower_relations : bool
         Lower-case the relations of triples, as the preparation script of the LoRA paper does for DART; in a context
@@ -58,8 +61,7 @@ def read(path: str | Path, format: str = "auto", *, lower_relations: bool = Fals
         raise UserError(f"'{path}' is a folder: expected a task file (XML, JSON, JSONL, CSV or text).")
     if not path.is_file():
         raise UserError(f"task file '{path}' not found.{near_path(path)}")
-    text = _text(path)
-    ending = path.suffix.lower()
+    text = whole_text(path)
     if format == "auto":
         format = _guess(path, text)
     if format in ("dart", "webnlg"):
@@ -69,7 +71,7 @@ def read(path: str | Path, format: str = "auto", *, lower_relations: bool = Fals
             for where, triples, references in entries
         ]
     elif format == "e2e":
-        examples = _grouped(_e2e_csv(path, text) if ending == ".csv" else _pairs_of_lines(path, text))
+        examples = _grouped(_e2e_csv(path, text) if ending(path) == ".csv" else _pairs_of_lines(path, text))
     elif format == "jsonl":
         examples = _grouped(_json_lines(path, text))
     else:
@@ -90,8 +92,9 @@ def lowered(context: str) -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    r"""Lines that end with \n alone or \r\n, as line-based tools count them: no other character ends a line."""
-    lines = text.split("\n")
+    r"""Splits text at \n or \r\n, as line-based tools count lines; at bare \r where it has no \n at all."""
+    end = line_end(text)
+    lines = text.split(end)
     if lines[-1] == "":
         lines.pop()
     return [line.removesuffix("\r") for line in lines]
@@ -104,30 +107,20 @@ def read_lines(path: str | Path) -> list[str]:
         raise UserError(
             f"'{path}' {'is a folder, expected a file' if path.is_dir() else 'not found'}.{near_path(path)}"
         )
-    return lines_of(_text(path))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"'{path}' is not UTF-8 (line {line}): expected text.") from None
-    except OSError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror}.") from None
+    return lines_of(whole_text(path))
 
 
 def _guess(path: Path, text: str) -> str:
     by_ending = {".xml": "dart", ".json": "dart", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "e2e"}
-    if found := by_ending.get(path.suffix.lower()):
+    if found := by_ending.get(ending(path)):
         return found
-    return "e2e" if "||" in text.partition("\n")[0] else "lines"
+    return "e2e" if "||" in text.partition(line_end(text))[0] else "lines"
 
 
-def _linearised(triples: Iterable[Sequence[str]], lower_relations: bool, where: str) -> str:
+def _linearised(triples: Iterable[Any], lower_relations: bool, where: str) -> str:
     parts = []
     for triple in triples:
-        if len(triple) != 3 or not all(isinstance(part, str) for part in triple):
+        if not isinstance(triple, list) or len(triple) != 3 or not all(isinstance(part, str) for part in triple):
             raise UserError(f"{where}: {triple!r} is no triple, expected subject, relation, object.")
         subject, relation, object_ = (part.strip() for part in triple)
         parts.append(f"{subject} : {relation.lower() if lower_relations else relation} : {object_}")
@@ -141,14 +134,15 @@ def _grouped(pairs: Iterable[tuple[str, tuple[str, ...]]]) -> list[Example]:
     ]
 
 
-Entry = tuple[str, list[Sequence[str]], list[str]]  # where it stands, triples, references
+Kind = TypeVar("Kind")
+Entry = tuple[str, list[Any], list[str]]  # where it stands, triples, references
 
 
 def _xml(path: Path, text: str) -> Iterator[Entry]:
     """WebNLG's benchmark form, which DART's test set shares."""
     try:
         root = ElementTree.fromstring(text.lstrip())
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter two: of its declared encoding
         raise UserError(f"'{path}' is not valid XML: {error}.") from None
     lexes = [
         (entry, [(lex.get("comment") or "", (lex.findtext("text") or lex.text or "").strip())
@@ -164,30 +158,32 @@ def _xml(path: Path, text: str) -> Iterator[Entry]:
 
 def _json(path: Path, text: str) -> Iterator[Entry]:
     """DART's list of triple sets with annotations, or the JSON form of WebNLG."""
-    try:
-        body = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"'{path}' is not valid JSON: {error}.") from None
+    body = parse_json(text, f"'{path}'")
     if isinstance(body, list) and all(isinstance(row, dict) and "tripleset" in row for row in body):
         for number, row in enumerate(body, 1):
             where = f"'{path}' item {number}"
             annotations = row.get("annotations") or []
             if not isinstance(row["tripleset"], list) or not isinstance(annotations, list):
                 raise UserError(f"{where}: expected lists as tripleset and annotations.")
-            yield where, row["tripleset"], [_field(note, "text", where) for note in annotations]
+            yield where, row["tripleset"], [text_of(note, "text", where) for note in annotations]
         return
     if isinstance(body, dict) and isinstance(body.get("entries"), list):
-        rows = [entry for item in body["entries"] for entry in item.values()]
-        lexes = [
-            (row, [(lex.get("comment", ""), _field(lex, "lex", f"'{path}' entry {number}").strip())
-                   for lex in row.get("lexicalisations", [])])
-            for number, row in enumerate(rows, 1)
-        ]  # fmt: skip
+        rows = [
+            row
+            for number, item in enumerate(body["entries"], 1)
+            for row in _as(dict, item, f"'{path}' entry {number}", "an object by number").values()
+        ]
+        lexes = []
+        for number, row in enumerate(rows, 1):
+            where = f"'{path}' entry {number}"
+            found = _as(list, _as(dict, row, where, "an object").get("lexicalisations", []), where, "lexicalisations")
+            texts = [text_of(lex, "lex", where).strip() for lex in found]
+            lexes.append((row, [(lex.get("comment", ""), text) for lex, text in zip(found, texts, strict=True)]))
         keys = ("subject", "property", "object")
         for number, (row, texts) in enumerate(_accepted(path, lexes), 1):
             where = f"'{path}' entry {number}"
-            triples = row.get("modifiedtripleset", [])
-            yield where, [[_field(triple, key, where) for key in keys] for triple in triples], texts
+            triples = _as(list, row.get("modifiedtripleset", []), where, "a list as modifiedtripleset")
+            yield where, [[text_of(triple, key, where) for key in keys] for triple in triples], texts
         return
     raise UserError(
         f"'{path}' is neither DART (a list of objects with tripleset and annotations) nor WebNLG (entries): "
@@ -205,27 +201,17 @@ def _accepted(path: Path, lexes: list[tuple[Any, list[tuple[str, str]]]]) -> Ite
         yield entry, [text for comment, text in texts if not marked or comment == "good"]
 
 
-def _field(row: Any, key: str, where: str) -> str:
-    if not isinstance(row, dict) or key not in row:
-        near = did_you_mean(key, row) if isinstance(row, dict) else ""
-        raise UserError(f"{where}: expected an object with '{key}'.{near}")
-    if not isinstance(row[key], str):
-        raise UserError(f"{where}: '{key}' is {type(row[key]).__name__}, expected text.")
-    return row[key]
+def _as(kind: type[Kind], value: Any, where: str, expected: str) -> Kind:
+    if not isinstance(value, kind):
+        raise UserError(f"{where}: expected {expected}, not {type(value).__name__}.")
+    return value
 
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     for number, line in enumerate(lines_of(text), 1):
-        if not line.strip():
-            continue
-        where = f"'{path}' line {number}"
-        row = parse_json(line, where)
-        context = _field(row, "context", where)
-        completions = row.get("completion", [])
-        completions = [completions] if isinstance(completions, str) else completions
-        if not isinstance(completions, list) or not all(isinstance(item, str) for item in completions):
-            raise UserError(f"{where}: 'completion' must be a text or a list of texts.")
-        yield context, tuple(completions)
+        if line.strip():
+            where = f"'{path}' line {number}"
+            yield pair(parse_json(line, where), where)
 
 
 def _pairs_of_lines(path: Path, text: str) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -239,11 +225,31 @@ def _pairs_of_lines(path: Path, text: str) -> Iterator[tuple[str, tuple[str, ...
 
 def _e2e_csv(path: Path, text: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """``name[Blue Spice], area[riverside]`` becomes ``name : Blue Spice | area : riverside``."""
-    reader = csv.DictReader(text.splitlines(keepends=True))
-    columns = reader.fieldnames or []
-    if "mr" not in columns:
-        raise UserError(f"'{path}': expected a CSV with the columns mr and ref, found {', '.join(columns) or 'none'}.")
-    for row in reader:
-        slots = re.findall(r"([^\[\],]+)\[([^\]]*)\]", row["mr"] or "")
-        reference = (row.get("ref") or "").strip()
-        yield " | ".join(f"{key.strip()} : {value.strip()}" for key, value in slots), (reference,) if reference else ()
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        columns = reader.fieldnames or []
+        if "mr" not in columns:
+            raise UserError(
+                f"'{path}': expected a CSV with the columns mr and ref, found {', '.join(columns) or 'none'}."
+            )
+        for row in reader:
+            reference = (row.get("ref") or "").strip()
+            slots = _slots(row["mr"] or "", f"'{path}' line {reader.line_num}")
+            yield " | ".join(f"{key} : {value}" for key, value in slots), (reference,) if reference else ()
+    except csv.Error as error:
+        raise UserError(f"'{path}' is no CSV after line {reader.line_num} ({error}).") from None
+
+
+def _slots(meaning: str, where: str) -> list[tuple[str, str]]:
+    """``name[Blue Spice], area[riverside]`` as pairs."""
+    *slots, rest = meaning.split("]")
+    found = []
+    for slot in slots:
+        before, bracket, value = slot.partition("[")
+        skipped, _, key = before.rpartition(",")
+        if not bracket or not key.strip() or skipped.strip():
+            raise UserError(f"{where}: mr must be like 'name[Blue Spice], area[riverside]'.")
+        found.append((key.strip(), value.strip()))
+    if rest.strip(" ,\t"):
+        raise UserError(f"{where}: mr must be like 'name[Blue Spice], area[riverside]'.")
+    return found

@@ -23,6 +23,7 @@ from vspdf.shapes import Shape
 
 END_OF_DOCUMENT = "<|endoftext|>"  # GPT-2's name for it, used by the tokenizers made here
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eot|>")
+_GAPS = 1 << 20  # ids that no token has
 _PROBE = "Naïve  café,\n\tdon't — 世界 \U0001f600 \x00 e\u0301"
 _EXPECTED = '"bytes", "bpe:VOCAB_SIZE", "gpt2:FOLDER" or the path of a tokenizer.json'
 
@@ -66,6 +67,11 @@ class Tokenizer:
         vocabulary: dict[str, int] = model.get_vocab(with_added_tokens=True)
         self.vocabulary = vocabulary
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if self.vocab_size > 2 * len(vocabulary) + _GAPS:
+            raise UserError(
+                f"Tokenizer {name} numbers its {len(vocabulary):,} tokens up to {self.vocab_size - 1:,}: expected "
+                "numbers without gaps."
+            )
         ends = [end for end in _KNOWN_ENDS if end in vocabulary]
         if not ends:
             raise UserError(f"Tokenizer {name} has no end-of-document token: expected one of {', '.join(_KNOWN_ENDS)}.")
@@ -121,8 +127,7 @@ class Tokenizer:
         """GPT-2's BPE (or one of its kind) from the `vocab.json` and `merges.txt` in `folder`."""
         vocabulary, merges = _gpt2_files(Path(folder))
         with _reading(f"{vocabulary} and {merges.name}", "GPT-2's vocab.json and merges.txt"):
-            model = _byte_level(models.BPE.from_file(str(vocabulary), str(merges)))
-        return cls(model, "gpt2")
+            return cls(_byte_level(models.BPE.from_file(str(vocabulary), str(merges))), "gpt2")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
@@ -196,7 +201,9 @@ def _reading(what: str, expected: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's, of the library
+            raise
         raise UserError(f"Cannot read {what}: expected {expected} ({' '.join(str(error).split())}).") from None
 
 

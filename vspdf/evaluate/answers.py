@@ -71,7 +71,7 @@ def read_prompts(
 
 
 def one_prompt(text: str | None, task: dict[str, Any] | None, say: Callable[[str], None]) -> Prompts:
-    """A prompt as given, or the usual one of a model of code; `task` and `say` as of `read_prompts`.
+    """A prompt as given, or none: the beginning of a document; `task` and `say` as of `read_prompts`.
 
     Raises
     ------
@@ -81,7 +81,7 @@ def one_prompt(text: str | None, task: dict[str, Any] | None, say: Callable[[str
     if text is None:
         if task:
             raise UserError("the model was fine-tuned to answer: give `prompt` a context, or `input` a task file.")
-        text = "def "
+        return Prompts([""], True, "the prompt")
     if task and task["lower_relations"] and (lowered := tasks.lowered(text)) != text:
         say(_LOWERED)
         text = lowered
@@ -151,9 +151,10 @@ def go_on(
         room = model.shape.sequence_length - decoding.max_tokens - prompts.answering
         ids = _fitted(ids, room, overlong, keep_end=not prompts.answering, say=say)
     (found,) = _generated(model, tokenizer, ids, prompts.answering, decoding, 1, lambda done: None)
-    between = " " if prompts.answering else ""
-    text = tokenizer.decode(found)
-    return Answers([prompts.texts[0] + between + (text.lstrip(" ") if between else text)], len(found))
+    begun, text = prompts.texts[0], tokenizer.decode(found)
+    if prompts.answering and begun:
+        begun, text = begun + " ", text.lstrip(" ")
+    return Answers([begun + text], len(found))
 
 
 def _encoded(tokenizer: Tokenizer, prompts: Prompts) -> list[list[int]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vspdf.data import tasks
+from vspdf.data.reading import ending
 from vspdf.errors import UserError, did_you_mean
 
 PROTOCOLS = {
@@ -112,7 +113,8 @@ def corpus_bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]], 
         final = scorer.compute_bleu(list(final.counts), list(final.totals), final.sys_len, closest)
     counts = [len(texts) for texts in present]
     return Bleu(
-        protocol, final.score, list(final.precisions), final.bp, final.sys_len, final.ref_len, without_missing.score,
+        protocol, min(100.0, final.score), list(final.precisions), final.bp, final.sys_len, final.ref_len,
+        min(100.0, without_missing.score),
         len(hypotheses), [counts.count(n) for n in range(max(counts) + 1)], str(scorer.get_signature()),
     )  # fmt: skip
 
@@ -143,7 +145,7 @@ def read_references(paths: Sequence[str | Path], count: int) -> list[list[str]]:
     found: list[list[str]] = [[] for _ in range(count)]
     for path in map(Path, paths):
         columns: list[Sequence[str]]
-        if path.suffix.lower() in (".xml", ".json", ".jsonl", ".csv"):
+        if ending(path) in (".xml", ".json", ".jsonl", ".csv"):
             columns, what = [example.references for example in tasks.read(path)], "examples"
         else:
             lines = tasks.read_lines(path)

@@ -17,8 +17,9 @@ Progress = Callable[[int], None]
 
 
 def on_run(
-    model: GPT, tokenizer: Tokenizer | None, config: ResolvedConfig, sha256: str, progress: Callable[[int], Progress]
-) -> Evaluation:
+    model: GPT, tokenizer: Tokenizer | None, config: ResolvedConfig, sha256: str, progress: Callable[[int], Progress],
+    batch_size: int | None = None,
+) -> Evaluation:  # fmt: skip
     """Mean loss over all that a run held out.
 
     Parameters
@@ -29,6 +30,8 @@ def on_run(
         Of the corpus that it trained on, as its checkpoint says.
     progress : callable
         Given the number of tokens of a held-out text, returns what is called with the number done.
+    batch_size : int, optional
+        Sequences at a time; default: as many as in training.
 
     Raises
     ------
@@ -40,7 +43,9 @@ def on_run(
         name = config.task.path if config.task else config.data.corpus
         raise UserError(f"the corpus '{name}' has changed since the model was trained on it.")
     told = (lambda done: None) if config.task else progress(data.manifest["validation"]["tokens"])
-    return evaluate(model, data, config.train.micro_batch_size, precision=config.train.precision, progress=told)
+    return evaluate(
+        model, data, batch_size or config.train.micro_batch_size, precision=config.train.precision, progress=told
+    )
 
 
 def on_text(

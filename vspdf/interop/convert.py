@@ -65,6 +65,8 @@ def convert(
                 f"'{source}' is a file: it becomes a file with zeros for masked weights. For `to` {to} give the folder "
                 "that holds it and its config.json, or its YAML of the Cerebras stack."
             )
+        if tokenizer is not None:
+            raise UserError(f"'{source}' is a file of tensors: leave `tokenizer` away, nothing would read it.")
         return _finalize_file(source, target)
     kind = checkpoints.kind(source)
     to = to or ("hugging-face" if kind == "checkpoint" else "dense")

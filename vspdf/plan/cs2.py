@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vspdf.errors import UserError, did_you_mean
+from vspdf.errors import UserError, check_sparsity, did_you_mean, one_of, require
 from vspdf.runs.folder import Run
 from vspdf.runs.writer import Writer
 from vspdf.shapes import Shape, named_shape
@@ -93,10 +93,12 @@ def compare_phases(
 
 def layer_by_request(
     machine: Machine, *, tokens: int | None = None, in_features: int | None = None, out_features: int | None = None,
-    sparsity: float = 0.9, run: str | Path | None = None, layer: str | None = None, level: str = "aggregate",
+    sparsity: float | None = None, run: str | Path | None = None, layer: str | None = None, level: str = "aggregate",
     plot: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`simulate_layer`, or `layer_events.event_layer` for ``level="event"``, by sizes or with a run's layer's mask.
+
+    Sizes alone take positions by chance, at a `sparsity` of 0.9 where none is given.
 
     `plot` draws speed-up over sparsity, or at the event level heat maps and a time line.
 
@@ -105,11 +107,11 @@ def layer_by_request(
     UserError
         For arguments that are missing or contradict each other, and as the two functions do.
     """
-    if level not in ("aggregate", "event"):
-        raise UserError(f"`level` {level}: expected event or aggregate.")
+    one_of("`level`", level, ("event", "aggregate"))
+    require(run is not None or layer is None, "`layer` is one of a run: name it with `run`.")
     if run is not None:
-        if in_features or out_features:
-            raise UserError("`run` gives the layer's size: leave `in_features` and `out_features` away.")
+        for name, value in (("in_features", in_features), ("out_features", out_features), ("sparsity", sparsity)):
+            require(value is None, f"`run` gives the layer's size and mask: leave `{name}` away.")
         done = Run(Path(run)).require(finished=True)
         masks = done.masks(0)
         if layer is None:
@@ -124,8 +126,8 @@ def layer_by_request(
             "expected `tokens`, `in_features` and `out_features` (e.g. 65536, 12288, 12288), or `run` and `layer`."
         )
     else:
-        if not 0 <= sparsity < 1:
-            raise UserError(f"sparsity must lie in [0, 1), not {sparsity}.")
+        sparsity = 0.9 if sparsity is None else sparsity
+        check_sparsity("`sparsity`", sparsity)
         weights = Weights(out_features, in_features, 1 - sparsity)
     if min(weights.in_features, weights.out_features, tokens) < 1:
         raise UserError("`in_features`, `out_features` and `tokens` must be at least 1.")

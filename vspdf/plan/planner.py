@@ -17,7 +17,7 @@ from vspdf.bench.calibrate import Calibration
 from vspdf.config import resolve
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.config.settings import PhaseConfig
-from vspdf.errors import UserError, did_you_mean
+from vspdf.errors import UserError, check_sparsity, did_you_mean
 from vspdf.plan.cs2 import on_cs2
 from vspdf.plan.models import _dense_run, _source
 from vspdf.plan.wish import SPLITS, _Wish, state_bytes
@@ -220,11 +220,14 @@ def plan(
     """
     if split is not None and phases is not None:
         raise UserError(f"phases leave nothing to split: give them, or split = '{split}'.")
-    split = "add-on" if split is None else split
+    asked, split = split, "add-on" if split is None else split
     _check_arguments(sparsity, effective, split, phases, save, memory, hours, steps, batch_size)
     source = _source(model)
     shape, settings = source.shape, source.settings
     own = bool(source.phases) and sparsity is effective is phases is save is memory is hours is None
+    one_stage = effective is save is hours is None and (sparsity is not None or memory is not None)
+    if asked is not None and (own or one_stage):
+        raise UserError(f"`split` {asked}: there is one stage, or those of {model}; `effective` asks for two.")
     if batch_size and source.phases:
         raise UserError(f"the batch size of {model} is in that file (train.batch_size): `batch_size` is for models.")
     planned = sum(n for _, n in phases) if phases else None
@@ -233,16 +236,7 @@ def plan(
     run = _Wish(shape, dense_steps, step_tokens, split, sparsity, effective, convention, causal, progress)
 
     if not own:
-        if phases is not None:
-            stages = list(phases)
-        elif save is not None:
-            stages = run.save(save)
-        elif memory is not None:
-            stages = run.memory(memory * 1e9)
-        elif hours is not None:
-            stages = run.hours(hours)
-        else:
-            stages = run.split()
+        stages = list(phases) if phases is not None else run.stages(save, memory, hours)
         multiple = LR_MULTIPLE if any(s for s, _ in stages) else 1.0
         settings.phases = [PhaseConfig(sparsity=s, steps=n, lr_multiple=multiple) for s, n in stages if n]
     config = resolve.resolve(settings)
@@ -281,10 +275,10 @@ def _check_arguments(
 ) -> None:
     if split not in SPLITS:
         raise UserError(f"unknown split '{split}'.{did_you_mean(split, SPLITS)}")
-    if sparsity is not None and not 0 <= sparsity < 1:
-        raise UserError(f"sparsity must lie in [0, 1), not {sparsity}.")
-    if effective is not None and not 0 <= effective < 1:
-        raise UserError(f"effective sparsity must lie in [0, 1), not {effective}.")
+    if sparsity is not None:
+        check_sparsity("sparsity", sparsity)
+    if effective is not None:
+        check_sparsity("effective sparsity", effective)
     wishes = {"save": save, "memory": memory, "hours": hours}
     given = [wish for wish, value in wishes.items() if value is not None]
     if len(given) > 1:

@@ -47,6 +47,14 @@ class _Wish:
     calibration: Calibration | None = None
     notes: list[str] = field(default_factory=list)
 
+    def stages(self, save: float | None, memory: float | None, hours: float | None) -> list[tuple[float, int]]:
+        """(sparsity, steps) of each stage for the wish that is not None, `memory` in GB; for none, as `split`."""
+        if save is not None:
+            return self.save(save)
+        if memory is not None:
+            return self.memory(memory * 1e9)
+        return self.split() if hours is None else self.hours(hours)
+
     def split(self) -> list[tuple[float, int]]:
         """By effective sparsity."""
         if self.effective is None and self.sparsity is not None:

@@ -50,8 +50,13 @@ def check(config: ResolvedConfig, resume: bool) -> ResolvedConfig:
         if key in ("train.threads", "train.device"):
             log.warning("resuming with %s = %s instead of %s: results will differ in the last bits.", key, new, old)
         elif key not in FREE_TO_CHANGE:
-            raise UserError(f"cannot resume '{run.folder}': {key} was {old}, is now {new}.")
+            raise UserError(f"cannot resume '{run.folder}': {key} was {old}, is now {new}.{_beyond(run)}")
     return config
+
+
+def _beyond(run: Run) -> str:
+    """The tail of an error message on a run that cannot go on so: what can."""
+    return f" The run is finished: init_from={run.folder} with another run_dir begins from it." if run.finished else ""
 
 
 class Writer:

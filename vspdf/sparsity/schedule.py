@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import NamedTuple
 
-from vspdf.errors import UserError, did_you_mean, one_of, require
+from vspdf.errors import UserError, check_sparsity, did_you_mean, one_of, require
 
 INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard")  # how first masks are drawn
 SCHEDULES = ("constant", "linear", "exp", "power", "cosine", "cycling")
@@ -209,7 +209,7 @@ class Phase:
             end = 0.0 if end is None else end
             every = self._updates(key, steps, start, end)
         for glob, amount in self.layers.items():
-            require(0 <= amount < 1, f"{key}.layers: the sparsity of '{glob}' must lie in [0, 1), not {amount}.")
+            check_sparsity(f"{key}.layers: the sparsity of '{glob}'", amount)
         one_of(f"{key}.moments", self.moments, ("keep", "reset"))
         require(self.revived_warmup >= 0, f"{key}.revived_warmup must not be negative, is {self.revived_warmup}.")
         warmup = steps // (10 if previous else 20) if self.warmup_steps is None else self.warmup_steps
@@ -244,9 +244,9 @@ class Phase:
         if cycling:
             require(bool(self.levels), f"{key}.levels: schedule: cycling needs them, e.g. [0.9, 0.75, 0.5, 0].")
             for level in self.levels:
-                require(0 <= level < 1, f"{key}.levels must lie in [0, 1), not {level}.")
+                check_sparsity(f"{key}.levels", level)
             start, end = self.levels[0], min(self.levels)
-        require(0 <= start < 1, f"{key}.sparsity must lie in [0, 1), not {start}.")
+        check_sparsity(f"{key}.sparsity", start)
         return start, end
 
     def _updates(self, key: str, steps: int, start: float, end: float) -> int:

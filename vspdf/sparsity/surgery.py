@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from vspdf.errors import UserError, did_you_mean
+from vspdf.errors import UserError, check_sparsity, did_you_mean
 from vspdf.kernels import reference
 from vspdf.pattern import Pattern
 from vspdf.sparsity.attached import hand_over, mark, place
@@ -198,11 +198,8 @@ def _rules(sparsity: float | Mapping[str, float | Pattern]) -> dict[str, float |
     """Amounts by glob, each checked."""
     rules: dict[str, float | Pattern] = dict(sparsity) if isinstance(sparsity, Mapping) else {"*": sparsity}
     for glob, amount in rules.items():
-        if not isinstance(amount, Pattern) and not 0 <= amount < 1:
-            meant = f" Did you mean {amount / 100:g}?" if 1 <= amount <= 100 else ""
-            raise UserError(
-                f"sparsity must lie in [0, 1), not {amount}{'' if glob == '*' else f' (for {glob!r})'}.{meant}"
-            )
+        if not isinstance(amount, Pattern):
+            check_sparsity("sparsity" if glob == "*" else f"the sparsity of '{glob}'", amount)
     return rules
 
 

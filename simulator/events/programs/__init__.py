@@ -10,6 +10,7 @@ from vspdf.simulator.events.programs.matmul import Product, check_gemm, emit_pro
 from vspdf.simulator.events.programs.matvec import emit_gemv, mesh_gemv, tree
 from vspdf.simulator.events.programs.spmm import (
     FORMATS,
+    SMALLER,
     check_spmm,
     dense,
     dense_layout,
@@ -22,7 +23,8 @@ from vspdf.simulator.events.programs.spmm import (
 from vspdf.simulator.events.programs.streaming import stream_gradient, stream_layer
 
 __all__ = [
-    "FORMATS", "VECTOR_MODES", "Outcome", "Product", "align", "broadcast", "check_gemm", "check_memory", "check_spmm",
-    "dense", "dense_layout", "emit_dense", "emit_gemv", "emit_product", "emit_spmm", "mesh_gemv", "reduce", "ring_gemm",
-    "ring_order", "spmm", "stream_gradient", "stream_layer", "summa", "tile_counts", "tile_layout", "tree", "vector_op",
+    "FORMATS", "SMALLER", "VECTOR_MODES", "Outcome", "Product", "align", "broadcast", "check_gemm", "check_memory",
+    "check_spmm", "dense", "dense_layout", "emit_dense", "emit_gemv", "emit_product", "emit_spmm", "mesh_gemv",
+    "reduce", "ring_gemm", "ring_order", "spmm", "stream_gradient", "stream_layer", "summa", "tile_counts",
+    "tile_layout", "tree", "vector_op",
 ]  # fmt: skip

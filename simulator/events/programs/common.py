@@ -59,9 +59,7 @@ def bits(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values, np.float32).view(np.uint32)
 
 
-def check_memory(machine: Machine, end: int) -> None:
-    """Refuses a program that would need `end` bytes of a PE's SRAM, where there are fewer."""
+def check_memory(machine: Machine, end: int, instead: str) -> None:
+    """Refuses a program that would need `end` bytes of a PE's SRAM, where there are fewer; `instead` would fit."""
     if end > machine.sram_bytes:
-        raise UserError(
-            f"a PE would need {end} bytes of SRAM, it has {machine.sram_bytes}: use a larger grid or fewer columns M."
-        )
+        raise UserError(f"a PE would need {end:,} bytes of SRAM, it has {machine.sram_bytes:,}: take {instead}.")

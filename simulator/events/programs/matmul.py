@@ -86,7 +86,7 @@ def check_gemm(machine: Machine, pes: int, n: int, half: bool, padded: bool) -> 
     if n < pes:
         raise UserError(f"`n` {n} is smaller than the grid's side {pes}: some PEs would have nothing to do.")
     layout = Product(-(-n // pes), half, padded)
-    check_memory(machine, layout.end + 8)
+    check_memory(machine, layout.end + 8, "a larger `grid` or a smaller `n`")
     return layout
 
 

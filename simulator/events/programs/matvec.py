@@ -30,7 +30,7 @@ def mesh_gemv(machine: Machine, a: np.ndarray, v: np.ndarray, pes: int, half: bo
     size = 2 if half else 4
     column = align(t * size)
     at_v, at_y = column * t, align(column * t + column)
-    check_memory(machine, at_y + column)
+    check_memory(machine, at_y + column, "a larger `grid` or a smaller `n`")
     region = Region(machine, pes, pes)
     root_of, roots = tree(pes)
     top = roots[len(roots) // 2]

@@ -13,6 +13,7 @@ from vspdf.simulator.events.programs.common import Outcome, align, check_memory
 from vspdf.simulator.machine import Machine
 
 FORMATS = ("coo", "csc", "csr", "ellpack")
+SMALLER = "a larger `grid` or fewer columns `m`"  # of what does not fit into a PE
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def spmm(
         raise UserError(f"unknown sparse format '{fmt}'.{did_you_mean(fmt, FORMATS)}")
     tiles, stored, slots = cut(mask, width, height, fmt, nnz_per_pe, seed)
     address = tile_layout(fmt, nt, kt, m, stored)
-    check_memory(machine, address["end"])
+    check_memory(machine, address["end"], SMALLER)
     b = np.random.default_rng(seed + 1).standard_normal((k, m)).astype(np.float32)
     b[:, -1] = 0
     a = np.zeros((n, k), np.float32)
@@ -266,7 +267,7 @@ def dense(machine: Machine, n: int, k: int, m: int, width: int, height: int, see
     """
     nt, kt = check_spmm(machine, width, height, n, k, m)
     address = dense_layout(nt, kt, m)
-    check_memory(machine, address["end"])
+    check_memory(machine, address["end"], SMALLER)
     generator = np.random.default_rng(seed)
     a = generator.standard_normal((n, k)).astype(np.float32)
     b = generator.standard_normal((k, m)).astype(np.float32)

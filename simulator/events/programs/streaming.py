@@ -80,7 +80,7 @@ def stream_layer(machine: Machine, w: np.ndarray, mask: np.ndarray, x: np.ndarra
     n = s.local
     per_owner = -(-outputs // columns)
     at_acc, at_y = stream_layout(s)
-    check_memory(machine, at_y + 2 * per_owner * n)
+    check_memory(machine, at_y + 2 * per_owner * n, "fewer `tokens` or features")
     order = ring_order(columns, True)
     colours = [2 + c for c in ring_colours(order)]
     region = Region(machine, columns, rows)
@@ -182,7 +182,7 @@ def stream_gradient(
     s = Stream(columns, rows, features, outputs, x.shape[1])
     n, per_owner = s.local, -(-outputs // columns)
     at_buffer, at_dy, at_sums, at_order = gradient_layout(s)
-    check_memory(machine, at_order + 4 * columns)
+    check_memory(machine, at_order + 4 * columns, "fewer `tokens` or features")
     order = np.asarray(ring_order(columns, True), np.int32)
     region = Region(machine, columns, rows)
     codes = {}
