@@ -52,9 +52,7 @@ class PhasesCallback(TrainerCallback):
     ``trainer.train(resume_from_checkpoint="out/checkpoint-500")``.
     """
 
-    def __init__(
-        self, phases: Sequence[tuple[float, int] | tuple[float, int, float] | Phase], **options: Any
-    ) -> None:
+    def __init__(self, phases: Sequence[tuple[float, int] | tuple[float, int, float] | Phase], **options: Any) -> None:
         self.phases = Phases(phases, **options)
         self._scheduler: LambdaLR | None = None
         self._resumed: int | None = None
