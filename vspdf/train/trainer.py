@@ -114,7 +114,7 @@ def _loop(state: State, log: Log, on_evaluation: Callable[[Path], None]) -> dict
             if evaluated and not state.finished:
                 on_evaluation(folder)
             if stop and not state.finished:
-                raise Interrupted(f"stopped after step {state.step}; a checkpoint was written: --resume goes on.")
+                raise Interrupted(f"stopped after step {state.step}; a checkpoint was written: `resume` goes on.")
     summary = log.summary(state)
     on_evaluation(folder)
     return summary
