@@ -58,6 +58,11 @@ def resolve(config: Config) -> ResolvedConfig:
     )
     for written in config.phases:
         found = dataclasses.replace(found, phases=(*found.phases, _phase(written, found)))
+    require(
+        not train.patience or found.phases[-1].schedule == "constant",
+        f"train.patience = {train.patience} may end the last phase early: that needs schedule: constant, "
+        f"not {found.phases[-1].schedule}.",
+    )
     return found
 
 
@@ -111,8 +116,12 @@ def _train(train: TrainConfig) -> ResolvedTrain:
     found = ResolvedTrain(**{**vars(train), "micro_batch_size": micro})
     for key in ("batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
         require(getattr(found, key) >= 1, f"train.{key} must be at least 1, not {getattr(found, key)}.")
-    for key in ("eval_every", "eval_tokens", "sample_tokens", "checkpoint_every", "measure_dense"):
+    for key in ("eval_every", "eval_tokens", "sample_tokens", "checkpoint_every", "measure_dense", "patience"):
         require(getattr(found, key) >= 0, f"train.{key} must not be negative, is {getattr(found, key)}.")
+    require(
+        not found.patience or found.eval_every > 0,
+        f"train.patience = {found.patience} counts evaluations: it needs train.eval_every above 0.",
+    )
     require(found.threads is None or found.threads >= 1, f"train.threads must be at least 1, not {found.threads}.")
     return found
 
@@ -225,7 +234,7 @@ def _steps(phase: PhaseConfig, key: str, step_tokens: int) -> int:
 def _check_rates(phase: ResolvedPhase, key: str) -> None:
     peak = phase.lr * phase.lr_multiple
     require(
-        phase.lr_end <= peak,
+        0 <= phase.lr_end <= peak,
         f"{key}.lr_end = {phase.lr_end:.4g} must lie between 0 and the phase's peak, {peak:.4g} (lr · lr_multiple).",
     )
     require(0 <= phase.weight_decay < math.inf, f"{key}.weight_decay must not be negative, is {phase.weight_decay}.")

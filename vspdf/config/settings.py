@@ -95,8 +95,14 @@ class TrainConfig:
     sample_tokens: int = 120  # of text generated at the end of each phase; 0: none
     checkpoint_every: int = 200  # steps; 0: only at the end
     keep_checkpoints: int = 2
+    # A checkpoint at each evaluation with the lowest validation loss of its phase so far; the last such is kept beside
+    # the others, and named in summary.json
+    keep_best: bool = False
+    # The run ends after so many evaluations in a row without a new lowest validation loss in its last phase; 0: never
+    patience: int = 0
     measure_dense: int = 3  # dense steps timed beside each sparse phase, on the same batches; 0: off
-    tensorboard: bool = False
+    tensorboard: bool = False  # curves for `tensorboard --logdir RUN`, too
+    wandb: bool = False  # curves for Weights & Biases, too, which may send them away: its own settings say where
 
 
 @dataclass

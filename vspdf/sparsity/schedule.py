@@ -230,7 +230,8 @@ class Phase:
         positive = (self.lr is None or self.lr > 0) and self.lr_multiple > 0 and peak < math.inf
         require(positive, f"{key}: lr and lr_multiple must be positive.")
         require(
-            self.lr_end is None or 0 <= self.lr_end < math.inf, f"{key}.lr_end must not be negative, is {self.lr_end}."
+            self.lr_end is None or 0 <= self.lr_end <= (math.inf if self.lr is None else peak),
+            f"{key}.lr_end = {self.lr_end} must lie between 0 and the phase's peak (lr · lr_multiple).",
         )
         one_of(f"{key}.decay", self.decay, DECAYS)
         require(

@@ -27,6 +27,7 @@ from vspdf.runs import writer
 from vspdf.runs.record import PhaseRecord
 from vspdf.sparsity.layer import build_plans
 from vspdf.train.beside import Beside, profiled
+from vspdf.train.boards import boards
 from vspdf.train.log import Log
 from vspdf.train.start import begin
 from vspdf.train.state import State
@@ -77,11 +78,12 @@ def train(
         state = begin(config, where, say)
         if resume and not state.step:
             say("no checkpoint was written yet: starting again from step 0")
+        curves = boards(state.config)
         files = writer.Writer(Path(config.run_dir))
         if not resume:
             files.begin(state.config, state.data.tokenizer.to_json(), state.data.manifest)
         files.go_on_from(state.step)
-        return _loop(state, Log(files, say, config.train.tensorboard), on_evaluation or (lambda folder: None))
+        return _loop(state, Log(files, say, curves), on_evaluation or (lambda folder: None))
     finally:
         torch.set_num_threads(threads)
 
@@ -101,15 +103,14 @@ def _loop(state: State, log: Log, on_evaluation: Callable[[Path], None]) -> dict
             state.seconds = time.perf_counter() - started
             last = place.step + 1 == phase.steps
             evaluated = last or _due(train.eval_every, state.step)
-            if evaluated:
-                _evaluate(state, record, line)
-            if last:
+            better = evaluated and state.judge(place.phase, _evaluate(state, record, line))
+            if last or state.finished:
                 log.sample(state, phase)
             if evaluated or state.step == 1 or _due(train.log_every, state.step):
                 log.step(state, line)
             state.seconds = time.perf_counter() - started
             stop = bool(stopped)
-            if state.finished or stop or _due(train.checkpoint_every, state.step):
+            if state.finished or stop or (better and train.keep_best) or _due(train.checkpoint_every, state.step):
                 state.save()
             if evaluated and not state.finished:
                 on_evaluation(folder)
@@ -196,10 +197,11 @@ def _require_finite(state: State, loss: float, norm: float) -> None:
         raise Diverged(f"the {what} of step {state.step + 1} is {value}: training stopped, {kept}. Lower optimizer.lr?")
 
 
-def _evaluate(state: State, record: PhaseRecord, line: dict[str, Any]) -> None:
+def _evaluate(state: State, record: PhaseRecord, line: dict[str, Any]) -> float:
     train = state.config.train
     result = evaluate(state.model, state.data, train.micro_batch_size, train.eval_tokens, train.precision)
     record.val_loss, record.val_bits_per_byte = line["val_loss"], line["val_bits_per_byte"] = result
+    return result.loss
 
 
 @contextmanager
