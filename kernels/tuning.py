@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import statistics
 import threading
 from collections.abc import Callable
@@ -15,13 +14,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from vspdf.files import user_cache
+from vspdf.errors import UserError
+from vspdf.files import lock, user_cache, write_whole
 from vspdf.kernels import cpu
 from vspdf.kernels.gpu import launch
 from vspdf.pattern import Pattern
 
 CLEAR = 1.5  # times as long: no open choice
 NOISY = 1.25  # a typical round over the least one: the machine was busy
+PATIENCE = 10.0  # seconds to wait for other processes that write the table
 TUNINGS = 3  # processes that measure an open choice
 TUNED = 0.97  # of dense, in every interleaved round: a tuned sparse path is never slower, noise included
 
@@ -125,16 +126,13 @@ class _Table:
         with self.lock:
             self.used[key] = self.timings[key] = timing
             file = self.path()
-            draft = file.with_name(f".{file.name}.{os.getpid()}")
-            machines = self.read()  # others may have added theirs meanwhile
-            stored = machines.get(self.machine())
-            machines[self.machine()] = {**(stored if isinstance(stored, dict) else {}), key: list(timing)}
-            with contextlib.suppress(OSError):  # a cache that cannot be written costs only the next tuning
-                try:
-                    draft.write_text(json.dumps(machines, indent=0, sort_keys=True))
-                    draft.replace(file)
-                finally:
-                    draft.unlink(missing_ok=True)
+            guard = file.with_name(f".{file.name}.lock")
+            # A cache that cannot be written costs only the next tuning.
+            with contextlib.suppress(UserError, OSError), lock(guard, str(file), PATIENCE):
+                machines = self.read()  # others may have added theirs meanwhile
+                stored = machines.get(self.machine())
+                machines[self.machine()] = {**(stored if isinstance(stored, dict) else {}), key: list(timing)}
+                write_whole(file, json.dumps(machines, indent=0, sort_keys=True))
 
 
 def _machine() -> str:

@@ -91,6 +91,21 @@ def tiny(tmp_path, tiny_config):
 
 
 @pytest.fixture
+def older():
+    """Makes a run directory one of before its files had digests, so that they may be altered."""
+    from vspdf.runs import digests
+
+    def make(folder):
+        for path in folder.glob("checkpoints/*/state.json"):
+            body = json.loads(path.read_text())
+            del body["files"], body["state_sha256"]
+            path.write_text(json.dumps({**body, "state_sha256": digests.of_body(body)}))
+        return folder
+
+    return make
+
+
+@pytest.fixture
 def vspdf(monkeypatch, capsys):
     """`vspdf ARGUMENTS` in this process: status, stdout, stderr."""
     from vspdf.cli import app

@@ -1,4 +1,4 @@
-"""Where vspdf keeps what it can make again: token caches and the kernels' tuning table."""
+"""Files that are replaced whole or not at all, locks that end with their process, and the user's cache."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,6 +19,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from vspdf.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # no Unix
+    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("vspdf")
 
@@ -57,56 +63,116 @@ def _temporary_folder(why: str) -> Path:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Replaces a file at once, or leaves it as it was.
+    """Replaces a file at once, on disk, or leaves it as it was.
 
     Raises
     ------
     UserError
         If it cannot be written.
     """
-    draft = path.with_name(f".{path.name}.draft")
     try:
-        draft.write_bytes(content.encode() if isinstance(content, str) else content)
-        draft.replace(path)
+        with draft(path) as whole:
+            whole.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it, where they are missing.
+
+    Raises
+    ------
+    UserError
+        If it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be made: {error.strerror}.") from None
 
 
 @contextmanager
 def new_whole(final: Path) -> Iterator[Path]:
-    """A hidden draft beside `final`, to be filled in the block as a file or a folder, then flushed and renamed to it.
+    """A path for a file or a folder that is new, to be filled in the block; see `draft`.
 
     Raises
     ------
     UserError
         If `final` exists already, or the disk is full or not writable; nothing is left behind then.
     """
+    exists = UserError(f"'{final}' exists already: nothing is overwritten; name another or move it away.")
     if final.is_symlink() or final.exists():
-        raise UserError(f"'{final}' exists already: nothing is overwritten; name another or move it away.")
-    draft = final.with_name(f".{final.name}.draft")
+        raise exists
     try:
-        remove(draft)
         final.parent.mkdir(parents=True, exist_ok=True)
-        yield draft
-        for path in [*(draft.rglob("*") if draft.is_dir() else ()), draft]:
-            flush(path)
-        draft.rename(final)
-        flush(final.parent)
+        with draft(final) as whole:
+            yield whole
+            if final.exists():  # another process was faster
+                raise exists
     except (OSError, SafetensorError) as error:
-        remove(draft)
         raise UserError(f"'{final}' was not written: {why_not(error)}.") from None
-    except BaseException:
-        remove(draft)
-        raise
+
+
+_DRAFT = ".vspdf.draft"
+
+
+@contextmanager
+def draft(final: Path) -> Iterator[Path]:
+    """A path to be filled in the block as a file or a folder; it is then flushed and renamed to `final`.
+
+    It lies in a hidden folder beside `final`, of which nothing is left at the end. Those that killed processes left are
+    removed on the way: nobody holds their lock.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written: `final` is as it was.
+    """
+    _sweep(final.parent)
+    folder, held = _draft_folder(final.parent)
+    try:
+        yield folder / "whole"
+        for path in [*(folder / "whole").rglob("*"), folder / "whole"]:
+            flush(path)
+        (folder / "whole").replace(final)
+        flush(final.parent)
+    finally:
+        remove(folder)
+        if held is not None:
+            os.close(held)
+
+
+def _draft_folder(parent: Path) -> tuple[Path, int | None]:
+    """A new folder for a draft, and the descriptor of its lock, where there are locks."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=".", suffix=_DRAFT, dir=parent))
+        try:
+            return folder, _locked(folder / "lock")
+        except (FileNotFoundError, BlockingIOError):
+            continue  # it was taken for one of a killed process before it was locked
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return folder, None
+            remove(folder)
+            raise
+
+
+def _sweep(folder: Path) -> None:
+    """Removes drafts of processes that are dead."""
+    for left in folder.glob(f".*{_DRAFT}"):
+        with contextlib.suppress(OSError):
+            held = _locked(left / "lock")
+            remove(left)
+            os.close(held)
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    """Removes a file or a folder, if it is there and can be removed."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def why_not(error: Exception) -> str:
@@ -116,13 +182,125 @@ def why_not(error: Exception) -> str:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file or a folder is on disk."""
+    """Waits until a file or a folder is on disk.
+
+    Raises
+    ------
+    OSError
+        If it never got there. File systems that cannot flush a folder are taken as they are.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some file systems cannot flush a folder
-            os.fsync(descriptor)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno == errno.EIO or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
+
+
+# -- locks ------------------------------------------------------------------------------------------------------------
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextmanager
+def lock(path: Path, what: str, patience: float = 0.0) -> Iterator[int | None]:
+    """Holds a lock file. The kernel lets go of it when the process ends, however it ends.
+
+    Parameters
+    ----------
+    path : Path
+        Made where it is missing, and removed at the end.
+    what : str
+        What is locked, as an error says it.
+    patience : float
+        Seconds to wait for a process that holds it.
+
+    Yields
+    ------
+    int or None
+        Its descriptor: a process that inherits it holds the lock too. None where there are no locks, which is said in a
+        line of warning.
+
+    Raises
+    ------
+    UserError
+        If another process holds it.
+    OSError
+        If the file cannot be made.
+    """
+    held = _patiently_locked(path, what, patience)
+    try:
+        if held is not None:
+            with contextlib.suppress(OSError):  # it only tells others whom they wait for
+                os.ftruncate(held, 0)
+                os.pwrite(held, str(os.getpid()).encode(), 0)
+        yield held
+    finally:
+        if held is not None:
+            with contextlib.suppress(OSError):
+                if _same(path, held):
+                    path.unlink()
+            os.close(held)
+
+
+def _patiently_locked(path: Path, what: str, patience: float) -> int | None:
+    until, said = time.monotonic() + patience, False
+    while True:
+        try:
+            return _locked(path)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise UserError(
+                    f"{what} is in use{_holder(path)}: another process is at work there; wait for it or stop it."
+                ) from None
+            if not said:
+                log.info("%s is in use%s: waiting.", what, _holder(path))
+            said = True
+            time.sleep(0.05)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            log.warning("%s cannot be locked (%s): let no other process write to it.", what, error.strerror)
+            return None
+
+
+def _locked(path: Path) -> int:
+    """Descriptor of a lock file that nobody else holds now.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process holds it.
+    OSError
+        If it cannot be made, or there are no locks.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _same(path, descriptor):  # else it was removed by the one who held it
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _same(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _holder(path: Path) -> str:
+    with contextlib.suppress(OSError, ValueError):
+        return f" by process {int(path.read_text())}"
+    return ""
 
 
 def parse_json(text: str, what: str) -> Any:

@@ -241,7 +241,7 @@ def test_a_plot(finished, tmp_path, vspdf):
 
 def test_another_process_at_work_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_PATIENCE", 0.1)
-    with runner._alone(tmp_path), pytest.raises(UserError, match="another process is at work"):  # noqa: SIM117
+    with runner._alone(tmp_path), pytest.raises(UserError, match=r"is in use by process \d+: another process"):  # noqa: SIM117
         with runner._alone(tmp_path):
             pass
 

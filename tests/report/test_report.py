@@ -174,8 +174,8 @@ def test_a_dense_run_has_no_masks(runs):
     assert "every weight was trained from the first step" in words and "Revived" not in words
 
 
-def test_names_are_escaped(copy):
-    folder = copy("half")
+def test_names_are_escaped(copy, older):
+    folder = older(copy("half"))
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("name: half", "name: '<script>alert(1)</script>'"))
     (folder / "summary.json").unlink()
@@ -233,8 +233,8 @@ def test_no_loss_is_made_up_outside_the_evaluations(runs):
     assert comparison.at(points, comparison.TOKENS, x[1]) == run.evaluations[1]["val_loss"]
 
 
-def test_what_cannot_be_compared_is_not(runs, copy):
-    folder = copy("dense-0")
+def test_what_cannot_be_compared_is_not(runs, copy, older):
+    folder = older(copy("dense-0"))
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["tokenizer"]["name"] = "other"
     (folder / "manifest.json").write_text(json.dumps(manifest))

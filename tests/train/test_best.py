@@ -11,6 +11,7 @@ import pytest
 from vspdf.config import loading
 from vspdf.errors import Interrupted, UserError
 from vspdf.interop import checkpoints
+from vspdf.report import run_page
 from vspdf.runs.folder import Run
 from vspdf.train.trainer import train
 
@@ -40,9 +41,10 @@ def test_a_run_out_of_patience_ends_with_its_best_checkpoint_kept(tiny):
     assert [path.name for path in Run(folder).checkpoints] == ["step-00000006", "step-00000012"]
     sparse, dense = summary["phases"]
     assert (sparse["steps"], dense["steps"], summary["tokens"]) == (4, 8, sparse["tokens"] + dense["tokens"])
-    assert summary["tokens"] == Run(folder).metrics[-1]["tokens"]
+    assert summary["tokens"] == Run(folder).lines[-1]["tokens"]
     assert any("ended after step 12 of 34: train.patience = 3 evaluations in a row" in line for line in said)
     assert checkpoints.load(folder / "checkpoints" / "step-00000006").state["step"] == 6
+    assert "12 of 34" not in run_page.write([folder], folder / "page.html").read_text()
 
 
 @pytest.mark.parametrize("until", [7, 8, 10])
@@ -69,7 +71,7 @@ def test_the_best_of_a_phase_alone_counts_and_patience_is_for_the_last(tiny):
     "wrong, words",
     [(["train.patience=-1"], "train.patience must not be negative, is -1"),
      (["train.patience=2", "train.eval_every=0"], "it needs train.eval_every above 0"),
-     (["train.patience=2", "phases=[{sparsity: 0.9, schedule: linear, steps: 20}]"], "needs schedule: constant")],
+     (["train.patience=2", "train.eval_every=1", "phases=[{sparsity: 0.9, schedule: linear, steps: 20}]"], "needs schedule: constant")],
     ids=["negative", "never evaluated", "a schedule"],
 )  # fmt: skip
 def test_patience_that_cannot_be_is_refused(tiny, wrong, words):

@@ -414,10 +414,10 @@ def test_a_finished_run_resumes_to_its_summary(tiny, tmp_path):
     assert {**again, "seconds": 0} == {**summary, "seconds": 0}
 
 
-def test_a_run_of_a_gpu_goes_on_without_one(tiny, tmp_path, uninterrupted, caplog):
+def test_a_run_of_a_gpu_goes_on_without_one(tiny, tmp_path, uninterrupted, caplog, older):
     """Checkpoints and metrics know no device: the first half is taken for one of a GPU."""
     stop_after(tiny, 9, *RESUMABLE)
-    stored = tmp_path / "run" / "config.yaml"
+    stored = older(tmp_path / "run") / "config.yaml"
     stored.write_text(stored.read_text().replace("device: cpu", "device: cuda"))
     _, lines = run(tiny, *RESUMABLE, resume=True)
     assert lines == uninterrupted[1]

@@ -86,6 +86,6 @@ class Progress:
         now = time.perf_counter()
         if now - self.said > 3 or done == self.total:
             self.said = now
-            rate = done / (now - self.started)
+            rate = done / max(now - self.started, 1e-9)  # a clock may stand still
             speed = f"{rate:,.0f}" if rate >= 100 else f"{rate:.2f}"
             say(f"{done:,}/{self.total:,} {self.what}  {speed}/s  {words.eta((self.total - done) / rate)}")

@@ -50,7 +50,7 @@ def generate(
     """
     from vspdf.evaluate import answers
     from vspdf.evaluate.generate import Decoding
-    from vspdf.files import write_whole
+    from vspdf.files import make_folder, write_whole
 
     only(input is None, "is not read beside `input`, which holds the prompts", context, "prompt")
     only(input is not None, "goes with `input`", context, "format", "limit", "batch_size")
@@ -83,7 +83,7 @@ def generate(
         found = answers.go_on(model, tokenizer, prompts, decoding, overlong=overlong, say=say)
     seconds = time.perf_counter() - started
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(output.parent)
         write_whole(output, "".join(f"{line}\n" for line in found.lines))
     texts = {"output": str(output)} if output else {"texts": found.lines}
     body = {"checkpoint": str(path), "step": state["step"], "answers": len(found.lines), "tokens": found.tokens,

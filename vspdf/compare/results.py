@@ -109,7 +109,7 @@ def _finite(losses: Sequence[float | None]) -> list[float | None]:
 
 def _run(folder: Path) -> dict[str, Any]:
     """A finished run. Its curve is what was logged while it trained, on `train.eval_tokens` of the validation text."""
-    run = Run(folder)
+    run = Run(folder).check()
     known, shape = run.evaluation, run.shape
     points = []
     for point in evaluated(curve(run)):

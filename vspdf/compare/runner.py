@@ -7,7 +7,6 @@ ends: at the end of this process, however it ended.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
@@ -15,15 +14,14 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import IO, Any
+from typing import Any
 
 from vspdf.compare import definition, tuning
 from vspdf.compare.definition import Arm, Study, Values
@@ -35,13 +33,18 @@ from vspdf.config.resolved import ResolvedConfig
 from vspdf.data.text import prepare
 from vspdf.draw import words
 from vspdf.errors import Interrupted, UserError
+from vspdf.files import lock
 from vspdf.kernels.hardware import device
 from vspdf.report import study_page
-from vspdf.runs.folder import Run
+from vspdf.runs.folder import LOCK, LOG, Run
 
 log = logging.getLogger("vspdf")
 
 Say = Callable[[str], None]
+# Without the working folder among the places of modules, where a user's random.py would be taken for Python's; with
+# the place where this process has found vspdf.
+_WORKER = "import sys; sys.path = [*filter(None, sys.path), sys.argv[1]]; from vspdf.compare.worker import work; work()"
+_PLACE = str(Path(definition.__file__).parents[2])
 _PATIENCE = 20.0  # seconds to wait for workers of a process that was killed: they finish their step and save
 
 
@@ -88,12 +91,8 @@ def run(
     _check_data(wanted)
     threads = next(iter(wanted.arms.values())).configure({}, 0).train.threads or os.cpu_count() or 1
     jobs = jobs or max(1, (os.cpu_count() or 1) // threads)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"'{root}' cannot be made: {error.strerror}.") from None
-    with _alone(root) as lock, _signals() as stopped:
-        runner = _Runner(wanted, root, jobs, lock, say, stopped, until)
+    with _alone(root) as held, _signals() as stopped:
+        runner = _Runner(wanted, root, jobs, held, say, stopped, until)
         runner.check()
         try:
             runner.go()
@@ -118,20 +117,18 @@ def _check_data(wanted: Study) -> None:
 
 
 @contextmanager
-def _alone(root: Path) -> Iterator[int]:
-    """Holds a lock on the study's folder that workers inherit: none is left when another process gets it."""
-    with open(root / ".lock", "w") as file:
-        for attempt in range(int(_PATIENCE * 10)):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if attempt == 0:
-                    log.info("'%s' is in use: waiting for runs that are being stopped.", root)
-                time.sleep(0.1)
-        else:
-            raise UserError(f"another process is at work on the study in '{root}'.")
-        yield file.fileno()
+def _alone(root: Path) -> Iterator[int | None]:
+    """Makes the study's folder and holds a lock on it that workers inherit: when another process gets it, none is left.
+
+    Those of a process that was killed are waited for.
+    """
+    with ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            held = stack.enter_context(lock(root / LOCK, f"the study in '{root}'", _PATIENCE))
+        except OSError as error:
+            raise UserError(f"'{root}' cannot be made or written to: {error.strerror}.") from None
+        yield held
 
 
 @contextmanager
@@ -162,13 +159,17 @@ class _StudyRun:
     test: bool  # whether its test part is wanted, loss or answers: tuning never asks for it
     folder: Path
     process: subprocess.Popen[str] | None = None
-    errors: IO[str] | None = None
     started: float = 0.0
     from_tuning: bool = False  # it was trained before its test loss was asked for
 
     @cached_property
     def config(self) -> ResolvedConfig:
         return self.arm.configure(self.values, self.seed, self.folder)
+
+    @property
+    def log(self) -> Path:
+        """Where its process says what goes wrong."""
+        return self.folder / LOG
 
     @property
     def name(self) -> str:
@@ -214,10 +215,11 @@ class _Runner:
     """Keeps `jobs` workers busy until nothing is missing."""
 
     def __init__(
-        self, wanted: Study, root: Path, jobs: int, lock: int, say: Say, stopped: Callable[[], bool],
+        self, wanted: Study, root: Path, jobs: int, lock: int | None, say: Say, stopped: Callable[[], bool],
         until: float,
     ) -> None:  # fmt: skip
-        self.study, self.root, self.jobs, self.lock, self.say, self.stopped = wanted, root, jobs, lock, say, stopped
+        self.study, self.root, self.jobs, self.say, self.stopped = wanted, root, jobs, say, stopped
+        self.inherited = [] if lock is None else [lock]
         self.until = until  # by the monotonic clock
         self.running: list[_StudyRun] = []
         fine = sum(tuning.planned(arm, wanted) for arm in wanted.fine_tunings.values())
@@ -301,14 +303,15 @@ class _Runner:
         run.from_tuning = run.trained
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
+            errors = open(run.log, "w")  # noqa: SIM115
         except OSError as error:
-            raise UserError(f"'{run.folder}' cannot be made: {error.strerror}.") from None
-        run.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        # A session of its own: Ctrl-C reaches this process alone, which stops the workers once and in order.
-        run.process = subprocess.Popen(
-            [sys.executable, "-c", "from vspdf.compare.worker import work; work()"], stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL, stderr=run.errors, text=True, pass_fds=[self.lock], start_new_session=True,
-        )  # fmt: skip
+            raise UserError(f"'{run.folder}' cannot be made or written to: {error.strerror}.") from None
+        with errors:
+            # A session of its own: Ctrl-C reaches this process alone, which stops the workers once and in order.
+            run.process = subprocess.Popen(
+                [sys.executable, "-c", _WORKER, _PLACE], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                stderr=errors, text=True, pass_fds=self.inherited, start_new_session=True,
+            )  # fmt: skip
         run.started = time.monotonic()
         assert run.process.stdin is not None
         task = run.arm.task
@@ -316,9 +319,10 @@ class _Runner:
             "config": loading.to_dict(run.config), "test": run.test, "untrained": run.arm.untrained,
             "task": {"protocol": task.protocol, "decoding": asdict(task.decoding)} if task else None,
         }  # fmt: skip
-        run.process.stdin.write(json.dumps(order) + "\n")
-        run.process.stdin.flush()
         self.running.append(run)
+        with suppress(BrokenPipeError):  # it is dead already, as will be noted
+            run.process.stdin.write(json.dumps(order) + "\n")
+            run.process.stdin.flush()
 
     def _reap(self) -> bool:
         """Takes note of workers that have ended; whether there were any."""
@@ -326,11 +330,10 @@ class _Runner:
         for run in ended:
             self.running.remove(run)
             self._close(run)
-            assert run.process is not None and run.errors is not None
+            assert run.process is not None
             if run.process.returncode:
-                run.errors.seek(0)
-                lines = run.errors.read().strip().splitlines() or [f"its process ended with {run.process.returncode}"]
-                raise (UserError if run.process.returncode == 2 else RuntimeError)(f"{run.name}: {lines[-1]}")
+                raise UserError(_why_it_ended(run, run.process.returncode))
+            run.log.unlink(missing_ok=True)
             self._note(run)
         return bool(ended)
 
@@ -380,4 +383,14 @@ class _Runner:
 
     def _close(self, run: _StudyRun) -> None:
         assert run.process is not None and run.process.stdin is not None
-        run.process.stdin.close()
+        with suppress(BrokenPipeError):
+            run.process.stdin.close()
+
+
+def _why_it_ended(run: _StudyRun, status: int) -> str:
+    """What became of a worker, in a line."""
+    said = (run.log.read_text(errors="replace").strip().splitlines() or [""])[-1]
+    if status == 2:
+        return f"{run.name}: {said}"
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return f"{run.name}: its process {how}{f' ({said})' if said else ''}; the same command goes on. Log: {run.log}"

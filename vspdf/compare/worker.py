@@ -6,8 +6,8 @@ What is known at the end is kept in the run's directory; what is there already i
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -24,6 +24,7 @@ from vspdf.errors import Diverged, Interrupted, UserError
 from vspdf.evaluate import answers
 from vspdf.evaluate.generate import Decoding
 from vspdf.evaluate.loss import evaluate
+from vspdf.files import new_whole
 from vspdf.interop import checkpoints, hugging_face
 from vspdf.interop.checkpoints import Loaded
 from vspdf.kernels.hardware import device
@@ -35,7 +36,10 @@ from vspdf.train.trainer import train
 
 def work() -> None:
     """Does what the first line of the input asks for; a signal comes at the input's end."""
-    order = json.loads(sys.stdin.readline())
+    line = sys.stdin.readline()
+    if not line.endswith("\n"):  # the study's process is dead
+        sys.exit(130)
+    order = json.loads(line)
     threading.Thread(target=_stop_at_the_end_of_input, daemon=True).start()
     from vspdf.kernels.hardware import keep_freed_memory
 
@@ -75,6 +79,8 @@ def _work(config: ResolvedConfig, order: dict[str, Any]) -> None:
             if f"{part}_loss" in result:  # of a trial that is now a result
                 continue
             found = evaluate(model, text, config.train.micro_batch_size, precision=config.train.precision)
+            if not all(map(math.isfinite, found)):
+                raise Diverged(f"the loss on held-out text ({part}) is {found[0]}")
             result[f"{part}_loss"], result[f"{part}_bits_per_byte"] = found
         if config.task and order["test"]:
             result |= _answered(loaded, config.task, order["task"], folder)
@@ -99,8 +105,6 @@ def _drawn(config: ResolvedConfig, folder: Path) -> Loaded:
         data = prepare(config.data, config.model.sequence_length, config.seed)
         shape = resolve.model_shape(config.model, data.vocab_size)
         model = GPT(shape, config.model.init_std, seed=config.seed, activation=config.model.activation)
-        draft = folder.with_name(".draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        hugging_face.write_hugging_face(model, data.tokenizer, draft)
-        draft.rename(folder)
+        with new_whole(folder) as whole:
+            hugging_face.write_hugging_face(model, data.tokenizer, whole)
     return checkpoints.load(folder)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
-import secrets
 import struct
 import zlib
 from array import array
@@ -19,6 +19,7 @@ import numpy as np
 from vspdf.data.corpora import Corpus
 from vspdf.data.tokenizer import Tokenizer
 from vspdf.errors import UserError
+from vspdf.files import draft, lock
 
 log = logging.getLogger("vspdf")
 
@@ -180,43 +181,36 @@ def _write_cache(path: Path, key: str, batches: Iterator[tuple[list[str], list[i
     # A stream begins with an end of document, so that the first token of every document has something to follow.
     digest, n_train = hashlib.sha256(end.tobytes()), 1
     held: dict[int, list[np.ndarray]] = {VALIDATION: [end], TEST: []}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(end.tobytes())
-            for texts, parts in batches:
-                for text, part, ids in zip(texts, parts, tokenizer.encode_batch(texts), strict=True):
-                    if tokenizer.bytes_per_token[ids].sum() != len(text.encode()):
-                        raise UserError(
-                            f"Tokenizer {tokenizer.name} alters the text {text[:40]!r}: expected one that keeps it."
-                        )
-                    stream = np.append(ids, tokenizer.end_of_document).astype(dtype)
-                    if part != TRAIN:
-                        held[part].extend([stream] if held[part] else [end, stream])
-                    else:
-                        file.write(stream.tobytes())
-                        digest.update(stream.tobytes())
-                        n_train += len(stream)
-            for stream in (*held[VALIDATION], *held[TEST]):
-                file.write(stream.tobytes())
-                digest.update(stream.tobytes())
-            footer = {
-                "key": key,
-                "dtype": dtype.str,
-                "train_tokens": n_train,
-                "validation_tokens": sum(map(len, held[VALIDATION])),
-                "test_tokens": sum(map(len, held[TEST])),
-                "sha256": digest.hexdigest(),
-                "tokenizer_name": tokenizer.name,
-                "tokenizer": tokenizer.to_json(),
-            }
-            encoded = json.dumps(footer).encode()
-            file.write(encoded + _TAIL.pack(zlib.crc32(encoded), len(encoded), _MAGIC))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with draft(path) as whole, open(whole, "xb") as file:
+        file.write(end.tobytes())
+        for texts, parts in batches:
+            for text, part, ids in zip(texts, parts, tokenizer.encode_batch(texts), strict=True):
+                if tokenizer.bytes_per_token[ids].sum() != len(text.encode()):
+                    raise UserError(
+                        f"Tokenizer {tokenizer.name} alters the text {text[:40]!r}: expected one that keeps it."
+                    )
+                stream = np.append(ids, tokenizer.end_of_document).astype(dtype)
+                if part != TRAIN:
+                    held[part].extend([stream] if held[part] else [end, stream])
+                else:
+                    file.write(stream.tobytes())
+                    digest.update(stream.tobytes())
+                    n_train += len(stream)
+        for stream in (*held[VALIDATION], *held[TEST]):
+            file.write(stream.tobytes())
+            digest.update(stream.tobytes())
+        footer = {
+            "key": key,
+            "dtype": dtype.str,
+            "train_tokens": n_train,
+            "validation_tokens": sum(map(len, held[VALIDATION])),
+            "test_tokens": sum(map(len, held[TEST])),
+            "sha256": digest.hexdigest(),
+            "tokenizer_name": tokenizer.name,
+            "tokenizer": tokenizer.to_json(),
+        }
+        encoded = json.dumps(footer).encode()
+        file.write(encoded + _TAIL.pack(zlib.crc32(encoded), len(encoded), _MAGIC))
 
 
 def _batches(corpus: Corpus, keys: np.ndarray, parts: np.ndarray) -> Iterator[tuple[list[str], list[int]]]:
@@ -238,17 +232,26 @@ def _batches(corpus: Corpus, keys: np.ndarray, parts: np.ndarray) -> Iterator[tu
     yield texts, parts[start:].tolist()
 
 
+def _found(path: Path, key: str, say: Callable[..., None] = log.warning) -> _Tokens | None:
+    """What a cache file holds; None if it is not there, or `say` why it cannot be used."""
+    try:
+        return _read_cache(path, key) if path.exists() else None
+    except _Damaged as why:
+        say("Token cache %s %s: made anew.", path, why)
+        return None
+
+
 def _cached_tokens(folder: Path, key: str, make: Callable[[Path], None]) -> _Tokens:
     path = folder / f"{key[:32]}.tokens"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            try:
-                return _read_cache(path, key)
-            except _Damaged as why:
-                log.warning("Token cache %s %s: made anew.", path, why)
-        make(path)
-        return _read_cache(path, key)
+        if (found := _found(path, key)) is not None:
+            return found
+        with lock(path.with_name(f".{path.name}.lock"), f"token cache {path}", patience=math.inf):
+            if (found := _found(path, key, say=log.debug)) is not None:  # another process has made it meanwhile
+                return found
+            make(path)
+            return _read_cache(path, key)
     except OSError as error:
         raise UserError(
             f"Cannot keep the token cache in '{folder}' ({error.strerror}): expected a writable folder with room; "

@@ -12,7 +12,7 @@ from vspdf.interop.hugging_face import _configuration, read_configuration, read_
 from vspdf.kernels.hardware import device as find_device
 from vspdf.model import GPT
 from vspdf.runs import checkpoint
-from vspdf.runs.folder import of_checkpoint
+from vspdf.runs.folder import CHECKPOINTS, of_checkpoint
 from vspdf.shapes import Shape
 from vspdf.sparsity.surgery import sparsify
 
@@ -86,11 +86,13 @@ def load(path: str | Path, backend: str = "auto", tokenizer: Tokenizer | None = 
             sparsify(model, masks, backend=backend)
         return Loaded(model.to(where), tokenizer, state)
     stored = checkpoint.read(path)
-    state = stored.state
+    run, state = of_checkpoint(stored.folder), stored.state
+    if stored.folder.parent.name == CHECKPOINTS:
+        run.check(state)
     state.setdefault("activation", "gelu")
     model = GPT(Shape(**state["model"]), activation=state["activation"])
     stored.restore(model, backend)
-    file = of_checkpoint(stored.folder).tokenizer
+    file = run.tokenizer
     if tokenizer is None and file.is_file():
         tokenizer = Tokenizer.load(file)
     if tokenizer is not None and tokenizer.vocab_size > model.shape.vocab_size:

@@ -30,7 +30,7 @@ def compare(folder: Path, machine: Machine | None = None) -> list[dict[str, Any]
     UserError
         If the run is not finished, a file of it is broken, or its model's activations do not fit the wafer.
     """
-    run = Run(folder).require(finished=True)
+    run = Run(folder).require(finished=True).check(whole=False)
     rows = compare_phases(machine or machines.load(), run.shape, _masks(run), run.summary["phases"])
     Writer(folder).summary({**run.summary, "comparison": rows})
     return rows
@@ -112,7 +112,7 @@ def layer_by_request(
     if run is not None:
         for name, value in (("in_features", in_features), ("out_features", out_features), ("sparsity", sparsity)):
             require(value is None, f"`run` gives the layer's size and mask: leave `{name}` away.")
-        done = Run(Path(run)).require(finished=True)
+        done = Run(Path(run)).require(finished=True).check(whole=False)
         masks = done.masks(0)
         if layer is None:
             raise UserError(f"`layer`: which of {', '.join(masks) or 'none: the run was dense'}?")
@@ -163,7 +163,7 @@ def step_by_request(
             raise UserError(f"`{name}` must be at least 1, not {value}.")
     if (model is None) == (run is None):
         raise UserError("expected `model` NAME or `run` RUN, one of them.")
-    done = Run(Path(run)).require(finished=True) if run is not None else None
+    done = Run(Path(run)).require(finished=True).check(whole=False) if run is not None else None
     masks = _masks(done) if done else []
     shape = done.shape if done else named_shape(model) if isinstance(model, str) else model
     assert shape is not None

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from vspdf.config import resolve
 from vspdf.config.settings import Config
 from vspdf.errors import UserError
+from vspdf.files import write_whole
 
 if TYPE_CHECKING:
     from vspdf.plan.planner import Plan
@@ -40,13 +41,9 @@ def write(found: Plan, path: str | Path) -> None:
         f"(convention {found.convention})\n# than a dense run of {found.baseline}.\n"
         "# lr_multiple is the published one at 90 % sparsity: lower it for milder ones. Your own text: data.corpus.\n"
     )
-    try:
-        with path.open("x") as stream:
-            stream.write(text + body)
-    except FileExistsError:
-        raise UserError(f"'{path}' exists and is not overwritten: give another name.") from None
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be written: {error.strerror}.") from None
+    if path.exists():
+        raise UserError(f"'{path}' exists and is not overwritten: give another name.")
+    write_whole(path, text + body)
 
 
 def _drop_what_follows(config: Config) -> None:

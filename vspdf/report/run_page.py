@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 
 from vspdf.draw import page, words
 from vspdf.draw.svg import Band, Series, line_chart
-from vspdf.errors import UserError
+from vspdf.files import write_whole
 from vspdf.report import run_parts
 from vspdf.report.comparison import AXES, Arm, Axis, arms_of, compare, curve, evaluated, measure
 from vspdf.runs.folder import REPORT, Run, read
@@ -54,13 +53,7 @@ def write(folders: Sequence[Path], output: Path | None = None) -> Path:
     """
     text = render(read(folders))
     output = output or (folders[0] if len(folders) == 1 else Path()) / REPORT
-    draft = output.with_name(f".{output.name}.draft")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(output)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise UserError(f"the report cannot be written to '{output}': {os.strerror(error.errno or 0)}.") from None
+    write_whole(output, text)
     return output
 
 

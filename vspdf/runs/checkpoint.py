@@ -7,9 +7,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vspdf.errors import UserError
-from vspdf.files import flush, why_not
+from vspdf.files import flush, remove, why_not
 from vspdf.pattern import Pattern
-from vspdf.runs.folder import CHECKPOINTS, STATE, steps
+from vspdf.runs.digests import of_body, of_file
+from vspdf.runs.folder import CHECKPOINTS, STATE, damaged, read_state, steps
 from vspdf.sparsity.layer import SparseLinear
 from vspdf.sparsity.surgery import sparsify
 
@@ -143,24 +143,24 @@ def save(
     final = folder / _name(step)
     draft = folder / f".draft-{step:08d}"
     try:
-        shutil.rmtree(draft, ignore_errors=True)
+        remove(draft)
         draft.mkdir(parents=True)
         save_file(model_tensors(model), draft / MODEL)
         moments = optimizer_tensors(model, optimizer) if optimizer else {}
         revived = {_REVIVED + name: torch.from_numpy(p.bits.copy()) for name, p in (before_switch or {}).items()}
         save_file(moments | revived, draft / OPTIMIZER)
-        body = {"step": step, **state, "sha256": {name: _sha256(draft / name) for name in FILES}}
-        text = json.dumps({**body, "state_sha256": _digest(body)}, indent=1)
+        body = {"step": step, **state, "sha256": {name: of_file(draft / name) for name in FILES}}
+        text = json.dumps({**body, "state_sha256": of_body(body)}, indent=1)
         (draft / STATE).write_text(text)
         for name in (*FILES, STATE):
             flush(draft / name)
         flush(draft)
-        if final.exists():  # the same step, reached again after a resume
-            shutil.rmtree(final)
+        _remove(final)  # the same step, reached again after a resume
         draft.rename(final)
-        flush(folder)
+        for place in (folder, run):  # the run, for the name of the folder itself
+            flush(place)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
+        remove(draft)
         raise UserError(
             f"checkpoint of step {step} was not written to {folder}: {why_not(error)}; earlier ones are kept."
         ) from None
@@ -174,9 +174,22 @@ def _name(step: int) -> str:
 def prune(run: Path, keep: int, best: int | None = None) -> None:
     """Removes all but the last `keep` checkpoints of a run and that of step `best`, and drafts of killed processes."""
     folder = run / CHECKPOINTS
-    old_ones = [step for step in steps(folder)[:-keep] if best is None or step.name != _name(best)]
-    for old in [*old_ones, *folder.glob(".draft-*")]:
-        shutil.rmtree(old, ignore_errors=True)
+    for draft in folder.glob(".draft-*"):
+        remove(draft)
+    for old in steps(folder)[:-keep]:
+        if best is not None and old.name == _name(best):
+            continue
+        with contextlib.suppress(OSError):
+            _remove(old)
+
+
+def _remove(step: Path) -> None:
+    """Removes a checkpoint, if it is there: under another name, so that half of one never counts as one."""
+    if step.exists():
+        aside = step.with_name(f".draft-old-{step.name}")
+        remove(aside)
+        step.rename(aside)
+        remove(aside)
 
 
 def is_ours(path: Path) -> bool:
@@ -200,26 +213,6 @@ def resolve(path: Path) -> Path:
     raise UserError(f"no checkpoint in '{path}': expected a run directory or one of its checkpoints/step-N folders.")
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """State of one checkpoint, without its tensors.
-
-    Raises
-    ------
-    UserError
-        If it is missing or altered.
-    """
-    try:
-        state = json.loads((path / STATE).read_text())
-        stated = state.pop("state_sha256")
-    except FileNotFoundError:
-        raise UserError(f"checkpoint {path} has no {STATE}; it is not whole.") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise _damaged(path / STATE) from None
-    if _digest(state) != stated:
-        raise _damaged(path / STATE)
-    return state
-
-
 def read(path: Path) -> Checkpoint:
     """One checkpoint, every byte verified; of a run directory the last.
 
@@ -235,31 +228,9 @@ def read(path: Path) -> Checkpoint:
         file = folder / name
         if not file.is_file():
             raise UserError(f"checkpoint {folder} has no {name}; it is not whole.")
-        if _sha256(file) != state["sha256"][name]:
-            raise _damaged(file)
+        if of_file(file) != state["sha256"][name]:
+            raise damaged(file)
         tensors.append(load_file(file))
     model, rest = tensors
     revived = {name.removeprefix(_REVIVED): rest.pop(name) for name in list(rest) if name.startswith(_REVIVED)}
     return Checkpoint(folder, state, model, rest, revived)
-
-
-def _damaged(file: Path) -> UserError:
-    others = [path.name for path in steps(file.parent.parent) if path != file.parent]
-    cure = f"move that folder away to resume from {others[-1]}" if others else "no other checkpoint is there"
-    return UserError(f"{file} is damaged (truncated or altered since it was written); {cure}.")
-
-
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _blocks(stream)
-
-
-def _blocks(stream: Any) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import numpy as np
 from vspdf.config import loading, resolve
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.errors import UserError, near_path
-from vspdf.runs import masks
+from vspdf.runs import digests, forms, masks
 from vspdf.runs.masks import Masks
 from vspdf.runs.record import beside_dense
 from vspdf.shapes import Shape
@@ -30,10 +30,13 @@ METRICS = "metrics.jsonl"  # a line per logged step
 CHECKPOINTS = "checkpoints"  # folders step-N, see `vspdf.runs.checkpoint`
 STATE = "state.json"  # of a checkpoint
 SUMMARY = "summary.json"  # once the run is finished
+DIGEST = "summary.digest.json"  # of what the summary holds
 REPORT = "report.html"
 TENSORBOARD = "tensorboard"
 EVALUATION = "evaluation.json"  # of a study's run: losses on all of the held-out text, or why it diverged
 ANSWERS = "answers.txt"  # of a study's fine-tuning, to the test part of its task: a line each
+LOCK = ".lock"  # while a process trains there
+LOG = "worker.log"  # of a study's run: what its process said, until it ended well
 START = "start"  # of a study's run that is not trained: its initial weights, as a Hugging Face folder
 
 
@@ -45,6 +48,33 @@ def masks_file(phase: int) -> str:
 def steps(folder: Path) -> list[Path]:
     """Whole checkpoints in the checkpoints folder of a run, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def damaged(file: Path) -> UserError:
+    """The error that a file of a checkpoint is not what was written."""
+    others = [path.name for path in steps(file.parent.parent) if path != file.parent]
+    cure = f"move that folder away to resume from {others[-1]}" if others else "no other checkpoint is there"
+    return UserError(f"{file} is damaged (truncated or altered since it was written); {cure}.")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """State of one checkpoint, without its tensors.
+
+    Raises
+    ------
+    UserError
+        If it is missing or altered.
+    """
+    try:
+        state = json.loads((path / STATE).read_text())
+        stated = state.pop("state_sha256")
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path} has no {STATE}; it is not whole.") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise damaged(path / STATE) from None
+    if digests.of_body(state) != stated:
+        raise damaged(path / STATE)
+    return state
 
 
 def of_checkpoint(step: Path) -> Run:
@@ -100,6 +130,41 @@ class Run:
             raise UserError(f"'{folder}' has no {SUMMARY}: the run is not finished (vspdf train --resume).")
         return self
 
+    def check(self, state: Mapping[str, Any] | None = None, *, whole: bool = True) -> Run:
+        """The run itself, with files that are those that a checkpoint was written with; older ones do not tell.
+
+        Parameters
+        ----------
+        state : mapping, optional
+            Of the checkpoint, with `bytes` and `sha256` of `files` by name; default: of the last one. Metrics may have
+            grown since.
+        whole : bool
+            Whether a missing file is an error.
+
+        Raises
+        ------
+        UserError
+            If one is missing or altered; the message names it.
+        """
+        state = self.state if state is None else state
+        for name, was in state.get("files", {}).items():
+            path = self.folder / name
+            try:
+                found = digests.of_file(path, was["bytes"] if name == METRICS else None)
+            except FileNotFoundError:
+                if not whole or not self.configured:  # a folder of checkpoints that were taken out of their run
+                    continue
+                raise UserError(f"{path} is missing: the run directory is not whole.") from None
+            except OSError as error:
+                raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+            if found != was["sha256"]:
+                if name == METRICS:
+                    _ = self.lines  # may name the line
+                raise UserError(
+                    f"{path} is damaged: it was another when step {state['step']} was saved. Put back a copy of it."
+                )
+        return self
+
     # -- what was wanted -----------------------------------------------------------------------------------------------
 
     @cached_property
@@ -132,7 +197,7 @@ class Run:
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
         """Lines of the metrics."""
-        return _metrics(self.folder / METRICS)
+        return lines_of(self.folder / METRICS)
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -163,12 +228,22 @@ class Run:
     @cached_property
     def state(self) -> dict[str, Any]:
         """What the last checkpoint says beside its tensors; empty where there is none."""
-        return _json(self.checkpoint / STATE) if self.checkpoint else {}
+        return read_state(self.checkpoint) if self.checkpoint else {}
 
     @cached_property
     def summary(self) -> dict[str, Any]:
         """What the run did, from its end; empty before that."""
-        return _json(self.folder / SUMMARY, needed=False, key="phases")
+        body = _json(self.folder / SUMMARY, needed=False, key="phases")
+        stated = _json(self.folder / DIGEST, needed=False)
+        if body and stated and stated != {"sha256": digests.of_body(body)}:
+            raise UserError(f"{self.folder / SUMMARY} is damaged; `vspdf train --resume` writes it again.")
+        self._check_phases(body.get("phases", []), forms.PHASE)
+        return body
+
+    def _check_phases(self, phases: Any, form: forms.Form) -> None:
+        wrong = [forms.wrong(phase, form) for phase in phases] if isinstance(phases, list) else ["they are no list"]
+        for why in filter(None, wrong):
+            raise UserError(f"{self.folder / SUMMARY} is broken: of its phases, {why}.")
 
     @property
     def evaluation(self) -> dict[str, Any]:
@@ -189,7 +264,10 @@ class Run:
     @cached_property
     def phases(self) -> list[dict[str, Any]]:
         """As in the summary; of a run that is not finished, what metrics and the last checkpoint say so far."""
-        return self.summary.get("phases") or list(self._phases_so_far())
+        if phases := self.summary.get("phases"):
+            self._check_phases(phases, forms.WHOLE_PHASE)
+            return phases
+        return list(self._phases_so_far())
 
     def _phases_so_far(self) -> Iterator[dict[str, Any]]:
         before: dict[str, Any] = {"step": 0, "tokens": 0, "training_seconds": 0.0, "flops": dict.fromkeys(COLUMNS, 0)}
@@ -237,19 +315,21 @@ def read(folders: Sequence[Path]) -> list[Run]:
     for folder, name in zip(folders, names, strict=True):
         if any(folder.resolve() == other.folder.resolve() for other in runs):
             raise UserError(f"'{folder}' is given twice.")
-        runs.append(Run(folder, name if names.count(name) == 1 else str(folder)).require())
+        runs.append(Run(folder, name if names.count(name) == 1 else str(folder)).require().check())
     return runs
 
 
-# What a line of the metrics has at least.
-_LINE = ("step", "phase", "sparsity", "tokens", "loss", "flops", "training_seconds", "step_seconds")
+def lines_of(path: Path, form: forms.Form = forms.LINE) -> list[dict[str, Any]]:
+    """Lines of metrics; a last line without its end is one that a process is writing, or died in: left out.
 
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics; a last line without its end is one that a process is writing, or died in: left out."""
-    lines = []
+    Raises
+    ------
+    UserError
+        If a line is broken or stands after one of a later step; the message names it.
+    """
+    lines: list[dict[str, Any]] = []
     try:
-        texts = path.read_text().split("\n")
+        texts = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         return []
     except (ValueError, OSError) as error:
@@ -257,10 +337,12 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(texts[:-1], 1):
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{path}, line {number} is broken: expected a JSON object, got {text[:40]!r}.") from None
-        if missing := [key for key in _LINE if not isinstance(line, dict) or key not in line]:
-            raise UserError(f"{path}, line {number} is broken: it has no '{missing[0]}'.")
+        if why := forms.wrong(line, form):
+            raise UserError(f"{path}, line {number} is broken: {why}.")
+        if lines and line["step"] <= lines[-1]["step"]:
+            raise UserError(f"{path}, line {number} is broken: step {line['step']} after step {lines[-1]['step']}.")
         lines.append(line)
     return lines
 

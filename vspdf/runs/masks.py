@@ -11,7 +11,6 @@ from zipfile import BadZipFile
 import numpy as np
 
 from vspdf.errors import UserError
-from vspdf.files import write_whole
 
 if TYPE_CHECKING:
     from vspdf.pattern import Pattern
@@ -42,19 +41,19 @@ class Masks(Mapping[str, np.ndarray]):
         return len(self.bits)
 
 
-def write(path: Path, patterns: Mapping[str, Pattern]) -> None:
-    """Writes the positions of sparse layers, by name."""
+def packed(patterns: Mapping[str, Pattern]) -> bytes:
+    """Content of a file with the positions of sparse layers, by name."""
     arrays: dict[str, np.ndarray] = {}
     for name, pattern in patterns.items():
         arrays[name] = pattern.bits
         arrays[name + _SHAPE] = np.array(pattern.shape, dtype=np.int64)
     stream = io.BytesIO()
     np.savez(stream, **arrays)  # type: ignore[arg-type]
-    write_whole(path, stream.getvalue())
+    return stream.getvalue()
 
 
 def read(path: Path) -> Masks:
-    """Reads what `write` wrote; without the file, no layer has a mask.
+    """Reads what `packed` packed; without the file, no layer has a mask.
 
     Raises
     ------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,10 @@ from vspdf.config import loading
 from vspdf.config.loading import FREE_TO_CHANGE, differences
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.errors import UserError
-from vspdf.files import write_whole
+from vspdf.files import flush, lock, write_whole
 from vspdf.runs import folder as names
-from vspdf.runs import masks
+from vspdf.runs import forms, masks
+from vspdf.runs.digests import Digest, of_body
 from vspdf.runs.folder import Run
 
 if TYPE_CHECKING:
@@ -38,9 +40,7 @@ def check(config: ResolvedConfig, resume: bool) -> ResolvedConfig:
     """
     run = Run(Path(config.run_dir))
     if run.begun and not resume:
-        raise UserError(
-            f"run_dir '{run.folder}' already holds a run: `resume` goes on with it, run_dir=... starts another."
-        )
+        raise _taken(run.folder)
     if not resume:
         return config
     if not run.begun:
@@ -50,6 +50,7 @@ def check(config: ResolvedConfig, resume: bool) -> ResolvedConfig:
         if key in ("train.threads", "train.device"):
             log.warning("resuming with %s = %s instead of %s: results will differ in the last bits.", key, new, old)
         elif key not in FREE_TO_CHANGE:
+            run.check()
             raise UserError(f"cannot resume '{run.folder}': {key} was {old}, is now {new}.{_beyond(run)}")
     return config
 
@@ -60,7 +61,7 @@ def _beyond(run: Run) -> str:
 
 
 class Writer:
-    """Writes a run directory. Of several processes one holds it.
+    """Writes a run directory. Of several processes one holds it: as a context, from `hold` or `begin` to its end.
 
     Raises
     ------
@@ -70,8 +71,31 @@ class Writer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._files: dict[str, Digest] = {}  # what was written, for checkpoints
+        self._held = ExitStack()
 
-    def begin(self, config: ResolvedConfig, tokenizer: str, manifest: Mapping[str, Any]) -> None:
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *how: object) -> None:
+        self._held.close()
+
+    def hold(self) -> None:
+        """Locks the directory, which is there, against other processes.
+
+        Raises
+        ------
+        UserError
+            If another process holds it.
+        """
+        try:
+            self._held.enter_context(lock(self.folder / names.LOCK, f"run_dir '{self.folder}'"))
+        except OSError as error:
+            raise UserError(f"run_dir '{self.folder}' cannot be written: {error.strerror}.") from None
+
+    def begin(
+        self, config: ResolvedConfig, tokenizer: str, manifest: Mapping[str, Any], *, again: bool = False
+    ) -> None:
         """Makes the directory: only with model and data at hand, so that a run that cannot start leaves nothing.
 
         Parameters
@@ -81,48 +105,92 @@ class Writer:
             Content of its file.
         manifest : mapping
             What the data is, and in which order it is read.
+        again : bool
+            Whether this is held already, and has a run that was cut off before its first checkpoint.
+
+        Raises
+        ------
+        UserError
+            If another process was faster.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            flush(self.folder.parent)
         except OSError as error:
             raise UserError(f"run_dir '{self.folder}' cannot be made: {error.strerror}.") from None
-        write_whole(self.folder / names.TOKENIZER, tokenizer)
-        write_whole(self.folder / names.MANIFEST, json.dumps(manifest, indent=1))
-        write_whole(self.folder / names.CONFIG, loading.to_yaml(config))
+        if not again:
+            self.hold()
+            if Run(self.folder).begun:
+                raise _taken(self.folder)
+        self._write(names.TOKENIZER, tokenizer)
+        self._write(names.MANIFEST, json.dumps(manifest, indent=1))
+        self._write(names.CONFIG, loading.to_yaml(config))
+        self._write(names.METRICS, "")
 
     def go_on_from(self, step: int) -> None:
-        """Drops metrics after the step a run goes on from, and a line that a killed process left half written."""
-        path, kept = self.folder / names.METRICS, []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-                except ValueError:
-                    continue
-        write_whole(path, "".join(kept))
+        """Drops metrics after the checkpoint of a step, and a line that a killed process left half written."""
+        run, path = Run(self.folder), self.folder / names.METRICS
+        try:
+            kept = path.read_bytes()
+            if stated := run.state.get("files"):  # the checkpoint was read, so that they were compared
+                kept = kept[: stated[names.METRICS]["bytes"]]
+            else:  # an older version's
+                stated = (
+                    names.TOKENIZER,
+                    names.MANIFEST,
+                    names.CONFIG,
+                    *(file.name for file in self.folder.glob("patterns*.npz")),
+                )
+                lines = names.lines_of(path, {"step": forms.LINE["step"]})
+                kept = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step).encode()
+            there = (self.folder / name for name in stated)
+            self._files = {file.name: Digest(file.read_bytes()) for file in there if file.is_file() and file != path}
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from None
+        self._write(names.METRICS, kept)
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Adds a line to the metrics."""
-        path = self.folder / names.METRICS
+        path, text = self.folder / names.METRICS, (json.dumps(line) + "\n").encode()
         try:
-            with path.open("a") as stream:
-                stream.write(json.dumps(line) + "\n")
+            with path.open("ab") as stream:
+                stream.write(text)
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+        self._files.setdefault(names.METRICS, Digest()).grow(text)
+
+    def synced(self) -> dict[str, dict[str, Any]]:
+        """Waits until the metrics are on disk; length and digest of every file so far, for a checkpoint."""
+        path = self.folder / names.METRICS
+        try:
+            flush(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+        return {name: digest.to_json() for name, digest in self._files.items()}
 
     def masks(self, phase: int, patterns: Mapping[str, Pattern]) -> None:
         """Writes the positions at the start of a phase, by layer."""
-        masks.write(self.folder / names.masks_file(phase), patterns)
+        self._write(names.masks_file(phase), masks.packed(patterns))
 
     def summary(self, body: Mapping[str, Any]) -> None:
         """Writes what the run did, at its end."""
-        write_whole(self.folder / names.SUMMARY, json.dumps(body, indent=1))
+        text = json.dumps(body, indent=1)
+        self._write(names.DIGEST, json.dumps({"sha256": of_body(json.loads(text))}))
+        self._write(names.SUMMARY, text)
 
     def evaluation(self, body: Mapping[str, Any]) -> None:
         """Writes what a study measures on a run that is finished, or why it diverged."""
-        write_whole(self.folder / names.EVALUATION, json.dumps(body))
+        self._write(names.EVALUATION, json.dumps(body))
 
     def answers(self, lines: Sequence[str]) -> None:
         """Writes what a study's fine-tuned model answered to the test part of its task."""
-        write_whole(self.folder / names.ANSWERS, "".join(f"{line}\n" for line in lines))
+        self._write(names.ANSWERS, "".join(f"{line}\n" for line in lines))
+
+    def _write(self, name: str, content: str | bytes) -> None:
+        content = content.encode() if isinstance(content, str) else content
+        write_whole(self.folder / name, content)
+        self._files[name] = Digest(content)
+
+
+def _taken(folder: Path) -> UserError:
+    return UserError(f"run_dir '{folder}' already holds a run: `resume` goes on with it, run_dir=... starts another.")

@@ -229,10 +229,11 @@ class Phase:
         peak = (1.0 if self.lr is None else self.lr) * self.lr_multiple
         positive = (self.lr is None or self.lr > 0) and self.lr_multiple > 0 and peak < math.inf
         require(positive, f"{key}: lr and lr_multiple must be positive.")
-        require(
-            self.lr_end is None or 0 <= self.lr_end <= (math.inf if self.lr is None else peak),
-            f"{key}.lr_end = {self.lr_end} must lie between 0 and the phase's peak (lr · lr_multiple).",
-        )
+        if self.lr_end is not None:
+            require(
+                0 <= self.lr_end <= (math.inf if self.lr is None else peak),
+                f"{key}.lr_end = {self.lr_end:.4g} must lie between 0 and the phase's peak (lr · lr_multiple).",
+            )
         one_of(f"{key}.decay", self.decay, DECAYS)
         require(
             0 <= warmup <= steps, f"{key}.warmup_steps = {warmup} must lie between 0 and the phase's {steps} steps."

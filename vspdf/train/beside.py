@@ -19,6 +19,8 @@ from vspdf.sparsity.surgery import densify
 from vspdf.train.state import State
 from vspdf.train.step import adamw, optimise
 
+TICK = 1e-9  # seconds that anything takes at least, even where a clock stands still
+
 
 class DenseTwin:
     """The plain dense model with a run's weights, to be timed beside it; it never feeds back."""
@@ -42,7 +44,7 @@ class DenseTwin:
         try:
             start = time.perf_counter()
             optimise(self.model, self.optimizer, batch(), 1e-8, self.config.train, self.config.optimizer.clip)
-            return time.perf_counter() - start
+            return max(time.perf_counter() - start, TICK)
         finally:
             torch.set_num_threads(current)
 
@@ -84,7 +86,7 @@ def profiled(step: Callable[[], Any], vocab_size: int) -> tuple[Any, dict[str, f
     for event in profile.key_averages(group_by_input_shape=True):
         part = _part(event.key, event.input_shapes, vocab_size)
         times[part] = times.get(part, 0.0) + event.self_cpu_time_total
-    total = sum(times.values())
+    total = sum(times.values()) or 1.0
     return result, {part: seconds / total for part, seconds in sorted(times.items())}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from vspdf.kernels import hardware, tuning
 from vspdf.ledger import Count
 from vspdf.model import GPT
 from vspdf.runs import checkpoint
+from vspdf.runs.folder import Run
 from vspdf.runs.record import PhaseRecord
 from vspdf.shapes import Shape
 from vspdf.sparsity.layer import build_plans
@@ -143,8 +145,14 @@ class State:
         self.optimizer = optimizer
         return optimizer
 
-    def save(self) -> None:
-        """Writes a checkpoint of the last whole step, unless there is one."""
+    def save(self, files: Mapping[str, Any]) -> None:
+        """Writes a checkpoint of the last whole step, unless there is one.
+
+        Parameters
+        ----------
+        files : mapping
+            Digests of what the run directory holds so far, as `Writer.synced` gives them.
+        """
         if self.saved_step == self.step:
             return
         config, revived = self.config, self.phases.revived
@@ -165,6 +173,7 @@ class State:
             "revived_done": revived.done if revived else 0,
             "kernel_choices": tuning.choices(),
             "best": asdict(self.best) if self.best else None,
+            "files": files,
         }
         run = Path(config.run_dir)
         checkpoint.save(run, self.step, self.model, self.optimizer, body, self.phases.ramp[0])
@@ -193,6 +202,7 @@ class State:
                 f"the checkpoint belongs to another model: its {wrong} is {body['model'].get(wrong)}, "
                 f"here it is {shape[wrong]}."
             )
+        Run(Path(self.config.run_dir)).check(body)
         stored.restore(self.model, self.config.train.backend)
         tuning.pin(body["kernel_choices"])
         build_plans(self.model)

@@ -26,7 +26,7 @@ from vspdf.kernels.hardware import device
 from vspdf.runs import writer
 from vspdf.runs.record import PhaseRecord
 from vspdf.sparsity.layer import build_plans
-from vspdf.train.beside import Beside, profiled
+from vspdf.train.beside import TICK, Beside, profiled
 from vspdf.train.boards import boards
 from vspdf.train.log import Log
 from vspdf.train.start import begin
@@ -75,15 +75,18 @@ def train(
         config = writer.check(config, resume)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
-        state = begin(config, where, say)
-        if resume and not state.step:
-            say("no checkpoint was written yet: starting again from step 0")
-        curves = boards(state.config)
-        files = writer.Writer(Path(config.run_dir))
-        if not resume:
-            files.begin(state.config, state.data.tokenizer.to_json(), state.data.manifest)
-        files.go_on_from(state.step)
-        return _loop(state, Log(files, say, curves), on_evaluation or (lambda folder: None))
+        with writer.Writer(Path(config.run_dir)) as files:
+            if resume:
+                files.hold()
+            state = begin(config, where, say)
+            curves = boards(state.config)
+            if state.step:
+                files.go_on_from(state.step)
+            else:
+                if resume:
+                    say("no checkpoint was written yet: starting again from step 0")
+                files.begin(state.config, state.data.tokenizer.to_json(), state.data.manifest, again=resume)
+            return _loop(state, Log(files, say, curves), on_evaluation or (lambda folder: None))
     finally:
         torch.set_num_threads(threads)
 
@@ -111,7 +114,8 @@ def _loop(state: State, log: Log, on_evaluation: Callable[[Path], None]) -> dict
             state.seconds = time.perf_counter() - started
             stop = bool(stopped)
             if state.finished or stop or (better and train.keep_best) or _due(train.checkpoint_every, state.step):
-                state.save()
+                _require_finite_weights(state)
+                state.save(log.writer.synced())
             if evaluated and not state.finished:
                 on_evaluation(folder)
             if stop and not state.finished:
@@ -164,7 +168,7 @@ def _step(state: State, phase: ResolvedPhase, record: PhaseRecord) -> dict[str, 
             (loss, norm), record.parts = profiled(take, state.shape.vocab_size)
         else:
             loss, norm = take()
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    seconds, cpu_seconds = max(time.perf_counter() - start, TICK), time.process_time() - cpu_start
     _require_finite(state, loss, norm)
     shape = replace(state.shape, sequence_length=batch[0].shape[1])
     for name, count in {**tally.products, **dense_counts(state.model, shape, batch[0].numel())}.items():
@@ -192,14 +196,29 @@ def _step(state: State, phase: ResolvedPhase, record: PhaseRecord) -> dict[str, 
 def _require_finite(state: State, loss: float, norm: float) -> None:
     what, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
     if not math.isfinite(value):
-        saved = state.saved_step
-        kept = f"the checkpoint of step {saved} is intact" if saved else "no checkpoint was written yet"
-        raise Diverged(f"the {what} of step {state.step + 1} is {value}: training stopped, {kept}. Lower optimizer.lr?")
+        raise _diverged(state, f"the {what} of step {state.step + 1} is {value}")
+
+
+def _require_finite_weights(state: State) -> None:
+    """Before they are kept: what a step has done to weights and moments shows only in the next one's loss."""
+    optimizer = state.optimizer
+    for name, parameter in state.model.named_parameters():
+        moments = optimizer.state.get(parameter, {}).values() if optimizer else ()
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in (parameter.detach(), *moments)):
+            raise _diverged(state, f"after step {state.step}, '{name}' or its moments are not finite")
+
+
+def _diverged(state: State, what: str) -> Diverged:
+    saved = state.saved_step
+    kept = f"the checkpoint of step {saved} is intact" if saved else "no checkpoint was written yet"
+    return Diverged(f"{what}: training stopped, {kept}. Lower optimizer.lr?")
 
 
 def _evaluate(state: State, record: PhaseRecord, line: dict[str, Any]) -> float:
     train = state.config.train
     result = evaluate(state.model, state.data, train.micro_batch_size, train.eval_tokens, train.precision)
+    if not math.isfinite(result[0]):
+        raise _diverged(state, f"the validation loss after step {state.step} is {result[0]}")
     record.val_loss, record.val_bits_per_byte = line["val_loss"], line["val_bits_per_byte"] = result
     return result.loss
 
