@@ -80,6 +80,8 @@ class GPT(nn.Module):
     seed : int
     activation : {"gelu", "gelu_tanh"}
         The exact one (Cerebras-GPT), or its approximation by tanh (GPT-2).
+    output_init_std : float, optional
+        Of the two matrices that write to the residual stream, instead.
 
     Raises
     ------
@@ -87,7 +89,14 @@ class GPT(nn.Module):
         If the heads do not divide the width, or the activation is unknown.
     """
 
-    def __init__(self, shape: Shape, init_std: float = 0.02, seed: int = 0, activation: str = "gelu") -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        init_std: float = 0.02,
+        seed: int = 0,
+        activation: str = "gelu",
+        output_init_std: float | None = None,
+    ) -> None:
         super().__init__()
         if shape.d_model % shape.n_head:
             raise UserError(f"model.n_head = {shape.n_head} does not divide model.d_model = {shape.d_model}.")
@@ -98,16 +107,17 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(shape.sequence_length, shape.d_model)
         self.h = nn.ModuleList(Block(shape, ACTIVATIONS[activation]) for _ in range(shape.n_layer))
         self.ln_f = nn.LayerNorm(shape.d_model)
-        self._init_weights(init_std, seed)
+        output = init_std / math.sqrt(2 * shape.n_layer) if output_init_std is None else output_init_std
+        self._init_weights(init_std, output, seed)
 
     @torch.no_grad()
-    def _init_weights(self, std: float, seed: int) -> None:
+    def _init_weights(self, std: float, output: float, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
             elif parameter.dim() == 2:
-                s = std / math.sqrt(2 * self.shape.n_layer) if name.endswith("c_proj.weight") else std
+                s = output if name.endswith("c_proj.weight") else std
                 nn.init.trunc_normal_(parameter, 0.0, s, -2 * s, 2 * s, generator=generator)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:

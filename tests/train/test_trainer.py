@@ -206,6 +206,12 @@ def test_clipping_decay_and_phase_overrides_reach_the_optimizer(tiny, tmp_path):
         assert lines[-1]["loss"] != plain[-1]["loss"], name
 
 
+def test_output_layers_begin_with_a_deviation_of_their_own(tiny, tmp_path):
+    run(tiny, "model.output_init_std=0.5", "phases=[{steps: 1}]", f"run_dir={tmp_path}/own")
+    tensors = saved(tmp_path / "own", 1)[0]
+    assert tensors["h.0.mlp.c_proj.weight"].std() > 0.3 > 10 * tensors["h.0.mlp.c_fc.weight"].std()
+
+
 def test_s_mu_par_scales_init_and_learning_rate(tiny, tmp_path):
     phases = "phases=[{{sparsity: 0.75, steps: 2, warmup_steps: 0, s_mu_par: {}}}]"
     every = ("train.checkpoint_every=1", "optimizer.weight_decay=0.0")

@@ -64,6 +64,8 @@ def read_yaml(path: Path) -> Any:
         raise _explained(error, str(path)) from None
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read: {_first_line(error)}.") from None
+    except Exception as error:  # of tags that do not fit their values, YAML's constructors raise whatever they meet
+        raise UserError(f"{path} is not valid YAML: {_first_line(error)}.") from None
 
 
 def build(
@@ -97,7 +99,7 @@ def build(
         found = dataclasses.asdict(resolve_model(model))
         for key, value in found.items():
             mine = getattr(config.model, key)
-            if key != "init_std" and mine not in (None, value, getattr(ModelConfig(), key)):
+            if key not in ("init_std", "output_init_std") and mine not in (None, value, getattr(ModelConfig(), key)):
                 raise UserError(f"model.{key} = {mine}, but the model to start from has {value}: leave it out.")
         config.model = ModelConfig(**found)
     return resolve(config)
