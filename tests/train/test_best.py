@@ -71,7 +71,8 @@ def test_the_best_of_a_phase_alone_counts_and_patience_is_for_the_last(tiny):
     "wrong, words",
     [(["train.patience=-1"], "train.patience must not be negative, is -1"),
      (["train.patience=2", "train.eval_every=0"], "it needs train.eval_every above 0"),
-     (["train.patience=2", "train.eval_every=1", "phases=[{sparsity: 0.9, schedule: linear, steps: 20}]"], "needs schedule: constant")],
+     (["train.patience=2", "train.eval_every=1", "phases=[{sparsity: 0.9, schedule: linear, steps: 20}]"],
+          "needs schedule: constant")],
     ids=["negative", "never evaluated", "a schedule"],
 )  # fmt: skip
 def test_patience_that_cannot_be_is_refused(tiny, wrong, words):
