@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vspdf.attention import causal_attention
 from vspdf.errors import UserError, did_you_mean
 from vspdf.shapes import Shape
 
@@ -28,6 +29,7 @@ class Attention(nn.Module):
         self.n_head = shape.n_head
         self.c_attn = nn.Linear(shape.d_model, 3 * shape.d_model)
         self.c_proj = nn.Linear(shape.d_model, shape.d_model)
+        self.attend = causal_attention  # a benchmark puts torch's in its place
 
     def forward(self, x_BTD: Tensor, past: Past | None = None) -> Tensor:
         B, T, D = x_BTD.shape
@@ -36,7 +38,7 @@ class Attention(nn.Module):
             for part in self.c_attn(x_BTD).split(D, dim=2)
         )
         if past is None:
-            y_BHTd = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y_BHTd = self.attend(q, k, v)
         else:
             k, v, visible = past(k, v)
             y_BHTd = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)

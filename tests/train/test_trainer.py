@@ -18,6 +18,7 @@ from vspdf.config import loading
 from vspdf.data.text import Dataset
 from vspdf.errors import UserError
 from vspdf.interop import checkpoints
+from vspdf.kernels import cpu
 from vspdf.ledger import CONVENTIONS
 from vspdf.model import GPT
 from vspdf.pattern import Pattern, kept_count
@@ -42,6 +43,18 @@ def run(path, *overrides, resume=False):
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
+
+
+@pytest.mark.parametrize("has_bf16", [True, False], ids=["bf16 in hardware", "none"])
+def test_bf16_runs_in_fp32_where_the_processor_has_none(tiny, tmp_path, monkeypatch, has_bf16):
+    monkeypatch.setattr(cpu, "has_bf16", lambda: has_bf16)
+    losses, said = [], []
+    for precision in ("fp32", "bf16"):
+        settings = loading.load(tiny, [f"train.precision={precision}", f"run_dir={tmp_path}/{precision}"])
+        train(settings, say=said.append)
+        losses.append([(line["loss"], line.get("val_loss")) for line in metrics(tmp_path / precision)])
+    assert (losses[0] == losses[1]) is not has_bf16
+    assert sum("bf16 runs in fp32: this processor has neither" in line for line in said) == (not has_bf16)
 
 
 def saved(folder, step):

@@ -22,7 +22,7 @@ from vspdf import ledger
 from vspdf.config.resolved import ResolvedConfig, ResolvedPhase
 from vspdf.errors import Diverged, Interrupted
 from vspdf.evaluate.loss import evaluate
-from vspdf.kernels.hardware import device
+from vspdf.kernels.hardware import device, slow_bf16
 from vspdf.runs import writer
 from vspdf.runs.record import PhaseRecord
 from vspdf.sparsity.layer import build_plans
@@ -78,6 +78,8 @@ def train(
         with writer.Writer(Path(config.run_dir)) as files:
             if resume:
                 files.hold()
+            if config.train.precision == "bf16" and (reason := slow_bf16(where)):
+                say(f"train.precision = bf16 runs in fp32: {reason}.")
             state = begin(config, where, say)
             curves = boards(state.config)
             if state.step:
