@@ -91,6 +91,19 @@ def make_folder(path: Path) -> None:
         raise UserError(f"'{path}' cannot be made: {error.strerror}.") from None
 
 
+def must_be_new(path: Path) -> None:
+    """Refuses to write where something is; drafts that a kill right after their renaming left beside it go.
+
+    Raises
+    ------
+    UserError
+        If something is there.
+    """
+    if path.is_symlink() or path.exists():
+        _sweep(path.parent)
+        raise UserError(f"'{path}' exists already: nothing is overwritten; name another or move it away.")
+
+
 @contextmanager
 def new_whole(final: Path) -> Iterator[Path]:
     """A path for a file or a folder that is new, to be filled in the block; see `draft`.
@@ -100,15 +113,12 @@ def new_whole(final: Path) -> Iterator[Path]:
     UserError
         If `final` exists already, or the disk is full or not writable; nothing is left behind then.
     """
-    exists = UserError(f"'{final}' exists already: nothing is overwritten; name another or move it away.")
-    if final.is_symlink() or final.exists():
-        raise exists
+    must_be_new(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with draft(final) as whole:
             yield whole
-            if final.exists():  # another process was faster
-                raise exists
+            must_be_new(final)  # another process may have been faster
     except (OSError, SafetensorError) as error:
         raise UserError(f"'{final}' was not written: {why_not(error)}.") from None
 
@@ -340,5 +350,5 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read: {error}.") from None
     body = parse_json(text, str(file))
     if not isinstance(body, dict):
-        raise UserError(f"{file} is no mapping of settings.")
+        raise UserError(f"{file} cannot be read: expected a JSON object.")
     return body

@@ -160,6 +160,7 @@ BAD_OVERRIDES = {
     "data.corpus={": r"its value is not valid YAML",
     "model.name=gpt2-smal": r"unknown model 'gpt2-smal'. Did you mean 'gpt2-small'\?",
     "model.n_head=5": r"model.n_head = 5 does not divide model.d_model = 32",
+    "model.n_layer=1000000000": r"model.n_layer must be at most 10,000, not 1,000,000,000",
     "model.n_layer=0": r"model.n_layer must be at least 1, not 0",
     "model.d_ff=0": r"model.d_ff must be at least 1, not 0",
     "model.vocab_size=-1": r"model.vocab_size must be at least 1, not -1",

@@ -62,7 +62,9 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except OmegaConfBaseException as error:
         raise _explained(error, str(path)) from None
-    except (UnicodeDecodeError, OSError) as error:
+    except RecursionError:
+        raise UserError(f"{path} nests too deep.") from None
+    except (ValueError, OSError) as error:  # no UTF-8, a number of too many digits
         raise UserError(f"{path} cannot be read: {_first_line(error)}.") from None
     except Exception as error:  # of tags that do not fit their values, YAML's constructors raise whatever they meet
         raise UserError(f"{path} is not valid YAML: {_first_line(error)}.") from None

@@ -88,6 +88,8 @@ def resolve_model(model: ModelConfig) -> ResolvedModel:
             "(fine-tuning: vspdf finetune CHECKPOINT CONFIG).",
         )
         require(size >= 1, f"model.{key} must be at least 1, not {size}.")
+    most = shapes.MOST_LAYERS
+    require(sizes["n_layer"] <= most, f"model.n_layer must be at most {most:,}, not {sizes['n_layer']:,}.")
     d_ff = 4 * sizes["d_model"] if d_ff is None else d_ff
     require(d_ff >= 1, f"model.d_ff must be at least 1, not {d_ff}.")
     require(vocab_size is None or vocab_size >= 1, f"model.vocab_size must be at least 1, not {vocab_size}.")
