@@ -79,7 +79,7 @@ def train(
             if resume:
                 files.hold()
             state = begin(config, where, say)
-            if state.step:
+            if resume and state.step:
                 files.go_on_from(state.step)
             else:
                 if resume:
