@@ -77,6 +77,19 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
 
 
+def require_new(path: Path) -> None:
+    """That nothing has this name yet.
+
+    Raises
+    ------
+    UserError
+        If it is there. A process that was killed when it had just made it may have left a draft beside it, which goes.
+    """
+    if path.is_symlink() or path.exists():
+        sweep(path.parent)
+        raise UserError(f"'{path}' exists already: nothing is overwritten; name another or move it away.")
+
+
 def make_folder(path: Path) -> None:
     """Makes a folder, and those above it, where they are missing.
 
@@ -100,15 +113,12 @@ def new_whole(final: Path) -> Iterator[Path]:
     UserError
         If `final` exists already, or the disk is full or not writable; nothing is left behind then.
     """
-    exists = UserError(f"'{final}' exists already: nothing is overwritten; name another or move it away.")
-    if final.is_symlink() or final.exists():
-        raise exists
+    require_new(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with draft(final) as whole:
             yield whole
-            if final.exists():  # another process was faster
-                raise exists
+            require_new(final)  # another process may have been faster
     except (OSError, SafetensorError) as error:
         raise UserError(f"'{final}' was not written: {why_not(error)}.") from None
 
@@ -128,7 +138,7 @@ def draft(final: Path) -> Iterator[Path]:
     OSError
         If it cannot be written: `final` is as it was.
     """
-    _sweep(final.parent)
+    sweep(final.parent)
     folder, held = _draft_folder(final.parent)
     try:
         yield folder / "whole"
@@ -157,7 +167,7 @@ def _draft_folder(parent: Path) -> tuple[Path, int | None]:
             raise
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Removes drafts of processes that are dead."""
     for left in folder.glob(f".*{_DRAFT}"):
         with contextlib.suppress(OSError):
@@ -189,14 +199,15 @@ def flush(path: Path) -> None:
     OSError
         If it never got there. File systems that cannot flush a folder are taken as they are.
     """
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         if error.errno == errno.EIO or not path.is_dir():
             raise
-    finally:
-        os.close(descriptor)
 
 
 # -- locks ------------------------------------------------------------------------------------------------------------

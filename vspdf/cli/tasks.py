@@ -50,15 +50,13 @@ def generate(
     """
     from vspdf.evaluate import answers
     from vspdf.evaluate.generate import Decoding
-    from vspdf.files import make_folder, write_whole
+    from vspdf.files import make_folder, require_new, write_whole
 
     only(input is None, "is not read beside `input`, which holds the prompts", context, "prompt")
     only(input is not None, "goes with `input`", context, "format", "limit", "batch_size")
     one_of("`overlong`", overlong, answers.OVERLONG)
-    require(
-        not output or not output.exists(),
-        f"'{output}' exists already: nothing is overwritten; name another or move it away.",
-    )
+    if output:
+        require_new(output)
     require(not output or input is not None, "`output` goes with `input`; text after `prompt` goes to stdout.")
     model, tokenizer, state = _with_tokenizer(path, device)
     task = state.get("task")

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from vspdf.config import resolve
 from vspdf.config.settings import Config
 from vspdf.errors import UserError
-from vspdf.files import write_whole
+from vspdf.files import sweep, write_whole
 
 if TYPE_CHECKING:
     from vspdf.plan.planner import Plan
@@ -42,6 +42,7 @@ def write(found: Plan, path: str | Path) -> None:
         "# lr_multiple is the published one at 90 % sparsity: lower it for milder ones. Your own text: data.corpus.\n"
     )
     if path.exists():
+        sweep(path.parent)
         raise UserError(f"'{path}' exists and is not overwritten: give another name.")
     write_whole(path, text + body)
 

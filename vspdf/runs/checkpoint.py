@@ -222,9 +222,12 @@ def read(path: Path) -> Checkpoint:
         file = folder / name
         if not file.is_file():
             raise UserError(f"checkpoint {folder} has no {name}; it is not whole.")
-        if of_file(file) != state["sha256"][name]:
-            raise damaged(file)
-        tensors.append(load_file(file))
+        try:
+            if of_file(file) != state["sha256"][name]:
+                raise damaged(file)
+            tensors.append(load_file(file))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     model, rest = tensors
     revived = {name.removeprefix(_REVIVED): rest.pop(name) for name in list(rest) if name.startswith(_REVIVED)}
     return Checkpoint(folder, state, model, rest, revived)

@@ -70,7 +70,9 @@ def read_state(path: Path) -> dict[str, Any]:
         stated = state.pop("state_sha256")
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} has no {STATE}; it is not whole.") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except OSError as error:
+        raise UserError(f"{path / STATE} cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise damaged(path / STATE) from None
     if digests.of_body(state) != stated:
         raise damaged(path / STATE)
