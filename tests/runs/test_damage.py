@@ -17,7 +17,7 @@ from vspdf.runs.writer import Writer
 from vspdf.train import trainer
 from vspdf.train.trainer import train
 
-SETTINGS = ("phases=[{sparsity: 0.75, steps: 6}, {steps: 3}]", "train.checkpoint_every=4")
+SETTINGS = ("phases=[{sparsity: 0.75, steps: 6}, {steps: 3}]", "train.checkpoint_every=4", "train.keep_checkpoints=1")
 NAMES = ("config.yaml", "manifest.json", "tokenizer.json", "patterns.npz", "metrics.jsonl")
 
 
@@ -146,7 +146,7 @@ def test_metrics_that_a_checkpoint_counts_on_and_that_are_gone_are_missed(stoppe
         resume(stopped[0], run)
 
 
-def test_half_of_a_checkpoint_that_was_being_removed_counts_as_none(run):
+def test_half_of_a_checkpoint_that_was_being_removed_counts_as_none(stopped, run):
     folder = run / "checkpoints"
     for step in (1, 2):
         shutil.copytree(folder / "step-00000004", folder / f"step-0000000{step}")
@@ -164,8 +164,11 @@ def test_half_of_a_checkpoint_that_was_being_removed_counts_as_none(run):
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     whole = Run(run).checkpoints
     assert all(len(list(path.iterdir())) == 3 for path in whole) and len(whole) < 3
-    checkpoint.prune(run, 1)
-    assert [path.name for path in folder.iterdir()] == ["step-00000004"]
+    resume(stopped[0], run)
+    for left in ("step-00000007", ".draft-old-step-00000008"):
+        shutil.copytree(folder / "step-00000009", folder / left)
+    resume(stopped[0], run)  # at its end: nothing is saved any more
+    assert [path.name for path in folder.iterdir()] == ["step-00000009"]
 
 
 def test_a_failed_flush_keeps_the_older_checkpoints(stopped, run, monkeypatch):
