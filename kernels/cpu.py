@@ -97,18 +97,18 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def plan(pattern: Pattern) -> Any:
-    """The packed plan of a pattern: built once, kept with the pattern, holds no weights."""
-    found = pattern.plans.get("cpu")
+def packed(pattern: Pattern) -> Any:
+    """A pattern packed for the CPU kernels: built once, kept with the pattern, holds no weights."""
+    found = pattern.packed.get("cpu")
     if found is None:
-        found = pattern.plans.setdefault("cpu", extension().Plan(*pattern.shape, pattern.bits, isa()))
+        found = pattern.packed.setdefault("cpu", extension().Plan(*pattern.shape, pattern.bits, isa()))
     return found
 
 
 def prepare(patterns: Iterable[Pattern]) -> None:
     """Builds the plans of all products now, in parallel over the patterns, instead of at first use."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(lambda pattern: plan(pattern).prepare(), patterns):
+        for _ in pool.map(lambda pattern: packed(pattern).prepare(), patterns):
             pass
 
 
@@ -122,7 +122,7 @@ def forward(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) ->
     x, values = _rows(x), values.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty(x.shape[0], pattern.out_features)
-    macs = plan(pattern).forward(
+    macs = packed(pattern).forward(
         y.data_ptr(), x.data_ptr(), x.stride(0), values.data_ptr(), 0 if bias is None else bias.data_ptr(),
         x.shape[0], DTYPES[x.dtype], DTYPES[values.dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -133,7 +133,7 @@ def grad_input(grad_output: Tensor, values: Tensor, pattern: Pattern) -> tuple[T
     """``grad_output @ W``, of the dtype of `grad_output`, and the multiply-adds executed."""
     grad_output, values = _rows(grad_output), values.contiguous()
     dx = grad_output.new_empty(grad_output.shape[0], pattern.in_features)
-    macs = plan(pattern).grad_input(
+    macs = packed(pattern).grad_input(
         dx.data_ptr(), grad_output.data_ptr(), grad_output.stride(0), values.data_ptr(),
         grad_output.shape[0], DTYPES[dx.dtype], DTYPES[values.dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -146,7 +146,7 @@ def grad_values(
     """``grad_output.T @ x`` at kept positions, of `dtype` (that of `x`), and the multiply-adds executed."""
     grad_output, x = _rows(grad_output), _rows(x)
     dvalues = x.new_empty(pattern.nnz, dtype=dtype)
-    macs = plan(pattern).grad_values(
+    macs = packed(pattern).grad_values(
         dvalues.data_ptr(), grad_output.data_ptr(), grad_output.stride(0), x.data_ptr(), x.stride(0),
         x.shape[0], DTYPES[x.dtype], DTYPES[dvalues.dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -157,7 +157,7 @@ def materialise(values: Tensor, pattern: Pattern) -> Tensor:
     """Dense weight [out_features, in_features] with zeros at masked positions."""
     values = values.contiguous()
     weight = values.new_empty(pattern.shape)
-    plan(pattern).scatter(weight.data_ptr(), values.data_ptr(), DTYPES[values.dtype], torch.get_num_threads())
+    packed(pattern).scatter(weight.data_ptr(), values.data_ptr(), DTYPES[values.dtype], torch.get_num_threads())
     return weight
 
 
@@ -165,5 +165,5 @@ def sample(dense: Tensor, pattern: Pattern) -> Tensor:
     """Kept positions of a dense [out_features, in_features], row-major: shape (nnz,)."""
     dense = dense.contiguous()
     values = dense.new_empty(pattern.nnz)
-    plan(pattern).gather(values.data_ptr(), dense.data_ptr(), DTYPES[dense.dtype], torch.get_num_threads())
+    packed(pattern).gather(values.data_ptr(), dense.data_ptr(), DTYPES[dense.dtype], torch.get_num_threads())
     return values

@@ -30,6 +30,7 @@ log = logging.getLogger("vspdf")
 BACKENDS = ("auto", "cpu", "reference", "triton")
 ROUNDS = 3  # at least; more while a choice is open and BUDGET lasts
 BUDGET = 0.1  # seconds
+LOST = 4  # times as long in the first round: not timed again
 SMALL = 1 << 21  # multiply-adds: below it a call costs microseconds either way and timing would decide by noise
 
 
@@ -41,6 +42,7 @@ def choose(
     device: torch.device,
     backend: str = "auto",
     tune: Callable[[str], Any] | None = None,
+    wide: bool = False,
 ) -> Choice:
     """Path for one product ("forward", "grad_input" or "grad_values") of `tokens` rows.
 
@@ -48,6 +50,8 @@ def choose(
     ----------
     tune : callable, optional
         Runs the product on the path it is given ("cpu" or "dense"); used where no timing is known.
+    wide : bool
+        Values are float32 beside tokens of a narrower `dtype`.
 
     Raises
     ------
@@ -57,12 +61,13 @@ def choose(
         If the named backend cannot run here.
     """
     if device.type != "cpu" or tune is None:
-        return _choose(product, pattern, tokens, dtype, device, backend, tune)
+        return _choose(product, pattern, tokens, dtype, device, backend, tune, wide)
     made = tuning.MADE.setdefault(pattern, {})
-    known = (product, tuning.bucket(tokens), tokens * pattern.numel < SMALL, dtype, backend, torch.get_num_threads())
+    small = tokens * pattern.numel < SMALL
+    known = (product, tuning.bucket(tokens), small, dtype, wide, backend, torch.get_num_threads())
     choice = made.get(known)
     if choice is None:
-        choice = made[known] = _choose(product, pattern, tokens, dtype, device, backend, tune)
+        choice = made[known] = _choose(product, pattern, tokens, dtype, device, backend, tune, wide)
     return choice
 
 
@@ -74,6 +79,7 @@ def _choose(
     device: torch.device,
     backend: str,
     tune: Callable[[str], Any] | None,
+    wide: bool,
 ) -> Choice:
     if backend not in BACKENDS:
         raise UserError(f"unknown backend '{backend}'.{did_you_mean(backend, BACKENDS)}")
@@ -104,7 +110,7 @@ def _choose(
         return Choice("dense", missing)
     if tokens * pattern.numel < SMALL:
         return Choice("cpu", "too small for the choice to matter")
-    key = tuning.cpu_key(product, pattern, tokens, dtype)
+    key = tuning.cpu_key(product, pattern, tokens, dtype, wide)
     if tune is None:
         timing = tuning.CPU.known(key)
         return timing.choice() if timing else Choice("cpu", "not measured yet: the first call will time both paths")
@@ -117,18 +123,21 @@ def _choose(
 
 
 def _measure(run: Callable[[str], Any]) -> Timing:
-    """Both paths in turn, after a warm-up that builds plans."""
+    """Both paths in turn, after a warm-up that builds plans; one that has lost by far is not timed again."""
     seconds: dict[str, list[float]] = {"cpu": [], "dense": []}
     for path in seconds:
         run(path)
+    going = list(seconds)
     stop = time.perf_counter() + BUDGET
     while True:
-        for path, column in seconds.items():
+        for path in going:
             start = time.perf_counter()
             run(path)
-            column.append(time.perf_counter() - start)
-        if len(column) >= ROUNDS:
-            noise = max(statistics.median(column) / min(column) for column in seconds.values())
+            seconds[path].append(time.perf_counter() - start)
+        least = min(min(column) for column in seconds.values())
+        going = [path for path in going if min(seconds[path]) <= LOST * least]
+        if all(len(seconds[path]) >= ROUNDS for path in going):
+            noise = max(statistics.median(seconds[path]) / min(seconds[path]) for path in going)
             timing = Timing(min(seconds["cpu"]), min(seconds["dense"]), noise)
             if timing.settled() or time.perf_counter() > stop:
                 return timing

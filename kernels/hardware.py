@@ -42,6 +42,7 @@ def hardware() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isas": list(extension.isas()) if extension else [],
         "openmp": bool(extension.openmp) if extension else False,
+        "bf16": "slow" if slow_bf16(torch.device("cpu")) else "fast",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
@@ -50,6 +51,13 @@ def crowded(threads: int) -> str:
     """A word on more threads than there are cores; "" where each has its own."""
     cores = os.cpu_count() or threads
     return f"{threads} threads on {cores} cores take turns: expect less speed than with {cores}." * (threads > cores)
+
+
+def slow_bf16(device: torch.device) -> str | None:
+    """Why bfloat16 is no gain on that device; None if it may be one."""
+    if device.type == "cpu" and not cpu.has_bf16():
+        return "this processor has neither AVX512_BF16 nor AMX, and multiplies bf16 10 to 100 times slower than fp32"
+    return None
 
 
 def memory() -> float:

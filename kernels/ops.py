@@ -39,7 +39,8 @@ def _run(product: str, pattern: Pattern, backend: str, *tensors: Tensor | None, 
     assert x is not None
     tokens = x.shape[0]
     run = lambda path: PATHS[path][product](*tensors, pattern, **how)  # noqa: E731
-    choice = choose(product, pattern, tokens, x.dtype, x.device, backend, tune=run)
+    kept = how.get("dtype") or (tensors[1] if tensors[1] is not None else x).dtype  # of values, or of their gradient
+    choice = choose(product, pattern, tokens, x.dtype, x.device, backend, tune=run, wide=kept != x.dtype)
     start = time.perf_counter()
     result = run(choice.path)
     result, macs = result if isinstance(result, tuple) else (result, tokens * pattern.numel)
@@ -247,6 +248,6 @@ def explain(
         choice = choose(product, pattern, tokens, dtype, torch.device(device), backend)
         path = choice.path
         if path == "cpu":
-            path = f"{path}-{cpu.isa()} ({cpu.plan(pattern).describe(tokens)[product]})"
+            path = f"{path}-{cpu.isa()} ({cpu.packed(pattern).describe(tokens)[product]})"
         lines.append(f"{product}: {backend} chose {path}: {choice.reason}")
     return "\n".join(lines)

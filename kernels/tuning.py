@@ -185,10 +185,12 @@ def bucket(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def cpu_key(product: str, pattern: Pattern, tokens: int, dtype: torch.dtype) -> str:
+def cpu_key(product: str, pattern: Pattern, tokens: int, dtype: torch.dtype, wide: bool = False) -> str:
+    """The key of what a CPU's timings hold for; `wide`: values are float32 beside narrower tokens."""
     return (
         f"{product} T={bucket(tokens)} in={pattern.in_features} out={pattern.out_features} "
-        f"sparsity={pattern.sparsity:.2f} {str(dtype).removeprefix('torch.')} threads={torch.get_num_threads()}"
+        f"sparsity={pattern.sparsity:.2f} {str(dtype).removeprefix('torch.')}{'+float32' if wide else ''} "
+        f"threads={torch.get_num_threads()}"
     )
 
 

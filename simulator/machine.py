@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from vspdf.errors import UserError, did_you_mean
@@ -21,6 +22,7 @@ POSITIVE = {
     "fmac_fp32_rate", "fmac_fp16_rate", "host_bandwidth",
 }  # fmt: skip
 GRADES = {"A", "B", "D", "M"}
+MOST = 1e15  # of any number
 # What the event simulator's core takes under the same name.
 CORE = (
     "colours", "switch_positions", "hop_cycles", "ramp_cycles", "router_buffer", "in_queue_depth", "out_queue_depth",
@@ -98,9 +100,9 @@ def _like(key: str, value: Any, old: Any) -> Any:
                 f"machine parameter '{key}' takes a list of positive integers such as {old}, not {value!r}."
             )
         return list(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-        raise UserError(f"machine parameter '{key}' takes a number of at least 0, not {value!r}.")
-    if not value and key in POSITIVE:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MOST:
+        raise UserError(f"machine parameter '{key}' takes a number of at least 0 and at most {MOST:g}, not {value!r}.")
+    if value < 1 / MOST and key in POSITIVE:
         raise UserError(f"machine parameter '{key}' must be above 0.")
     if isinstance(old, int) and float(value) != int(value):
         raise UserError(f"machine parameter '{key}' takes a whole number, not {value!r}.")
@@ -125,7 +127,7 @@ def load(machine: str | Path | Machine = "cs2", settings: Iterable[str] | Mappin
             key, equals, text = setting.partition("=")
             try:
                 values[key.strip()] = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[index, call-overload]
-            except YAMLError:
+            except (YAMLError, OmegaConfBaseException, ValueError, RecursionError):
                 equals = ""
             if not equals:
                 raise UserError(f"`settings` '{setting}': expected key=value, e.g. trigger_cycles=10.")
@@ -154,7 +156,9 @@ def _read(machine: str | Path) -> Machine:
 def _parse(path: Path) -> dict[str, Parameter]:
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{path} nests too deep.") from None
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}.") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected parameters, each with value, unit, source and grade.")
@@ -168,6 +172,8 @@ def _parse(path: Path) -> dict[str, Parameter]:
                 raise UserError(f"{path}: '{key}' has an unknown field '{field}'.{did_you_mean(field, FIELDS)}")
         if missing := FIELDS - set(entry):
             raise UserError(f"{path}: '{key}' lacks {', '.join(sorted(missing))}.")
+        if wrong := sorted(field for field in FIELDS - {"value"} if not isinstance(entry[field], str)):
+            raise UserError(f"{path}: '{key}' needs words as its {wrong[0]}, not {entry[wrong[0]]!r}.")
         if entry["grade"] not in GRADES:
             raise UserError(
                 f"{path}: '{key}' has grade '{entry['grade']}'; expected one of {', '.join(sorted(GRADES))}."

@@ -36,7 +36,7 @@ MAY_TAKE = {
 # Words that everyone may use, each below those that take it.
 WORDS = {
     "errors": (), "_C": (), "shapes": ("errors",), "files": ("errors",), "pattern": ("errors",),
-    "ledger": ("errors", "shapes"), "model": ("errors", "shapes", "ledger"),
+    "attention": (), "ledger": ("errors", "shapes"), "model": ("errors", "shapes", "ledger", "attention"),
 }  # fmt: skip
 
 

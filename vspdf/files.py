@@ -77,19 +77,6 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
 
 
-def require_new(path: Path) -> None:
-    """That nothing has this name yet.
-
-    Raises
-    ------
-    UserError
-        If it is there. A process that was killed when it had just made it may have left a draft beside it, which goes.
-    """
-    if path.is_symlink() or path.exists():
-        sweep(path.parent)
-        raise UserError(f"'{path}' exists already: nothing is overwritten; name another or move it away.")
-
-
 def make_folder(path: Path) -> None:
     """Makes a folder, and those above it, where they are missing.
 
@@ -104,6 +91,19 @@ def make_folder(path: Path) -> None:
         raise UserError(f"'{path}' cannot be made: {error.strerror}.") from None
 
 
+def must_be_new(path: Path) -> None:
+    """Refuses to write where something is; drafts that a kill right after their renaming left beside it go.
+
+    Raises
+    ------
+    UserError
+        If something is there.
+    """
+    if path.is_symlink() or path.exists():
+        _sweep(path.parent)
+        raise UserError(f"'{path}' exists already: nothing is overwritten; name another or move it away.")
+
+
 @contextmanager
 def new_whole(final: Path) -> Iterator[Path]:
     """A path for a file or a folder that is new, to be filled in the block; see `draft`.
@@ -113,12 +113,12 @@ def new_whole(final: Path) -> Iterator[Path]:
     UserError
         If `final` exists already, or the disk is full or not writable; nothing is left behind then.
     """
-    require_new(final)
+    must_be_new(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with draft(final) as whole:
             yield whole
-            require_new(final)  # another process may have been faster
+            must_be_new(final)  # another process may have been faster
     except (OSError, SafetensorError) as error:
         raise UserError(f"'{final}' was not written: {why_not(error)}.") from None
 
@@ -138,7 +138,7 @@ def draft(final: Path) -> Iterator[Path]:
     OSError
         If it cannot be written: `final` is as it was.
     """
-    sweep(final.parent)
+    _sweep(final.parent)
     folder, held = _draft_folder(final.parent)
     try:
         yield folder / "whole"
@@ -167,7 +167,7 @@ def _draft_folder(parent: Path) -> tuple[Path, int | None]:
             raise
 
 
-def sweep(folder: Path) -> None:
+def _sweep(folder: Path) -> None:
     """Removes drafts of processes that are dead."""
     for left in folder.glob(f".*{_DRAFT}"):
         with contextlib.suppress(OSError):
@@ -351,5 +351,5 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read: {error}.") from None
     body = parse_json(text, str(file))
     if not isinstance(body, dict):
-        raise UserError(f"{file} is no mapping of settings.")
+        raise UserError(f"{file} cannot be read: expected a JSON object.")
     return body

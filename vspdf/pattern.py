@@ -1,7 +1,7 @@
 """Which weights exist: the one home of positions.
 
 A pattern is immutable and small: one bit per position of the dense weight matrix. What the kernels derive from it (row
-pointers, packed order, generated code) they keep in `Pattern.plans`.
+pointers, packed order, generated code) they keep in `Pattern.packed`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Pattern:
         Row-major mask, little-endian within a byte.
     digest : str
         Content hash of shape and bits.
-    plans : dict
+    packed : dict
         What backends derived from this pattern, by backend name.
     """
 
@@ -80,8 +80,8 @@ class Pattern:
     nnz: int
     bits: np.ndarray
     digest: str
-    plans: dict[str, Any]
-    __slots__ = ("__weakref__", "bits", "digest", "nnz", "plans", "shape")
+    packed: dict[str, Any]
+    __slots__ = ("__weakref__", "bits", "digest", "nnz", "packed", "shape")
 
     def __new__(cls, shape: tuple[int, int], bits: np.ndarray) -> Pattern:
         out_features, in_features = shape = _sides(shape)
@@ -101,7 +101,7 @@ class Pattern:
                 bits.setflags(write=False)
                 self.shape, self.bits, self.digest = shape, bits, digest
                 self.nnz = int(np.unpackbits(bits).sum(dtype=np.int64))
-                self.plans = {}
+                self.packed = {}
                 _alive[digest] = self
         return self
 

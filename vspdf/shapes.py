@@ -48,6 +48,9 @@ class Shape:
         return self.n_layer * block + (self.vocab_size + self.sequence_length) * d + 2 * d
 
 
+MOST_LAYERS = 10_000  # more are a slip, and their names alone would fill the memory
+
+
 def linear_layers(n_layer: int, d_model: int, d_ff: int) -> dict[str, int]:
     """The layers of a GPT that can be sparse, by name, and how many weights each has (`Shape.linear` is their sum)."""
     square, wide = d_model * d_model, d_model * d_ff

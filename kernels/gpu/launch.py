@@ -119,7 +119,7 @@ class Side(NamedTuple):
     steps: int  # sum over panels of their longest row, rounded up to UNROLL
 
 
-class Plan:
+class Packed:
     """The parts of a pattern that kernels need on one device, each part built on first use; no weights.
 
     Bytes per kept weight: 2 (columns) + 2 (rows, for the SDDMM) + 6 (the transposed side), twice that where a side of
@@ -200,12 +200,12 @@ def _panel_steps(lengths: np.ndarray) -> int:
     return int((-(-longest // UNROLL) * UNROLL).sum())
 
 
-def plan(pattern: Pattern, device: torch.device) -> Plan:
-    """The plan of a pattern on a device, kept with the pattern."""
+def packed(pattern: Pattern, device: torch.device) -> Packed:
+    """A pattern packed for a device, kept with the pattern."""
     key = f"triton {device}"
-    found = pattern.plans.get(key)
+    found = pattern.packed.get(key)
     if found is None:
-        found = pattern.plans.setdefault(key, Plan(pattern, device))
+        found = pattern.packed.setdefault(key, Packed(pattern, device))
     return found
 
 
@@ -267,17 +267,17 @@ def _gather(
 
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> tuple[Tensor, int]:
     """``x @ W.T + bias`` and the multiply-adds executed."""
-    return _gather(x, values, bias, plan(pattern, x.device).forward)
+    return _gather(x, values, bias, packed(pattern, x.device).forward)
 
 
 def add_forward(x: Tensor, values: Tensor, pattern: Pattern, into: Tensor) -> tuple[Tensor, int]:
     """``into += x @ W.T``, in place, and the multiply-adds executed; `into` has contiguous rows."""
-    return _gather(x, values, None, plan(pattern, x.device).forward, into)
+    return _gather(x, values, None, packed(pattern, x.device).forward, into)
 
 
 def grad_input(grad_output: Tensor, values: Tensor, pattern: Pattern) -> tuple[Tensor, int]:
     """``grad_output @ W`` and the multiply-adds executed."""
-    return _gather(grad_output, values, None, plan(pattern, grad_output.device).transposed)
+    return _gather(grad_output, values, None, packed(pattern, grad_output.device).transposed)
 
 
 def grad_values(grad_output: Tensor, x: Tensor, pattern: Pattern) -> tuple[Tensor, int]:
@@ -285,7 +285,7 @@ def grad_values(grad_output: Tensor, x: Tensor, pattern: Pattern) -> tuple[Tenso
     tokens, count = x.shape[0], pattern.nnz
     if not tokens or not count:
         return x.new_zeros(count), 0
-    here = plan(pattern, x.device)
+    here = packed(pattern, x.device)
     block_t = 32 if x.element_size() == 4 else 64
     with _on(x.device):
         packed_grad, packed_x = _packed(grad_output), _packed(x)
@@ -307,7 +307,7 @@ def sampled_grad_values(grad_output: Tensor, x: Tensor, pattern: Pattern) -> tup
     (tokens, rows), columns, count = grad_output.shape, x.shape[1], pattern.nnz
     if not tokens or not count:
         return x.new_zeros(count), 0
-    here = plan(pattern, x.device)
+    here = packed(pattern, x.device)
     bits, before = here.epilogue
     values = x.new_empty(count)
     tiles = _up(rows, GEMM["BLOCK_N"]) * _up(columns, GEMM["BLOCK_K"])

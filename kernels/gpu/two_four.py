@@ -129,14 +129,14 @@ def _bits(buffer: Tensor) -> Tensor:
 def _layout(pattern: Pattern, product: str, values: Tensor, library: Library) -> Layout:
     """The layout of a side, kept with the pattern."""
     key = f"2:4 {library.name} {product} {values.dtype} {values.device}"
-    if key not in pattern.plans:
+    if key not in pattern.packed:
         if product == "forward":
             side, source = pattern, np.arange(pattern.nnz)
         else:
             side = Pattern.from_mask(pattern.mask().T.contiguous())
             source = np.argsort(pattern.csr()[1], kind="stable")
-        pattern.plans.setdefault(key, Layout(side, source, values.dtype, values.device, library))
-    return pattern.plans[key]
+        pattern.packed.setdefault(key, Layout(side, source, values.dtype, values.device, library))
+    return pattern.packed[key]
 
 
 def _product(x: Tensor, values: Tensor, bias: Tensor | None, layout: Layout, library: Library) -> tuple[Tensor, int]:

@@ -152,6 +152,13 @@ def test_missing_and_broken_configurations(vspdf, tmp_path):
     assert "is not valid YAML" in refused(vspdf, tmp_path, "train", tmp_path / "broken.yaml")
 
 
+@pytest.mark.parametrize("verb", ["eval", "train", "convert", "report"])
+def test_a_name_that_is_too_long_is_one_line(vspdf, tmp_path, verb):
+    others = [tmp_path / "out"] if verb == "convert" else []
+    status, _, err = vspdf(verb, "a" * 5000, *others)
+    assert status == 2 and "is longer than the name of a file can be" in " ".join(err.split())
+
+
 def test_a_directory_that_holds_a_run(vspdf, tiny, run_once):
     assert "already holds a run: --resume" in refused(vspdf, run_once, "train", tiny)
 

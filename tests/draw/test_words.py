@@ -12,7 +12,7 @@ from vspdf.draw import words
         (words.count, 999_960, "1000k"),
         (words.flops, 1.254e12, "1.25 TFLOP"), (words.flops, 999.7e9, "1,000 GFLOP"), (words.flops, 12, "12 FLOP"),
         (words.cycles, 999.7e3, "1,000k"), (words.cycles, 1.2e12, "1.2T"), (words.cycles, 500, "500"),
-        (words.size, 106.5e9, "106.5 GB"), (words.size, 2.5e5, "0.25 MB"),
+        (words.size, 106.5e9, "106.5 GB"), (words.size, 2.5e5, "0.25 MB"), (words.size, 7.68e16, "76,800,000 GB"),
         (words.amount, 1234567, "1,234,567"), (words.amount, 1234.56, "1,234.6"), (words.amount, 0.12345, "0.1235"),
         (words.duration, 0.123456, "0.123 s"), (words.duration, 89, "89 s"), (words.duration, 90, "1.5 min"),
         (words.duration, 5400, "1.5 h"), (words.duration, 3e12, "95,064 years"),

@@ -12,7 +12,9 @@ from vspdf.data.text import prepare
 from vspdf.errors import UserError
 from vspdf.interop import checkpoints, load_config
 from vspdf.interop.cerebras_sparsity import sparsity
+from vspdf.model import GPT
 from vspdf.pattern import kept_count
+from vspdf.shapes import MODELS, PUBLISHED, Shape
 from vspdf.sparsity.layer import sparse_layers
 
 FILTERS = ["*proj_[qkv]_dense_layer.weight", "*proj_output_dense_layer.weight", "*linear_layer.weight"]
@@ -150,11 +152,15 @@ UNLIKE = {
     "swiglu": ("model.nonlinearity", "swiglu", r"model.nonlinearity = 'swiglu' is not offered; expected 'gelu'"),
     "µP": ("model.embeddings_scale", 10.0, r"model.embeddings_scale is µP, which is not trained here"),
     "no size": ("model.hidden_size", "wide", r"model.hidden_size must be a whole number, not 'wide'"),
-    "initializer": (
-        "model.output_layer_initializer",
-        {**NORMAL, "std": 0.02},
-        r"std = 0.02 is not offered",
+    "no initializer": ("model.output_layer_initializer", {"name": "uniform"}, r"must be a truncated_normal with a std"),
+    "a billion layers": ("model.num_hidden_layers", 10**9, r"num_hidden_layers = 1000000000 must lie between 1 and 10"),
+    "no layers": ("model.num_hidden_layers", 0, r"num_hidden_layers = 0 must lie between 1 and 10,000"),
+    "no bias correction, older": (
+        "optimizer.use_bias_correction",
+        False,
+        r"use_bias_correction = False is not off",
     ),
+    "a loss of lists": ("model.loss_scaling", ["a"], r"loss_scaling = \['a'\] with loss_weight = 1.0 is not offered"),
     "embeddings": ("model.embedding_initializer", {**NORMAL, "std": 0.1}, r"embedding_initializer.std = 0.1 is not"),
     "loss": ("model.loss_scaling", "batch_size", r"loss_scaling = 'batch_size' with loss_weight = 1.0 is not offered"),
     "post-norm": ("model.norm_first", False, r"model.norm_first = False is not offered; expected True"),
@@ -176,6 +182,87 @@ UNLIKE = {
     "no steps": ("runconfig.max_steps", None, r"runconfig.max_steps must be a whole number of at least 1, not None"),
     "no mapping": ("runconfig", [1], r"runconfig must be a mapping, not \[1\]"),
 }
+
+
+def test_the_output_layers_have_a_deviation_of_their_own(tmp_path):
+    body = older(output_layer_initializer={**NORMAL, "std": 0.0025})
+    found = loaded(body, tmp_path)
+    assert (found.model.init_std, found.model.output_init_std) == (0.02, 0.0025)
+    made = GPT(Shape(2, 32, 4, 128, 257, 16), found.model.init_std, output_init_std=found.model.output_init_std)
+    assert float(made.h[0].mlp.c_proj.weight.detach().abs().max()) <= 0.005 < float(made.h[0].mlp.c_fc.weight.std())
+    assert loaded(older(), tmp_path).model.output_init_std == pytest.approx(0.02 / 2)
+
+
+HARMLESS = {
+    "factors of one": ("model", {"embeddings_scale": 1.0, "output_logits_scale": 1, "mup_base_hidden_size": None}),
+    "keys that are off": ("model", {"scale_qk_dot_by_layer_idx": False, "fixed_sparse_attention": None}),
+    "no dropout": ("model", {"embedding_dropout_rate": 0.0, "residual_dropout_rate": 0}),
+    "a loss by default": ("model", {"loss_scaling": None}),
+    "numbers of their machine": ("model", {"precision_opt_level": 1, "use_bfloat16": True, "name": "gpt3"}),
+    "older names": ("optimizer", {"epsilon": 1e-9, "use_bias_correction": True, "eps": None}),
+    "keys of the run": ("runconfig", {"save_losses": True, "eval_steps": 3, "num_csx": 8, "precision_opt_level": 0}),
+}
+
+
+@pytest.mark.parametrize("block, keys", HARMLESS.values(), ids=HARMLESS)
+def test_keys_that_change_nothing_are_taken(tmp_path, caplog, block, keys):
+    body = older()
+    body[block] = {k: v for k, v in (body[block] | keys).items() if not (block == "optimizer" and v is None)}
+    assert loaded(body, tmp_path) == loaded(older(), tmp_path)
+    assert "not read here" not in caplog.text
+
+
+def test_a_rate_that_stays_after_the_end_is_none(tmp_path):
+    body = older()
+    body["optimizer"]["learning_rate"][1]["decay_steps"] = body["optimizer"]["learning_rate"][1].pop("total_iters")
+    body["optimizer"]["learning_rate"].append({"scheduler": "Constant", "learning_rate": 1.2e-5})
+    assert loaded(body, tmp_path) == loaded(older(), tmp_path)
+
+
+def published(batch, name="cerebras-gpt-6.7b", steps=None, **settings):
+    shape, run = MODELS[name], PUBLISHED[name]
+    sizes = dict(hidden_size=shape.d_model, num_hidden_layers=shape.n_layer, num_heads=shape.n_head,
+                 filter_size=shape.d_ff, vocab_size=shape.vocab_size, max_position_embeddings=shape.sequence_length,
+                 output_layer_initializer=None)  # fmt: skip
+    body = older(steps=steps or run.steps, **sizes)
+    body["train_input"]["batch_size"] = batch
+    body["runconfig"] |= settings
+    return body
+
+
+@pytest.mark.parametrize(
+    "name, batch, systems, steps",
+    [("cerebras-gpt-6.7b", 130, 8, None), ("cerebras-gpt-6.7b", 65, 16, 62_523), ("cerebras-gpt-1.3b", 132, 4, None),
+     ("cerebras-gpt-2.7b", 264, 2, None), ("cerebras-gpt-13b", 90, 12, 116_223)],
+    ids=str,
+)  # fmt: skip
+def test_a_batch_that_is_one_systems_is_asked_about(tmp_path, name, batch, systems, steps):
+    with pytest.raises(UserError, match=rf"one of {systems} systems. Write batch_size: {batch * systems}, or run"):
+        loaded(published(batch, name, steps), tmp_path)
+    assert loaded(published(batch, name, steps, num_csx=1), tmp_path).train.batch_size == batch
+    assert loaded(published(batch * systems, name, steps), tmp_path).train.batch_size == batch * systems
+    assert loaded(published(batch, name, 500), tmp_path).train.batch_size == batch  # another run
+
+
+def test_a_batch_that_nothing_tells_about_is_said(tmp_path, caplog):
+    body = older()
+    body["optimizer"] |= {"beta1": 0.9, "beta2": 0.95}
+    assert loaded(body, tmp_path).train.batch_size == 8
+    assert "batch_size = 8 is taken for the whole; release 1.8 wrote that of one system" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["older", "current"])
+def test_bent_files_are_read_or_refused(tmp_path, form, bent):
+    path, refused = tmp_path / "theirs.yaml", 0
+    text = json.dumps({"older": older, "current": current}[form]({"sparsity": 0.9, "param_filter": FILTERS}))
+    for _ in range(150):
+        path.write_bytes(bent(text))
+        try:
+            load_config(path, ["data.corpus=stdlib", "data.tokenizer=bytes"])
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 50
 
 
 @pytest.mark.parametrize("path, value, message", UNLIKE.values(), ids=UNLIKE)

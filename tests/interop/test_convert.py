@@ -543,7 +543,10 @@ WRONG = {
     ),
     "truncated": (lambda folder: made_folder(folder, cut=True), r"model.safetensors is no whole safetensors file"),
     "not JSON": (lambda folder: made_folder(folder, text="{"), r"config.json is no JSON"),
-    "no mapping": (lambda folder: made_folder(folder, text="[]"), r"config.json is no mapping of settings"),
+    "no mapping": (
+        lambda folder: made_folder(folder, text="[]"),
+        r"cannot be read: expected a JSON object",
+    ),
 }
 
 

@@ -309,14 +309,14 @@ def test_plan_bytes_a_kept_weight(kernel, density, code, loops):
 def test_prepared_plans_are_those_of_first_use():
     patterns = [Pattern.random((96, 64), 0.9, seed=seed) for seed in range(5)]
     cpu.prepare(patterns)
-    prepared = [pattern.plans["cpu"].nbytes for pattern in patterns]
+    prepared = [pattern.packed["cpu"].nbytes for pattern in patterns]
     for pattern, size in zip(patterns, prepared, strict=True):
         assert size > cpu.extension().Plan(*pattern.shape, pattern.bits).nbytes
         x, grad, values = random(FEW + 1, 64, seed=0), random(FEW + 1, 96, seed=1), random(pattern.nnz, seed=2)
         cpu.forward(x, values, None, pattern)
         cpu.grad_input(grad, values, pattern)
         cpu.grad_values(grad, x, pattern)
-        assert pattern.plans["cpu"].nbytes == size
+        assert pattern.packed["cpu"].nbytes == size
 
 
 def test_isa_names(monkeypatch):
@@ -349,7 +349,7 @@ def test_an_instruction_set_that_cannot_be_had_is_named(monkeypatch, wanted, mes
     with pytest.raises(UserError, match=message):
         cpu.isa()
     with pytest.raises(UserError, match=message):
-        cpu.plan(Pattern.random((7, 11), 0.5, seed=123))
+        cpu.packed(Pattern.random((7, 11), 0.5, seed=123))
 
 
 @pytest.mark.parametrize(

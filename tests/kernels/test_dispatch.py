@@ -64,6 +64,23 @@ def test_a_choice_is_measured_once_in_a_process(process, pattern):
     assert work.calls == calls > 0
 
 
+@pytest.mark.parametrize("slow", ["cpu", "dense"])
+def test_a_path_that_has_lost_by_far_is_timed_once(process, pattern, slow):
+    calls = []
+    run = lambda path: (calls.append(path), time.sleep(0.02 if path == slow else 0.001))  # noqa: E731
+    assert choose(pattern, run).path != slow
+    assert calls.count(slow) == 2 < len(calls) / 2  # warm-up and first round
+
+
+def test_wide_values_are_a_case_of_their_own(process, pattern):
+    """The paths pack and cast otherwise where values stay float32."""
+    narrow = vspdf.sparse_linear(*(torch.ones(n, dtype=torch.bfloat16) for n in [(128, 256), pattern.nnz]), pattern)
+    wide = vspdf.sparse_linear(torch.ones(128, 256, dtype=torch.bfloat16), torch.ones(pattern.nnz), pattern)
+    assert narrow.dtype == wide.dtype == torch.bfloat16
+    assert [" bfloat16 " in key for key in sorted(tuning.choices())] == [True, False]
+    assert " bfloat16+float32 " in sorted(tuning.choices())[1]
+
+
 @pytest.mark.parametrize("tokens", [121, 127, 128])
 def test_lengths_of_a_bucket_share_a_choice(process, pattern, tokens):
     choose(pattern, Work(CLEAR), tokens=125)

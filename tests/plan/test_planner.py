@@ -278,7 +278,7 @@ def test_nothing_is_overwritten(tmp_path, command):
     path = tmp_path / "mine.yaml"
     path.write_text("precious")
     status, out, err = command("--model", "gpt2-small", "--write", path)
-    assert status == 2 and out == "" and "exists and is not overwritten" in err and path.read_text() == "precious"
+    assert status == 2 and out == "" and "nothing is overwritten" in err and path.read_text() == "precious"
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def test_bad_input_in_one_line(command, arguments, messages):
 @pytest.mark.parametrize(
     "body, message",
     [
-        ("{", "config.json cannot be read"),
+        ("{", "config.json is no JSON"),
         ('{"model_type": "llama"}', "model_type 'llama' is not known"),
         ('{"model_type": "gpt2", "n_embd": "x"}', "expected a whole number as n_layer"),
     ],

@@ -348,7 +348,7 @@ BAD = {
     "twice": (lambda folder: [folder, folder], "'{folder}' is given twice."),
     "broken line": (broken_line, "{folder}/metrics.jsonl, line 3 is broken: expected a JSON object"),
     "line without loss": (line_without_loss, "{folder}/metrics.jsonl, line 2 is broken: it has no 'loss'."),
-    "broken summary": (cut("summary.json"), "{folder}/summary.json cannot be read"),
+    "broken summary": (cut("summary.json"), "{folder}/summary.json is no JSON"),
     "broken patterns": (cut("patterns.npz"), "{folder}/patterns.npz is damaged"),
     "broken checkpoint": (cut("checkpoints/*/model.safetensors"), "model.safetensors cannot be read"),
     "no manifest": (without_manifest, "{folder}/manifest.json is missing: the run directory is not whole."),

@@ -152,6 +152,14 @@ def test_altered_numbers_in_the_state_are_found(saved):
         checkpoint.read(folder / "step-00000002")
 
 
+def test_a_state_that_cannot_be_read_is_one_line(saved):
+    folder, _, _ = saved
+    (folder / "step-00000002" / "state.json").unlink()
+    (folder / "step-00000002" / "state.json").mkdir()
+    with pytest.raises(UserError, match=r"state.json cannot be read: Is a directory\.$"):
+        checkpoint.read(folder / "step-00000002")
+
+
 LIMITED = """
 import resource, sys
 from pathlib import Path

@@ -132,10 +132,62 @@ def test_a_directory_without_a_run_says_what_is_near(tmp_path, old):
         Run(old).require(finished=True)
 
 
-@pytest.mark.parametrize(
-    "content, why", [("{", "cannot be read"), ("[]", "expected a JSON object"), ("{}", "'phases'")]
-)
+@pytest.mark.parametrize("content, why", [("{", "is no JSON"), ("[]", "expected a JSON object"), ("{}", "'phases'")])
 def test_a_broken_summary_is_named(old, content, why):
     (old / "summary.json").write_text(content)
     with pytest.raises(UserError, match=rf"summary.json cannot be read: .*{why}|summary.json {why}"):
         _ = Run(old).summary
+
+
+LINE = {
+    "step": 2, "phase": "sparse", "sparsity": 0.9, "tokens": 64, "loss": 4.5, "training_seconds": 2.0,
+    "step_seconds": 1.0, "flops": {"dense": 20, "useful": 4, "executed": 6},
+}  # fmt: skip
+BENT_LINES = {
+    "no object": ("[1]", "it is no JSON object"),
+    "deep": ("[" * 100_000, "expected a JSON object"),
+    "digits": ('{"step": ' + "9" * 10_000 + "}", "expected a JSON object"),
+    "text for a loss": ({"loss": "low"}, "its 'loss' is 'low'"),
+    "NaN": ({"loss": float("nan")}, "its 'loss' is 'nan'"),
+    "truth for a step": ({"step": True}, "its 'step' is 'True'"),
+    "flops of no column": ({"flops": {"dense": 20, "useful": 4}}, "in 'flops', it has no 'executed'"),
+    "no flops": ({"flops": {"dense": 20, "useful": 4, "executed": 0}}, "in 'flops', its 'executed' is '0'"),
+    "half an evaluation": ({"val_loss": 4.5}, "it has no 'val_bits_per_byte'"),
+    "a step again": ({"step": 1}, "step 1 after step 1"),
+    "fewer tokens": ({"tokens": 31}, "31 tokens after 32"),
+    "fewer flops": ({"flops": {"dense": 20, "useful": 1, "executed": 6}}, "1 useful FLOPs after 2"),
+}
+
+
+@pytest.mark.parametrize("bent, why", BENT_LINES.values(), ids=BENT_LINES)
+def test_a_bent_line_of_metrics_is_named(tmp_path, bent, why):
+    first = LINE | {
+        "step": 1,
+        "tokens": 32,
+        "training_seconds": 1.0,
+        "flops": {"dense": 10, "useful": 2, "executed": 3},
+    }
+    second = bent if isinstance(bent, str) else json.dumps(LINE | bent)
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(first)}\n{second}\n")
+    with pytest.raises(UserError, match=rf"metrics.jsonl, line 2 is broken: .*{why}"):
+        _ = Run(tmp_path).lines
+
+
+PHASE = {"name": "a", "sparsity": 0.5, "steps": 3, "tokens": 9, "flops": {"dense": 3, "useful": 2, "executed": 2}}
+BENT_SUMMARIES = {
+    "deep": ("[" * 100_000, "nests too deep"),
+    "no phase": ({"phases": []}, "its 'phases' are none"),
+    "phases by name": ({"phases": {"a": PHASE}}, "its 'phases' are no list"),
+    "no step": ({"phases": [PHASE | {"steps": 0}]}, "in 'phases', its 'steps' is '0'"),
+    "all masked": ({"phases": [PHASE | {"sparsity": 1}]}, "in 'phases', its 'sparsity' is '1'"),
+    "hardware": ({"phases": [PHASE], "hardware": "x"}, "its 'hardware' is 'x'"),
+    "samples": ({"phases": [PHASE], "samples": [1]}, "in 'samples', it is no JSON object"),
+    "comparison": ({"phases": [PHASE], "comparison": [{"phase": "a"}]}, "in 'comparison', it has no 'sparsity'"),
+}
+
+
+@pytest.mark.parametrize("bent, why", BENT_SUMMARIES.values(), ids=BENT_SUMMARIES)
+def test_a_bent_summary_is_named(tmp_path, bent, why):
+    (tmp_path / "summary.json").write_text(bent if isinstance(bent, str) else json.dumps(bent))
+    with pytest.raises(UserError, match=rf"summary.json .*{why}"):
+        _ = Run(tmp_path).summary

@@ -229,7 +229,14 @@ def test_a_machine_of_ones_own(tmp_path):
         ("banks: {value: 8, unit: count, grade: M, source: x, note: y}", "unknown field 'note'"),
         ("banks: {value: eight, unit: count, grade: M, source: x}", "takes a number"),
         ("in_queue_depth: {value: 4, unit: words, grade: M, source: x}", "list of positive integers"),
+        ("banks: {value: .inf, unit: count, grade: M, source: x}", "at most 1e"),
+        ("banks: {value: .nan, unit: count, grade: M, source: x}", "takes a number"),
+        ("banks: {value: 8, unit: count, grade: [M], source: x}", "words as its grade"),
+        ("banks: {value: 8, unit: 3, grade: M, source: x}", "words as its unit"),
         ("- 1", "expected parameters"),
+        ("7", "cannot be read as YAML"),
+        ("a: ${b}", "cannot be read as YAML|bare"),
+        ("[" * 20_000, "nests too deep|cannot be read as YAML"),
         ("a: [", "cannot be read as YAML"),
     ],
 )  # fmt: skip
@@ -250,6 +257,7 @@ def test_a_bad_machine_file_is_one_clear_line(tmp_path, text, message):
         ("banks=-1", "at least 0"),
         ("banks=0", "must be above 0"),
         ("hop_cycles=[", "expected key=value"),
+        ("hop_cycles=${a}", "expected key=value|takes a number"),
     ],
 )
 def test_a_bad_setting_is_one_clear_line(setting, message):

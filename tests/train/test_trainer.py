@@ -18,6 +18,7 @@ from vspdf.config import loading
 from vspdf.data.text import Dataset
 from vspdf.errors import Diverged, UserError
 from vspdf.interop import checkpoints
+from vspdf.kernels import cpu
 from vspdf.ledger import CONVENTIONS
 from vspdf.model import GPT
 from vspdf.pattern import Pattern, kept_count
@@ -43,6 +44,18 @@ def run(path, *overrides, resume=False):
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
+
+
+@pytest.mark.parametrize("has_bf16", [True, False], ids=["bf16 in hardware", "none"])
+def test_bf16_runs_in_fp32_where_the_processor_has_none(tiny, tmp_path, monkeypatch, has_bf16):
+    monkeypatch.setattr(cpu, "has_bf16", lambda: has_bf16)
+    losses, said = [], []
+    for precision in ("fp32", "bf16"):
+        settings = loading.load(tiny, [f"train.precision={precision}", f"run_dir={tmp_path}/{precision}"])
+        train(settings, say=said.append)
+        losses.append([(line["loss"], line.get("val_loss")) for line in metrics(tmp_path / precision)])
+    assert (losses[0] == losses[1]) is not has_bf16
+    assert sum("bf16 runs in fp32: this processor has neither" in line for line in said) == (not has_bf16)
 
 
 def saved(folder, step):
@@ -205,6 +218,12 @@ def test_clipping_decay_and_phase_overrides_reach_the_optimizer(tiny, tmp_path):
     for name, change in changes.items():
         _, lines = run(tiny, base, change, f"run_dir={tmp_path}/{name}")
         assert lines[-1]["loss"] != plain[-1]["loss"], name
+
+
+def test_output_layers_begin_with_a_deviation_of_their_own(tiny, tmp_path):
+    run(tiny, "model.output_init_std=0.5", "phases=[{steps: 1}]", f"run_dir={tmp_path}/own")
+    tensors = saved(tmp_path / "own", 1)[0]
+    assert tensors["h.0.mlp.c_proj.weight"].std() > 0.3 > 10 * tensors["h.0.mlp.c_fc.weight"].std()
 
 
 def test_s_mu_par_scales_init_and_learning_rate(tiny, tmp_path):

@@ -107,10 +107,11 @@ def _block(shape: Shape, sparsity: float, batch: int, sequence: int) -> Callable
 def _attention(shape: Shape, length: int) -> Callable[[], None]:
     """Forward and backward of causal attention over one sequence."""
     import torch
-    from torch.nn.functional import scaled_dot_product_attention
+
+    from vspdf.attention import causal_attention
 
     q, k, v = (torch.randn(1, shape.n_head, length, shape.d_model // shape.n_head, requires_grad=True) for _ in "qkv")
-    return lambda: scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+    return lambda: causal_attention(q, k, v).sum().backward()
 
 
 def _vocabulary(d_model: int, rows: int, tokens: int) -> Callable[[], None]:

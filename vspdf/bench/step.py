@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vspdf.attention import plain
 from vspdf.bench.rounds import _quartiles
 from vspdf.kernels import hardware
+from vspdf.model import GPT, Attention
+from vspdf.shapes import Shape
 
 
 def bench_step(
@@ -28,18 +31,16 @@ def bench_step(
 ) -> dict[str, Any]:
     """Times whole training steps (forward, backward, clipping, AdamW) of sparse models beside the same dense model.
 
-    The dense side is plain PyTorch: nn.Linear, scaled_dot_product_attention, fused AdamW. Vocabulary: bytes.
+    The dense side is plain PyTorch: nn.Linear, scaled_dot_product_attention, fused AdamW. Where the sparse models' own
+    attention (`vspdf.attention`) skips more than torch's, a second dense model has it too. Vocabulary: bytes.
 
     Returns
     -------
     dict
-        ``rows`` with ``sparsity``, ``seconds_median`` and quartiles, ``ratio_to_dense``, memory of the training state;
-        ``hardware``, ``versions``.
+        ``rows`` with ``sparsity``, ``attention`` ("torch" or "blocks"), ``seconds_median`` and quartiles,
+        ``ratio_to_dense`` (with torch's attention), memory of the training state; ``hardware``, ``versions``.
     """
-    from vspdf.model import GPT
-    from vspdf.shapes import Shape
     from vspdf.sparsity.layer import training_state_bytes
-    from vspdf.sparsity.surgery import sparsify
 
     before = torch.get_num_threads()
     if threads:
@@ -47,38 +48,31 @@ def bench_step(
     shape = Shape(n_layer, d_model, n_head, 4 * d_model, 257, sequence_length)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(257, (batch_size, sequence_length + 1), generator=generator)
-    steps: dict[float, Callable[[], None]] = {}
-    memory: dict[float, Any] = {}
-    models = {}
-    for sparsity in (0.0, *sparsities):
-        model = GPT(shape)
-        if sparsity:
-            sparsify(model, sparsity)
-        steps[sparsity], models[sparsity] = _training_step(model, tokens), model
-    times: dict[float, list[float]] = {sparsity: [] for sparsity in steps}
+    dense = (0.0, "torch")
+    models = {side: _model(shape, *side) for side in (dense, *((s, "blocks") for s in (0.0, *sparsities)))}
+    steps = {side: _training_step(model, tokens) for side, model in models.items()}
+    times: dict[tuple[float, str], list[float]] = {side: [] for side in steps}
     try:
         for i in range(rounds + 2):
             progress(f"round {i} of {rounds + 1}")
-            for sparsity, step in steps.items():
+            for side, step in steps.items():
                 start = time.perf_counter()
                 step()
                 if i > 1:  # two rounds of warm-up: plans, tuning, moments
-                    times[sparsity].append(time.perf_counter() - start)
-        for sparsity, model in models.items():
-            memory[sparsity] = training_state_bytes(model) if sparsity else None
+                    times[side].append(time.perf_counter() - start)
+        memory = {side: training_state_bytes(model) if side[0] else None for side, model in models.items()}
         used = torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
-    dense = statistics.median(times[0.0])
     rows = []
-    for sparsity, seconds in times.items():
+    for (sparsity, attention), seconds in times.items():
         low, high = _quartiles(seconds)
         median = statistics.median(seconds)
         rows.append(
             {
-                "sparsity": sparsity, "threads": used, "seconds_median": median,
+                "sparsity": sparsity, "attention": attention, "threads": used, "seconds_median": median,
                 "seconds_low": low, "seconds_high": high,
-                "ratio_to_dense": dense / median, "memory": memory[sparsity],
+                "ratio_to_dense": statistics.median(times[dense]) / median, "memory": memory[sparsity, attention],
             }
         )  # fmt: skip
     return {
@@ -87,6 +81,19 @@ def bench_step(
         "hardware": hardware.hardware(),
         "versions": hardware.versions(),
     }
+
+
+def _model(shape: Shape, sparsity: float, attention: str) -> GPT:
+    from vspdf.sparsity.surgery import sparsify
+
+    model = GPT(shape)
+    if attention == "torch":
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.attend = plain
+    if sparsity:
+        sparsify(model, sparsity)
+    return model
 
 
 def _training_step(model: torch.nn.Module, tokens: Tensor) -> Callable[[], None]:

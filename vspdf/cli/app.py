@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from importlib.metadata import version
@@ -50,6 +51,10 @@ def main() -> None:
     except Interrupted as error:
         err.print(f"vspdf: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(130)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # of any path that is asked for
+            raise
+        message = f"'{str(error.filename)[:40]}...' is longer than the name of a file can be."
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's usage errors, whatever class they are in its version
             raise

@@ -203,6 +203,7 @@ def bench_step(
     table = Table(title=f"training step, {words.count(result['model']['parameters'])} parameters", title_justify="left")
     for column in (
         "sparsity",
+        "attention",
         "threads",
         "s/step",
         "quartiles",
@@ -217,7 +218,7 @@ def bench_step(
             [f"{memory[k]['sparse'] / memory[k]['dense']:.0%}" for k in ("sparsified", "model")] if memory else ["", ""]
         )
         table.add_row(
-            f"{row['sparsity']:.0%}", str(row["threads"]), f"{row['seconds_median']:.3f}",
+            f"{row['sparsity']:.0%}", row["attention"], str(row["threads"]), f"{row['seconds_median']:.3f}",
             f"{row['seconds_low']:.2f}-{row['seconds_high']:.2f}", f"{row['ratio_to_dense']:.2f}x", *shares,
         )  # fmt: skip
     out.print(table)

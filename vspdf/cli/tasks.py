@@ -16,6 +16,7 @@ from vspdf.errors import UserError, one_of, require
 if TYPE_CHECKING:
     from vspdf.config.resolved import ResolvedConfig
     from vspdf.data.tokenizer import Tokenizer
+    from vspdf.evaluate.generate import Decoding
     from vspdf.model import GPT
 
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
@@ -50,13 +51,13 @@ def generate(
     """
     from vspdf.evaluate import answers
     from vspdf.evaluate.generate import Decoding
-    from vspdf.files import make_folder, require_new, write_whole
+    from vspdf.files import make_folder, must_be_new, write_whole
 
     only(input is None, "is not read beside `input`, which holds the prompts", context, "prompt")
     only(input is not None, "goes with `input`", context, "format", "limit", "batch_size")
     one_of("`overlong`", overlong, answers.OVERLONG)
     if output:
-        require_new(output)
+        must_be_new(output)
     require(not output or input is not None, "`output` goes with `input`; text after `prompt` goes to stdout.")
     model, tokenizer, state = _with_tokenizer(path, device)
     task = state.get("task")
@@ -66,11 +67,7 @@ def generate(
         length_penalty=length_penalty, no_repeat_ngram=no_repeat_ngram,
         temperature=temperature if temperature is not None else (0.0 if input else 0.8), seed=seed,
     )  # fmt: skip
-    searching, drawing = decoding.beams > 1, decoding.beams == 1 and decoding.temperature > 0
-    only(searching, "is for beam search: `beams` above 1", context, "length_penalty", "no_repeat_ngram")
-    only(not searching, "is for sampling: `beams` 1", context, "temperature")
-    only(drawing, "is for sampling: `beams` 1 and a `temperature` above 0", context, "seed")
-    only(searching or input is not None, "is for beam search and `input`: sampling has no end", context, "overlong")
+    _check_decoding(context, decoding, input is not None)
     started = time.perf_counter()
     if input:
         found = answers.answer(
@@ -87,6 +84,15 @@ def generate(
     body = {"checkpoint": str(path), "step": state["step"], "answers": len(found.lines), "tokens": found.tokens,
             "seconds": seconds, "decoding": asdict(decoding), **texts}  # fmt: skip
     emit(body) if as_json else _print_answers(body)
+
+
+def _check_decoding(context: typer.Context, decoding: Decoding, from_file: bool) -> None:
+    """Refuses options that this way of decoding would not read."""
+    searching, drawing = decoding.beams > 1, decoding.beams == 1 and decoding.temperature > 0
+    only(searching, "is for beam search: `beams` above 1", context, "length_penalty", "no_repeat_ngram")
+    only(not searching, "is for sampling: `beams` 1", context, "temperature")
+    only(drawing, "is for sampling: `beams` 1 and a `temperature` above 0", context, "seed")
+    only(searching or from_file, "is for beam search and `input`: sampling has no end", context, "overlong")
 
 
 def _print_answers(body: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from vspdf.compare.tuning import Tuning, tuned
 from vspdf.config import resolve
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.errors import UserError
+from vspdf.files import read_json
 from vspdf.kernels import hardware
 from vspdf.report.comparison import Axis, at, curve, evaluated, paired, spread
 from vspdf.report.tables import LOSSES, main_axes
@@ -234,11 +234,8 @@ def read(study: Study) -> dict[str, Any]:
     UserError
         If there are none.
     """
-    try:
-        return json.loads(study.results.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not study.results.exists():
         raise UserError(
             f"study '{study.name}' has no committed results: it was not run yet. `vspdf compare {study.path}` runs it."
-        ) from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{study.results} cannot be read: {error}.") from None
+        )
+    return read_json(study.results)

@@ -62,8 +62,12 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except OmegaConfBaseException as error:
         raise _explained(error, str(path)) from None
-    except (UnicodeDecodeError, OSError) as error:
+    except RecursionError:
+        raise UserError(f"{path} nests too deep.") from None
+    except (ValueError, OSError) as error:  # no UTF-8, a number of too many digits
         raise UserError(f"{path} cannot be read: {_first_line(error)}.") from None
+    except Exception as error:  # of tags that do not fit their values, YAML's constructors raise whatever they meet
+        raise UserError(f"{path} is not valid YAML: {_first_line(error)}.") from None
 
 
 def build(
@@ -97,7 +101,7 @@ def build(
         found = dataclasses.asdict(resolve_model(model))
         for key, value in found.items():
             mine = getattr(config.model, key)
-            if key != "init_std" and mine not in (None, value, getattr(ModelConfig(), key)):
+            if key not in ("init_std", "output_init_std") and mine not in (None, value, getattr(ModelConfig(), key)):
                 raise UserError(f"model.{key} = {mine}, but the model to start from has {value}: leave it out.")
         config.model = ModelConfig(**found)
     return resolve(config)

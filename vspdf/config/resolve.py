@@ -83,6 +83,8 @@ def resolve_model(model: ModelConfig) -> ResolvedModel:
             "(fine-tuning: vspdf finetune CHECKPOINT CONFIG).",
         )
         require(size >= 1, f"model.{key} must be at least 1, not {size}.")
+    most = shapes.MOST_LAYERS
+    require(sizes["n_layer"] <= most, f"model.n_layer must be at most {most:,}, not {sizes['n_layer']:,}.")
     d_ff = 4 * sizes["d_model"] if d_ff is None else d_ff
     require(d_ff >= 1, f"model.d_ff must be at least 1, not {d_ff}.")
     require(vocab_size is None or vocab_size >= 1, f"model.vocab_size must be at least 1, not {vocab_size}.")
@@ -91,10 +93,13 @@ def resolve_model(model: ModelConfig) -> ResolvedModel:
         f"model.n_head = {sizes['n_head']} does not divide model.d_model = {sizes['d_model']}.",
     )
     one_of("model.activation", model.activation, ("gelu", "gelu_tanh"))
-    require(0 < model.init_std < math.inf, f"model.init_std must be positive, not {model.init_std}.")
+    output = model.output_init_std
+    output = model.init_std / math.sqrt(2 * sizes["n_layer"]) if output is None else output
+    for key, std in (("init_std", model.init_std), ("output_init_std", output)):
+        require(0 < std < math.inf, f"model.{key} must be positive, not {std}.")
     return ResolvedModel(
         name=model.name, **sizes, d_ff=d_ff, vocab_size=vocab_size, activation=model.activation,
-        init_std=model.init_std,
+        init_std=model.init_std, output_init_std=output,
     )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ class ResolvedModel:
     vocab_size: int | None  # None: what the tokenizer needs, not known yet
     activation: str
     init_std: float
+    output_init_std: float
 
 
 @dataclass(frozen=True)

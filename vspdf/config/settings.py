@@ -24,6 +24,7 @@ class ModelConfig:
     vocab_size: int | None = None  # default: what the tokenizer needs
     activation: str = "gelu"  # exact, as in Cerebras-GPT; "gelu_tanh": GPT-2's
     init_std: float = 0.02  # published; narrow models want about 0.5 / sqrt(d_model)
+    output_init_std: float | None = None  # of what writes to the residual stream; default init_std / sqrt(2 · n_layer)
 
 
 @dataclass

@@ -66,19 +66,7 @@ def prepare(config: ResolvedData, sequence_length: int, seed: int) -> Dataset:
         raise UserError(f"Corpus '{corpus.name}' is empty: expected text.")
     if n_bytes + len(survey.sizes) <= sequence_length:  # no tokenizer makes more tokens than bytes
         raise _too_short(corpus.name, f"{n_bytes} bytes", sequence_length)
-    distinct = len(set(survey.keys.tolist()))
-    if distinct < 2:
-        raise UserError(
-            f"Corpus '{corpus.name}' is a single document of {n_bytes} bytes: expected at least two different ones, "
-            "one to train on and one to hold out."
-        )
-    try:
-        parts = split(survey.keys, survey.sizes, config.validation_fraction, config.test_fraction)
-    except ValueError:
-        raise UserError(
-            f"Corpus '{corpus.name}' has {distinct} different documents, and validation leaves less than two of them: "
-            "expected more, or data.test_fraction=0."
-        ) from None
+    parts = _parts(survey, corpus.name, config)
 
     def batches() -> Iterator[tuple[list[str], list[int]]]:
         return _batches(corpus, survey.keys, parts)
@@ -114,6 +102,29 @@ def prepare(config: ResolvedData, sequence_length: int, seed: int) -> Dataset:
     if corpus.python:
         manifest["corpus"]["python"] = corpus.python
     return Dataset(tokens, manifest, sequence_length, seed, config.repeat)
+
+
+def _parts(survey: _Survey, name: str, config: ResolvedData) -> np.ndarray:
+    """Which part every document belongs to: training, validation or test.
+
+    Raises
+    ------
+    UserError
+        If there are too few different documents for that.
+    """
+    distinct = len(set(survey.keys.tolist()))
+    if distinct < 2:
+        raise UserError(
+            f"Corpus '{name}' is a single document of {int(survey.sizes.sum())} bytes: expected at least two different "
+            "ones, one to train on and one to hold out."
+        )
+    try:
+        return split(survey.keys, survey.sizes, config.validation_fraction, config.test_fraction)
+    except ValueError:
+        raise UserError(
+            f"Corpus '{name}' has {distinct} different documents, and validation leaves less than two of them: "
+            "expected more, or data.test_fraction=0."
+        ) from None
 
 
 def _too_short(name: str, has: str, sequence_length: int) -> UserError:

@@ -57,7 +57,7 @@ def flops(value: float) -> str:
 
 def size(value: float) -> str:
     """Bytes in four digits: 1.25 GB, 250 MB."""
-    return f"{value / 1e9:,.4g} GB" if value >= 1e9 else f"{value / 1e6:,.4g} MB"
+    return f"{_digits(value / 1e9, 4)} GB" if value >= 1e9 else f"{_digits(value / 1e6, 4)} MB"
 
 
 def amount(value: float) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vspdf.data.samples import ValidationBatch
+from vspdf.kernels.hardware import slow_bf16
 
 
 class Evaluation(NamedTuple):
@@ -27,8 +28,9 @@ class HeldOut(Protocol):
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """Context of a configured `train.precision`."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    """Context of a configured `train.precision`; of fp32 too where the device has bf16 by name only."""
+    bf16 = precision == "bf16" and not slow_bf16(device)
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
 @torch.no_grad()
@@ -52,6 +54,7 @@ def evaluate(
     max_tokens : int
         Stop after about this many; 0: all.
     precision : {"fp32", "bf16"}
+        bf16 runs in fp32 on processors that would take 10 to 100 times as long.
     progress : callable
         Called with the number of tokens done.
     """

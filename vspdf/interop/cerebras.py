@@ -28,17 +28,24 @@ _MODEL = {
     "norm_type": ("layernorm",), "attention_type": ("scaled_dot_product",), "embedding_layer_norm": (False,),
     "use_position_embedding": (True,), "norm_first": (True,), "fixed_sparse_attention": (None,), "moe_params": (None,),
     "attention_inner_dim": (None,), "attention_sliding_window_length": (None,), "use_untied_layer_norm": (False,),
+    "scale_qk_dot_by_layer_idx": (False,), "attention_qk_norm_layer": (None,), "logit_softcapping": (None,),
 }  # fmt: skip
 _DROPOUT = ("dropout_rate", "attention_dropout_rate", "embedding_dropout_rate", "residual_dropout_rate")
 # What speaks of their machine and its numbers, or is read elsewhere.
 _MODEL_BESIDE = ("name", "mixed_precision", "fp16_type", "use_bfloat16", "attention_module", "attention_softmax_fp32",
-                 "attention_kernel", "compute_eval_metrics", "loss_scaling", "loss_weight", "initializer",
+                 "attention_kernel", "compute_eval_metrics", "precision_opt_level", "boundary_casting", "tf_summary",
+                 "enable_vts", "use_bfloat16_optimizer", "dtype", "loss_scaling", "loss_weight", "initializer",
                  "embedding_initializer", "output_layer_initializer")  # fmt: skip
 _MUP = ("mup_base_hidden_size", "mup_base_filter_size", "embeddings_scale", "output_logits_scale",
         "output_logits_alpha", "scale_qk_dot_by_d", "attention_logits_alpha", "adjust_learning_rate")  # fmt: skip
-_OPTIMIZER = ("optimizer_type", "betas", "beta1", "beta2", "eps", "weight_decay", "weight_decay_rate", "learning_rate",
-              "max_gradient_norm", "correct_bias", "adjust_learning_rate", "log_summaries", "loss_scaling_factor",
-              "initial_loss_scale", "steps_per_increase", "min_loss_scale", "max_loss_scale")  # fmt: skip
+_LARGEST_RATE = 1e6
+_STD = 0.02  # of an initializer that is left out
+_FACTORS = ("embeddings_scale", "output_logits_scale", "output_logits_alpha", "attention_logits_alpha")  # 1: as here
+_LARGEST = {"num_hidden_layers": 10_000}  # sizes beyond which nothing is built, not even a list
+_OPTIMIZER = ("optimizer_type", "betas", "beta1", "beta2", "eps", "epsilon", "weight_decay", "weight_decay_rate",
+              "learning_rate", "max_gradient_norm", "correct_bias", "use_bias_correction", "adjust_learning_rate",
+              "log_summaries", "loss_scaling_factor", "initial_loss_scale", "steps_per_increase", "min_loss_scale",
+              "max_loss_scale")  # fmt: skip
 
 
 def is_cerebras(body: Any) -> bool:
@@ -72,17 +79,18 @@ def translate(body: Mapping[str, Any], where: str, fine_tuning: bool = False) ->
     steps, data, extra = _current(body, init, where) if now else _older(body, where)
     batch, length = _whole(data.get("batch_size"), "batch_size", where), data.get("max_sequence_length")
     optimizer, rates = _optimizer(init if now else body, now, where)
-    n_layer = model.get("num_hidden_layers")
+    ours = _model(model, where)
     block = init.get("sparsity") if now else body.get("sparsity")
-    found = sparsity(block, n_layer if isinstance(n_layer, int) else 0, where, older=not now)
+    found = sparsity(block, ours["n_layer"], where, older=not now)
     seed = found.pop("seed", None)
     phase = {"steps": steps, **_rates(rates, steps, where), **found}
-    ours = _model(model, where)
     if not fine_tuning and length not in (None, ours["sequence_length"]):
         raise UserError(
             f"{where}: train_input.max_sequence_length = {length} is not offered beside max_position_embeddings = "
             f"{ours['sequence_length']}: text fills the model's window."
         )
+    if not now:
+        _check_batch(body, ours, batch, steps, where)
     config = {
         "model": ours,
         "optimizer": optimizer,
@@ -114,7 +122,7 @@ def _model_block(body: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
 def _model(model: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key in _MUP:
-        if model.get(key) not in (None, False):
+        if model.get(key) not in (None, False, *((1,) if key in _FACTORS else ())):
             raise UserError(
                 f"{where}: model.{key} is µP, which is not trained here (vspdf convert takes over its weights)."
             )
@@ -127,18 +135,37 @@ def _model(model: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise UserError(f"{where}: model.{key} = {model[key]!r} is not offered; expected 0.0.")
     found: dict[str, Any] = _sizes(model, where)
     _check_loss(model, found["sequence_length"], where)
-    if (std := _std(model, "initializer", where)) is not None:
-        found["init_std"] = std
-        if (embedding := _std(model, "embedding_initializer", where)) not in (None, std):
-            raise UserError(f"{where}: model.embedding_initializer.std = {embedding} is not offered; expected {std}.")
-        output = _std(model, "output_layer_initializer", where)
-        wanted = std / math.sqrt(2 * found["n_layer"])
-        if output is not None and not math.isclose(output, wanted, rel_tol=0.01):
-            raise UserError(
-                f"{where}: model.output_layer_initializer.std = {output} is not offered; expected {wanted:.4g}, the "
-                "initializer's over the root of twice the layers."
-            )
+    std, output = _std(model, "initializer", where), _std(model, "output_layer_initializer", where)
+    found |= {} if std is None else {"init_std": std}
+    std = _STD if std is None else std
+    if (embedding := _std(model, "embedding_initializer", where)) not in (None, std):
+        raise UserError(f"{where}: model.embedding_initializer.std = {embedding} is not offered; expected {std}.")
+    if output is not None and not math.isclose(output, std / math.sqrt(2 * found["n_layer"]), rel_tol=1e-6):
+        found["output_init_std"] = output
     return found
+
+
+def _check_batch(body: Mapping[str, Any], model: Mapping[str, Any], batch: int, steps: int, where: str) -> None:
+    """Asks where a batch may be that of one system, as release 1.8 wrote it; later ones write that of all.
+
+    The forms are alike. A published model trained for its published steps tells: its batch is so many times larger.
+    """
+    if _mapping(body.get("runconfig"), "runconfig", where).get("num_csx") == 1:
+        return
+    sizes = {key: value for key, value in model.items() if not key.endswith("init_std")}
+    for name, (published, usual, _) in shapes.PUBLISHED.items():
+        if shapes.Shape(**sizes) != shapes.MODELS[name] or not math.isclose(steps, usual, rel_tol=0.05):
+            continue
+        systems = published * usual / (batch * steps)
+        if round(systems) >= 2 and math.isclose(systems, round(systems), rel_tol=0.02):
+            tokens = batch * steps * model["sequence_length"]
+            raise UserError(
+                f"{where}: train_input.batch_size = {batch} makes {tokens / 1e9:.1f}B tokens of the {name} run's "
+                f"published {tokens * systems / 1e9:.1f}B: release 1.8 wrote the batch of one of {round(systems)} "
+                f"systems. Write batch_size: {batch * round(systems)}, or runconfig.num_csx: 1 if {batch} is all."
+            )
+    if _mapping(body.get("optimizer"), "optimizer", where).keys() & {"beta1", "weight_decay_rate"}:
+        log.warning("%s: batch_size = %d is taken for the whole; release 1.8 wrote that of one system.", where, batch)
 
 
 def _sizes(model: Mapping[str, Any], where: str) -> dict[str, int]:
@@ -150,6 +177,9 @@ def _sizes(model: Mapping[str, Any], where: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for theirs, ours in _SIZES.items():
         value = model.get(theirs)
+        largest = _LARGEST.get(theirs, 1 << 31)
+        if isinstance(value, int) and not isinstance(value, bool) and not 0 < value <= largest:
+            raise UserError(f"{where}: model.{theirs} = {value} must lie between 1 and {largest:,}.")
         if not isinstance(value, int) or isinstance(value, bool):
             near = "" if theirs in model else did_you_mean(theirs, map(str, model))
             raise UserError(f"{where}: model.{theirs} must be a whole number, not {value!r}.{near}")
@@ -166,9 +196,9 @@ def _name_ignored(what: str, block: Mapping[str, Any], known: Sequence[str], whe
 
 def _check_loss(model: Mapping[str, Any], length: int, where: str) -> None:
     """The loss is the mean over the targets here; of a batch of full windows, theirs by batch size may be the same."""
-    scaling, weight = model.get("loss_scaling", "num_tokens"), model.get("loss_weight", 1.0)
-    mean = {"num_tokens": 1.0, "batch_size": 1 / length}
-    if scaling not in mean or not isinstance(weight, int | float) or not math.isclose(weight, mean[scaling]):
+    scaling, weight = model.get("loss_scaling") or "num_tokens", model.get("loss_weight", 1.0)
+    expected = {"num_tokens": 1.0, "batch_size": 1 / length}.get(str(scaling), math.nan)
+    if not isinstance(weight, int | float) or not abs(weight - expected) <= 1e-9 * expected:
         raise UserError(
             f"{where}: model.loss_scaling = {scaling!r} with loss_weight = {weight!r} is not offered; the loss is the "
             f"mean over the targets: 'num_tokens' with 1.0, or 'batch_size' with 1 / {length}."
@@ -183,6 +213,7 @@ def _std(model: Mapping[str, Any], key: str, where: str) -> float | None:
         not isinstance(value, dict)
         or value.get("name") != "truncated_normal"
         or not isinstance(value.get("std"), float)
+        or not 0 < value["std"] < math.inf
     ):
         raise UserError(f"{where}: model.{key} must be a truncated_normal with a std, not {value!r}.")
     return value["std"]
@@ -223,7 +254,7 @@ def _optimizer(body: Mapping[str, Any], now: bool, where: str) -> tuple[dict[str
     if str(kind).lower() != "adamw":
         raise UserError(f"{where}: optimizer '{kind}' is not offered; expected AdamW.")
     settings = _mapping(stated[kind], f"optimizer.{kind}", where) if now else stated
-    for key, expected in (("correct_bias", True), ("adjust_learning_rate", None)):
+    for key, expected in (("correct_bias", True), ("use_bias_correction", True), ("adjust_learning_rate", None)):
         if settings.get(key, expected) not in (None, expected):
             raise UserError(f"{where}: optimizer.{key} = {settings[key]!r} is not offered; expected {expected!r}.")
     _name_ignored("optimizer", settings, _OPTIMIZER, where)
@@ -238,7 +269,8 @@ def _optimizer(body: Mapping[str, Any], now: bool, where: str) -> tuple[dict[str
     else:
         stated_rate = settings.get("learning_rate")
         rates = [_flat_rate(item) for item in (stated_rate if isinstance(stated_rate, list) else [stated_rate])]
-    found = {"beta1": betas[0], "beta2": betas[1], "eps": settings.get("eps", 1e-6), "clip": clip or 0.0,
+    found = {"beta1": betas[0], "beta2": betas[1], "clip": clip or 0.0,
+             "eps": settings.get("eps", settings.get("epsilon", 1e-6)),
              "weight_decay": settings.get("weight_decay", settings.get("weight_decay_rate", 0.0))}  # fmt: skip
     stretches = [_stretch(rate, where) for rate in rates]
     found["lr"] = max(max(s["start"], s["end"]) for s in stretches)
@@ -268,9 +300,12 @@ def _stretch(rate: Mapping[str, Any], where: str) -> dict[str, Any]:
     start = rate.get("initial_learning_rate", rate.get("learning_rate", rate.get("val")))
     end = rate.get("end_learning_rate", start) if kind != "constant" else start
     for value in (start, end):
-        if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < _LARGEST_RATE:
             raise UserError(f"{where}: a learning rate must be a number of at least 0, not {value!r}.")
-    return {"kind": kind, "start": float(start), "end": float(end), "steps": rate.get("total_iters", rate.get("steps"))}
+    steps = next((rate[key] for key in ("total_iters", "steps", "decay_steps") if rate.get(key) is not None), None)
+    if steps is not None:
+        _whole(steps, "total_iters of the learning rate", where)
+    return {"kind": kind, "start": float(start), "end": float(end), "steps": steps}
 
 
 def _rates(stretches: list[dict[str, Any]], steps: int, where: str) -> dict[str, Any]:
@@ -281,6 +316,12 @@ def _rates(stretches: list[dict[str, Any]], steps: int, where: str) -> dict[str,
         peak = stretches.pop(0)["end"]
     else:
         peak = stretches[0]["start"]
+    if (
+        len(stretches) == 2
+        and stretches[1]["kind"] == "constant"
+        and warmup + (stretches[0]["steps"] or 0) >= steps - 1
+    ):
+        stretches.pop()  # begins when the run has ended
     if len(stretches) != 1 or stretches[0]["start"] != peak:
         raise UserError(f"{where}: the learning rate must warm up from 0 and then fall once, or stay.")
     last = stretches[0]
@@ -316,7 +357,10 @@ def translated(body: Any, where: str, fine_tuning: bool) -> Any:
     if not isinstance(phases, list) or not phases or not isinstance(phases[0], dict) or "sparsity" in phases[0]:
         raise UserError(f"{where}: a sparsity block goes with phases, the first of which has no sparsity of its own.")
     settings = model if isinstance(model, dict) else {}
-    n_layer = settings.get("n_layer") or (shapes.named_shape(settings["name"]).n_layer if "name" in settings else 0)
-    found = sparsity(block, n_layer if isinstance(n_layer, int) else 0, where, older=True)
+    named = shapes.named_shape(str(settings["name"])).n_layer if "name" in settings else 0
+    n_layer = settings.get("n_layer") or named
+    if not isinstance(n_layer, int) or not 0 <= n_layer <= _LARGEST["num_hidden_layers"]:
+        raise UserError(f"{where}: model.n_layer must be a whole number of layers, not {n_layer!r}.")
+    found = sparsity(block, n_layer, where, older=True)
     seed = {"seed": found.pop("seed")} if "seed" in found else {}
     return body | seed | {"phases": [phases[0] | found, *phases[1:]]}

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from vspdf.data.tokenizer import Tokenizer
 from vspdf.errors import UserError, did_you_mean
-from vspdf.files import new_whole, require_new
+from vspdf.files import must_be_new, new_whole
 from vspdf.interop import checkpoints, hugging_face
 from vspdf.interop.masks import finalize_tree, name_zeros
 from vspdf.interop.tensors import PICKLES, flatten, read, unshared
@@ -57,7 +57,7 @@ def convert(
     source, target = Path(source), Path(target)
     if to is not None and to not in FORMS:
         raise UserError(f"`to` '{to}' is not known.{did_you_mean(to, FORMS)}")
-    require_new(target)  # before the work; new_whole asks again
+    must_be_new(target)  # before the work; new_whole asks again
     if source.is_file():
         if to is not None:
             raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from vspdf.config import loading, resolve
 from vspdf.config.resolved import ResolvedModel, ResolvedPhase
 from vspdf.config.settings import Config, ModelConfig
 from vspdf.errors import UserError, did_you_mean, near_path
+from vspdf.files import read_json
 from vspdf.interop import load_config
 from vspdf.shapes import PUBLISHED, Shape, _nearest
 
@@ -83,11 +83,8 @@ def model_and_batch(model: str | Path) -> tuple[Shape, int | None]:
 
 def _from_hugging_face(folder: Path) -> Source:
     file = folder / "config.json"
-    try:
-        body = json.loads(file.read_text())
-        kind = body.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read: {error}.") from None
+    body = read_json(file)
+    kind = body.get("model_type")
     if kind not in HF_TYPES:
         raise UserError(
             f"{file}: model_type '{kind}' is not known to have blocks of 4·d² + 2·d·d_ff weights. "

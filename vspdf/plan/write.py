@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from vspdf.config import resolve
 from vspdf.config.settings import Config
 from vspdf.errors import UserError
-from vspdf.files import sweep, write_whole
+from vspdf.files import new_whole
 
 if TYPE_CHECKING:
     from vspdf.plan.planner import Plan
@@ -41,10 +41,8 @@ def write(found: Plan, path: str | Path) -> None:
         f"(convention {found.convention})\n# than a dense run of {found.baseline}.\n"
         "# lr_multiple is the published one at 90 % sparsity: lower it for milder ones. Your own text: data.corpus.\n"
     )
-    if path.exists():
-        sweep(path.parent)
-        raise UserError(f"'{path}' exists and is not overwritten: give another name.")
-    write_whole(path, text + body)
+    with new_whole(path) as draft:
+        draft.write_text(text + body, encoding="utf-8")
 
 
 def _drop_what_follows(config: Config) -> None:

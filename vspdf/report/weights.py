@@ -128,7 +128,7 @@ def magnitudes(path: Path, first: dict[str, Pattern]) -> tuple[np.ndarray, np.nd
                     values = np.abs(tensors.get_tensor(f"{name}.values").float().numpy())
                     kept.append(values[was])
                     added.append(values[~was])
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # it has each of them for an unreadable file
         raise UserError(f"{path} cannot be read: {error}.") from None
     return np.concatenate(kept), np.concatenate(added)
 

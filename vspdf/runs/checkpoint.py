@@ -226,7 +226,7 @@ def read(path: Path) -> Checkpoint:
             if of_file(file) != state["sha256"][name]:
                 raise damaged(file)
             tensors.append(load_file(file))
-        except (OSError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:  # safetensors has each of them for an unreadable file
             raise UserError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     model, rest = tensors
     revived = {name.removeprefix(_REVIVED): rest.pop(name) for name in list(rest) if name.startswith(_REVIVED)}

@@ -15,6 +15,7 @@ import numpy as np
 from vspdf.config import loading, resolve
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.errors import UserError, near_path
+from vspdf.files import read_json
 from vspdf.runs import digests, forms, masks
 from vspdf.runs.masks import Masks
 from vspdf.runs.record import beside_dense
@@ -66,7 +67,7 @@ def read_state(path: Path) -> dict[str, Any]:
         If it is missing or altered.
     """
     try:
-        state = json.loads((path / STATE).read_text())
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
         stated = state.pop("state_sha256")
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} has no {STATE}; it is not whole.") from None
@@ -187,7 +188,7 @@ class Run:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """What the data is: `corpus`, `tokenizer`, parts, and `order`, a hash of the order in which it is read."""
-        return _json(self.folder / MANIFEST)
+        return _json(self.folder / MANIFEST, forms.MANIFEST)
 
     @property
     def tokenizer(self) -> Path:
@@ -235,22 +236,16 @@ class Run:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """What the run did, from its end; empty before that."""
-        body = _json(self.folder / SUMMARY, needed=False, key="phases")
-        stated = _json(self.folder / DIGEST, needed=False)
+        body = _json(self.folder / SUMMARY, forms.SUMMARY, needed=False)
+        stated = _json(self.folder / DIGEST, {}, needed=False)
         if body and stated and stated != {"sha256": digests.of_body(body)}:
             raise UserError(f"{self.folder / SUMMARY} is damaged; `vspdf train --resume` writes it again.")
-        self._check_phases(body.get("phases", []), forms.PHASE)
         return body
-
-    def _check_phases(self, phases: Any, form: forms.Form) -> None:
-        wrong = [forms.wrong(phase, form) for phase in phases] if isinstance(phases, list) else ["they are no list"]
-        for why in filter(None, wrong):
-            raise UserError(f"{self.folder / SUMMARY} is broken: of its phases, {why}.")
 
     @property
     def evaluation(self) -> dict[str, Any]:
         """Of a study's run, losses on all of the held-out text, or why it diverged; empty where not known yet."""
-        return _json(self.folder / EVALUATION, needed=False)
+        return _json(self.folder / EVALUATION, forms.EVALUATION, needed=False)
 
     def masks(self, phase: int) -> Masks:
         """Masks by layer at the start of a phase; none where it was dense, or where an older run did not keep them."""
@@ -267,7 +262,7 @@ class Run:
     def phases(self) -> list[dict[str, Any]]:
         """As in the summary; of a run that is not finished, what metrics and the last checkpoint say so far."""
         if phases := self.summary.get("phases"):
-            self._check_phases(phases, forms.WHOLE_PHASE)
+            _check_form(self.folder / SUMMARY, self.summary, {"phases": [forms.WHOLE_PHASE]})
             return phases
         return list(self._phases_so_far())
 
@@ -341,24 +336,23 @@ def lines_of(path: Path, form: forms.Form = forms.LINE) -> list[dict[str, Any]]:
             line = json.loads(text)
         except (ValueError, RecursionError):
             raise UserError(f"{path}, line {number} is broken: expected a JSON object, got {text[:40]!r}.") from None
-        if why := forms.wrong(line, form):
+        if why := forms.wrong_line(line, form, lines[-1] if lines else None):
             raise UserError(f"{path}, line {number} is broken: {why}.")
-        if lines and line["step"] <= lines[-1]["step"]:
-            raise UserError(f"{path}, line {number} is broken: step {line['step']} after step {lines[-1]['step']}.")
         lines.append(line)
     return lines
 
 
-def _json(path: Path, *, needed: bool = True, key: str | None = None) -> dict[str, Any]:
-    """What a file holds, with a `key` that it must have; empty where it is missing and not `needed`."""
-    try:
-        body = json.loads(path.read_text())
-    except FileNotFoundError:
+def _json(path: Path, form: forms.Form, *, needed: bool = True) -> dict[str, Any]:
+    """What a file of a form holds; empty where it is missing and not `needed`."""
+    if not path.exists():
         if not needed:
             return {}
-        raise UserError(f"{path} is missing: the run directory is not whole.") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(body, dict) or (key and key not in body):
-        raise UserError(f"{path} cannot be read: expected a JSON object{f' with {key!r}' if key else ''}.")
+        raise UserError(f"{path} is missing: the run directory is not whole.")
+    body = read_json(path)
+    _check_form(path, body, form)
     return body
+
+
+def _check_form(path: Path, body: Any, form: forms.Form) -> None:
+    if why := forms.wrong(body, form):
+        raise UserError(f"{path} cannot be read: {why}.")

@@ -269,7 +269,7 @@ def training_state_bytes(model: nn.Module) -> dict[str, dict[str, int]]:
     """
     layers = sparse_layers(model).values()
     values = [layer.values for layer in layers]
-    plans = {id(p): p for layer in layers for p in layer.pattern.plans.values() if hasattr(p, "nbytes")}
+    plans = {id(p): p for layer in layers for p in layer.pattern.packed.values() if hasattr(p, "nbytes")}
     packed = sum(layer.pattern.bits.nbytes for layer in layers) + sum(p.nbytes for p in plans.values())
     sparse = sum(4 * v.numel() * v.element_size() for v in values) + packed
     dense = sum(4 * layer.pattern.numel * layer.values.element_size() for layer in layers)

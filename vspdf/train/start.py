@@ -54,7 +54,8 @@ def begin(config: ResolvedConfig, device: torch.device, say: Callable[[str], Non
     if shape.vocab_size < data.vocab_size:
         raise UserError(f"model.vocab_size = {shape.vocab_size} is less than the tokenizer's {data.vocab_size}.")
     _check_memory(shape)
-    model = model or GPT(shape, config.model.init_std, seed=config.seed, activation=config.model.activation)
+    drawn = config.model
+    model = model or GPT(shape, drawn.init_std, config.seed, drawn.activation, drawn.output_init_std)
     engine = Phases(
         config.phases, seed=config.seed, backend=config.train.backend,
         rescale=config.phases[0].s_mu_par and not config.init_from,

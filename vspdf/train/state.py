@@ -182,3 +182,4 @@ class State:
         self.records = [PhaseRecord.from_json(record) for record in body["records"]]
         self.phases.resume(self.model, self.step, (stored.before_switch(self.model), body["revived_done"]))
         stored.restore_optimizer(self.model, self.renew_optimizer(self.config.phases[body["phase"]]))
+        checkpoint.prune(Path(self.config.run_dir), self.config.train.keep_checkpoints)  # a kill may have cut it off

@@ -22,7 +22,7 @@ from vspdf import ledger
 from vspdf.config.resolved import ResolvedConfig, ResolvedPhase
 from vspdf.errors import Diverged, Interrupted
 from vspdf.evaluate.loss import evaluate
-from vspdf.kernels.hardware import device
+from vspdf.kernels.hardware import device, slow_bf16
 from vspdf.runs import checkpoint, writer
 from vspdf.runs.record import PhaseRecord
 from vspdf.sparsity.layer import build_plans
@@ -78,6 +78,8 @@ def train(
         with writer.Writer(Path(config.run_dir)) as files:
             if resume:
                 files.hold()
+            if config.train.precision == "bf16" and (reason := slow_bf16(where)):
+                say(f"train.precision = bf16 runs in fp32: {reason}.")
             state = begin(config, where, say)
             if resume and state.step:
                 files.go_on_from(state.step)
@@ -120,7 +122,7 @@ def _loop(state: State, log: Log, on_evaluation: Callable[[Path], None]) -> dict
             if evaluated and not state.finished:
                 on_evaluation(folder)
             if stop and not state.finished:
-                raise Interrupted(f"stopped after step {state.step}; a checkpoint was written: --resume goes on.")
+                raise Interrupted(f"stopped after step {state.step}; a checkpoint was written: `resume` goes on.")
     summary = log.summary(state)
     on_evaluation(folder)
     return summary

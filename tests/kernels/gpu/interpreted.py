@@ -116,7 +116,7 @@ def uneven():
 
 def test_uneven_rows_are_sorted_and_exact(dtype):
     pattern = uneven()
-    plan = launch.plan(pattern, torch.device("cpu"))
+    plan = launch.packed(pattern, torch.device("cpu"))
     assert plan.forward.order is not None and plan.transposed.order is not None
     assert_exact(pattern, *draw(pattern, 9, dtype))
 
@@ -255,8 +255,8 @@ def test_ledger_gets_what_was_executed():
 
 def test_plans_are_kept_and_small():
     pattern = Pattern.random((128, 256), 0.9)
-    plan = launch.plan(pattern, torch.device("cpu"))
-    assert plan is launch.plan(pattern, torch.device("cpu"))
+    plan = launch.packed(pattern, torch.device("cpu"))
+    assert plan is launch.packed(pattern, torch.device("cpu"))
     x, values, bias, grad = draw(pattern, 3, torch.float32)
     (
         launch.forward(x, values, bias, pattern),
@@ -303,7 +303,7 @@ def test_24_and_its_residual_are_exact(sparsity, dtype):
         dx, _ = two_four.grad_input(grad, values, pattern, library)
         assert_close(dx, reference.grad_input(wide[3], wide[1], pattern), dtype)
         assert macs >= 16 * pattern.numel // 2  # tokens are padded to 16, half of the positions are multiplied
-    assert len([key for key in pattern.plans if key.startswith("2:4") and str(dtype) in key]) == 2
+    assert len([key for key in pattern.packed if key.startswith("2:4") and str(dtype) in key]) == 2
 
 
 def test_24_learns_more_places_than_a_digit_holds():

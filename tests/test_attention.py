@@ -1,0 +1,102 @@
+"""Causal attention by blocks against the formula in float64, and where torch's own takes over."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vspdf.attention import _Blocks, _triangles, causal_attention, plain
+from vspdf.model import GPT
+from vspdf.shapes import Shape
+
+
+def formula(q, k, v):
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    return scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).softmax(-1) @ v
+
+
+def inputs(T, layout="model's", B=2, H=3, d=8, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(T)
+    if layout == "model's":  # three parts of one matrix, as `c_attn` gives them
+        whole = torch.randn(B, T, 3 * H * d, generator=generator)
+        given = [part.view(B, T, H, d).transpose(1, 2) for part in whole.split(H * d, dim=2)]
+    else:
+        given = [torch.randn(B, H, T, d, generator=generator) for _ in "qkv"]
+    return [4 * x.to(dtype).detach().requires_grad_() for x in given]  # peaked softmax: the merge matters
+
+
+def with_gradients(attention, qkv, upstream):
+    qkv = [x.detach().requires_grad_() for x in qkv]
+    out = attention(*qkv)
+    return out.detach(), *torch.autograd.grad(out, qkv, upstream)
+
+
+@pytest.mark.parametrize("layout", ["model's", "heads first"])
+@pytest.mark.parametrize("T, triangles", [(128, 2), (194, 2), (200, 4), (384, 8), (512, 8), (1040, 16)])
+def test_blocks_equal_the_formula_with_gradients(T, triangles, layout):
+    qkv = inputs(T, layout)
+    assert _triangles(qkv[0]) == triangles
+    upstream = torch.randn(2, 3, T, 8, generator=torch.Generator().manual_seed(1))
+    found = with_gradients(causal_attention, qkv, upstream)
+    expected = with_gradients(formula, [x.double() for x in qkv], upstream.double())
+    whole = with_gradients(plain, qkv, upstream)
+    for mine, torchs, exact in zip(found, whole, expected, strict=True):
+        error = (mine - exact).abs().max() / exact.abs().max()
+        assert error <= max(1e-6, 2 * (torchs - exact).abs().max() / exact.abs().max())
+
+
+@pytest.mark.parametrize("B", [1, 3])
+def test_a_gradient_without_strides_of_its_own(B):
+    qkv = inputs(256, B=B)
+    upstream = torch.ones(()).expand(B, 3, 256, 8)  # of a sum
+    for mine, torchs in zip(
+        with_gradients(causal_attention, qkv, upstream), with_gradients(plain, qkv, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, torchs, rtol=1e-4, atol=1e-5 * torchs.abs().max())
+
+
+def test_a_gradient_can_be_differentiated_again():
+    def second(attention):
+        qkv = inputs(128)
+        first = torch.autograd.grad(attention(*qkv).square().sum(), qkv, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), qkv)
+
+    found = second(causal_attention)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = second(plain)
+    for mine, torchs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, torchs, rtol=1e-4, atol=1e-4 * torchs.abs().max())
+
+
+@pytest.mark.parametrize(
+    "T, dtype", [(127, torch.float32), (255, torch.float32), (64, torch.float32), (4096, torch.float32),
+                 (1022, torch.float32), (512, torch.bfloat16), (512, torch.float64)], ids=str,
+)  # fmt: skip
+def test_torchs_own_takes_over(T, dtype):
+    qkv = inputs(T, dtype=dtype, B=1, H=1)
+    assert _triangles(qkv[0]) == 1
+    assert torch.equal(causal_attention(*qkv), plain(*qkv))
+
+
+def test_a_kernel_that_the_user_asks_for_is_taken():
+    qkv = inputs(256)
+    assert isinstance(causal_attention(*qkv).grad_fn, _Blocks._backward_cls)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert torch.equal(causal_attention(*qkv), plain(*qkv))
+
+
+def test_transforms_of_torch_func():
+    qkv = [x.detach() for x in inputs(128)]
+    loss = lambda q: causal_attention(q, *qkv[1:]).square().sum()  # noqa: E731
+    q = qkv[0].clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(qkv[0]), torch.autograd.grad(loss(q), q)[0], rtol=1e-4, atol=1e-3)
+
+
+def test_a_model_compiles_as_one_graph():
+    model = GPT(Shape(n_layer=1, d_model=16, n_head=2, d_ff=32, vocab_size=17, sequence_length=128))
+    tokens = torch.randint(17, (2, 129), generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    losses = [m(tokens[:, :-1], tokens[:, 1:]) for m in (model, compiled)]
+    torch.testing.assert_close(*losses)
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
