@@ -238,7 +238,7 @@ def _found(path: Path, key: str) -> _Tokens | None:
         return _read_cache(path, key) if path.exists() else None
     except _Damaged as why:
         log.warning("Token cache %s %s: made anew.", path, why)
-        path.unlink()
+        path.unlink(missing_ok=True)
         return None
 
 
