@@ -15,24 +15,30 @@ import transformers
 import vspdf
 
 transformers.logging.set_verbosity_error()
+torch.manual_seed(0)
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 90
+switch = steps * 2 // 3
 text = torch.tensor(list(Path(pickletools.__file__).read_bytes()))
 batches = text[: len(text) // 512 * 512].view(-1, 4, 128)
-batches = batches[torch.randperm(len(batches))]
+held_out, *batches = batches[torch.randperm(len(batches))]
 config = transformers.GPT2Config(
     vocab_size=256, n_positions=128, n_embd=256, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0
 )
 
+
+def report(step):
+    loss = model.eval()(held_out, labels=held_out).loss.item()
+    print(f"step {step}: held-out loss {loss:.3f}, {sum(p.numel() for p in model.train().parameters()):,} weights")
+
+
 model = transformers.GPT2LMHeadModel(config)  # or .from_pretrained("gpt2"), with a tokenizer
-vspdf.sparsify(model, 0.9)
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
+phases = vspdf.Phases([(0.9, switch, 3e-3), (0.0, steps - switch, 3e-4)])  # sparsity, steps, peak of the learning rate
+phases.start(model)
+optimizer = torch.optim.AdamW(vspdf.parameter_groups(model, 0.1), lr=3e-4, betas=(0.9, 0.95))
+scheduler = phases.scheduler(optimizer)  # warms up at the start and again after the switch
 for step, batch in zip(range(steps), batches, strict=False):
-    if step == steps * 5 // 6:
-        vspdf.densify(model, optimizer)  # masked weights are zeros that learn; moments are carried over
-    loss = model(batch, labels=batch).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    if step in (0, steps * 5 // 6 - 1, steps - 1):
-        weights = sum(p.numel() for p in model.parameters())
-        print(f"step {step + 1}: loss {loss:.3f}, {weights:,} weights")
+    phases.at(step, model, optimizer)  # at the switch: masked weights become zeros that learn, moments are carried over
+    model(batch, labels=batch).loss.backward()
+    phases.step(optimizer), scheduler.step(), optimizer.zero_grad()
+    if step + 1 in (1, switch, steps):
+        report(step + 1)

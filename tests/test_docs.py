@@ -12,6 +12,9 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+
+from vspdf.sparsity.layer import sparse_layers
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -146,13 +149,59 @@ def example(monkeypatch, capsys):
     return run
 
 
-def test_sparsify_gpt2(example):
+def held_out_losses(text):
+    return [
+        float(loss)
+        for loss in re.findall(r"held-out loss[a-z ]* (\d+\.\d+)|at the end (\d+\.\d+)", text)
+        for loss in loss
+        if loss
+    ]
+
+
+def test_sparsify_gpt2_is_better_after_its_last_phase_than_before_the_switch(example):
     out = example("sparsify_gpt2.py", 12)
-    assert re.search(r"step 10: loss \d\.\d+, 426,700 weights\nstep 12: loss \d\.\d+, 3,257,856 weights", out)
+    assert re.search(r"step 8: held-out loss .*, 426,700 weights\nstep 12: held-out loss .*, 3,257,856 weights", out)
+    _, before, after = held_out_losses(out)
+    assert after < before
     text = (ROOT / "examples" / "sparsify_gpt2.py").read_text()
-    assert len(text[text.index("model = ") : text.index("    if step in")].splitlines()) <= 10, (
+    assert len(text[text.index("model = ") : text.index("    if step + 1 in")].splitlines()) <= 10, (
         "ten lines were promised"
     )
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/own-model.md"])
+def test_the_loop_that_people_copy_makes_the_model_better_after_the_switch(page, capsys):
+    """Its code as it stands, with a model and batches put in, and fewer steps."""
+    transformers = pytest.importorskip("transformers")
+    code = re.search(r"```python\n(import torch, vspdf.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)[1]
+    assert "model = ..." in code and "[(0.9, 60, 3e-3), (0.0, 30, 3e-4)]" in code
+    code = (
+        re.sub(r"model = \.\.\..*", "model = mine", code)
+        .replace("0.9, 60,", "0.9, 10,")
+        .replace("0.0, 30,", "0.0, 10,")
+    )
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 32, "vocab_size": 256}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    model = transformers.GPT2LMHeadModel(config)
+    text = torch.tensor(list((ROOT / "README.md").read_bytes()))
+    rows = text[: 21 * 8 * 32].view(21, 8, 32)
+    losses = []
+
+    def batches():
+        for step, row in enumerate(rows[:20]):
+            if step == 10:
+                losses.append(held_out(model, rows[20]))
+            yield {"input_ids": row, "labels": row}
+
+    exec(code, {"mine": model, "batches": batches()})
+    losses.append(held_out(model, rows[20]))
+    assert losses[1] < losses[0] and not sparse_layers(model)
+
+
+@torch.no_grad()
+def held_out(model, row):
+    return float(model(input_ids=row, labels=row).loss)
 
 
 def test_plan_train_report(example, tmp_path):
@@ -182,11 +231,13 @@ def test_the_notebook(tmp_path):
     notebook = nbformat.read(ROOT / "examples" / "tour.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code), "outputs are committed: clear them"
-    changed = [cell for cell in code if "STEPS, SWITCH = 120, 100" in cell.source]
-    changed[0].source = changed[0].source.replace("120, 100", "12, 10")
+    changed = [cell for cell in code if "STEPS, SWITCH = 120, 80" in cell.source]
+    changed[0].source = changed[0].source.replace("120, 80", "12, 8")
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = "".join(output.get("text", "") for cell in code for output in cell.outputs)
     assert "sparse 0.9: 62,522 steps" in printed and "64.18% fewer FLOPs" in printed and "report.html" in printed
+    before, after = held_out_losses(printed)
+    assert after < before
     figures = [output for cell in code for output in cell.outputs if "image/png" in output.get("data", {})]
     assert len(figures) == 2

@@ -1,5 +1,6 @@
 """Phases on a training of one's own: a plain loop, and transformers' Trainer with resume."""
 
+import copy
 import logging
 
 import pytest
@@ -19,13 +20,15 @@ def mlp():
     return nn.Sequential(nn.Linear(12, 30), nn.GELU(), nn.Linear(30, 12))
 
 
-def loop(phases, model, optimizer, steps, seen):
+def loop(phases, model, optimizer, steps, seen, scheduler=None):
     for step in steps:
         phases.at(step, model, optimizer)
         seen.append(phases.sparsity)
         model(torch.randn(8, 12, generator=torch.Generator().manual_seed(step))).square().mean().backward()
         phases.step(optimizer)
         optimizer.zero_grad()
+        if scheduler:
+            scheduler.step()
 
 
 STAGES = [vspdf.Phase(schedule="cycling", levels=[0.9, 0.5], steps=6), (0.0, 4)]
@@ -49,6 +52,54 @@ def test_a_plain_loop_goes_through_its_phases_and_resumes(tmp_path):
         optimizer.load_state_dict(saved["optimizer"])
         loop(phases, again, optimizer, range(stop, 10), [])
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)), stop
+
+
+RATES = [(0.9, 20, 3e-2), (0.0, 20)]
+MAKE = {
+    "AdamW": lambda groups: torch.optim.AdamW(groups, lr=1e-2),
+    "SGD": lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9),
+    "RMSprop": lambda groups: torch.optim.RMSprop(groups, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_the_learning_rate_warms_up_again_after_a_switch_and_resumes(kind):
+    def made(saved=None):
+        model, phases = mlp(), vspdf.Phases(RATES)
+        phases.restore(model, saved["model"], saved["step"]) if saved else phases.start(model)
+        groups = vspdf.parameter_groups(model, 0.1)
+        groups[1]["lr"] = 2e-2  # twice the rate for biases
+        optimizer = MAKE[kind](groups)
+        scheduler = phases.scheduler(optimizer)
+        if saved:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            scheduler.load_state_dict(saved["scheduler"])
+        return model, phases, optimizer, scheduler
+
+    model, phases, optimizer, scheduler = made()
+    rates, saved = [], {}
+    for step in range(45):
+        if step in (7, 20, 21, 33):
+            body = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+            saved[step] = {"step": step, **copy.deepcopy({k: v.state_dict() for k, v in body.items()})}
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        loop(phases, model, optimizer, [step], [], scheduler)
+    weights, biases = zip(*rates, strict=True)
+    assert biases == pytest.approx([2 * lr for lr in weights])
+    assert weights[0] == max(weights[:20]) == pytest.approx(3e-2)  # 5 % of 20 steps is one
+    assert weights[19:23] == pytest.approx([1e-3, 5e-3, 1e-2, 1e-2])  # down, and up again in two steps
+    assert weights[39:] == pytest.approx([1e-3] * 6)
+    for step, state in saved.items():
+        again, phases, optimizer, scheduler = made(state)
+        assert [group["lr"] for group in optimizer.param_groups] == rates[step]
+        loop(phases, again, optimizer, range(step, 45), [], scheduler)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)), step
+
+
+def test_phases_need_a_rate_to_go_by():
+    with pytest.raises(UserError, match=r"SGD has lr = 0: phases need a positive one"):
+        vspdf.Phases(RATES).scheduler(torch.optim.SGD(mlp().parameters(), lr=0.0))
 
 
 def test_revived_weights_ramp_up_after_a_switch():
@@ -184,12 +235,13 @@ class Watch(transformers.TrainerCallback):
         self.weights.append((sparse, (layer.weight if sparse else layer.weight.T).detach().clone()))
 
 
-def trainer(folder, callback, model, *callbacks, steps=8):
+def trainer(folder, callback, model, *callbacks, steps=8, optimizers=(None, None)):
     args = transformers.TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, save_steps=2,
         warmup_steps=2, lr_scheduler_type="linear", report_to=[], disable_tqdm=True, logging_steps=100, use_cpu=True,
     )  # fmt: skip
-    return transformers.Trainer(model, args, train_dataset=texts(), callbacks=[callback, *callbacks])
+    every = [callback, *callbacks]
+    return transformers.Trainer(model, args, train_dataset=texts(), callbacks=every, optimizers=optimizers)
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +293,44 @@ def test_optimizer_state_is_carried_over_and_ramps_work_in_the_trainer(tmp_path)
     state = made.optimizer.state[weight]
     assert int(state["step"]) == 5 and state["exp_avg"].shape == weight.shape
     assert callback.phases.revived.done == 1
+
+
+class Rates(transformers.TrainerCallback):
+    """Sees the learning rate of each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **others):
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+def test_the_trainer_follows_the_rates_of_phases_and_resumes(tmp_path, caplog):
+    def made(folder, rates, resume_from=None):
+        callback = vspdf.PhasesCallback([(0.9, 4, 3e-2), vspdf.Phase(steps=4, warmup_steps=2)])
+        model = callback.prepare(gpt2(), resume_from)
+        optimizer = torch.optim.AdamW(vspdf.parameter_groups(model, 0.1), lr=1e-2)
+        return model, trainer(folder, callback, model, rates, optimizers=(optimizer, callback.scheduler(optimizer)))
+
+    rates, later = Rates(), Rates()
+    model, made_trainer = made(tmp_path / "whole", rates)
+    made_trainer.train()
+    assert rates.seen == pytest.approx([3e-2, 3e-2 - 29e-3 / 3, 3e-2 - 58e-3 / 3, 1e-3, 5e-3, 1e-2, 1e-2, 1e-3])
+    checkpoint = str(tmp_path / "whole" / "checkpoint-4")
+    again, made_trainer = made(tmp_path / "again", later, checkpoint)
+    made_trainer.train(resume_from_checkpoint=checkpoint)
+    assert later.seen == rates.seen[4:] and "warm-up" not in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_rates_that_the_trainer_does_not_follow_are_named(tmp_path, caplog):
+    callback, model = vspdf.PhasesCallback([(0.9, 4, 3e-2), (0.0, 4)]), gpt2()
+    made = trainer(tmp_path, callback, callback.prepare(model))
+    with pytest.raises(UserError, match=r"does not follow the phases' learning rates: pass optimizers=\(optimizer, "):
+        made.train()
+    callback, model = vspdf.PhasesCallback(PHASES), gpt2()
+    trainer(tmp_path, callback, callback.prepare(model), steps=1).train()
+    assert "goes through switches without a new warm-up" in caplog.text
 
 
 def test_what_was_forgotten_is_said(trained, tmp_path, caplog):

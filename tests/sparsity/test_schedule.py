@@ -8,7 +8,7 @@ from vspdf.errors import UserError
 from vspdf.shapes import linear_layers
 from vspdf.sparsity import schedule
 from vspdf.sparsity.schedule import Phase
-from vspdf.train.schedule import Position, learning_rate, position
+from vspdf.train.schedule import Position, position
 
 
 def phase(**settings):
@@ -16,7 +16,7 @@ def phase(**settings):
 
 
 def test_warm_up_reaches_the_peak_and_decay_ends_at_the_end():
-    rates = [learning_rate(phase(), step) for step in range(100)]
+    rates = [phase().resolved("phases.0").learning_rate(step, 1e-3) for step in range(100)]
     assert rates[0] == pytest.approx(1e-4) and rates[4] == pytest.approx(5e-4)
     assert rates[9] == rates[10] == max(rates) == 1e-3
     assert rates[99] == pytest.approx(1e-4, rel=1e-12)
@@ -26,29 +26,47 @@ def test_warm_up_reaches_the_peak_and_decay_ends_at_the_end():
 
 
 def test_cosine_passes_the_middle_at_half_way_and_constant_stays():
-    cosine = phase(decay="cosine", steps=111)
-    assert learning_rate(cosine, 60) == pytest.approx((1e-3 + 1e-4) / 2)
-    assert learning_rate(cosine, 110) == pytest.approx(1e-4)
-    assert learning_rate(cosine, 35) == pytest.approx(1e-4 + 9e-4 * (1 + math.cos(math.pi / 4)) / 2)
-    constant = phase(decay="constant")
-    assert {learning_rate(constant, step) for step in range(10, 100)} == {1e-3}
+    cosine = phase(decay="cosine", steps=111).resolved("phases.0")
+    assert cosine.learning_rate(60, 1e-3) == pytest.approx((1e-3 + 1e-4) / 2)
+    assert cosine.learning_rate(110, 1e-3) == pytest.approx(1e-4)
+    assert cosine.learning_rate(35, 1e-3) == pytest.approx(1e-4 + 9e-4 * (1 + math.cos(math.pi / 4)) / 2)
+    constant = phase(decay="constant").resolved("phases.0")
+    assert {constant.learning_rate(step, 1e-3) for step in range(10, 100)} == {1e-3}
 
 
 def test_multiples_scale_the_peak_but_not_the_end():
     """The published 6.7B recipe: 3 x 1.2e-4, down to 1.2e-5 over 62,523 steps."""
-    sparse = phase(steps=62_523, lr=1.2e-4, lr_multiple=3.0, lr_end=1.2e-5, warmup_steps=177)
-    assert learning_rate(sparse, 176) == pytest.approx(3.6e-4)
-    assert learning_rate(sparse, 62_522) == pytest.approx(1.2e-5)
+    sparse = phase(steps=62_523, lr=1.2e-4, lr_multiple=3.0, lr_end=1.2e-5, warmup_steps=177).resolved("phases.0")
+    assert sparse.learning_rate(176, 1e-3) == pytest.approx(3.6e-4)
+    assert sparse.learning_rate(62_522, 1e-3) == pytest.approx(1.2e-5)
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 99, 100])
 def test_any_warm_up_within_the_phase(warmup):
-    rates = [learning_rate(phase(warmup_steps=warmup), step) for step in range(100)]
+    rates = [phase(warmup_steps=warmup).resolved("phases.0").learning_rate(step, 1e-3) for step in range(100)]
     assert max(rates) == pytest.approx(1e-3) and min(rates) > 0
 
 
+def test_what_a_phase_leaves_open_follows_from_the_optimizer():
+    first = Phase(sparsity=0.9, steps=100, lr_multiple=3).resolved("phases.0")
+    rates = [first.learning_rate(step, 1e-3) for step in range(150)]
+    assert rates[4] == max(rates) == pytest.approx(3e-3) and rates[0] == pytest.approx(3e-3 / 5)  # 5 % of warm-up
+    assert rates[99:] == pytest.approx([1e-4] * 51)  # a tenth of the optimizer's, and that from there on
+    switched = Phase(steps=100, lr=5e-5).resolved("phases.1", first)
+    rates = [switched.learning_rate(step, 1e-3) for step in range(100)]
+    assert rates[0] == pytest.approx(5e-6) and rates[9:] == pytest.approx([5e-5] * 91)  # never above its own peak
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lr": 0.0}, {"lr_multiple": -1.0}, {"lr_end": -1e-5}, {"decay": "exp"}, {"warmup_steps": 11}], ids=str
+)
+def test_rates_that_cannot_be_are_refused(wrong):
+    with pytest.raises(UserError, match=rf"phases\.3.*{next(iter(wrong))}"):
+        Phase(steps=10, **wrong).resolved("phases.3")
+
+
 def test_a_single_step():
-    assert learning_rate(phase(steps=1, warmup_steps=0), 0) == 1e-3
+    assert phase(steps=1, warmup_steps=0).resolved("phases.0").learning_rate(0, 1e-3) == 1e-3
 
 
 def test_positions_and_the_global_count_of_samples():

@@ -330,10 +330,15 @@ def plot(result: dict[str, Any], path: Path, threads: int | None = None) -> None
             label = f"{label} ({product})" if product != "layer" else label
             axes.plot(*zip(*points, strict=True), marker="o", linewidth=2.5 if name == "vspdf" else 1.2, label=label)
     axes.axhline(1, color="0.3", linewidth=0.8)
+    shapes = sorted({f"{row.tokens}x{row.in_features}x{row.out_features}" for row in rows})
+    rounds = "-".join(str(n) for n in sorted({min(row.rounds for row in rows), max(row.rounds for row in rows)}))
     axes.set(
         xlabel="sparsity", ylabel="speed-up over dense (log)", yscale="log",
-        title=f"Linear layer, forward + both gradients, {count} threads, fp32\n{result['hardware']['cpu']}",
+        title=f"Linear layer, forward + both gradients, {count} threads, fp32\n{result['hardware']['cpu']}\n"
+        f"{shapes[0] if len(shapes) == 1 else f'{len(shapes)} shapes'} (tokens x in x out), {rounds} rounds",
     )  # fmt: skip
+    if len(shapes) > 1:
+        figure.supxlabel(", ".join(shapes), fontsize=7, color="0.4")
     axes.set_xticks(sparsities, [f"{s:.0%}" for s in sparsities])
     ticks = [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64]
     axes.set_yticks(ticks, [f"{t:g}x" for t in ticks])

@@ -58,6 +58,11 @@ def resolve(config: Config) -> ResolvedConfig:
     )
     for written in config.phases:
         found = dataclasses.replace(found, phases=(*found.phases, _phase(written, found)))
+    require(
+        not train.patience or found.phases[-1].schedule == "constant",
+        f"train.patience = {train.patience} may end the last phase early: that needs schedule: constant, "
+        f"not {found.phases[-1].schedule}.",
+    )
     return found
 
 
@@ -116,8 +121,12 @@ def _train(train: TrainConfig) -> ResolvedTrain:
     found = ResolvedTrain(**{**vars(train), "micro_batch_size": micro})
     for key in ("batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
         require(getattr(found, key) >= 1, f"train.{key} must be at least 1, not {getattr(found, key)}.")
-    for key in ("eval_every", "eval_tokens", "sample_tokens", "checkpoint_every", "measure_dense"):
+    for key in ("eval_every", "eval_tokens", "sample_tokens", "checkpoint_every", "measure_dense", "patience"):
         require(getattr(found, key) >= 0, f"train.{key} must not be negative, is {getattr(found, key)}.")
+    require(
+        not found.patience or found.eval_every > 0,
+        f"train.patience = {found.patience} counts evaluations: it needs train.eval_every above 0.",
+    )
     require(found.threads is None or found.threads >= 1, f"train.threads must be at least 1, not {found.threads}.")
     return found
 
@@ -198,17 +207,15 @@ def _phase(phase: PhaseConfig, run: ResolvedConfig) -> ResolvedPhase:
         f"train.micro_batch_size = {micro} does not divide {key}.batch_size = {batch_size}.",
     )
     amounts = dataclasses.replace(phase, steps=steps).resolved(key, previous, linear_layers(run.model))
-    one_of(f"{key}.decay", phase.decay, ("linear", "cosine", "constant"))
     optimizer = run.optimizer
+    rates = {
+        "lr": optimizer.lr if phase.lr is None else phase.lr,
+        "lr_end": optimizer.lr / 10 if phase.lr_end is None else phase.lr_end,
+    }
     found = ResolvedPhase(
-        **vars(amounts),
+        **{**vars(amounts), **rates},
         tokens=steps * batch_size * (run.data.length or run.model.sequence_length),
-        lr=optimizer.lr if phase.lr is None else phase.lr,
-        lr_multiple=phase.lr_multiple,
         s_mu_par=phase.s_mu_par,
-        lr_end=optimizer.lr / 10 if phase.lr_end is None else phase.lr_end,
-        decay=phase.decay,
-        warmup_steps=steps // (10 if previous else 20) if phase.warmup_steps is None else phase.warmup_steps,
         batch_size=batch_size,
         weight_decay=optimizer.weight_decay if phase.weight_decay is None else phase.weight_decay,
         beta2=optimizer.beta2 if phase.beta2 is None else phase.beta2,
@@ -231,14 +238,9 @@ def _steps(phase: PhaseConfig, key: str, step_tokens: int) -> int:
 
 def _check_rates(phase: ResolvedPhase, key: str) -> None:
     peak = phase.lr * phase.lr_multiple
-    require(phase.lr > 0 and phase.lr_multiple > 0 and peak < math.inf, f"{key}: lr and lr_multiple must be positive.")
     require(
         0 <= phase.lr_end <= peak,
         f"{key}.lr_end = {phase.lr_end:.4g} must lie between 0 and the phase's peak, {peak:.4g} (lr · lr_multiple).",
-    )
-    require(
-        0 <= phase.warmup_steps <= phase.steps,
-        f"{key}.warmup_steps = {phase.warmup_steps} must lie between 0 and the phase's {phase.steps} steps.",
     )
     require(0 <= phase.weight_decay < math.inf, f"{key}.weight_decay must not be negative, is {phase.weight_decay}.")
     require(0 <= phase.beta2 < 1, f"{key}.beta2 must lie in [0, 1), not {phase.beta2}.")

@@ -86,8 +86,11 @@ class ResolvedTrain:
     sample_tokens: int
     checkpoint_every: int
     keep_checkpoints: int
+    keep_best: bool
+    patience: int
     measure_dense: int
     tensorboard: bool
+    wandb: bool
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,8 @@ class ResolvedPhase(Amounts):
 
     tokens: int
     lr: float
-    lr_multiple: float
-    s_mu_par: bool
     lr_end: float
-    decay: str
-    warmup_steps: int
+    s_mu_par: bool
     batch_size: int
     weight_decay: float
     beta2: float
@@ -130,6 +130,13 @@ class ResolvedConfig:
     def steps(self) -> int:
         """Of all phases."""
         return sum(phase.steps for phase in self.phases)
+
+    def ended(self, steps: int) -> ResolvedConfig:
+        """The same run as if it had been configured for so many steps, all but those of the last phase as they were."""
+        last = self.phases[-1]
+        left = last.steps - (self.steps - steps)
+        cut = replace(last, steps=left, tokens=last.tokens * left // last.steps)
+        return replace(self, phases=(*self.phases[:-1], cut))
 
     def with_data(self, vocab_size: int | None = None, first_sequence: int | None = None) -> ResolvedConfig:
         """The same run with what the data tell filled in where the configuration leaves it open."""

@@ -67,19 +67,14 @@ class OptimizerConfig:
 
 @dataclass
 class PhaseConfig(Phase):
-    """One stage of training: how much is kept (`vspdf.sparsity.schedule.Phase`), and how it learns.
+    """One stage of training: a `vspdf.Phase`, and what only a run of one's own has.
 
     Give `steps` or `tokens`.
     """
 
     tokens: int | None = None
-    lr: float | None = None  # peak; default optimizer.lr
-    lr_multiple: float = 1.0  # of `lr`; at 90 % about 3 (published, and best of 3, 5 and 8 in study "toy")
     # SµPar (arXiv:2405.15743): learning rate of sparse weights x 1/density, their init x 1/sqrt(density)
     s_mu_par: bool = False
-    lr_end: float | None = None  # default: a tenth of optimizer.lr, as published
-    decay: str = "linear"  # "linear", "cosine" or "constant"
-    warmup_steps: int | None = None  # default: a tenth of the phase after a switch, else 5 %
     batch_size: int | None = None  # sequences a step; default train.batch_size
     weight_decay: float | None = None
     beta2: float | None = None
@@ -101,8 +96,14 @@ class TrainConfig:
     sample_tokens: int = 120  # of text generated at the end of each phase; 0: none
     checkpoint_every: int = 200  # steps; 0: only at the end
     keep_checkpoints: int = 2
+    # A checkpoint at each evaluation with the lowest validation loss of its phase so far; the last such is kept beside
+    # the others, and named in summary.json
+    keep_best: bool = False
+    # The run ends after so many evaluations in a row without a new lowest validation loss in its last phase; 0: never
+    patience: int = 0
     measure_dense: int = 3  # dense steps timed beside each sparse phase, on the same batches; 0: off
-    tensorboard: bool = False
+    tensorboard: bool = False  # curves for `tensorboard --logdir RUN`, too
+    wandb: bool = False  # curves for Weights & Biases, too, which may send them away: its own settings say where
 
 
 @dataclass

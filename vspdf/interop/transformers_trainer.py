@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from vspdf.errors import UserError
 from vspdf.files import read_json
@@ -37,16 +39,22 @@ class PhasesCallback(TrainerCallback):
 
     Examples
     --------
-    >>> callback = vspdf.PhasesCallback([(0.9, 900), (0.0, 100)])
-    >>> trainer = Trainer(callback.prepare(model), args, train_dataset=data, callbacks=[callback])
+    >>> callback = vspdf.PhasesCallback([(0.9, 900, 3e-3), (0.0, 100, 1e-3)])
+    >>> callback.prepare(model)
+    >>> optimizer = torch.optim.AdamW(vspdf.parameter_groups(model, 0.1), lr=1e-3)
+    >>> pair = optimizer, callback.scheduler(optimizer)
+    >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[callback], optimizers=pair)
     >>> trainer.train()
+
+    Without `optimizers` the Trainer's own learning rate goes on through the switch, with no warm-up after it.
 
     To resume, with a fresh model: ``callback.prepare(model, "out/checkpoint-500")`` and
     ``trainer.train(resume_from_checkpoint="out/checkpoint-500")``.
     """
 
-    def __init__(self, phases: Sequence[tuple[float, int] | Phase], **options: Any) -> None:
+    def __init__(self, phases: Sequence[tuple[float, int] | tuple[float, int, float] | Phase], **options: Any) -> None:
         self.phases = Phases(phases, **options)
+        self._scheduler: LambdaLR | None = None
         self._resumed: int | None = None
 
     def prepare(self, model: nn.Module, resume_from: str | Path | None = None) -> nn.Module:
@@ -68,7 +76,14 @@ class PhasesCallback(TrainerCallback):
             raise UserError(f"{file} is damaged: expected a whole number as global_step.")
         return self.phases.restore(model, tensors.read_folder(folder), self._resumed)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
+        """The learning rate of the phases, for the Trainer's `optimizers`: see `Phases.scheduler`."""
+        self._scheduler = self.phases.scheduler(optimizer)
+        return self._scheduler
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, lr_scheduler: Any = None, **others: Any
+    ) -> None:
         if not self.phases.started:
             raise UserError("PhasesCallback: prepare(model) comes before Trainer(model, ...).")
         if args.world_size > 1:
@@ -85,6 +100,7 @@ class PhasesCallback(TrainerCallback):
             log.warning("training ends at step %s, before the last switch at step %s.", state.max_steps, last)
         if bool(sparse_layers(model)) != bool(self.phases.sparsity):
             raise UserError("PhasesCallback: the Trainer has another model than the one that was prepared.")
+        self._check_rates(getattr(lr_scheduler, "scheduler", lr_scheduler))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         if self.phases.revived is not None:
@@ -100,3 +116,13 @@ class PhasesCallback(TrainerCallback):
         over = 0 < state.max_steps <= state.global_step
         if not over and self.phases.at(state.global_step, model, getattr(optimizer, "optimizer", optimizer)):
             log.info("step %s: sparsity is now %.4g", state.global_step, self.phases.sparsity)
+
+    def _check_rates(self, used: Any) -> None:
+        """Whether the Trainer follows the phases' learning rates, where they have any."""
+        if self._scheduler is not None and used is self._scheduler:
+            return
+        how = "pass optimizers=(optimizer, callback.scheduler(optimizer)) to it"
+        if any(phase.lr is not None or phase.lr_multiple != 1 for phase in self.phases.phases):
+            raise UserError(f"PhasesCallback: the Trainer does not follow the phases' learning rates: {how}.")
+        if len(self.phases.phases) > 1:
+            log.warning("the Trainer's learning rate goes through switches without a new warm-up; for one, %s.", how)

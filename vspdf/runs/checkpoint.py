@@ -140,7 +140,7 @@ def save(
         If the disk is full or not writable; earlier checkpoints stay as they are.
     """
     folder = run / CHECKPOINTS
-    final = folder / f"step-{step:08d}"
+    final = folder / _name(step)
     draft = folder / f".draft-{step:08d}"
     try:
         remove(draft)
@@ -167,12 +167,18 @@ def save(
     return final
 
 
-def prune(run: Path, keep: int) -> None:
-    """Removes all but the last `keep` checkpoints of a run, and drafts that a killed process left."""
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def prune(run: Path, keep: int, best: int | None = None) -> None:
+    """Removes all but the last `keep` checkpoints of a run and that of step `best`, and drafts of killed processes."""
     folder = run / CHECKPOINTS
     for draft in folder.glob(".draft-*"):
         remove(draft)
     for old in steps(folder)[:-keep]:
+        if best is not None and old.name == _name(best):
+            continue
         with contextlib.suppress(OSError):
             _remove(old)
 

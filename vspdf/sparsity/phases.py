@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from vspdf.errors import UserError
 from vspdf.pattern import Pattern, kept_count
@@ -34,9 +35,10 @@ class Phases:
 
     Parameters
     ----------
-    phases : sequence of (sparsity, steps), or of `vspdf.Phase`
-        In steps of the optimizer; the last phase goes on for as long as the training does. A `Phase` may have a
-        `schedule`, so that it densifies in steps, and `layers` with sparsities of their own.
+    phases : sequence of (sparsity, steps), of (sparsity, steps, lr), or of `vspdf.Phase`
+        In steps of the optimizer; the last phase goes on for as long as the training does. `lr` is the peak of the
+        phase's learning rate, for `scheduler`; default: that of the optimizer. A `Phase` may have a `schedule`, so that
+        it densifies in steps, and `layers` with sparsities of their own.
     seed : int
     moments : {"keep", "reset"}, optional
         At the start of a phase, the optimizer keeps its state of weights that were there before, or forgets the state
@@ -56,19 +58,21 @@ class Phases:
 
     Examples
     --------
-    >>> phases = vspdf.Phases([(0.9, 900), (0.0, 100)])
+    >>> phases = vspdf.Phases([(0.9, 900, 3e-3), (0.0, 100, 1e-3)])
     >>> phases.start(model)
-    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> optimizer = torch.optim.AdamW(vspdf.parameter_groups(model, 0.1), lr=1e-3)
+    >>> scheduler = phases.scheduler(optimizer)
     >>> for step, batch in enumerate(batches):
     ...     phases.at(step, model, optimizer)
     ...     model(batch).backward()
     ...     phases.step(optimizer)
+    ...     scheduler.step()
     ...     optimizer.zero_grad()
     """
 
     def __init__(
         self,
-        phases: Sequence[tuple[float, int] | Phase | Amounts],
+        phases: Sequence[tuple[float, int] | tuple[float, int, float] | Phase | Amounts],
         *,
         seed: int = 0,
         moments: str | None = None,
@@ -86,7 +90,7 @@ class Phases:
         start = 0
         for i, phase in enumerate(phases):
             if not isinstance(phase, (Phase, Amounts)):
-                phase = Phase(sparsity=phase[0], steps=int(phase[1]))
+                phase = Phase(sparsity=phase[0], steps=int(phase[1]), lr=phase[2] if len(phase) == 3 else None)
             phase = replace(phase, **given)
             if isinstance(phase, Phase):
                 phase = phase.resolved(f"phases.{i}", self.phases[-1] if i else None)
@@ -247,6 +251,35 @@ class Phases:
             optimizer.step()
         else:
             self.revived.step(optimizer)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
+        """Learning rate over all steps: each phase warms up to its peak, from near zero, and decays to its end.
+
+        Fresh weights come in at a switch: a rate that had decayed for those before is too low for them, one that went
+        on at its peak would throw off the others. Hence the warm-up, over a tenth of a phase after a switch.
+
+        Parameters
+        ----------
+        optimizer : torch.optim.Optimizer
+            Any of torch's. Its `lr` is the peak of phases that name none; groups with an lr of their own keep its
+            ratio to that.
+
+        Returns
+        -------
+        torch.optim.lr_scheduler.LambdaLR
+            Call its `step` after each step of the optimizer. It goes through switches by itself, and resumes by its
+            `state_dict`.
+        """
+        lr = float(optimizer.defaults.get("lr", optimizer.param_groups[0]["lr"]))
+        if not lr > 0:
+            raise UserError(f"{type(optimizer).__name__} has lr = {lr:g}: phases need a positive one to go by.")
+
+        def factor(step: int) -> float:
+            stretch = self.stages[self._index(step)]
+            begin = next(other.start for other in self.stages if other.phase == stretch.phase)
+            return self.phases[stretch.phase].learning_rate(step - begin, lr) / lr
+
+        return LambdaLR(optimizer, factor)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from vspdf.errors import UserError, check_sparsity, did_you_mean, one_of, requir
 
 INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard")  # how first masks are drawn
 SCHEDULES = ("constant", "linear", "exp", "power", "cosine", "cycling")
+DECAYS = ("linear", "cosine", "constant")  # of the learning rate
 
 
 class Stage(NamedTuple):
@@ -25,7 +26,10 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much of a model is kept over the steps of a phase, checked, and nothing left open: see `Phase`."""
+    """How much of a model is kept over the steps of a phase, and how fast it learns, checked: see `Phase`.
+
+    Only `lr` and `lr_end` may be left open, for the optimizer to say.
+    """
 
     name: str
     sparsity: float
@@ -39,6 +43,33 @@ class Amounts:
     steps: int
     moments: str
     revived_warmup: int
+    lr: float | None
+    lr_multiple: float
+    lr_end: float | None
+    decay: str
+    warmup_steps: int
+
+    def learning_rate(self, step: int, lr: float) -> float:
+        """Learning rate of a step of the phase: linear warm-up to the peak, then decay, and its end from then on.
+
+        Parameters
+        ----------
+        step : int
+            From 0; the end is reached at the phase's last step.
+        lr : float
+            Peak of a phase that leaves it open; a tenth of it, or the phase's own peak if that is less, is the end of
+            a phase that leaves this open.
+        """
+        peak = (lr if self.lr is None else self.lr) * self.lr_multiple
+        if step < self.warmup_steps:
+            return peak * (step + 1) / self.warmup_steps
+        if self.decay == "constant":
+            return peak
+        end = min(lr / 10, peak) if self.lr_end is None else self.lr_end
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps))
+        if self.decay == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return peak + (end - peak) * progress
 
     def stages(self) -> list[Stage]:
         """The stretches of the phase: one where its schedule is constant, else one per update that changes something.
@@ -119,7 +150,7 @@ class Amounts:
 
 @dataclass
 class Phase:
-    """How much of a model is kept over a number of steps: at one sparsity, or densifying in stages.
+    """How much of a model is kept over a number of steps (at one sparsity, or densifying in stages), and how it learns.
 
     Phases are checked where they are put together, by `vspdf.Phases` or in a configuration.
     """
@@ -138,6 +169,11 @@ class Phase:
     steps: int | None = None
     moments: str = "keep"  # "keep" or "reset": optimizer state of the weights that were there before the phase
     revived_warmup: int = 0  # steps over which the updates of newly added weights ramp up; 50-100 where beta2 > 0.98
+    lr: float | None = None  # peak of the learning rate; default: the optimizer's
+    lr_multiple: float = 1.0  # of `lr`; at 90 % about 3 (published, and best of 3, 5 and 8 in study "toy")
+    lr_end: float | None = None  # at the last step; default: a tenth of the optimizer's, as published
+    decay: str = "linear"  # "linear", "cosine" or "constant"
+    warmup_steps: int | None = None  # default: a tenth of the phase after a switch, else 5 %
 
     def resolved(self, key: str, previous: Amounts | None = None, layers: Iterable[str] | None = None) -> Amounts:
         """The phase with all its amounts, if no weight is dropped within it or at its start.
@@ -176,15 +212,32 @@ class Phase:
             check_sparsity(f"{key}.layers: the sparsity of '{glob}'", amount)
         one_of(f"{key}.moments", self.moments, ("keep", "reset"))
         require(self.revived_warmup >= 0, f"{key}.revived_warmup must not be negative, is {self.revived_warmup}.")
+        warmup = steps // (10 if previous else 20) if self.warmup_steps is None else self.warmup_steps
+        self._check_rates(key, steps, warmup)
         found = Amounts(
             self.name or (f"sparse {start:.4g}" if start else "dense"), start, self.schedule, end, tuple(self.levels),
             every, dict(self.layers), self.init_method, self.count, steps, self.moments, self.revived_warmup,
+            self.lr, self.lr_multiple, self.lr_end, self.decay, warmup,
         )  # fmt: skip
         if layers is not None:
             found.check_layers(key, previous, list(layers))
         if previous and not (found.layers or previous.layers):
             only_added(start <= previous.end, f"{key}.sparsity = {start} is above the phase before ({previous.end})")
         return found
+
+    def _check_rates(self, key: str, steps: int, warmup: int) -> None:
+        peak = (1.0 if self.lr is None else self.lr) * self.lr_multiple
+        positive = (self.lr is None or self.lr > 0) and self.lr_multiple > 0 and peak < math.inf
+        require(positive, f"{key}: lr and lr_multiple must be positive.")
+        if self.lr_end is not None:
+            require(
+                0 <= self.lr_end <= (math.inf if self.lr is None else peak),
+                f"{key}.lr_end = {self.lr_end:.4g} must lie between 0 and the phase's peak (lr · lr_multiple).",
+            )
+        one_of(f"{key}.decay", self.decay, DECAYS)
+        require(
+            0 <= warmup <= steps, f"{key}.warmup_steps = {warmup} must lie between 0 and the phase's {steps} steps."
+        )
 
     def _ends(self, key: str) -> tuple[float, float | None]:
         """Sparsity at the start and the end; of a phase that cycles, what its levels give."""

@@ -129,7 +129,8 @@ def sparsify(
         Of a mapping the first matching glob counts; layers that match none stay dense, as do those at 0.
     seed : int
         Together with a layer's name gives its mask.
-    include, exclude : globs over module names, one or several
+    include, exclude : str or iterable of str
+        Globs over module names. Default: all layers, and none left out beside those said above.
     init_method : {"random", "topk", "from_zeros", "checkerboard"}
         Which weights are kept: at random, the largest, those that are not zero (whatever the sparsity), or evenly
         spread ones. Patterns given in the mapping are taken as they are.

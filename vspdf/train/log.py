@@ -6,10 +6,9 @@ Of several processes one holds the log; the others need none.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,14 +17,13 @@ from vspdf import ledger
 from vspdf.config import resolve
 from vspdf.config.resolved import ResolvedPhase
 from vspdf.draw import words
-from vspdf.errors import UserError
 from vspdf.evaluate.generate import Decoding, generate
 from vspdf.kernels import hardware
-from vspdf.runs.folder import TENSORBOARD
 from vspdf.runs.record import PhaseRecord
 from vspdf.runs.writer import Writer
 from vspdf.sparsity import schedule
 from vspdf.sparsity.layer import sparse_layers
+from vspdf.train.boards import Board
 from vspdf.train.state import State
 
 _CURVES = ("loss", "lr", "grad_norm", "val_loss", "val_bits_per_byte", "tokens_per_second")
@@ -40,13 +38,12 @@ class Log:
         Of the run directory.
     say : callable
         Receives progress, a line at a time.
-    tensorboard : bool
-        Whether curves are drawn there too.
+    boards : sequence of Board
+        Where curves are drawn too.
     """
 
-    def __init__(self, writer: Writer, say: Callable[[str], None], tensorboard: bool = False) -> None:
-        self.writer, self.say = writer, say
-        self.board = _tensorboard(writer.folder) if tensorboard else None
+    def __init__(self, writer: Writer, say: Callable[[str], None], boards: Sequence[Board] = ()) -> None:
+        self.writer, self.say, self.boards = writer, say, boards
 
     def entered(self, state: State, phase: ResolvedPhase) -> None:
         """A phase begins: its masks, and what it will be."""
@@ -86,9 +83,8 @@ class Log:
         line["training_seconds"] = sum(record.seconds for record in state.records)
         line["training_cpu_seconds"] = state.cpu_seconds
         self.writer.append(line)
-        if self.board:
-            for key in (key for key in _CURVES if key in line):
-                self.board.add_scalar(key, line[key], state.step)
+        for board in self.boards:
+            board({key: line[key] for key in _CURVES if key in line}, state.step)
         val = f"  val {line['val_loss']:.4f} ({line['val_bits_per_byte']:.3f} bits/byte)" if "val_loss" in line else ""
         self.say(
             f"step {state.step:>{len(str(steps))}}/{steps}  {line['phase']}  loss {line['loss']:.4f}{val}"
@@ -99,6 +95,12 @@ class Log:
     def summary(self, state: State) -> dict[str, Any]:
         """The run is at its end: writes the summary."""
         config, manifest, last = state.config, state.data.manifest, state.records[-1]
+        if state.step < config.steps:
+            self.say(
+                f"ended after step {state.step} of {config.steps}: train.patience = {config.train.patience} "
+                "evaluations in a row found no lower validation loss"
+            )
+            config = config.ended(state.step)
         stages = resolve.amounts(config)
         tokens = sum(n for _, n in stages)
         layers, ends = resolve.linear_layers(config.model), accumulate(phase.steps for phase in config.phases)
@@ -123,6 +125,7 @@ class Log:
                 / ledger.training_flops(state.shape, tokens=tokens, convention=name)
                 for name in ledger.CONVENTIONS
             },
+            "best": asdict(state.best) if state.best else None,
             "effective_sparsity": schedule.effective_sparsity(tokens, stages),
             "samples": state.samples,
             "hardware": hardware.hardware(),
@@ -153,11 +156,3 @@ def _form(model: nn.Module) -> str:
         return "every weight is trained"
     kept, of = (sum(getattr(layer.pattern, n) for layer in layers.values()) for n in ("nnz", "numel"))
     return f"{len(layers)} sparse layers keep {kept:,} of {of:,} weights"
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("train.tensorboard needs the package 'tensorboard': pip install tensorboard.") from None
-    return SummaryWriter(str(folder / TENSORBOARD))

@@ -1,25 +1,11 @@
-"""Learning rate and place within a run as pure functions of the step."""
+"""The place within a run as a pure function of the step."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from vspdf.config.resolved import ResolvedPhase
-
-
-def learning_rate(phase: ResolvedPhase, step: int) -> float:
-    """Learning rate of a phase's step, 0-based: linear warm-up to the peak, then decay to `lr_end` at the last step."""
-    peak, warmup = phase.lr * phase.lr_multiple, phase.warmup_steps
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, phase.steps - 1 - warmup)
-    if phase.decay == "constant":
-        return peak
-    if phase.decay == "cosine":
-        progress = (1 - math.cos(math.pi * progress)) / 2
-    return peak + (phase.lr_end - peak) * progress
 
 
 class Position(NamedTuple):

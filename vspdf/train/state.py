@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,16 @@ from vspdf.sparsity.layer import build_plans
 from vspdf.sparsity.phases import Phases
 from vspdf.train.schedule import Position, position
 from vspdf.train.step import adamw
+
+
+@dataclass(frozen=True)
+class Best:
+    """The lowest validation loss of a phase, the step it was found after, and how many evaluations came since."""
+
+    phase: int
+    step: int
+    val_loss: float
+    since: int = 0
 
 
 @dataclass
@@ -54,6 +64,8 @@ class State:
         Text generated at the ends of phases.
     saved_step : int, optional
         Step of the last checkpoint of this run.
+    best : Best, optional
+        Of the phase that was evaluated last.
     """
 
     config: ResolvedConfig
@@ -68,6 +80,7 @@ class State:
     records: list[PhaseRecord] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     saved_step: int | None = None
+    best: Best | None = None
 
     # -- where it is -------------------------------------------------------------------------------------------------
 
@@ -78,8 +91,14 @@ class State:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done."""
-        return self.step >= self.config.steps
+        """Whether all steps are done, or patience is at its end."""
+        return self.step >= self.config.steps or self.out_of_patience
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the last phase has been evaluated `train.patience` times in a row without getting better."""
+        best, patience, last = self.best, self.config.train.patience, len(self.config.phases) - 1
+        return 0 < patience and best is not None and best.phase == last and best.since >= patience
 
     @property
     def first_sample(self) -> int:
@@ -107,6 +126,14 @@ class State:
         """CPU time of all threads in steps; None where a part of the run did not count it."""
         counted = [record.cpu_seconds for record in self.records]
         return None if None in counted else math.fsum(counted)  # type: ignore[arg-type]
+
+    def judge(self, phase: int, val_loss: float) -> bool:
+        """Takes note of an evaluation, and says whether it is the best of its phase so far."""
+        if self.best is None or phase != self.best.phase or val_loss < self.best.val_loss:
+            self.best = Best(phase, self.step, val_loss)
+            return True
+        self.best = replace(self.best, since=self.best.since + 1)
+        return False
 
     # -- optimizer and checkpoints -----------------------------------------------------------------------------------
 
@@ -145,11 +172,13 @@ class State:
             "records": [record.to_json() for record in self.records],
             "revived_done": revived.done if revived else 0,
             "kernel_choices": tuning.choices(),
+            "best": asdict(self.best) if self.best else None,
             "files": files,
         }
         run = Path(config.run_dir)
         checkpoint.save(run, self.step, self.model, self.optimizer, body, self.phases.ramp[0])
-        checkpoint.prune(run, config.train.keep_checkpoints)
+        best = self.best.step if self.best and config.train.keep_best else None
+        checkpoint.prune(run, config.train.keep_checkpoints, best)
         self.saved_step = self.step
 
     def restore(self) -> None:
@@ -179,6 +208,7 @@ class State:
         build_plans(self.model)
         self.step = self.saved_step = body["step"]
         self.seconds, self.samples = body["seconds"], body["samples"]
+        self.best = Best(**body["best"]) if body.get("best") else None  # none before it was kept
         self.records = [PhaseRecord.from_json(record) for record in body["records"]]
         self.phases.resume(self.model, self.step, (stored.before_switch(self.model), body["revived_done"]))
         stored.restore_optimizer(self.model, self.renew_optimizer(self.config.phases[body["phase"]]))

@@ -27,8 +27,8 @@ from vspdf.runs import checkpoint, writer
 from vspdf.runs.record import PhaseRecord
 from vspdf.sparsity.layer import build_plans
 from vspdf.train.beside import TICK, Beside, profiled
+from vspdf.train.boards import boards
 from vspdf.train.log import Log
-from vspdf.train.schedule import learning_rate
 from vspdf.train.start import begin
 from vspdf.train.state import State
 from vspdf.train.step import dense_counts, optimise
@@ -81,6 +81,7 @@ def train(
             if config.train.precision == "bf16" and (reason := slow_bf16(where)):
                 say(f"train.precision = bf16 runs in fp32: {reason}.")
             state = begin(config, where, say)
+            curves = boards(state.config)
             if resume and state.step:
                 files.go_on_from(state.step)
                 checkpoint.prune(files.folder, config.train.keep_checkpoints)  # it may have been killed while it did
@@ -88,7 +89,7 @@ def train(
                 if resume:
                     say("no checkpoint was written yet: starting again from step 0")
                 files.begin(state.config, state.data.tokenizer.to_json(), state.data.manifest, again=resume)
-            return _loop(state, Log(files, say, config.train.tensorboard), on_evaluation or (lambda folder: None))
+            return _loop(state, Log(files, say, curves), on_evaluation or (lambda folder: None))
     finally:
         torch.set_num_threads(threads)
 
@@ -108,15 +109,14 @@ def _loop(state: State, log: Log, on_evaluation: Callable[[Path], None]) -> dict
             state.seconds = time.perf_counter() - started
             last = place.step + 1 == phase.steps
             evaluated = last or _due(train.eval_every, state.step)
-            if evaluated:
-                _evaluate(state, record, line)
-            if last:
+            better = evaluated and state.judge(place.phase, _evaluate(state, record, line))
+            if last or state.finished:
                 log.sample(state, phase)
             if evaluated or state.step == 1 or _due(train.log_every, state.step):
                 log.step(state, line)
             state.seconds = time.perf_counter() - started
             stop = bool(stopped)
-            if state.finished or stop or _due(train.checkpoint_every, state.step):
+            if state.finished or stop or (better and train.keep_best) or _due(train.checkpoint_every, state.step):
                 _require_finite_weights(state)
                 state.save(log.writer.synced())
             if evaluated and not state.finished:
@@ -159,7 +159,7 @@ def _step(state: State, phase: ResolvedPhase, record: PhaseRecord) -> dict[str, 
     """Takes the next step and notes what it did; returns its line of metrics."""
     place, optimizer, config = state.place, state.optimizer, state.config
     assert optimizer is not None
-    lr = learning_rate(phase, place.step)
+    lr = phase.learning_rate(place.step, config.optimizer.lr)
     start, cpu_start = time.perf_counter(), time.process_time()
     batch = state.batch(place)
     take = lambda: optimise(  # noqa: E731
@@ -217,12 +217,13 @@ def _diverged(state: State, what: str) -> Diverged:
     return Diverged(f"{what}: training stopped, {kept}. Lower optimizer.lr?")
 
 
-def _evaluate(state: State, record: PhaseRecord, line: dict[str, Any]) -> None:
+def _evaluate(state: State, record: PhaseRecord, line: dict[str, Any]) -> float:
     train = state.config.train
     result = evaluate(state.model, state.data, train.micro_batch_size, train.eval_tokens, train.precision)
     if not math.isfinite(result[0]):
         raise _diverged(state, f"the validation loss after step {state.step} is {result[0]}")
     record.val_loss, record.val_bits_per_byte = line["val_loss"], line["val_bits_per_byte"] = result
+    return result.loss
 
 
 @contextmanager
