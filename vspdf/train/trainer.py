@@ -23,7 +23,7 @@ from vspdf.config.resolved import ResolvedConfig, ResolvedPhase
 from vspdf.errors import Diverged, Interrupted
 from vspdf.evaluate.loss import evaluate
 from vspdf.kernels.hardware import device, slow_bf16
-from vspdf.runs import writer
+from vspdf.runs import checkpoint, writer
 from vspdf.runs.record import PhaseRecord
 from vspdf.sparsity.layer import build_plans
 from vspdf.train.beside import TICK, Beside, profiled
@@ -82,8 +82,9 @@ def train(
                 say(f"train.precision = bf16 runs in fp32: {reason}.")
             state = begin(config, where, say)
             curves = boards(state.config)
-            if state.step:
+            if resume and state.step:
                 files.go_on_from(state.step)
+                checkpoint.prune(files.folder, config.train.keep_checkpoints)  # it may have been killed while it did
             else:
                 if resume:
                     say("no checkpoint was written yet: starting again from step 0")
