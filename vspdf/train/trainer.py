@@ -82,8 +82,9 @@ def train(
                 files.hold()
             state = begin(config, where, say)
             curves = boards(state.config)
-            if state.step:
+            if resume and state.step:
                 files.go_on_from(state.step)
+                state.prune()  # it may have been killed while it did
             else:
                 if resume:
                     say("no checkpoint was written yet: starting again from step 0")
