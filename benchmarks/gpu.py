@@ -167,7 +167,7 @@ def plot(rows: list[dict[str, Any]], everywhere: dict[str, str], path: Path) -> 
             axes.bar([x + (i - 1) * 0.27 for x in range(len(cells))], heights, 0.25, label=candidate)
         axes.axhline(1, color="0.3", linewidth=0.8)
         axes.set_xticks(range(len(cells)), cells, rotation=20, ha="right", fontsize=8)
-        axes.set(ylabel="over cuBLAS", title=f"{name}: forward + dX + dW, against cuBLAS on masked weights")
+        axes.set(ylabel="over cuBLAS", title=f"{name}: forward and both gradients, against cuBLAS on masked weights")
     panels[0, 0].legend(frameon=False)
     figure.suptitle(f"{everywhere['device']}, torch {everywhere['torch']}, triton {everywhere['triton']}", fontsize=9)
     figure.savefig(path, dpi=130)

@@ -103,13 +103,13 @@ def _sparse(machine: Machine, side: int) -> Iterator[Rung]:
 
 def _streams(machine: Machine, side: int, normal: Callable[..., np.ndarray]) -> Iterator[Rung]:
     block, streamed = 16, 48  # features of a column, rows of the matrix
-    narrow = max(2, 48 // side)  # features of a column in the delta, which streams a matrix of another shape
+    narrow = max(2, 48 // side)  # features of a column in grad_input, which streams a matrix of another shape
     for number, (density, local) in enumerate(((1.0, 16), (0.5, 4), (0.1, 4), (0.1, 32))):
         positions = np.random.default_rng((side, number))
         mask, turned = (positions.random((streamed, side * n)) < density for n in (block, narrow))
         case = f"density {density:g}, {local} tokens a PE"
-        for name, kept, of_column in (("forward", mask, block), ("delta", turned, narrow)):
-            # The delta is the same program with the transposed matrix.
+        for name, kept, of_column in (("forward", mask, block), ("grad_input", turned, narrow)):
+            # grad_input is the same program with the transposed matrix.
             yield (
                 name, case,
                 lambda kept=kept, t=local * side: programs.stream_layer(

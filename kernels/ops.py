@@ -26,7 +26,7 @@ __all__ = ["explain", "grad_input", "grad_values", "linear", "sparse_linear"]
 
 _PRODUCTS = ("forward", "grad_input", "grad_values")
 # Sparse paths return their result and the multiply-adds executed. "sampled" (a GEMM that stores kept positions only)
-# has dW alone, "2:4" has no dW.
+# has grad_values alone, "2:4" has no grad_values.
 PATHS: dict[str, dict[str, Callable[..., Any]]] = {
     name: {product: getattr(module, product) for product in _PRODUCTS if hasattr(module, product)}
     for name, module in {"cpu": cpu, "dense": dense, "reference": reference, "triton": launch, "2:4": two_four}.items()

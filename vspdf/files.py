@@ -199,14 +199,15 @@ def flush(path: Path) -> None:
     OSError
         If it never got there. File systems that cannot flush a folder are taken as they are.
     """
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         if error.errno == errno.EIO or not path.is_dir():
             raise
-    finally:
-        os.close(descriptor)
 
 
 # -- locks ------------------------------------------------------------------------------------------------------------

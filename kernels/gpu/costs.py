@@ -61,7 +61,7 @@ def predict(
     rate = {"fp32": device.fp32, "tf32": device.tf32}.get(precision, device.half) * SUSTAINED
     bandwidth = device.bandwidth * SUSTAINED
     gemm = max(tokens * numel / rate, tokens * features * size / bandwidth)
-    scatter = (numel * size + nnz * (size + 4)) / bandwidth  # materialise W, or sample dW
+    scatter = (numel * size + nnz * (size + 4)) / bandwidth  # materialise W, or sample grad_values
     gather = tokens * nnz / (device.multiprocessors * device.clock * L1_BYTES / size * GATHER)
     seconds = {"dense": gemm + scatter}
     if product == "grad_values":  # both operands are packed; the gather reads both

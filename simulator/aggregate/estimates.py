@@ -137,7 +137,7 @@ def _cost(cost: Cost) -> dict[str, Any]:
 
 
 def simulate_layer(machine: Machine, weights: Weights, tokens: int, *, sensitivity: bool = True) -> dict[str, Any]:
-    """Forward, delta and gradient of one linear layer, dense against sparse.
+    """Forward product and both gradients of one linear layer, dense against sparse.
 
     Parameters
     ----------

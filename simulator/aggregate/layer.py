@@ -29,7 +29,7 @@ from vspdf.simulator.machine import Machine
 
 POLICIES = ("lock-step", "slack", "decoupled")
 START_UPS = (0, 2, 5, 10)  # c0 of the published band
-PRODUCTS = ("forward", "delta", "gradient")
+PRODUCTS = ("forward", "grad_input", "grad_values")
 PARTS = ("multiply-add", "start-up", "imbalance", "reduction", "broadcast", "fill", "I/O")
 
 
@@ -289,7 +289,11 @@ def candidates(machine: Machine, features: int) -> list[int]:
 @lru_cache(maxsize=4096)
 def law(machine: Machine, start_up: float, tokens: int, product: str) -> Law:
     return Law(
-        start_up, ceil(tokens / machine.fmac_fp16_rate), ceil(tokens / 2), machine.reduce_startup, product == "gradient"
+        start_up,
+        ceil(tokens / machine.fmac_fp16_rate),
+        ceil(tokens / 2),
+        machine.reduce_startup,
+        product == "grad_values",
     )
 
 
@@ -310,8 +314,8 @@ def product_cost(
     ----------
     clock : float
         Hz; turns the host's bytes a second into cycles.
-    product : {"forward", "delta", "gradient"}
-        The gradient rides on the delta's stream of weights and sends sums out (an assumption).
+    product : {"forward", "grad_input", "grad_values"}
+        `grad_values` rides on the stream of weights of `grad_input` and sends sums out (an assumption).
     exact : bool
         False: columns never wait for each other, a quick lower bound.
     """
@@ -329,14 +333,14 @@ def product_cost(
             slowest = measured_pace(assumption.policy, queue, weights.counts(mapping.columns, transposed))
         parts["imbalance"] = rows * max(0.0, rule(slowest) - rule(z))
     parts["fill"] = fill(machine, mapping)
-    if product == "gradient":  # the last sums come down the columns
+    if product == "grad_values":  # the last sums come down the columns
         parts["fill"] += (mapping.rows - 1) * machine.relay_cycles
     io = _bytes(machine, weights, product) / machine.host_bandwidth * clock
     return bounded(parts, weights.nnz * mapping.tokens, io)
 
 
 def _bytes(machine: Machine, weights: Weights, product: str) -> float:
-    if product == "gradient":
+    if product == "grad_values":
         return weights.nnz * machine.gradient_bytes
     return weights.nnz * (machine.dense_weight_bytes if weights.density >= 1 else machine.sparse_weight_bytes)
 

@@ -243,7 +243,7 @@ def _mean_cycles(machine: Machine, arith: str, at: int, dst: int, count: int, n:
 def stream_layer(
     machine: Machine, counts: np.ndarray, block: int, tokens: int, height: int = 1, rows: int | None = None
 ) -> float:
-    """Cycles of `programs.stream_layer` (forward or delta).
+    """Cycles of `programs.stream_layer` (forward or grad_input).
 
     Follows every column and row: AXPYs, the command, the sum's way around the ring, which may start when the column's
     own part is ready and the one before it is gone, and takes turns with the next row's AXPYs on the datapath.

@@ -40,7 +40,7 @@ class Estimate:
     parts : dict of str to Cost
         Per part of the model ("linear layers", "attention", "elementwise", "vocabulary", "update") over the step.
     products : dict of str to Cost
-        Forward, delta and gradient of the projections and the FFN; forward includes what is computed again.
+        The three products of the projections and the FFN; forward includes what is computed again.
     seconds : float
         Of one step at `clock`.
     """

@@ -66,13 +66,13 @@ def event_layer(
             pictures.plot(forward.region, drawn, f"forward, {rows_in} to {rows_out} features, {columns} x {rows} PEs")
         events = {
             "forward": forward.cycles,
-            "delta": programs.stream_layer(machine, w.T, mask.T, dy, columns, rows).cycles,
-            "gradient": programs.stream_gradient(machine, mask, dy, x, columns, rows).cycles,
+            "grad_input": programs.stream_layer(machine, w.T, mask.T, dy, columns, rows).cycles,
+            "grad_values": programs.stream_gradient(machine, mask, dy, x, columns, rows).cycles,
         }
         closed = {
             "forward": aggregate_programs.stream_layer(machine, counts, block, local, rows),
-            "delta": aggregate_programs.stream_layer(machine, turned, block_out, local, rows),
-            "gradient": aggregate_programs.stream_gradient(machine, counts, block, local, rows),
+            "grad_input": aggregate_programs.stream_layer(machine, turned, block_out, local, rows),
+            "grad_values": aggregate_programs.stream_gradient(machine, counts, block, local, rows),
         }
         for name in layer.PRODUCTS:
             products[name][kind] = {"cycles": int(events[name]), "aggregate": round(closed[name])}

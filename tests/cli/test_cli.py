@@ -38,13 +38,14 @@ def test_train_prints_a_table(vspdf, tiny, tmp_path):
         "dense",
         "TFLOP executed",
         "validation bits/byte",
-        "speed-up",
+        "times faster",
         "really skipped",
         "By convention",
     ):
         assert word in out, word
     assert f"Everything is in {tmp_path}/run/" in out.replace("\n", "")
-    assert "sparsity: 0.9" in err and "ETA" in err and "of FLOPs skipped" in err and "faster" in err
+    assert "sparsity=0.9" in err and "ETA" in err and "of FLOPs skipped" in err and "times as fast" in err
+    assert "weight_decay" not in err, "a default is told"
 
 
 def test_json_is_one_object_on_stdout(vspdf, run_once, tiny, tmp_path):
@@ -258,6 +259,35 @@ def test_no_room_for_a_checkpoint(vspdf, tiny, tmp_path):
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "checkpoint of step 3 was not written" in last and last.endswith("earlier ones are kept.")
     assert checkpoint.read(tmp_path / "run").state["step"] == 2
+
+
+def test_errors_are_all_that_is_said(vspdf, tiny, run_once, tmp_path):
+    """The commonest ones, without a configuration before them."""
+    for arguments in (
+        [], ["data.corpus=none.txt", f"run_dir={tmp_path}/a"], [f"run_dir={tmp_path}/b", "--resume"],
+        ["train.device=cuda:99", f"run_dir={tmp_path}/c"],
+    ):  # fmt: skip
+        status, out, err = vspdf("train", tiny, *arguments)
+        assert status == 2 and out == "" and err.count("\n") == 1, err
+
+
+def test_more_threads_than_cores_get_a_word(vspdf, tiny):
+    cores = os.cpu_count()
+    _, _, err = vspdf("train", tiny, "phases=[{steps: 1}]", f"train.threads={2 * cores}")
+    assert f"{2 * cores} threads on {cores} cores take turns" in err
+
+
+def test_ctrl_c_ends_in_one_line(tmp_path):
+    """Of a verb that has nothing to save."""
+    command = "import signal; signal.alarm(60); from vspdf.cli import main; main()"
+    arguments = ["bench", "step", "--n-layer", "1", "--d-model", "32", "--n-head", "2", "--rounds", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    lines = [process.stderr.readline()]
+    process.send_signal(2)
+    lines += process.communicate()[1].splitlines()
+    assert lines[-1] == "vspdf: stopped." and process.returncode == 130 and "Traceback" not in "".join(lines)
 
 
 # -- usage ------------------------------------------------------------------------------------------------------------

@@ -448,3 +448,28 @@ def test_a_file_where_a_folder_should_be(written, tmp_path, vspdf):
     (root / "dense").write_text("a file where a folder should be")
     status, _, err = vspdf("compare", written(tmp_path, (TUNE, "")), "--runs", root)
     assert status == 2 and "cannot be read: " in err and "Traceback" not in err
+
+
+DEATHS = {
+    "before its order": ("import os, sys; os.close(0); sys.exit('no torch')", r"ended with status 1 \(no torch\)"),
+    "by a signal": ("import os; os.kill(os.getpid(), 9)", r"was killed by SIGKILL"),
+    "of a fault": ("import sys; sys.stdin.readline(); 1 / 0", r"ended with status 1 \(ZeroDivisionError: [^)]*\)"),
+}
+
+
+@pytest.mark.parametrize("program, how", DEATHS.values(), ids=DEATHS)
+def test_a_worker_that_dies_is_one_line_that_names_its_log(written, tmp_path, vspdf, monkeypatch, program, how):
+    monkeypatch.setattr(runner, "_WORKER", program)
+    path, root = written(tmp_path, (TUNE, "")), tmp_path / "runs"
+    status, _, err = vspdf("compare", path, "--runs", root, "--jobs", 1)
+    (line,) = (line for line in err.splitlines() if "error:" in line)
+    assert status == 2 and "Traceback" not in err
+    assert re.search(rf"dense, seed 0: its process {how}; the same command goes on. Log: (.*worker.log)$", line)
+    assert (root / "dense" / "seed-0" / "worker.log").is_file()
+
+
+def test_a_worker_runs_no_module_of_the_working_folder(tmp_path):
+    (tmp_path / "random.py").write_text("open('was run', 'w')")
+    command = [sys.executable, "-c", runner._WORKER, runner._PLACE]
+    ended = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "") and not (tmp_path / "was run").exists()

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from vspdf.config import ResolvedConfig, load, loading, resolve
+from vspdf.config.essentials import essentials
 from vspdf.config.resolved import ResolvedTask
 from vspdf.config.settings import Config, ModelConfig, PhaseConfig
 from vspdf.errors import UserError
@@ -120,3 +121,14 @@ def test_files_of_another_program_are_named(tmp_path, text):
     (tmp_path / "theirs.yaml").write_text(text)
     with pytest.raises(UserError, match=r"theirs.yaml: '\w+' is a setting of the Cerebras stack: vspdf.interop.load_c"):
         load(tmp_path / "theirs.yaml")
+
+
+def test_the_essentials_say_all_that_is_needed(tmp_path):
+    """What they leave out follows: written to a file, they give the same configuration."""
+    for name in ("quickstart", "gpt2-small-variable"):
+        config = loading.load(name, ["train.batch_size=4", f"run_dir={tmp_path}/elsewhere"])
+        said = essentials(config)
+        phases = [said.pop(key) for key in sorted(said) if key.startswith("phases.")]
+        body = {**said.pop(""), **said, "phases": phases}
+        assert loading.build(body, name) == config
+        assert body["train"]["batch_size"] == 4 and "weight_decay" not in str(body) and "tokens" not in phases[0]

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import time
 from weakref import WeakKeyDictionary
 
@@ -185,3 +186,19 @@ def test_choices_end_with_their_pattern_and_lengths_of_text_share_one(monkeypatc
     del pattern
     gc.collect()
     assert not tuning.MADE
+
+
+def test_processes_that_tune_at_once_keep_each_others_timings(process, tmp_path):
+    children = []
+    for one in range(4):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                for key in range(10):
+                    tuning.CPU.add(f"{one} {key}", tuning.Timing(1.0, 2.0))
+                os._exit(0)
+            finally:
+                os._exit(1)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    (machine,) = json.loads((tmp_path / "tuning.json").read_text()).values()
+    assert len(machine) == 40 and [path.name for path in tmp_path.iterdir()] == ["tuning.json"]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from vspdf.config import loading
 from vspdf.data.text import Dataset
-from vspdf.errors import UserError
+from vspdf.errors import Diverged, UserError
 from vspdf.interop import checkpoints
 from vspdf.kernels import cpu
 from vspdf.ledger import CONVENTIONS
@@ -26,6 +26,7 @@ from vspdf.runs import checkpoint
 from vspdf.runs.folder import Run
 from vspdf.runs.record import PhaseRecord
 from vspdf.sparsity.layer import sparse_layers
+from vspdf.train import trainer
 from vspdf.train.trainer import train
 
 LAYERS = [f"h.{i}.{name}" for i in range(2) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
@@ -617,3 +618,22 @@ def test_a_gradient_that_is_no_number_reaches_no_weight(tiny, tmp_path, monkeypa
         run(tiny, "train.checkpoint_every=1")
     stored = checkpoint.read(tmp_path / "run")
     assert all(torch.isfinite(t).all() for t in (*stored.tensors.values(), *stored.moments.values()))
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["by the validation loss", "by the weights"])
+def test_a_last_update_that_overflows_is_no_success(tiny, tmp_path, monkeypatch, seen):
+    """No later loss tells of it: nothing is summed up, and no checkpoint keeps it."""
+    if not seen:
+        monkeypatch.setattr(trainer, "evaluate", lambda *arguments: (1.0, 1.0))
+    what = "the validation loss after step 1 is nan" if seen else "after step 1, '.*' or its moments are not finite"
+    with pytest.raises(Diverged, match=f"^{what}: training stopped, no checkpoint was written yet"):
+        run(tiny, "phases=[{steps: 1, warmup_steps: 0, decay: constant}]", "optimizer.lr=3e38")
+    assert not (tmp_path / "run" / "summary.json").exists() and not Run(tmp_path / "run").checkpoints
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_a_clock_that_stands_still_divides_nothing_by_zero(tiny, monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", lambda: 5.0)
+    monkeypatch.setattr(time, "process_time", lambda: 5.0)
+    summary, lines = run(tiny, "phases=[{sparsity: 0.75, steps: 8}]", "train.measure_dense=1")
+    assert len(lines) == 8 and summary["phases"][0]["speedup"]["median"] == pytest.approx(1.0)

@@ -75,7 +75,7 @@ def calibrate(
     rows = min(shape.vocab_size, 8192)  # time goes with the rows
     calls |= {"vocabulary": _vocabulary(shape.d_model, rows, batch * sequence), "optimizer": _update()}
     times = time_rounds({name: {"layer": call} for name, call in calls.items()}, rounds)
-    median = {name: statistics.median(column) for (name, _), column in times.items()}
+    median = {name: statistics.median(timed.seconds for timed in column) for (name, _), column in times.items()}
     return Calibration(
         batch * sequence, sequence, rounds, torch.get_num_threads(),
         {s: median[f"block {s}"] for s in (0.0, *sparsities)},

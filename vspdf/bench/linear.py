@@ -7,31 +7,33 @@ Data are random, never zeros. Times include packing, transposes and the refresh 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vspdf.bench.rounds import PRODUCTS, Candidate, _quartiles, time_rounds
-from vspdf.errors import UserError
+from vspdf.bench.rounds import PRODUCTS, Candidate, Timed, compared, ideal, others_at_work, quartiles, time_rounds
+from vspdf.errors import UserError, require
 from vspdf.kernels import cpu, hardware, ops
 from vspdf.pattern import Pattern
 
 # (tokens, in_features, out_features) of the layers that GPTs of 100M to 1B parameters have.
 SHAPES = ((1024, 768, 3072), (2048, 3072, 768), (2048, 768, 768), (2048, 2048, 2048), (4096, 1024, 4096))
 SPARSITIES = (0.5, 0.75, 0.9, 0.95, 0.99)
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DISTURBED = 0.6  # of the FMA peak: a round in which dense ran below it says more about the machine than about kernels
 
 
 @dataclass
 class Row:
-    """One median. Seconds; GFLOP/s on useful work (two FLOPs per kept weight and token)."""
+    """Medians of one candidate and product. Seconds; GFLOP/s on useful work (two FLOPs per kept weight and token)."""
 
     tokens: int
     in_features: int
@@ -43,11 +45,15 @@ class Row:
     seconds_median: float
     seconds_low: float  # quartiles
     seconds_high: float
-    ratio_to_dense: float
+    ratio_to_dense: float  # median of the rounds' ratios
     gflops_useful: float
-    peak_fraction: float  # of the machine's measured FMA peak, on useful work
+    peak_fraction: float | None  # of the machine's measured float32 FMA peak, on useful work; bf16 may go beyond it
     rounds: int
     disturbed_rounds: int
+    precision: str = "fp32"
+    ratio_low: float = math.nan  # quartiles
+    ratio_high: float = math.nan
+    possible: bool = True  # below the FMA peak and the ideal speed-up, as far as these bind
 
 
 @dataclass
@@ -60,12 +66,14 @@ class Problem:
     weight: Tensor
 
     @classmethod
-    def random(cls, tokens: int, in_features: int, out_features: int, sparsity: float, seed: int = 0) -> Problem:
+    def random(
+        cls, tokens: int, in_features: int, out_features: int, sparsity: float, seed: int = 0, precision: str = "fp32"
+    ) -> Problem:
         generator = torch.Generator().manual_seed(seed)
         pattern = Pattern.random((out_features, in_features), sparsity, seed=seed)
-        x = torch.randn(tokens, in_features, generator=generator)
-        grad = torch.randn(tokens, out_features, generator=generator)
-        return cls(pattern, x, grad, torch.randn(out_features, in_features, generator=generator) * pattern.mask())
+        draw = lambda *shape: torch.randn(shape, generator=generator).to(PRECISIONS[precision])  # noqa: E731
+        x, grad = draw(tokens, in_features), draw(tokens, out_features)
+        return cls(pattern, x, grad, draw(out_features, in_features) * pattern.mask())
 
     def candidates(self, names: Iterable[str]) -> dict[str, Candidate]:
         return {name: MAKERS[name](self) for name in names}
@@ -101,7 +109,7 @@ def _dense(p: Problem) -> Candidate:
 
 def _dense_mask(p: Problem) -> Candidate:
     """What masked training usually does: multiply by zeros."""
-    mask = p.pattern.mask().float()
+    mask = p.pattern.mask().to(p.weight.dtype)
     return {
         "forward": lambda: F.linear(p.x, p.weight * mask),
         "grad_input": lambda: p.grad @ (p.weight * mask),
@@ -201,6 +209,7 @@ def bench_linear(
     threads: Sequence[int] | None = None,
     rounds: int = 7,
     peers: bool = True,
+    precisions: Sequence[str] = ("fp32",),
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Times all candidates on layers.
@@ -213,61 +222,84 @@ def bench_linear(
     rounds : int
         Interleaved rounds after one of warm-up.
     peers : bool
-        Time the other libraries too.
+        Time the other libraries too, in float32.
+    precisions : sequence of {"fp32", "bf16"}
 
     Returns
     -------
     dict
-        ``rows`` (of `Row` fields), ``peak_gflops`` by threads, ``break_even`` sparsity per shape, product and thread
-        count, ``hardware``, ``versions``, ``missing`` peers with the reason.
+        ``rows`` (of `Row` fields), ``peak_gflops`` by threads, ``load`` before it began, ``break_even`` sparsity per
+        shape, product and thread count, ``hardware``, ``versions``, ``missing`` peers with the reason.
     """
     if rounds < 1:
         raise UserError(f"rounds must be at least 1, not {rounds}.")
+    for precision in precisions:
+        require(
+            precision in PRECISIONS,
+            f"`precision` {precision}: on a CPU {' and '.join(PRECISIONS)} are timed; others are for a GPU.",
+        )
     extension = cpu.extension()
     names, missing = available_peers() if peers else ([], {})
     thread_counts = list(threads or sorted({1, hardware.hardware()["cores"]}))
-    before = torch.get_num_threads()
-    rows: list[Row] = []
+    before, load = torch.get_num_threads(), others_at_work()
+    found: list[tuple[Layer, dict[tuple[str, str], list[Timed]]]] = []
     peaks: dict[int, float] = {}
     try:
-        for count in thread_counts:
+        for count, shape, sparsity, precision in itertools.product(thread_counts, shapes, sparsities, precisions):
             torch.set_num_threads(count)
-            peaks[count] = extension.fma_peak(count, 0.3)
-            for shape in shapes:
-                for sparsity in sparsities:
-                    progress(f"{count} threads, tokens x in x out = {'x'.join(map(str, shape))}, sparsity {sparsity}")
-                    problem = Problem.random(*shape, sparsity)
-                    times = time_rounds(problem.candidates(["dense", "vspdf", "auto", *names]), rounds)
-                    rows += _rows(problem, sparsity, count, times, peaks[count])
+            # Measured anew beside each problem: the highest counts, what a busy machine lets through does not.
+            peaks[count] = max(peaks.get(count, 0.0), extension.fma_peak(count, 0.1))
+            what = f"tokens x in x out = {'x'.join(map(str, shape))}, sparsity {sparsity}"
+            progress(f"{count} threads, {what}, {precision}")
+            problem = Problem.random(*shape, sparsity, precision=precision)
+            others = names if precision == "fp32" else []
+            times = time_rounds(problem.candidates(["dense", "vspdf", "auto", *others]), rounds)
+            found.append((Layer(*shape, sparsity, problem.pattern.nnz, count, precision), times))
     finally:
         torch.set_num_threads(before)
+    if names and "bf16" in precisions:
+        missing |= {f"{name} in bf16": "the other libraries are timed in float32" for name in names}
+    rows = [row for layer, times in found for row in _rows(layer, times, peaks[layer.threads])]
     return {
         "rows": [asdict(row) for row in rows],
         "peak_gflops": {str(count): peak for count, peak in peaks.items()},
         "break_even": _break_even(rows),
+        "load": load,
         "hardware": hardware.hardware(),
         "versions": hardware.versions(),
         "missing": missing,
     }
 
 
-def _rows(
-    problem: Problem, sparsity: float, threads: int, times: dict[tuple[str, str], list[float]], peak: float
-) -> list[Row]:
-    tokens, pattern = problem.x.shape[0], problem.pattern
-    rows = []
-    for (name, product), seconds in times.items():
+class Layer(NamedTuple):
+    """What was timed: sizes, kept weights, threads and precision."""
+
+    tokens: int
+    in_features: int
+    out_features: int
+    sparsity: float
+    nnz: int
+    threads: int
+    precision: str
+
+
+def _rows(layer: Layer, times: dict[tuple[str, str], list[Timed]], peak: float) -> list[Row]:
+    rows, bound = [], layer.precision == "fp32"  # bf16 may have instructions of its own, or none at all
+    for (name, product), column in times.items():
         factor = len(PRODUCTS) if product == "layer" else 1
-        dense_flops = 2 * tokens * pattern.numel * factor
+        dense_flops = 2 * layer.tokens * layer.in_features * layer.out_features * factor
         dense = times["dense", product]
-        disturbed = sum(dense_flops / s < DISTURBED * peak * 1e9 for s in dense)
-        median = statistics.median(seconds)
-        low, high = _quartiles(seconds)
-        rate = 2 * tokens * pattern.nnz * factor / median / 1e9
+        slow = [bound and dense_flops / timed.seconds < DISTURBED * peak * 1e9 for timed in dense]
+        ratio = compared(dense, column, slow)
+        seconds = [timed.seconds for timed in column]
+        median, (low, high) = statistics.median(seconds), quartiles(seconds)
+        rate = 2 * layer.tokens * layer.nnz * factor / median / 1e9
+        possible = not bound or (rate <= peak and ratio.median <= ideal(layer.sparsity))
         rows.append(
             Row(
-                tokens, pattern.in_features, pattern.out_features, sparsity, threads, product, name, median, low, high,
-                statistics.median(dense) / median, rate, rate / peak, len(seconds), disturbed,
+                layer.tokens, layer.in_features, layer.out_features, layer.sparsity, layer.threads, product, name,
+                median, low, high, ratio.median, rate, rate / peak if bound else None, len(column), ratio.disturbed,
+                layer.precision, ratio.low, ratio.high, possible,
             )
         )  # fmt: skip
     return rows
@@ -278,8 +310,9 @@ def _break_even(rows: Sequence[Row]) -> list[dict[str, Any]]:
     found = []
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        if row.candidate == "vspdf":
-            groups.setdefault((row.tokens, row.in_features, row.out_features, row.threads, row.product), []).append(row)
+        if row.candidate == "vspdf" and row.possible and row.precision == "fp32":
+            of = (row.tokens, row.in_features, row.out_features, row.threads, row.product)
+            groups.setdefault(of, []).append(row)
     for (tokens, in_features, out_features, threads, product), group in groups.items():
         group.sort(key=lambda row: row.sparsity)
         at = None
@@ -323,6 +356,8 @@ def plot(result: dict[str, Any], path: Path, threads: int | None = None) -> None
                 row.ratio_to_dense
                 for row in rows
                 if (row.candidate, row.product, row.threads, row.sparsity) == (name, product, count, s)
+                and row.possible
+                and row.precision == "fp32"
             ]
             if ratios:
                 points.append((s, statistics.geometric_mean(ratios)))

@@ -200,11 +200,13 @@ def _row(
 ) -> dict[str, Any]:
     low, high = min(column), max(column)
     median = statistics.median(column)
+    ratios = [a / b for a, b in zip(base, column, strict=True)]
     return {
         "tokens": layer.x.shape[0], "in_features": layer.pattern.in_features,
         "out_features": layer.pattern.out_features, "sparsity": layer.sparsity, "precision": layer.name,
         "product": product, "candidate": candidate, "path": candidate, "seconds_median": median, "seconds_low": low,
-        "seconds_high": high, "ratio_to_dense": statistics.median(base) / median,
+        "seconds_high": high, "ratio_to_dense": statistics.median(ratios),
+        "ratio_low": min(ratios), "ratio_high": max(ratios),
         "gflops_useful": 2 * layer.x.shape[0] * layer.pattern.nnz * factor / median / 1e9, "rounds": len(column),
     }  # fmt: skip
 

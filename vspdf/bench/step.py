@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vspdf.attention import plain
-from vspdf.bench.rounds import _quartiles
+from vspdf.bench.rounds import Timed, compared, ideal, others_at_work, quartiles
 from vspdf.kernels import hardware
 from vspdf.model import GPT, Attention
 from vspdf.shapes import Shape
@@ -38,7 +37,8 @@ def bench_step(
     -------
     dict
         ``rows`` with ``sparsity``, ``attention`` ("torch" or "blocks"), ``seconds_median`` and quartiles,
-        ``ratio_to_dense`` (with torch's attention), memory of the training state; ``hardware``, ``versions``.
+        ``ratio_to_dense`` (with torch's attention; of rounds, `compared`) and whether it is ``possible``, memory of the
+        training state; ``load``, ``hardware``, ``versions``.
     """
     from vspdf.sparsity.layer import training_state_bytes
 
@@ -51,36 +51,47 @@ def bench_step(
     dense = (0.0, "torch")
     models = {side: _model(shape, *side) for side in (dense, *((s, "blocks") for s in (0.0, *sparsities)))}
     steps = {side: _training_step(model, tokens) for side, model in models.items()}
-    times: dict[tuple[float, str], list[float]] = {side: [] for side in steps}
+    load = others_at_work()
+    times: dict[tuple[float, str], list[Timed]] = {side: [] for side in steps}
     try:
         for i in range(rounds + 2):
             progress(f"round {i} of {rounds + 1}")
             for side, step in steps.items():
-                start = time.perf_counter()
-                step()
+                timed = Timed.of(step)
                 if i > 1:  # two rounds of warm-up: plans, tuning, moments
-                    times[side].append(time.perf_counter() - start)
+                    times[side].append(timed)
         memory = {side: training_state_bytes(model) if side[0] else None for side, model in models.items()}
         used = torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
-    rows = []
-    for (sparsity, attention), seconds in times.items():
-        low, high = _quartiles(seconds)
-        median = statistics.median(seconds)
-        rows.append(
-            {
-                "sparsity": sparsity, "attention": attention, "threads": used, "seconds_median": median,
-                "seconds_low": low, "seconds_high": high,
-                "ratio_to_dense": statistics.median(times[dense]) / median, "memory": memory[sparsity, attention],
-            }
-        )  # fmt: skip
+    rows = [
+        {"sparsity": side[0], "attention": side[1], "threads": used}
+        | _figures(side[0], times[dense], times[0.0, side[1]], column)
+        | {"memory": memory[side]}
+        for side, column in times.items()
+    ]
     return {
         "model": {**asdict(shape), "batch_size": batch_size, "parameters": shape.parameters},
         "rows": rows,
+        "load": load,
         "hardware": hardware.hardware(),
         "versions": hardware.versions(),
     }
+
+
+def _figures(
+    sparsity: float, dense: Sequence[Timed], alike: Sequence[Timed], column: Sequence[Timed]
+) -> dict[str, Any]:
+    """Seconds and speed-up of one model; possible is what sparsity allows against a dense model with its attention."""
+    seconds = [timed.seconds for timed in column]
+    low, high = quartiles(seconds)
+    ratio = compared(dense, column)
+    return {
+        "seconds_median": statistics.median(seconds), "seconds_low": low, "seconds_high": high,
+        "ratio_to_dense": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high,
+        "possible": compared(alike, column).median <= ideal(sparsity), "rounds": len(column),
+        "disturbed_rounds": ratio.disturbed,
+    }  # fmt: skip
 
 
 def _model(shape: Shape, sparsity: float, attention: str) -> GPT:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from vspdf.cli.console import Json, Verb, emit, err, murmur, out
+from vspdf.cli.console import Json, Verb, emit, err, murmur, out, say, show, tell
 from vspdf.draw import words
 from vspdf.errors import UserError, percent_meant
-from vspdf.kernels.hardware import keep_freed_memory
+from vspdf.kernels.hardware import crowded, keep_freed_memory
 
 Positive = Annotated[int, typer.Option(min=1)]
 bench = typer.Typer(help="Sparse against dense and peers, interleaved in one process.", no_args_is_help=True)
@@ -44,6 +44,11 @@ def _destination(path: Path | None, what: str, kinds: Sequence[str]) -> None:
         raise UserError(f"{what} '{path}': {'is a folder' if path.is_dir() else f'there is no folder {path.parent}'}.")
 
 
+def _warn_of_crowds(threads: Sequence[int]) -> None:
+    if threads and (crowd := crowded(max(threads))):
+        say(crowd)
+
+
 def _write_results(result: dict[str, Any], csv: Path | None, as_json: bool) -> None:
     from vspdf.bench.rounds import write_csv
 
@@ -64,7 +69,9 @@ def bench_linear(
     csv: Annotated[Path | None, typer.Option(help="Write all rows here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of speed-up over sparsity here (PNG, SVG).")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda for the current GPU.")] = "cpu",
-    precision: Annotated[str, typer.Option(help="On a GPU: bf16, fp16, tf32, fp32; commas between.")] = "bf16,fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32 (default) or bf16; on a GPU bf16,fp32, and fp16, tf32; commas between.")
+    ] = "",
     tune: Annotated[bool, typer.Option("--tune", help="On a GPU: keep the timings, for auto.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -81,6 +88,8 @@ def bench_linear(
         raise UserError(f"--device '{device}' is not known: cpu or cuda.")
     if tune and device == "cpu":
         raise UserError("--tune is for --device cuda: on the CPU, auto times both paths by itself.")
+    if threads and device == "cuda":
+        raise UserError("--threads is for the CPU.")
     if plot and device == "cuda":
         raise UserError("--plot is for the CPU; on a GPU, python benchmarks/gpu.py draws.")
     try:
@@ -93,19 +102,22 @@ def bench_linear(
     amounts = _numbers(sparsity, float, "--sparsity", most=1)
     if device == "cuda":
         result = linear_gpu.bench_linear(
-            chosen or linear_gpu.SHAPES, amounts, precision.split(","), rounds, peers, tune, murmur
+            chosen or linear_gpu.SHAPES, amounts, (precision or "bf16,fp32").split(","), rounds, peers, tune, murmur
         )
         _write_results(result, csv, as_json)
         if not as_json:
             _print_linear_gpu(result)
         return
+    counts = _numbers(threads, int, "--threads", least=1)
+    _warn_of_crowds(counts)
     keep_freed_memory()
     result = benchmark.bench_linear(
         chosen or benchmark.SHAPES,
         amounts,
-        _numbers(threads, int, "--threads", least=1) or None,
+        counts or None,
         rounds,
         peers,
+        (precision or "fp32").split(","),
         murmur,
     )
     _write_results(result, csv, as_json)
@@ -128,47 +140,73 @@ def _print_linear_gpu(result: dict[str, Any]) -> None:
             shape, f"{r['sparsity']:.4g}", r["precision"], r["product"], name, f"{r['ratio_to_dense']:.2f}x",
             f"{r['gflops_useful'] / 1e3:.1f}", error,
         )  # fmt: skip
-    out.print(table)
+    show(table)
     for name, reason in result["missing"].items():
         out.print(f"{name} was not timed: {reason}", highlight=False)
 
 
 def _print_linear(result: dict[str, Any]) -> None:
     rows = result["rows"]
-    problems = list(dict.fromkeys((r["tokens"], r["in_features"], r["out_features"], r["threads"]) for r in rows))
-    for tokens, n_in, n_out, threads in problems:
-        here = (tokens, n_in, n_out, threads)
-        mine = [r for r in rows if (r["tokens"], r["in_features"], r["out_features"], r["threads"]) == here]
-        cells = {(r["product"], r["candidate"], r["sparsity"]): r for r in mine}
-        sparsities = list(dict.fromkeys(r["sparsity"] for r in mine))
-        table = Table(
-            title=f"speed-up over dense: {tokens} tokens, {n_in} -> {n_out}, {threads} threads", title_justify="left"
+    of = ("tokens", "in_features", "out_features", "threads", "precision")
+    for tokens, n_in, n_out, threads, precision in dict.fromkeys(tuple(r[key] for key in of) for r in rows):
+        here = (tokens, n_in, n_out, threads, precision)
+        mine = [r for r in rows if tuple(r[key] for key in of) == here]
+        show(
+            _linear_table(
+                f"speed-up over dense: {tokens} tokens, {n_in} -> {n_out}, {threads} threads, {precision}", mine
+            )
         )
-        table.add_column("product")
-        table.add_column("candidate")
-        for s in sparsities:
-            table.add_column(f"{s:.4g}", justify="right")
-        for product, candidate in dict.fromkeys(
-            (r["product"], r["candidate"]) for r in mine if r["candidate"] != "dense"
-        ):
-            ratios = [cells.get((product, candidate, s)) for s in sparsities]
-            table.add_row(product, candidate, *(f"{r['ratio_to_dense']:.2f}x" if r else "" for r in ratios))
-            if candidate == "vspdf":
-                table.add_row("", "  GFLOP/s useful", *(f"{r['gflops_useful']:.0f}" if r else "" for r in ratios))
-                table.add_row("", "  of FMA peak", *(f"{r['peak_fraction']:.0%}" if r else "" for r in ratios))
-                if any(r and r["disturbed_rounds"] for r in ratios):
-                    cells_ = (f"{r['disturbed_rounds']} of {r['rounds']}" if r else "" for r in ratios)
-                    table.add_row("", "  disturbed rounds", *cells_)
-        out.print(table)
     for threads, peak in result["peak_gflops"].items():
-        out.print(f"FMA peak measured with {threads} threads: {peak:.0f} GFLOP/s", highlight=False)
-    out.print(
-        "Medians of interleaved rounds; packing, transposes and value refresh counted. "
-        "A round is disturbed where dense ran below 60 % of the FMA peak.",
-        highlight=False,
+        tell(f"FMA peak measured with {threads} threads, float32: {peak:.0f} GFLOP/s")
+    tell(
+        "Speed-up: median of the ratios of interleaved rounds, and their quartiles; packing, transposes and value "
+        "refresh counted. A round is disturbed, and left out, where dense ran below 60 % of the FMA peak or a call had "
+        "less of the processor than in its best round."
     )
-    for name, reason in result["missing"].items():
-        out.print(f"{name} was not timed: {reason}", highlight=False)
+    _tell_of_quiet(result)
+    tell(*(f"{name} was not timed: {reason}" for name, reason in result["missing"].items()))
+
+
+def _linear_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    cells = {(r["product"], r["candidate"], r["sparsity"]): r for r in rows}
+    sparsities = list(dict.fromkeys(r["sparsity"] for r in rows))
+    table = Table(title=title, title_justify="left")
+    table.add_column("product")
+    table.add_column("candidate", no_wrap=True)
+    for s in sparsities:
+        table.add_column(f"{s:.4g}", justify="right", no_wrap=True)
+    for product, candidate in dict.fromkeys((r["product"], r["candidate"]) for r in rows if r["candidate"] != "dense"):
+        found = [cells.get((product, candidate, s)) for s in sparsities]
+
+        def line(name: str, cell: Callable[[dict[str, Any]], str], first: str = "", found: Any = found) -> None:
+            table.add_row(first, name, *(cell(r) if r else "" for r in found))
+
+        line(candidate, _speedup, product)
+        if candidate == "vspdf":
+            line("  quartiles", lambda r: f"{r['ratio_low']:.2f}-{r['ratio_high']:.2f}")
+            line("  GFLOP/s useful", lambda r: f"{r['gflops_useful']:.0f}")
+            if found[0] and found[0]["peak_fraction"] is not None:
+                line("  of FMA peak", lambda r: f"{r['peak_fraction']:.0%}" if r["peak_fraction"] <= 1 else "above it")
+            if any(r and r["disturbed_rounds"] for r in found):
+                line("  disturbed rounds", lambda r: f"{r['disturbed_rounds']} of {r['rounds']}")
+    return table
+
+
+def _speedup(row: dict[str, Any]) -> str:
+    return f"{row['ratio_to_dense']:.2f}x" if row["possible"] else "(no result)"
+
+
+def _tell_of_quiet(result: dict[str, Any]) -> None:
+    """What keeps figures from being results: others at work, rounds that they disturbed, what cannot be."""
+    from vspdf.bench.rounds import BUSY
+
+    if result["load"] is not None and result["load"] > BUSY:
+        cores = result["hardware"]["cores"]
+        tell(f"The machine was busy when this began: a load of {result['load']:.1f} on {cores} cores.")
+    if any(2 * row["disturbed_rounds"] > row["rounds"] for row in result["rows"]):
+        tell("More than half of some rounds were disturbed: all of these count then, and are worth little.")
+    if not all(row["possible"] for row in result["rows"]):
+        tell("(no result): above the FMA peak, or above what the sparsity allows: the measurement was disturbed.")
 
 
 @bench.command(name="step", cls=Verb)
@@ -192,6 +230,7 @@ def bench_step(
 
     _destination(csv, "--csv", (".csv",))
     sparsities = _numbers(sparsity, float, "--sparsity", most=1)
+    _warn_of_crowds([threads] if threads else [])
     keep_freed_memory()
     result = step.bench_step(
         n_layer, d_model, n_head, sequence_length, batch_size, sparsities, threads, rounds,
@@ -200,14 +239,19 @@ def bench_step(
     _write_results(result, csv, as_json)
     if as_json:
         return
-    table = Table(title=f"training step, {words.count(result['model']['parameters'])} parameters", title_justify="left")
+    table = Table(
+        title=f"training step, {words.count(result['model']['parameters'])} parameters, "
+        f"{result['rows'][0]['threads']} threads",
+        title_justify="left",
+    )
     for column in (
         "sparsity",
         "attention",
-        "threads",
         "s/step",
         "quartiles",
         "speed-up",
+        "quartiles",
+        "disturbed",
         "state of its layers",
         "of the model",
     ):
@@ -218,7 +262,10 @@ def bench_step(
             [f"{memory[k]['sparse'] / memory[k]['dense']:.0%}" for k in ("sparsified", "model")] if memory else ["", ""]
         )
         table.add_row(
-            f"{row['sparsity']:.0%}", row["attention"], str(row["threads"]), f"{row['seconds_median']:.3f}",
-            f"{row['seconds_low']:.2f}-{row['seconds_high']:.2f}", f"{row['ratio_to_dense']:.2f}x", *shares,
+            f"{row['sparsity']:.4g}", row["attention"], f"{row['seconds_median']:.3f}",
+            f"{row['seconds_low']:.3f}-{row['seconds_high']:.3f}", _speedup(row),
+            f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}", f"{row['disturbed_rounds']} of {row['rounds']}", *shares,
         )  # fmt: skip
-    out.print(table)
+    show(table)
+    tell("Speed-up: median of the ratios of a round's steps, dense over sparse, and their quartiles.")
+    _tell_of_quiet(result)

@@ -9,7 +9,10 @@ import time
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 from typer.core import TyperCommand
 
 from vspdf.draw import words
@@ -33,6 +36,8 @@ class Verb(TyperCommand):
         flags = {parameter.name: parameter.opts[0] for parameter in self.params if parameter.opts[0][:2] == "--"}
         try:
             return super().invoke(context)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped.") from None
         except (UserError, Interrupted) as error:
             error.args = (re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), str(error)),)
             raise
@@ -73,6 +78,14 @@ def tell(*lines: str) -> None:
     """Prints lines of text to stdout as they are, however wide the terminal is."""
     for line in lines:
         out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """Prints a table to stdout: close together where the terminal is narrow, and wider than it before a word is cut."""
+    widest = out.options.update(max_width=10_000)
+    if Measurement.get(out, widest, table).maximum > out.width:
+        table.box, table.pad_edge, table.show_edge = SIMPLE_HEAD, False, False
+    Console(width=max(out.width, Measurement.get(out, widest, table).maximum)).print(table)
 
 
 class Progress:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from vspdf.cli.console import Json, emit, murmur, number, out, say
+from vspdf.cli.console import Json, emit, murmur, number, out, say, show
 from vspdf.draw import words
 from vspdf.errors import UserError, percent_meant
 from vspdf.kernels.hardware import keep_freed_memory
@@ -93,7 +93,7 @@ def _print_plan(found: Plan) -> None:
             stage.name, f"{stage.sparsity:.4g}", f"{stage.steps:,}", words.count(stage.tokens), f"{stage.flops:.2e}",
             words.size(stage.state_bytes), *clock,
         )  # fmt: skip
-    out.print(table)
+    show(table)
     table = Table(title="training FLOPs" + (", causal attention" if found.causal else ""), title_justify="left")
     for column in ("convention", "dense run", "planned", "saved", "times fewer"):
         table.add_column(column, justify="left" if column == "convention" else "right")
@@ -102,7 +102,7 @@ def _print_plan(found: Plan) -> None:
             name, f"{row['dense']:.4g}", f"{row['planned']:.4g}", f"{row['saved_fraction']:.2%}",
             f"{row['dense'] / row['planned']:.3f}x", style="bold" if name == found.convention else None,
         )  # fmt: skip
-    out.print(table)
+    show(table)
     lines = [
         f"Dense run: {found.baseline}.",
         f"Effective sparsity {found.effective_sparsity:.4f} (weight-FLOPs against the dense run), over time "

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from vspdf.cli.console import Json, MachineName, Settings, emit, murmur, out, say, tell
+from vspdf.cli.console import Json, MachineName, Settings, emit, murmur, say, show, tell
 from vspdf.draw import words
 
 Level = Annotated[
@@ -44,7 +44,7 @@ def _run(program: str, as_json: bool, trace: Path | None, plot: Path | None, **a
                 table.add_row(f"{key.replace('_', ' ')}: {name.replace('_', ' ')}", words.amount(part))
         else:
             table.add_row(key.replace("_", " "), words.amount(value))
-    out.print(table)
+    show(table)
 
 
 def spmm(
@@ -123,7 +123,7 @@ def reduce(
     pes: Annotated[int, typer.Option(help="PEs in a row, each with a vector.")],
     elements: Annotated[int, typer.Option(help="fp32 elements of the vector.")],
     group: Annotated[str, typer.Option(help="PEs of a chain in the first phase; all of them is one chain; or star.")],
-    everywhere: Annotated[bool, typer.Option(help="All-reduce: broadcast the sum back.")] = False,
+    everywhere: Annotated[bool, typer.Option("--everywhere", help="All-reduce: broadcast the sum back.")] = False,
     trace: Trace = None,
     plot: Plot = None,
     machine: MachineName = "cs2",
@@ -183,7 +183,7 @@ def validate(
             f"  {detail}", words.amount(c["published"]), words.amount(c["simulated"]),
             f"{c['error']:+.2%}{missed}", c["role"], c["level"],
         )  # fmt: skip
-    out.print(table)
+    show(table)
     roles = [c["role"] for c in result["cases"]]
     lines = [
         f"{sum(c['passed'] for c in result['cases'])} of {len(roles)} cases within their tolerance; "

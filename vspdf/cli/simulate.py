@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from vspdf.cli.console import Json, MachineName, Settings, Verb, emit, number, out, say
+from vspdf.cli.console import Json, MachineName, Settings, Verb, emit, number, say, show, tell
 from vspdf.draw import words
 from vspdf.errors import UserError
 
@@ -48,7 +48,7 @@ def simulate_layer(
     level: Level = "aggregate",
     as_json: Json = False,
 ) -> None:
-    """Forward, delta and gradient of one linear layer: cycles dense and sparse, the speed-up as a band.
+    """Forward product and both gradients of one linear layer: cycles dense and sparse, the speed-up as a band.
 
     `vspdf simulate layer --tokens 65536 --in 12288 --out 12288 --sparsity 0.9`
 
@@ -89,9 +89,9 @@ def _print_layer(result: dict[str, Any]) -> None:
     }
     table.add_section()
     _cost_row(table, "layer", total)
-    out.print(table)
-    _print_lines(
-        [
+    show(table)
+    tell(
+        *[
             _band(result),
             _where(result["products"].values()),
             *(
@@ -119,9 +119,9 @@ def _print_event_layer(result: dict[str, Any]) -> None:
         dense, sparse = pair["dense"], pair["sparse"]
         numbers = (dense["cycles"], dense["aggregate"], sparse["cycles"], sparse["aggregate"])
         table.add_row(name, *(f"{n:,}" for n in numbers), f"{dense['cycles'] / sparse['cycles']:.2f}x")
-    out.print(table)
+    show(table)
     s = result["speedup"]
-    out.print(f"Speed-up {s['central']:.2f}x, ideal {s['ideal']:.2f}x.", highlight=False)
+    tell(f"Speed-up {s['central']:.2f}x, ideal {s['ideal']:.2f}x.")
 
 
 # ---- step ------------------------------------------------------------------------------------------------------------
@@ -189,15 +189,15 @@ def _print_step(result: dict[str, Any]) -> None:
         },
     }
     _cost_row(table, "step", total)
-    out.print(table)
+    show(table)
     lines = [_band(result), _where(result["parts"].values()), _clocks(result)]
     for label, rate in result["tokens_per_second_by_clock"].items():
         samples = result["samples_per_second_by_clock"][label]
-        lines.append(
-            f"{label}: dense {samples['dense']:,.4g} samples/s ({rate['dense']:,.0f} tokens/s), sparse "
-            f"{samples['sparse']['central']:,.4g} ({rate['sparse']['low']:,.0f} to {rate['sparse']['high']:,.0f} "
-            "tokens/s)."
-        )
+        lines += [
+            f"{label}: {per['dense']:,.{digits}} {unit}/s dense; {per['sparse']['central']:,.{digits}} sparse "
+            f"({per['sparse']['low']:,.{digits}} to {per['sparse']['high']:,.{digits}})."
+            for per, unit, digits in ((samples, "samples", "4g"), (rate, "tokens", "0f"))
+        ]
     for kind, m in result["mapping"].items():
         again = "blocks computed again in the backward pass" if m["recompute"] else "activations kept"
         joules = result["energy"][kind]["joules_per_token"]
@@ -206,10 +206,10 @@ def _print_step(result: dict[str, Any]) -> None:
             f"replicas, {m['local']} tokens a PE, {again}; {result['utilisation'][kind]:.1%} of fp16 peak, "
             f"{joules[0]:.3g} to {joules[1]:.3g} J a token."
         )
-    _print_lines(lines)
+    tell(*lines)
     _print_sensitivity(result)
     if result["comparison"]:
-        out.print(comparison_table(result["comparison"]))
+        show(comparison_table(result["comparison"]))
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -295,9 +295,4 @@ def _print_sensitivity(result: dict[str, Any]) -> None:
     for row in rows:
         values = ", ".join(f"{value}: {speedup:.2f}x" for value, speedup in row["speedup"].items())
         table.add_row(row["unknown"], values, f"{row['span']:.1%}")
-    out.print(table)
-
-
-def _print_lines(lines: Sequence[str]) -> None:
-    for line in lines:
-        out.print(line, markup=False, highlight=False)
+    show(table)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from vspdf.cli.console import Json, Progress, emit, only, out, say, tell
+from vspdf.cli.console import Json, Progress, emit, only, say, show, tell
 from vspdf.errors import UserError, one_of, require
 
 if TYPE_CHECKING:
@@ -53,8 +53,6 @@ def generate(
     from vspdf.evaluate.generate import Decoding
     from vspdf.files import make_folder, must_be_new, write_whole
 
-    only(input is None, "is not read beside `input`, which holds the prompts", context, "prompt")
-    only(input is not None, "goes with `input`", context, "format", "limit", "batch_size")
     one_of("`overlong`", overlong, answers.OVERLONG)
     if output:
         must_be_new(output)
@@ -67,7 +65,7 @@ def generate(
         length_penalty=length_penalty, no_repeat_ngram=no_repeat_ngram,
         temperature=temperature if temperature is not None else (0.0 if input else 0.8), seed=seed,
     )  # fmt: skip
-    _check_decoding(context, decoding, input is not None)
+    _refuse_idle(context, decoding, input)
     started = time.perf_counter()
     if input:
         found = answers.answer(
@@ -86,13 +84,15 @@ def generate(
     emit(body) if as_json else _print_answers(body)
 
 
-def _check_decoding(context: typer.Context, decoding: Decoding, from_file: bool) -> None:
-    """Refuses options that this way of decoding would not read."""
+def _refuse_idle(context: typer.Context, decoding: Decoding, input: Path | None) -> None:
+    """Refuses options of `generate` that would change nothing beside the others."""
     searching, drawing = decoding.beams > 1, decoding.beams == 1 and decoding.temperature > 0
+    only(input is None, "is not read beside `input`, which holds the prompts", context, "prompt")
+    only(input is not None, "goes with `input`", context, "format", "limit", "batch_size")
     only(searching, "is for beam search: `beams` above 1", context, "length_penalty", "no_repeat_ngram")
     only(not searching, "is for sampling: `beams` 1", context, "temperature")
     only(drawing, "is for sampling: `beams` 1 and a `temperature` above 0", context, "seed")
-    only(searching or from_file, "is for beam search and `input`: sampling has no end", context, "overlong")
+    only(searching or input is not None, "is for beam search and `input`: sampling has no end", context, "overlong")
 
 
 def _print_answers(body: dict[str, Any]) -> None:
@@ -209,7 +209,7 @@ def _print_tasks(body: dict[str, Any]) -> None:
         table.add_section()
         count = sum(row["acc"] is not None for row in body["tasks"].values())
         table.add_row(f"average of {count}", "acc", f"{body['average']:.4f}", "", "", style="bold")
-    out.print(table)
+    show(table)
     for name, why in body["missing"].items():
         tell(f"{name} was not evaluated: {why}")
 

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from vspdf.cli import simulate
-from vspdf.cli.console import Json, emit, err, out, say, tell
+from vspdf.cli.console import Json, emit, out, say, show, tell
 from vspdf.draw import words
 from vspdf.errors import UserError
 from vspdf.kernels.hardware import keep_freed_memory
@@ -31,14 +31,12 @@ def train(
 
     `vspdf train my.yaml run_dir=runs/mine --resume`
     """
-    from vspdf.config import loading
     from vspdf.interop import load_config
     from vspdf.runs.folder import Run
     from vspdf.train.trainer import train as run
 
     keep_freed_memory()
     settings = load_config(config, overrides or [])
-    err.print(loading.to_yaml(settings).rstrip(), style="dim", markup=False, highlight=False)
     run(settings, resume=resume, say=say, on_evaluation=_draw)
     summary = Run(Path(settings.run_dir)).summary
     if as_json:
@@ -82,19 +80,23 @@ def _print_summary(summary: dict[str, Any]) -> None:
         ("TFLOP dense", lambda p: f"{p['flops']['dense'] / 1e12:,.2f}"),
         ("TFLOP useful", lambda p: f"{p['flops']['useful'] / 1e12:,.2f}"),
         ("TFLOP executed", lambda p: f"{p['flops']['executed'] / 1e12:,.2f}"),
-        ("seconds a step (median)", lambda p: f"{p['step_seconds_median']:.3f}"),
-        ("dense step beside it", lambda p: f"{p['dense_step_seconds_median']:.3f}" if "speedup" in p else "-"),
-        ("speed-up (pairs low-high)",
-         lambda p: "{median:.2f}x ({low:.2f}-{high:.2f})".format(**p["speedup"]) if "speedup" in p else "-"),
+        ("seconds a step, median of all", lambda p: f"{p['step_seconds_median']:.4g}"),
+        ("median pair: a step", lambda p: f"{p['paired_step_seconds_median']:.4g}" if "speedup" in p else "-"),
+        ("median pair: dense step beside it",
+         lambda p: f"{p['dense_step_seconds_median']:.4g}" if "speedup" in p else "-"),
+        ("median pair: times faster",
+         lambda p: f"{p['speedup']['median']:.2f}x" if "speedup" in p else "-"),
+        ("slowest and fastest pair",
+         lambda p: "{low:.2f}x-{high:.2f}x".format(**p["speedup"]) if "speedup" in p else "-"),
     ]  # fmt: skip
     for title, cell in rows:
         table.add_row(title, *(cell(phase) for phase in phases))
     parts = {part for phase in phases for part in phase["time_fractions"]}
     for part in sorted(parts, key=lambda part: -phases[0]["time_fractions"].get(part, 0)):
         table.add_row(f"time in {part}", *(f"{phase['time_fractions'].get(part, 0):.0%}" for phase in phases))
-    out.print(table)
+    show(table)
     if summary.get("comparison"):
-        out.print(simulate.comparison_table(summary["comparison"]))
+        show(simulate.comparison_table(summary["comparison"]))
     flops = summary["flops"]
     saved = summary["flops_saved_fraction_by_convention"]
     out.print(
@@ -121,7 +123,6 @@ def finetune(
 
     `vspdf finetune cerebras-gpt-111m/ my.yaml data.path=pairs.jsonl`
     """
-    from vspdf.config import loading
     from vspdf.config import settings as configuration
     from vspdf.interop import checkpoints, load_config
     from vspdf.runs.folder import Run
@@ -131,7 +132,6 @@ def finetune(
     shape, activation = checkpoints.shape_of(start)
     model = configuration.ModelConfig(**asdict(shape), activation=activation)
     settings = load_config(config, overrides or [], start=(start, model))
-    err.print(loading.to_yaml(settings).rstrip(), style="dim", markup=False, highlight=False)
     train(settings, resume=resume, say=say, on_evaluation=_draw)
     summary = Run(Path(settings.run_dir)).summary
     if as_json:

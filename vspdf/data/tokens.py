@@ -232,12 +232,13 @@ def _batches(corpus: Corpus, keys: np.ndarray, parts: np.ndarray) -> Iterator[tu
     yield texts, parts[start:].tolist()
 
 
-def _found(path: Path, key: str, say: Callable[..., None] = log.warning) -> _Tokens | None:
-    """What a cache file holds; None if it is not there, or `say` why it cannot be used."""
+def _found(path: Path, key: str) -> _Tokens | None:
+    """What a cache file holds; None if it is not there, or damaged, which is said once: it is removed."""
     try:
         return _read_cache(path, key) if path.exists() else None
     except _Damaged as why:
-        say("Token cache %s %s: made anew.", path, why)
+        log.warning("Token cache %s %s: made anew.", path, why)
+        path.unlink(missing_ok=True)
         return None
 
 
@@ -245,10 +246,11 @@ def _cached_tokens(folder: Path, key: str, make: Callable[[Path], None]) -> _Tok
     path = folder / f"{key[:32]}.tokens"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (found := _found(path, key)) is not None:
+        guard = path.with_name(f".{path.name}.lock")
+        if not guard.exists() and (found := _found(path, key)) is not None:
             return found
-        with lock(path.with_name(f".{path.name}.lock"), f"token cache {path}", patience=math.inf):
-            if (found := _found(path, key, say=log.debug)) is not None:  # another process has made it meanwhile
+        with lock(guard, f"token cache {path}", patience=math.inf):
+            if (found := _found(path, key)) is not None:  # another process has made it meanwhile
                 return found
             make(path)
             return _read_cache(path, key)

@@ -45,7 +45,11 @@ def check(config: ResolvedConfig, resume: bool) -> ResolvedConfig:
         return config
     if not run.begun:
         raise UserError(f"nothing to resume: '{run.folder}' holds no run.")
-    config = config.with_data(run.config.model.vocab_size, run.config.data.first_sequence)
+    try:
+        config = config.with_data(run.config.model.vocab_size, run.config.data.first_sequence)
+    except UserError:
+        run.check()  # says more
+        raise
     for key, (old, new) in differences(loading.to_dict(run.config), loading.to_dict(config)).items():
         if key in ("train.threads", "train.device"):
             log.warning("resuming with %s = %s instead of %s: results will differ in the last bits.", key, new, old)

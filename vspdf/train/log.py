@@ -58,10 +58,11 @@ class Log:
 
     def beside_dense(self, record: PhaseRecord, found: dict[str, Any]) -> None:
         """A dense twin was measured beside the run."""
-        ratios = "{median:.2f}x faster (pairs {low:.2f}-{high:.2f})".format(**found["speedup"])
+        ratios = "{median:.2f} times as fast (all: {low:.2f} to {high:.2f})".format(**found["speedup"])
         self.say(
-            f"measured beside each other: a step takes {found['paired_step_seconds_median']:.3f} s, a dense step "
-            f"{found['dense_step_seconds_median']:.3f} s ({record.dense_threads} threads): {ratios}"
+            f"{found['pairs']} steps measured beside dense ones, the median pair: a step takes "
+            f"{found['paired_step_seconds_median']:.4g} s, a dense step {found['dense_step_seconds_median']:.4g} s "
+            f"({record.dense_threads} threads): {ratios}"
         )
 
     def sample(self, state: State, phase: ResolvedPhase) -> None:

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 
 from vspdf import ledger
+from vspdf.config import essentials
 from vspdf.config.resolved import ResolvedConfig, ResolvedPhase
 from vspdf.errors import Diverged, Interrupted
 from vspdf.evaluate.loss import evaluate
-from vspdf.kernels.hardware import device, slow_bf16
-from vspdf.runs import writer
+from vspdf.kernels.hardware import crowded, device, slow_bf16
+from vspdf.runs import checkpoint, writer
+from vspdf.runs.folder import CONFIG
 from vspdf.runs.record import PhaseRecord
 from vspdf.sparsity.layer import build_plans
 from vspdf.train.beside import TICK, Beside, profiled
@@ -72,9 +74,11 @@ def train(
     threads = torch.get_num_threads()
     try:
         where = device(config.train.device, "train.device")
-        config = writer.check(config, resume)
+        loaded, config = config, writer.check(config, resume)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
+            if crowd := crowded(config.train.threads):
+                say(f"train.threads: {crowd}")
         with writer.Writer(Path(config.run_dir)) as files:
             if resume:
                 files.hold()
@@ -82,12 +86,16 @@ def train(
                 say(f"train.precision = bf16 runs in fp32: {reason}.")
             state = begin(config, where, say)
             curves = boards(state.config)
-            if state.step:
+            if resume and state.step:
                 files.go_on_from(state.step)
+                checkpoint.prune(files.folder, config.train.keep_checkpoints)  # it may have been killed while it did
             else:
                 if resume:
                     say("no checkpoint was written yet: starting again from step 0")
                 files.begin(state.config, state.data.tokenizer.to_json(), state.data.manifest, again=resume)
+            say(f"{config.name}: settings that are not defaults; all are in {files.folder / CONFIG}")
+            for line in essentials.lines(loaded):
+                say(line)
             return _loop(state, Log(files, say, curves), on_evaluation or (lambda folder: None))
     finally:
         torch.set_num_threads(threads)
@@ -96,7 +104,7 @@ def train(
 def _loop(state: State, log: Log, on_evaluation: Callable[[Path], None]) -> dict[str, Any]:
     train, folder, beside = state.config.train, log.writer.folder, Beside()
     started = time.perf_counter() - state.seconds
-    with _signals(log.say) as stopped:
+    with _signals() as stopped:
         while not state.finished:
             place = state.place
             phase, record = state.config.phases[place.phase], state.records[place.phase]
@@ -115,6 +123,8 @@ def _loop(state: State, log: Log, on_evaluation: Callable[[Path], None]) -> dict
                 log.step(state, line)
             state.seconds = time.perf_counter() - started
             stop = bool(stopped)
+            if stop and not state.finished:
+                log.say("stopping: a checkpoint is written; once more to stop at once")
             if state.finished or stop or (better and train.keep_best) or _due(train.checkpoint_every, state.step):
                 _require_finite_weights(state)
                 state.save(log.writer.synced())
@@ -226,7 +236,7 @@ def _evaluate(state: State, record: PhaseRecord, line: dict[str, Any]) -> float:
 
 
 @contextmanager
-def _signals(say: Callable[[str], None]) -> Iterator[list[int]]:
+def _signals() -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint; a second one ends it at once.
 
     Gives the signals that came.
@@ -236,8 +246,7 @@ def _signals(say: Callable[[str], None]) -> Iterator[list[int]]:
     def note(number: int, frame: Any) -> None:
         if came:
             raise KeyboardInterrupt
-        came.append(number)
-        say("stopping after this step; once more to stop at once")
+        came.append(number)  # nothing more: what was interrupted may be a line that is being printed
 
     try:
         previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,4 +1,4 @@
-"""A weight-streaming layer: forward and delta, and the gradient at kept positions."""
+"""A weight-streaming layer: forward and grad_input, and grad_values at kept positions."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def gradient_layout(s: Stream) -> tuple[int, int, int, int]:
 def stream_layer(machine: Machine, w: np.ndarray, mask: np.ndarray, x: np.ndarray, columns: int, rows: int) -> Outcome:
     """y = W·x in fp16: the kept weights of W [outputs, features] stream past the activations x [features, tokens].
 
-    The forward product; with W transposed and x the output's gradient, the delta. Every weight wavelet triggers an AXPY
+    The forward product; with W transposed and x the output's gradient, grad_input. Every weight wavelet triggers an
     on its feature's tokens; a row's command wavelet starts the sum around the ring of columns, beside the next row's
     AXPYs; it ends in the column that owns the output.
     """

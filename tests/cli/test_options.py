@@ -1,0 +1,432 @@
+"""Every option of every verb moves something or is refused: a table with a case for each, checked against the verbs."""
+
+import json
+import re
+import shlex
+from dataclasses import asdict
+from importlib.resources import files
+
+import pytest
+import torch
+import typer
+
+from vspdf.cli import app
+
+CONFIG = """
+name: one
+run_dir: run
+model: {n_layer: 1, d_model: 16, n_head: 2, sequence_length: 32}
+data: {corpus: CORPUS, validation_fraction: 0.01}
+train: {batch_size: 8, threads: 1, eval_every: 0, eval_tokens: 512, sample_tokens: 0, measure_dense: 0}
+phases: [{sparsity: 0.5, steps: 2}]
+"""
+TASK = """
+task: own
+dataset_path: json
+dataset_kwargs: {data_files: {test: questions.json}}
+test_split: test
+fewshot_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+STUDY = """
+about: Whether options do something.
+seeds: [0]
+tuning_seeds: [1]
+common:
+  model: {n_layer: 1, d_model: 16, n_head: 2, sequence_length: 32}
+  data: {corpus: CORPUS, validation_fraction: 0.05, test_fraction: 0.05}
+  train: {batch_size: 8, threads: 1, eval_every: 0, eval_tokens: 512, sample_tokens: 0, measure_dense: 0}
+arms:
+  dense: {phases: [{steps: 1}]}
+"""
+
+ONES = "--shapes 8x16x16 --sparsity 0.5 --rounds 1 --threads 1 --no-peers"
+SMALL_STEP = (
+    "--n-layer 1 --d-model 16 --n-head 2 --sequence-length 8 --batch-size 1 --sparsity 0.5 --rounds 1 --threads 1"
+)
+SPMM = "--format coo --grid 4x4 --n 8 --k 8 --m 8 --density 50"
+SQUARE = "--grid 4x4 --n 16"
+LINE = "--pes 8 --elements 16 --group 4"
+LAYER = "--tokens 64 --in 64 --out 64"
+MACHINE = {"--machine": "--machine {machine}", "--set": "--set alu_cycles=3 --set hop_cycles=9"}
+PICTURES = {"--trace": "--trace t.json", "--plot": "--plot p.html"}
+AGGREGATE = {"--level": "--level aggregate"}
+
+# verb: (arguments, {option: what is added to them; or (other arguments, what is added to these)})
+CASES = {
+    "train": ("{config}", {"--resume": "--resume"}),
+    "finetune": ("{run} {tuning} data.path={pairs} run_dir=run", {"--resume": "--resume"}),
+    "eval": (
+        "{run}",
+        {
+            "--tasks": ("{run} --task-folder {tasks}", "--tasks own"),
+            "--text": "--text {text}",
+            "--task-folder": ("{run} --tasks own", "--task-folder {tasks}"),
+            "--few-shot": ("{run} --tasks own --task-folder {tasks}", "--few-shot 1"),
+            "--limit": ("{run} --tasks own --task-folder {tasks}", "--limit 1"),
+            "--batch-size": "--batch-size 1",
+            "--device": "--device cuda:99",
+        },
+    ),
+    "report": ("{run}", {"--output": "--output mine.html"}),
+    "generate": (
+        "{run} --tokens 8",
+        {
+            "--prompt": "--prompt water",
+            "--input": "--input {lines}",
+            "--output": ("{run} --tokens 4 --input {lines}", "--output answers.txt"),
+            "--format": ("{run} --tokens 4 --input {lines}", "--format jsonl"),
+            "--limit": ("{run} --tokens 4 --input {lines}", "--limit 1"),
+            "--tokens": "--tokens 3",
+            "--beams": "--beams 3",
+            "--length-penalty": ("{tuned} --prompt x --beams 4 --tokens 8", "--length-penalty 9"),
+            "--no-repeat-ngram": ("{run} --beams 2 --tokens 16 --prompt x", "--no-repeat-ngram 1"),
+            "--temperature": "--temperature 0",
+            "--overlong": ("{run} --beams 2 --tokens 16 --prompt xxxxxxxxxxxxxxxxxxxxxxxxx", "--overlong cut"),
+            "--batch-size": ("{run} --tokens 4 --input {same}", "--batch-size 1"),
+            "--seed": "--seed 1",
+            "--device": "--device cuda:99",
+        },
+    ),
+    "bleu": ("{lines} {references}", {"--protocol": "--protocol mteval-13a"}),
+    "compare": (
+        "{study} --minutes 0",
+        {
+            "--runs": "--runs elsewhere",
+            "--jobs": "--jobs 3",
+            "--minutes": ("toy --results", "--minutes 1"),
+            "--results": ("{study} --minutes 0", "--results"),
+            "--plot": ("toy --results", "--plot p.svg"),
+        },
+    ),
+    "validate": (
+        "--case V1",
+        {
+            "--case": "--case V6",
+            "--machine": ("--case V6", "--machine {machine}"),
+            "--set": ("--case V6", "--set alu_cycles=2"),
+            "--level": ("--case V6", "--level aggregate"),
+        },
+    ),
+    "convert": (
+        "{run} out",
+        {"--to": "--to dense", "--tokenizer": ("{wordless} out", "--tokenizer {run}/tokenizer.json")},
+    ),
+    "plan": (
+        "--model gpt2-small",
+        {
+            "--model": "--model gpt3-xl",
+            "--sparsity": "--sparsity 0.5",
+            "--effective": "--effective 0.5",
+            "--split": ("--model gpt2-small --effective 0.5", "--split fixed-budget"),
+            "--phases": "--phases 0.9:100,0:10",
+            "--steps": "--steps 1000",
+            "--batch-size": "--batch-size 7",
+            "--convention": "--convention spdf",
+            "--causal": "--causal",
+            "--save": "--save 0.3",
+            "--memory": "--memory 1.5",
+            "--hours": ("--model {config}", "--hours 1"),
+            "--time": ("--model {config}", "--time"),
+            "--write": "--write mine.yaml",
+        },
+    ),
+    "info": ("", {}),
+    "simulate layer": (
+        LAYER,
+        {
+            "--tokens": "--tokens 99",
+            "--in": "--in 128",
+            "--out": "--out 128",
+            "--sparsity": "--sparsity 0.5",
+            "--run": ("--layer h.0.mlp.c_fc", "--run {run}"),
+            "--layer": ("--run {run} --layer h.0.mlp.c_fc", "--layer h.0.attn.c_proj"),
+            "--plot": "--plot p.png",
+            **MACHINE,
+            "--level": "--level event",
+        },
+    ),
+    "simulate step": (
+        "--model gpt2-small --batch 8",
+        {
+            "--model": "--model gpt3-xl",
+            "--run": ("", "--run {run}"),
+            "--batch": "--batch 9",
+            "--sequence": "--sequence 512",
+            "--systems": "--systems 2",
+            "--sparsity": "--sparsity 0.5",
+            **MACHINE,
+            "--level": "--level event",
+        },
+    ),
+    "simulate spmm": (
+        SPMM,
+        {
+            "--format": "--format csr",
+            "--grid": "--grid 2x4",
+            "--n": "--n 16",
+            "--k": "--k 16",
+            "--m": "--m 9",
+            "--density": "--density 90",
+            "--nnz-per-pe": "--nnz-per-pe 4",
+            "--seed": "--seed 7",
+            **PICTURES,
+            **MACHINE,
+            **AGGREGATE,
+        },
+    ),
+    "simulate gemm": (
+        SQUARE,
+        {
+            "--grid": "--grid 2x2",
+            "--n": "--n 20",
+            "--algorithm": "--algorithm summa",
+            "--dtype": "--dtype fp16",
+            "--seed": "--seed 7",
+            **PICTURES,
+            **MACHINE,
+            **AGGREGATE,
+        },
+    ),
+    "simulate gemv": (
+        SQUARE,
+        {
+            "--grid": "--grid 2x2",
+            "--n": "--n 20",
+            "--algorithm": "--algorithm summa",
+            "--dtype": "--dtype fp32",
+            "--seed": "--seed 7",
+            **PICTURES,
+            **MACHINE,
+            **AGGREGATE,
+        },
+    ),
+    "simulate reduce": (
+        LINE,
+        {
+            "--pes": "--pes 12",
+            "--elements": "--elements 20",
+            "--group": "--group 2",
+            "--everywhere": "--everywhere",
+            **PICTURES,
+            **MACHINE,
+            **AGGREGATE,
+        },
+    ),
+    "bench linear": (
+        ONES,
+        {
+            "--shapes": "--shapes 8x16x32",
+            "--sparsity": "--sparsity 0.9",
+            "--threads": "--threads 2",
+            "--rounds": "--rounds 2",
+            "--peers": "--peers",
+            "--csv": "--csv rows.csv",
+            "--plot": "--plot p.svg",
+            "--device": "--device tpu",
+            "--precision": "--precision bf16",
+            "--tune": "--tune",
+        },
+    ),
+    "bench step": (
+        SMALL_STEP,
+        {
+            "--n-layer": "--n-layer 2",
+            "--d-model": "--d-model 32",
+            "--n-head": "--n-head 1",
+            "--sequence-length": "--sequence-length 9",
+            "--batch-size": "--batch-size 2",
+            "--sparsity": "--sparsity 0.9",
+            "--threads": "--threads 2",
+            "--rounds": "--rounds 2",
+            "--csv": "--csv rows.csv",
+        },
+    ),
+}
+
+# Options that would change nothing beside others: (arguments, what is said).
+REFUSED = {
+    "dense stores all": ("simulate spmm --format dense --grid 4x4 --n 8 --k 8 --m 8 --density 5", "--density is for"),
+    "dense pads nothing": ("simulate spmm --format dense --grid 4x4 --n 8 --k 8 --m 8 --nnz-per-pe 2", "--nnz-per-pe"),
+    "more than stored": ("simulate spmm --format coo --grid 4x4 --n 8 --k 8 --m 8 --nnz-per-pe 2", "has 4 non-zeros"),
+    "values unseen": (f"simulate gemm {SQUARE} --level aggregate --seed 1", "--seed draws the values that the event"),
+    "a run's own mask": ("simulate layer --run {run} --layer h.0.mlp.c_fc --sparsity 0.5", "leave --sparsity away"),
+    "a run's own size": ("simulate layer --run {run} --layer h.0.mlp.c_fc --in 3", "leave --in away"),
+    "no run": (f"simulate layer {LAYER} --layer h.0.mlp.c_fc", "--layer is one of a run"),
+    "no tasks": ("eval {run} --limit 3", "--limit goes with --tasks"),
+    "no input": ("generate {run} --batch-size 3", "--batch-size goes with --input"),
+    "two prompts": ("generate {run} --input {lines} --prompt x", "--prompt is not read beside --input"),
+    "no beams": ("generate {run} --length-penalty 1", "--length-penalty is for beam search"),
+    "beams draw nothing": ("generate {run} --beams 2 --tokens 4 --seed 1", "--seed is for sampling"),
+    "greedy draws nothing": ("generate {run} --temperature 0 --seed 1", "--seed is for sampling"),
+    "nothing is run": ("compare toy --results --jobs 2", "--jobs is for running"),
+    "one stage": ("plan --model gpt2-small --sparsity 0.5 --split add-on", "there is one stage"),
+    "own stages": ("plan --model quickstart --split add-on", "there is one stage"),
+    "a file has no words": ("convert {text} x.pt --tokenizer {run}/tokenizer.json", "leave --tokenizer away"),
+    "no such precision here": (f"bench linear {ONES} --precision fp16", "on a CPU fp32 and bf16 are timed"),
+}  # fmt: skip
+
+
+def verbs(group=None, path=()):
+    for name, command in (group or typer.main.get_command(app.app)).commands.items():
+        if hasattr(command, "commands"):
+            yield from verbs(command, (*path, name))
+        else:
+            yield " ".join((*path, name)), command
+
+
+OPTIONS = {verb: [p.opts[0] for p in command.params if p.opts[0].startswith("--")] for verb, command in verbs()}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, corpus):
+    """What the arguments name."""
+    from vspdf.config import loading
+    from vspdf.config.settings import ModelConfig
+    from vspdf.interop import checkpoints, convert
+    from vspdf.train.trainer import train
+
+    folder = tmp_path_factory.mktemp("places")
+    found = {name: folder / name for name in ("run", "tuned", "wordless", "tasks")}
+    texts = {
+        "config": ("config.yaml", CONFIG.replace("CORPUS", str(corpus))),
+        "study": ("study.yaml", STUDY.replace("CORPUS", str(corpus))),
+        "tuning": (
+            "tuning.yaml",
+            "name: tuned\ntrain: {batch_size: 4, threads: 1, eval_every: 0, sample_tokens: 0}\nphases: [{steps: 40}]\n"
+            "optimizer: {lr: 1.0e-2}\ndata: {repeat: true}\n",
+        ),
+        "text": ("text.txt", "Some words to read.\n\n" * 9),
+        "lines": ("lines.txt", "the sky is blue\ntwo and two\nwho knows\n"),
+        "same": ("same.txt", "one size\ntwo size\nsix size\n"),  # of one length: they fit one batch
+        "references": ("references.txt", "the sky is green\ntwo and three\nwho knows it\n"),
+        "pairs": (
+            "pairs.jsonl",
+            "".join(json.dumps({"context": c, "completion": c * n}) + "\n" for c in "xyz" for n in (1, 2, 4)),
+        ),
+        "machine": (
+            "machine.yaml",
+            (files("vspdf.simulator") / "machines" / "cs2.yaml").read_text()
+            .replace("hop_cycles: {value: 1", "hop_cycles: {value: 5")
+            .replace("alu_cycles: {value: 1", "alu_cycles: {value: 3"),
+        ),
+    }  # fmt: skip
+    for name, (file, text) in texts.items():
+        found[name] = folder / file
+        found[name].write_text(text)
+    found["tasks"].mkdir()
+    (found["tasks"] / "own.yaml").write_text(TASK)
+    rows = [{"question": q, "choices": ["!", "?"], "answer": n % 2} for n, q in enumerate(("sky", "two", "water"))]
+    (found["tasks"] / "questions.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(loading.load(found["config"], [f"run_dir={found['run']}"]))
+    shape, activation = checkpoints.shape_of(found["run"])
+    start = (str(found["run"]), ModelConfig(**asdict(shape), activation=activation))
+    there = [f"data.path={found['pairs']}", f"run_dir={found['tuned']}"]
+    train(loading.load(found["tuning"], there, start=start))
+    convert.convert(found["run"], found["wordless"])
+    (found["wordless"] / "tokenizer.json").unlink()
+    return {name: str(path) for name, path in found.items()}
+
+
+VOLATILE = re.compile(
+    r"seconds|ratio|gflops|peak|possible|disturbed|break_even|load$|decoding|calibration|checkpoint$|hardware|speedup|_second"
+)
+
+
+def stable(body, timed):
+    """What a verb printed without what differs between two runs of it."""
+    if isinstance(body, dict):
+        return {k: v is None if timed and VOLATILE.search(k) else stable(v, timed) for k, v in body.items()}
+    return [stable(item, timed) for item in body] if isinstance(body, list) else body
+
+
+@pytest.fixture(scope="module")
+def seen():
+    """Observations that several cases share."""
+    return {}
+
+
+@pytest.fixture
+def observe(vspdf, places, tmp_path, monkeypatch, seen):
+    """What can be seen of `vspdf ARGUMENTS` in a folder of its own: status, output, files, forward passes."""
+
+    def look(verb, arguments, before=None):
+        key = (verb, arguments, before)
+        if key in seen:
+            return seen[key]
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        words = lambda text: shlex.split(text.format(**places))  # noqa: E731
+        if before is not None:
+            assert vspdf(*verb.split(), *words(before))[0] == 0
+        passes = 0
+
+        def count(module, inputs):
+            nonlocal passes
+            passes += 1
+
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+        try:
+            status, out, err = vspdf(*verb.split(), *words(arguments))
+        finally:
+            hook.remove()
+        assert status in (0, 2), err
+        timed = verb.split()[0] in ("bench", "plan", "train", "finetune", "generate", "compare")
+        try:
+            out = stable(json.loads(out), timed)
+        except ValueError:
+            out = "text" if timed or verb == "report" else out
+        left = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        seen[key] = (status, out, left, passes, err.splitlines()[-1:] if status == 2 else [])
+        return seen[key]
+
+    return look
+
+
+def rows():
+    for verb, (_, options) in CASES.items():
+        for option in options:
+            yield verb, option
+
+
+def test_every_option_has_a_case():
+    assert {verb: sorted(options) for verb, options in OPTIONS.items()} == {
+        verb: sorted([*options, *(["--json"] if "--json" in OPTIONS.get(verb, ()) else [])])
+        for verb, (_, options) in CASES.items()
+    }
+
+
+@pytest.mark.parametrize("verb, option", rows(), ids=lambda word: word)
+def test_an_option_moves_something(observe, verb, option):
+    usual, options = CASES[verb]
+    case = options[option]
+    arguments, added = (usual, case) if isinstance(case, str) else case
+    if "--tasks" in f"{arguments} {added}":
+        pytest.importorskip("lm_eval")
+    before = arguments if option == "--resume" else None
+    plain = " --json" if "--json" in OPTIONS[verb] else ""
+    first = observe(verb, arguments + plain, before)
+    second = observe(verb, f"{arguments} {added}{plain}", before)
+    assert first != second, f"{option} changes nothing: {first}"
+    assert first[0] == 0 or second[0] == 0, f"refused with and without it: {first[4]} {second[4]}"
+
+
+@pytest.mark.parametrize("verb", [verb for verb, options in OPTIONS.items() if "--json" in options])
+def test_json_is_one_object(observe, verb):
+    arguments = CASES[verb][0]
+    status, out, *_ = observe(verb, f"{arguments} --json")
+    assert status == 0 and isinstance(out, dict)
+    assert not isinstance(observe(verb, arguments)[1], dict)
+
+
+@pytest.mark.parametrize("arguments, said", REFUSED.values(), ids=REFUSED)
+def test_what_would_change_nothing_is_refused(observe, arguments, said):
+    words = arguments.split()
+    verb = " ".join(words[: 2 if words[0] in ("simulate", "bench") else 1])
+    status, _, left, _, last = observe(verb, arguments.removeprefix(verb))
+    assert status == 2 and said in last[0] and not left
