@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from vspdf.config import loading
 from vspdf.data.text import Dataset
 from vspdf.errors import Diverged, UserError
+from vspdf.evaluate.loss import Evaluation
 from vspdf.interop import checkpoints
 from vspdf.kernels import cpu
 from vspdf.ledger import CONVENTIONS
@@ -624,7 +625,7 @@ def test_a_gradient_that_is_no_number_reaches_no_weight(tiny, tmp_path, monkeypa
 def test_a_last_update_that_overflows_is_no_success(tiny, tmp_path, monkeypatch, seen):
     """No later loss tells of it: nothing is summed up, and no checkpoint keeps it."""
     if not seen:
-        monkeypatch.setattr(trainer, "evaluate", lambda *arguments: (1.0, 1.0))
+        monkeypatch.setattr(trainer, "evaluate", lambda *arguments: Evaluation(1.0, 1.0))
     what = "the validation loss after step 1 is nan" if seen else "after step 1, '.*' or its moments are not finite"
     with pytest.raises(Diverged, match=f"^{what}: training stopped, no checkpoint was written yet"):
         run(tiny, "phases=[{steps: 1, warmup_steps: 0, decay: constant}]", "optimizer.lr=3e38")

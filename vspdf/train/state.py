@@ -175,11 +175,15 @@ class State:
             "best": asdict(self.best) if self.best else None,
             "files": files,
         }
-        run = Path(config.run_dir)
-        checkpoint.save(run, self.step, self.model, self.optimizer, body, self.phases.ramp[0])
-        best = self.best.step if self.best and config.train.keep_best else None
-        checkpoint.prune(run, config.train.keep_checkpoints, best)
+        checkpoint.save(Path(config.run_dir), self.step, self.model, self.optimizer, body, self.phases.ramp[0])
+        self.prune()
         self.saved_step = self.step
+
+    def prune(self) -> None:
+        """Removes the checkpoints that are not to be kept, and what a kill left of such."""
+        train = self.config.train
+        best = self.best.step if self.best and train.keep_best else None
+        checkpoint.prune(Path(self.config.run_dir), train.keep_checkpoints, best)
 
     def restore(self) -> None:
         """Brings a fresh state to where the last checkpoint of its run was written.
@@ -212,4 +216,3 @@ class State:
         self.records = [PhaseRecord.from_json(record) for record in body["records"]]
         self.phases.resume(self.model, self.step, (stored.before_switch(self.model), body["revived_done"]))
         stored.restore_optimizer(self.model, self.renew_optimizer(self.config.phases[body["phase"]]))
-        checkpoint.prune(Path(self.config.run_dir), self.config.train.keep_checkpoints)  # a kill may have cut it off

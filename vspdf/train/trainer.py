@@ -24,7 +24,7 @@ from vspdf.config.resolved import ResolvedConfig, ResolvedPhase
 from vspdf.errors import Diverged, Interrupted
 from vspdf.evaluate.loss import evaluate
 from vspdf.kernels.hardware import crowded, device, slow_bf16
-from vspdf.runs import checkpoint, writer
+from vspdf.runs import writer
 from vspdf.runs.folder import CONFIG
 from vspdf.runs.record import PhaseRecord
 from vspdf.sparsity.layer import build_plans
@@ -88,7 +88,7 @@ def train(
             curves = boards(state.config)
             if resume and state.step:
                 files.go_on_from(state.step)
-                checkpoint.prune(files.folder, config.train.keep_checkpoints)  # it may have been killed while it did
+                state.prune()  # it may have been killed while it did
             else:
                 if resume:
                     say("no checkpoint was written yet: starting again from step 0")
