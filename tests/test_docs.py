@@ -172,7 +172,7 @@ def test_sparsify_gpt2_is_better_after_its_last_phase_than_before_the_switch(exa
 
 @pytest.mark.parametrize("page", ["README.md", "docs/own-model.md"])
 def test_the_loop_that_people_copy_makes_the_model_better_after_the_switch(page, capsys):
-    """Its code as it stands, with a model and batches put in. At the sparse stage's rate it ends worse, by 0.04 and more."""
+    """Its code as it stands, with a model and batches put in. At the sparse stage's rate it ends worse."""
     transformers = pytest.importorskip("transformers")
     code = re.search(r"```python\n(import torch, vspdf.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)[1]
     assert "model = ..." in code and "[(0.9, 60, 3e-3), (0.0, 30, 3e-4)]" in code
