@@ -447,7 +447,7 @@ def test_a_file_where_a_folder_should_be(written, tmp_path, vspdf):
     root.mkdir()
     (root / "dense").write_text("a file where a folder should be")
     status, _, err = vspdf("compare", written(tmp_path, (TUNE, "")), "--runs", root)
-    assert status == 2 and "cannot be read: " in err and "Traceback" not in err
+    assert status == 2 and "cannot be made or written to: Not a directory" in err and "Traceback" not in err
 
 
 DEATHS = {

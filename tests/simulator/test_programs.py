@@ -154,7 +154,10 @@ def test_two_runs_are_the_same_run():
         (lambda: Region(CS2, 751, 2), "a grid of 751x2 PEs does not fit: cs2 has 750x994"),
         (lambda: programs.reduce(CS2, normal(1, 4), 1), "at least 2 PEs"),
         (lambda: programs.reduce(CS2, normal(4, 4), 5), "`group` 5: expected 1 to 4"),
-        (lambda: programs.summa(CS2, normal(400, 400), normal(400, 400), 2), "of SRAM, it has 49,152: take a larger `grid` or a smaller `n`"),
+        (
+            lambda: programs.summa(CS2, normal(400, 400), normal(400, 400), 2),
+            "of SRAM, it has 49,152: take a larger `grid` or a smaller `n`",
+        ),
         (lambda: programs.spmm(CS2, "coo", np.ones((5, 4), bool), 4, 2, 2), "must be a multiple of"),
         (lambda: programs.spmm(CS2, "elpack", np.ones((4, 4), bool), 4, 2, 2), "Did you mean 'ellpack'"),
         (lambda: programs.vector_op(CS2, 4, "pairs"), "Did you mean 'pair'"),

@@ -64,7 +64,7 @@ def read_yaml(path: Path) -> Any:
         raise _explained(error, str(path)) from None
     except RecursionError:
         raise UserError(f"{path} nests too deep.") from None
-    except (ValueError, OSError) as error:  # no UTF-8, a number of too many digits
+    except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read: {_first_line(error)}.") from None
     except Exception as error:  # of tags that do not fit their values, YAML's constructors raise whatever they meet
         raise UserError(f"{path} is not valid YAML: {_first_line(error)}.") from None
