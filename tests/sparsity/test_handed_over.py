@@ -3,11 +3,11 @@
 import copy
 import logging
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers
 from torch import nn
 from torch.nn.utils import prune
@@ -255,28 +255,37 @@ def test_save_pretrained_while_sparse_is_the_same_function(kind, tmp_path):
     model.save_pretrained(tmp_path / "dense")  # as ever
 
 
-def _rank(rank, port, seeds, out):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    model = sparse_one(seed=seeds[rank])
-    try:
-        nn.parallel.DistributedDataParallel(model)(torch.ones(1, 48))
-        found = "agreed"
-    except UserError as error:
-        found = str(error)
-    with open(f"{out}-{rank}", "w") as stream:
-        stream.write(found)
-    dist.destroy_process_group()
+RANK = """
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import vspdf
+from vspdf.errors import UserError
+
+dist.init_process_group("gloo")
+torch.set_num_threads(1)
+model = nn.Sequential(nn.Linear(48, 32))
+vspdf.sparsify(model, 0.5, seed=int(sys.argv[2 + dist.get_rank()]))
+try:
+    nn.parallel.DistributedDataParallel(model)(torch.ones(1, 48))
+    said = "agreed"
+except UserError as error:
+    said = str(error)
+with open(f"{sys.argv[1]}-{dist.get_rank()}", "w") as stream:
+    stream.write(said)
+dist.destroy_process_group()
+"""
 
 
 @pytest.mark.parametrize("seeds", [(1, 1), (1, 2)], ids=["same masks", "other masks"])
 def test_ranks_with_other_masks_are_refused_by_the_one_that_differs(seeds, tmp_path):
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, (port, seeds, str(tmp_path / "said")), nprocs=2)
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    subprocess.run([*run, str(tmp_path / "said"), *map(str, seeds)], check=True, timeout=120)
     first, second = ((tmp_path / f"said-{rank}").read_text() for rank in (0, 1))
     assert first == "agreed"
     assert second == "agreed" if seeds[0] == seeds[1] else "this process and rank 0 have different masks" in second
