@@ -63,12 +63,30 @@ inline void transpose4(__m256* out, const float* block, int64_t stride, int c) {
 }
 inline void stream(float* p, V v) { _mm256_stream_ps(p, v); }
 #else
+// a[0] b[0] a[1] b[1] and a[2] b[2] a[3] b[3]: one instruction of NEON and of SSE each.
+inline V zip_low(V a, V b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#else
+    typedef int32_t Lanes __attribute__((vector_size(16)));
+    return __builtin_shuffle(a, b, Lanes{0, 4, 1, 5});
+#endif
+}
+inline V zip_high(V a, V b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#else
+    typedef int32_t Lanes __attribute__((vector_size(16)));
+    return __builtin_shuffle(a, b, Lanes{2, 6, 3, 7});
+#endif
+}
 inline void transpose4(V* out, const float* block, int64_t stride, int) {
-    for (int j = 0; j < W; ++j) {
-        float column[W];
-        for (int i = 0; i < W; ++i) column[i] = block[i * stride + j];
-        out[j] = load(column);
-    }
+    const V a = load(block), b = load(block + stride), c = load(block + 2 * stride), d = load(block + 3 * stride);
+    const V ac = zip_low(a, c), bd = zip_low(b, d), ca = zip_high(a, c), db = zip_high(b, d);
+    out[0] = zip_low(ac, bd);
+    out[1] = zip_high(ac, bd);
+    out[2] = zip_low(ca, db);
+    out[3] = zip_high(ca, db);
 }
 inline void stream(float* p, V v) { store(p, v); }
 #endif

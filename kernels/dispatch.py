@@ -63,8 +63,8 @@ def choose(
     if device.type != "cpu" or tune is None:
         return _choose(product, pattern, tokens, dtype, device, backend, tune, wide)
     made = tuning.MADE.setdefault(pattern, {})
-    small = tokens * pattern.numel < SMALL
-    known = (product, tuning.bucket(tokens), small, dtype, wide, backend, torch.get_num_threads())
+    bucket = tuning.bucket(tokens) if tokens * pattern.numel >= SMALL else 0
+    known = (product, bucket, dtype, wide, backend, torch.get_num_threads())
     choice = made.get(known)
     if choice is None:
         choice = made[known] = _choose(product, pattern, tokens, dtype, device, backend, tune, wide)
