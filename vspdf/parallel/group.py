@@ -21,6 +21,7 @@ from vspdf.parallel.tree import Span, add, spans
 from vspdf.parallel.world import COMMUNICATION, World
 
 T = TypeVar("T")
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 PATIENCE = timedelta(minutes=30)  # for what takes long on one rank alone: tokens, checkpoints, reports
 
 
@@ -103,7 +104,7 @@ class Group(World):
         mine = torch.tensor(numbers, dtype=torch.int64 if exact else torch.float64)
         found = mine.new_empty(self.size, len(mine))
         with self._watched():
-            dist.all_gather_into_tensor(found.view(-1), mine, group=self._group)
+            _all_gather(found.view(-1), mine, group=self._group)
         return found.tolist()
 
     def gather_things(self, thing: T) -> list[T]:
@@ -170,7 +171,7 @@ class Group(World):
         total = add((0, count), dict(zip([node for of in nodes for node in of], received, strict=True)))
         whole = flat.view(-1)[: self.size * length]
         with self._timed(), self._watched():
-            dist.all_gather_into_tensor(whole, total, group=self._group)
+            _all_gather(whole, total, group=self._group)
             self._await(whole)
         self._sent += (self.size - 1) * (len(parts) + 1) * length * whole.element_size()
         for parameter, gradient in zip(parameters, whole[: sum(sizes)].split(sizes), strict=True):

@@ -151,6 +151,9 @@ class World:
         return nullcontext()
 
 
+ALONE = World()
+
+
 def asked_for() -> int:
     """How many processes the environment says that there are.
 

@@ -83,9 +83,12 @@ class Beside:
         return beside_dense(record.paired_seconds)
 
 
-def profiled(step: Callable[[], Any], vocab_size: int) -> tuple[Any, dict[str, float]]:
+def profiled(step: Callable[[], Any], vocab_size: int, ranks: int = 1) -> tuple[Any, dict[str, float]]:
     """Runs a step under torch's profiler; returns its result and the fraction of its time by part."""
-    with torch.autograd.profiler_legacy.profile(record_shapes=True) as profile:  # the newer one writes to stderr
+    # The older does not know of exchanges, which begin and end in different threads; the newer writes to stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    profiler = torch.autograd.profiler_legacy.profile if ranks == 1 else torch.autograd.profiler.profile
+    with profiler(record_shapes=True) as profile:
         result = step()
     times: dict[str, float] = {}
     for event in profile.key_averages(group_by_input_shape=True):

@@ -47,20 +47,20 @@ def check_shares(config: ResolvedConfig, ranks: int) -> None:
 def said(config: ResolvedConfig, world: World) -> list[str]:
     """How several processes do it, in words."""
     train, threads = config.train, torch.get_num_threads()
-    lines = {
-        "exact": "gradients are added in one order, equal to the last bit on any number of processes of as many threads",
-        "ddp": "DistributedDataParallel adds them in an order of its own, the loss is that of one process to about 1e-6",
+    orders = {
+        "exact": "gradients are added in one order, whatever the number of processes (of as many threads)",
+        "ddp": "DistributedDataParallel adds gradients in an order of its own, losses are alike to about 1e-6 only",
     }
-    overruled = " (torchrun's OMP_NUM_THREADS=1 is overruled; train.threads)"
-    note = overruled if threads > 1 and os.environ.get("OMP_NUM_THREADS") == "1" and not train.threads else ""
+    overruled = threads > 1 and os.environ.get("OMP_NUM_THREADS") == "1" and not train.threads
+    note = " (torchrun's OMP_NUM_THREADS=1 is overruled; train.threads sets another number)" if overruled else ""
     found = [
         f"{world.size} processes share every step, {threads} thread{'s' * (threads > 1)} each{note}; "
-        f"train.data_parallel = {train.data_parallel}: {lines[train.data_parallel]}"
+        f"train.data_parallel = {train.data_parallel}: {orders[train.data_parallel]}"
     ]
     if any(phase.batch_size <= train.micro_batch_size for phase in config.phases):
         found.append(
-            f"a step is one micro-batch of train.micro_batch_size = {train.micro_batch_size} and is split evenly: the last "
-            "bits go by the number of processes then; smaller micro-batches, which all numbers take alike, make them equal"
+            f"a step is one micro-batch (train.micro_batch_size = {train.micro_batch_size}), of which each takes its "
+            "share: the last bits go by the number of processes then; set a size that all of them take alike"
         )
     return found
 

@@ -238,7 +238,7 @@ def _step(state: State, phase: ResolvedPhase, record: PhaseRecord) -> dict[str, 
     with ledger.counting() as tally:
         # The second step: plans are built, nothing else is special about it. The profiler sees the CPU alone.
         if place.step == 1 and state.device.type == "cpu":
-            (loss, norm), record.parts = profiled(take, state.shape.vocab_size)
+            (loss, norm), record.parts = profiled(take, state.shape.vocab_size, state.world.size)
         else:
             loss, norm = take()
     seconds, cpu_seconds = max(time.perf_counter() - start, TICK), time.process_time() - cpu_start
