@@ -31,6 +31,7 @@ MAY_TAKE = {
     "compare": (
         "draw.words", "kernels.hardware", "config", "data", "evaluate", "runs", "interop", "train", "report",
     ),
+    "__main__": ("cli",),
     "cli": ("draw", "parallel", "kernels", "sparsity", "simulator", "config", "data", "runs", "bench", "evaluate",
             "interop", "train", "plan", "report", "compare"),
 }  # fmt: skip

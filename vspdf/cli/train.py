@@ -15,7 +15,7 @@ from vspdf.cli.console import Json, emit, out, say, show, tell
 from vspdf.draw import words
 from vspdf.errors import UserError
 from vspdf.kernels.hardware import keep_freed_memory
-from vspdf.parallel.world import World
+from vspdf.parallel.environment import from_environment
 
 if TYPE_CHECKING:
     from vspdf.config.resolved import ResolvedConfig
@@ -40,7 +40,7 @@ def train(
     from vspdf.train.trainer import train as run
 
     keep_freed_memory()
-    with World.from_environment() as world:
+    with from_environment() as world:
         settings = world.together(lambda: load_config(config, overrides or []))
         run(settings, resume=resume, say=say, on_evaluation=_draw)
         if not world.first:
@@ -142,7 +142,7 @@ def finetune(
         model = configuration.ModelConfig(**asdict(shape), activation=activation)
         return load_config(config, overrides or [], start=(start, model))
 
-    with World.from_environment() as world:
+    with from_environment() as world:
         settings = world.together(loaded)
         train(settings, resume=resume, say=say, on_evaluation=_draw)
         if not world.first:

@@ -42,8 +42,8 @@ def evaluate(
     batch_size: int,
     max_tokens: int = 0,
     precision: str = "fp32",
-    progress: Callable[[int], None] = lambda done: None,
     world: World = ALONE,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Mean loss of a model over the held-out documents, the same ones at every call.
 
@@ -58,10 +58,10 @@ def evaluate(
         Stop after about this many; 0: all.
     precision : {"fp32", "bf16"}
         bf16 runs in fp32 on processors that would take 10 to 100 times as long.
-    progress : callable
-        Called with the number of tokens done.
     world : World
         Who shares the batches; their sums are added in the order of the text, so that the result has the same bits.
+    progress : callable
+        Called with the number of tokens done.
     """
     training = model.training
     model.eval()

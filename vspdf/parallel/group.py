@@ -61,7 +61,7 @@ class Group(World):
     """
 
     def __init__(self, store: Any, owned: bool) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()  # type: ignore[misc]
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._owned, self._within = owned, PATIENCE
         self._sent, self._under_way = 0, list[tuple[float, float]]()  # bytes; from when to when
         self._group: Any = None  # of those exchanges that are not waited for long; None: the default group
@@ -69,9 +69,10 @@ class Group(World):
         dist.all_gather_object(members, Member.here())
         self._roll = Roll(store, self.rank, members)
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(self, *how: object) -> None:
+        error = how[1]
         if isinstance(error, (UserError, Interrupted)) and not isinstance(error, RankLost) and not self.first:
-            error.told = True  # type: ignore[union-attr]  # all ranks end alike: rank 0 says it, and is given the time
+            error.told = True  # all ranks end alike: rank 0 says it, and is given the time
             with suppress(RuntimeError):
                 dist.recv(torch.zeros(1), src=0)  # which breaks when it ends
         if self._owned and error is None:
@@ -202,7 +203,7 @@ class Group(World):
     def wrapped(self, model: nn.Module) -> nn.Module:
         with self._watched():
             net = DistributedDataParallel(model, process_group=self._group)
-        net.register_comm_hook(None, self._summed)  # type: ignore[arg-type]
+        net.register_comm_hook(None, self._summed)
         return net
 
     def wraps(self, model: nn.Module) -> bool:

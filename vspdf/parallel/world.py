@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from vspdf.errors import UserError
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,8 +18,7 @@ COMMUNICATION = "communication"  # how a profile calls it
 class World:
     """The processes that train together; by itself, a process that is alone.
 
-    `from_environment` finds the others: torchrun, and whatever else sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
-    As a context it leaves the group at its end, if it was the one to join it.
+    `vspdf.parallel.environment` finds the others. As a context it leaves the group at its end, if it has joined it.
 
     Attributes
     ----------
@@ -31,21 +27,6 @@ class World:
     """
 
     rank, size = 0, 1
-
-    @staticmethod
-    def from_environment() -> World:
-        """The world that the environment tells of, joined.
-
-        Raises
-        ------
-        UserError
-            If the environment is half told, or not all processes come.
-        """
-        if asked_for() == 1:
-            return World()
-        from vspdf.parallel.group import join
-
-        return join()
 
     def __enter__(self) -> World:
         return self
@@ -152,56 +133,3 @@ class World:
 
 
 ALONE = World()
-
-
-def asked_for() -> int:
-    """How many processes the environment says that there are.
-
-    Raises
-    ------
-    UserError
-        If it tells only half of what is needed to find them.
-    """
-    size = _integer("WORLD_SIZE", default=1)
-    if size == 1:
-        return 1
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if not os.environ.get(name):
-            raise UserError(f"WORLD_SIZE = {size}, but {name} is not set: torchrun sets all of them.")
-    rank = _integer("RANK")
-    if not 0 <= rank < size:
-        raise UserError(f"RANK = {rank} is not below WORLD_SIZE = {size}.")
-    return size
-
-
-def _integer(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name, "")
-    if not text and default is not None:
-        return default
-    if not text.isdecimal() or (name == "WORLD_SIZE" and int(text) < 1):
-        raise UserError(f"the environment has {name} = '{text}': expected a number, as torchrun sets it.")
-    return int(text)
-
-
-def restarted() -> bool:
-    """Whether torchrun has started this process again after a failure."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
-
-
-def refuse(verb: str, instead: str) -> None:
-    """Refuses several processes for what is for one.
-
-    Raises
-    ------
-    UserError
-        Naming the verb, and what to do instead.
-    """
-    if asked_for() > 1:
-        raise UserError(f"{verb} is one process, the environment (torchrun?) tells of {asked_for()}: {instead}.")
-
-
-def divisors(count: int) -> str:
-    """The numbers of processes that `count` things can be shared by, in words."""
-    found: Iterable[Any] = (n for n in range(1, count + 1) if count % n == 0)
-    *most, last = map(str, found)
-    return f"{', '.join(most)} or {last}" if most else last

@@ -14,7 +14,8 @@ from vspdf.errors import UserError
 from vspdf.evaluate.loss import autocast
 from vspdf.kernels import hardware, tuning
 from vspdf.ledger import Tally
-from vspdf.parallel.world import World, divisors
+from vspdf.parallel.environment import divisors
+from vspdf.parallel.world import World
 from vspdf.sparsity.layer import sparse_layers
 from vspdf.train.state import State
 from vspdf.train.step import micro_batches
@@ -96,7 +97,7 @@ def weights(state: State) -> dict[str, str]:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def require_alike(state: State) -> None:

@@ -24,7 +24,8 @@ from vspdf.config.resolved import ResolvedConfig, ResolvedPhase
 from vspdf.errors import Diverged, Interrupted, RankLost
 from vspdf.evaluate.loss import evaluate
 from vspdf.kernels.hardware import crowded, device, slow_bf16
-from vspdf.parallel.world import World, restarted
+from vspdf.parallel.environment import from_environment, restarted
+from vspdf.parallel.world import World
 from vspdf.runs import writer
 from vspdf.runs.folder import CONFIG, Run
 from vspdf.runs.record import PhaseRecord
@@ -75,7 +76,7 @@ def train(
     """
     threads = torch.get_num_threads()
     try:
-        with World.from_environment() as world:
+        with from_environment() as world:
             return _train(config, resume, say, on_evaluation or (lambda folder: None), world)
     finally:
         torch.set_num_threads(threads)
@@ -89,7 +90,7 @@ def _train(
     world: World,
 ) -> dict[str, Any]:
     if not world.first:
-        say = on_evaluation = lambda _: None
+        say, on_evaluation = lambda line: None, lambda folder: None
     resume = resume or (restarted() and Run(Path(config.run_dir)).begun)
     threads = config.train.threads or world.threads
     if threads:
@@ -296,9 +297,7 @@ def _kept(state: State) -> str:
 
 def _evaluate(state: State, record: PhaseRecord, line: dict[str, Any]) -> float:
     train = state.config.train
-    result = evaluate(
-        state.model, state.data, train.micro_batch_size, train.eval_tokens, train.precision, world=state.world
-    )
+    result = evaluate(state.model, state.data, train.micro_batch_size, train.eval_tokens, train.precision, state.world)
     if not math.isfinite(result[0]):
         raise _diverged(state, f"the validation loss after step {state.step} is {result[0]}")
     record.val_loss, record.val_bits_per_byte = line["val_loss"], line["val_bits_per_byte"] = result
