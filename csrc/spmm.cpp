@@ -49,7 +49,7 @@ std::variant<SpmmLoops, SpmmProgram> make_work(const Plan& plan, bool transposed
     } else {
         why = plan.isa() == Isa::plain  ? "generated code needs avx512 or avx2"
               : plan.isa() == Isa::avx2 ? "VSPDF_JIT=1 generates code"
-                                        : "VSPDF_JIT=0";
+                                        : "memory='low' or VSPDF_JIT=0";
     }
     return SpmmLoops(csr, transposed, spmm_kernels(plan.isa()).tile);
 }

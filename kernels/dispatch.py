@@ -71,6 +71,22 @@ def choose(
     return choice
 
 
+def set_memory(pattern: Pattern, memory: str) -> None:
+    """Builds the pattern's plan for the CPU anew, at its next use, if it was for another choice of `cpu.MEMORY`.
+
+    Raises
+    ------
+    UserError
+        If there is no such choice.
+    """
+    if memory not in cpu.MEMORY:
+        raise UserError(f"unknown memory '{memory}'.{did_you_mean(memory, cpu.MEMORY)}")
+    if memory != cpu.memory(pattern):
+        pattern.packed["memory"] = memory
+        pattern.packed.pop("cpu", None)
+        tuning.MADE.pop(pattern, None)
+
+
 def _choose(
     product: str,
     pattern: Pattern,
