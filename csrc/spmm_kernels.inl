@@ -243,45 +243,63 @@ void unpack(T* out, int64_t stride, const float* y, int lanes, int tokens, int f
 
 // ---- Row loops --------------------------------------------------------------------------------------------------
 
-// S vectors make a line; U kept weights at a time have sums of their own, to hide the latency of the multiply-add.
+// One row: S vectors make a line; U kept weights at a time have sums of their own, to hide the latency of the
+// multiply-add.
 template <int S, int U, class Column>
-int64_t rows(float* y, const float* x, const float* values, const Column* col, const uint32_t* lo, const uint32_t* hi,
-             int n, bool first) {
+inline void row(float* y, const float* x, const float* values, const Column* col, uint32_t count, bool first) {
     constexpr int L = S * W;
-    int64_t macs = 0;
-    for (int r = 0; r < n; ++r, y += L) {
-        V sum[U][S];
+    V sum[U][S];
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) {
+#pragma GCC unroll 8
+        for (int s = 0; s < S; ++s) sum[u][s] = u == 0 && !first ? load(y + s * W) : V{};
+    }
+    uint32_t i = 0;
+    for (; i + U <= count; i += U) {
 #pragma GCC unroll 8
         for (int u = 0; u < U; ++u) {
+            const float* line = x + size_t(col[i + u]) * L;
+            const V value = splat(values[i + u]);
 #pragma GCC unroll 8
-            for (int s = 0; s < S; ++s) sum[u][s] = u == 0 && !first ? load(y + s * W) : V{};
-        }
-        uint32_t i = lo[r];
-        const uint32_t end = hi[r];
-        macs += int64_t(end - i) * L;
-        for (; i + U <= end; i += U) {
-#pragma GCC unroll 8
-            for (int u = 0; u < U; ++u) {
-                const float* line = x + size_t(col[i + u]) * L;
-                const V value = splat(values[i + u]);
-#pragma GCC unroll 8
-                for (int s = 0; s < S; ++s) sum[u][s] += value * load(line + s * W);
-            }
-        }
-        for (; U > 1 && i < end; ++i) {
-            const float* line = x + size_t(col[i]) * L;
-            const V value = splat(values[i]);
-#pragma GCC unroll 8
-            for (int s = 0; s < S; ++s) sum[0][s] += value * load(line + s * W);
-        }
-#pragma GCC unroll 8
-        for (int s = 0; s < S; ++s) {
-#pragma GCC unroll 8
-            for (int u = 1; u < U; ++u) sum[0][s] += sum[u][s];
-            store(y + s * W, sum[0][s]);
+            for (int s = 0; s < S; ++s) sum[u][s] += value * load(line + s * W);
         }
     }
-    return macs;
+    for (; U > 1 && i < count; ++i) {
+        const float* line = x + size_t(col[i]) * L;
+        const V value = splat(values[i]);
+#pragma GCC unroll 8
+        for (int s = 0; s < S; ++s) sum[0][s] += value * load(line + s * W);
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < S; ++s) {
+#pragma GCC unroll 8
+        for (int u = 1; u < U; ++u) sum[0][s] += sum[u][s];
+        store(y + s * W, sum[0][s]);
+    }
+}
+
+template <int S, int U>
+int64_t rows(float* y, const float* x, const float* values, const uint16_t* col, const uint32_t* lo,
+             const uint32_t* hi, int n, bool first) {
+    constexpr int L = S * W;
+    int64_t done = 0;
+    for (int r = 0; r < n; ++r) {
+        row<S, U>(y + r * L, x, values + lo[r], col + lo[r], hi[r] - lo[r], first);
+        done += hi[r] - lo[r];
+    }
+    return done * L;
+}
+
+template <int S, int U>
+int64_t sorted(float* y, const float* x, const float* values, const uint8_t* col, const uint8_t* at,
+               const uint8_t* count, int n, bool first) {
+    constexpr int L = S * W;
+    int64_t done = 0;
+    for (int r = 0; r < n; ++r) {
+        row<S, U>(y + at[r] * L, x, values + done, col + done, count[r], first);
+        done += count[r];
+    }
+    return done * L;
 }
 
 template <int S>
@@ -384,7 +402,7 @@ const SpmmKernels VSPDF_TABLE = {
     unpack<float>,
     unpack<bf16>,
     {rows<1, 4>, rows<2, 4>, rows<4, 2>, rows<8, 1>},
-    {rows<1, 4>, rows<2, 4>, rows<4, 2>, rows<8, 1>},
+    {sorted<1, 4>, sorted<2, 4>, sorted<4, 2>, sorted<8, 1>},
     {scatter<1>, scatter<2>, scatter<4>, scatter<8>},
     dots,
     scatter_one,

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from vspdf.pattern import Pattern
 
-
 # The operators as Python functions, by name: `ops` defines them, and enters them here.
 RUN: dict[str, Callable[..., Tensor]] = {}
 
