@@ -30,12 +30,15 @@ def _watched() -> bool:
 
 
 def _alone(inputs: tuple[Any, ...]) -> bool:
-    """Whether nobody looks on: no compiler, mode, transform or profiler, and plain CPU tensors. The dispatcher, which
-    goes through Python and back for operators like these, would then only take 5 us, as long as a small product.
+    """Whether nobody looks on: no compiler, tracer, mode, transform or profiler, and plain CPU tensors.
+
+    The dispatcher, which goes through Python and back for operators like these, would then only take 5 us, as long as a
+    small product.
     """
     keys, a, b, bias = torch._C._dispatch_keys, *inputs[:3]
     return not (
         torch.compiler.is_compiling()
+        or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd._profiler_enabled()
