@@ -37,6 +37,9 @@ struct Bits {
         return kept;
     }
 
+    // The next `count` positions, at most 57, the first in the lowest bit.
+    uint64_t word(int64_t at, int count) const { return load(at / 8) >> at % 8 & ((uint64_t(1) << count) - 1); }
+
   private:
     uint64_t load(int64_t byte) const {
         uint64_t word = 0;

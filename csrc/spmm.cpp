@@ -18,7 +18,7 @@ int64_t run_part(const SpmmKernels& kernels, const Plan& plan, const SpmmPart& p
                  const T* values, int64_t tokens, int threads) {
     const Scratch packed(sizeof(float) * plan.nnz());
     if (const auto* program = std::get_if<SpmmProgram>(&part.work)) {
-        program->refresh(packed.floats(), values, plan.start().data(), threads);
+        program->refresh(packed.floats(), values, plan.bits(), plan.start().data(), threads);
         return run_program(kernels, *program, y, x, packed.floats(), tokens, threads);
     }
     const SpmmLoops& loops = std::get<SpmmLoops>(part.work);
