@@ -544,8 +544,8 @@ def test_low_memory_is_loops_with_a_quarter_of_the_bytes():
 
 def test_training_state_of_layers_counts_their_code():
     """The weights, gradients, moments, pattern and plan of sparse layers against the same dense."""
-    for sparsity, most in ((0.75, 0.57), (0.9, 0.26)):
-        model = nn.Sequential(nn.Linear(768, 1024))
+    for sparsity, most in ((0.75, 0.55), (0.9, 0.25)):
+        model = nn.Sequential(nn.Linear(768, 3072))
         sparsify(model, sparsity, seed=3)
         build_plans(model)
         layers = training_state_bytes(model)["sparsified"]
