@@ -36,7 +36,8 @@ MAY_TAKE = {
 # Words that everyone may use, each below those that take it.
 WORDS = {
     "errors": (), "_C": (), "shapes": ("errors",), "files": ("errors",), "pattern": ("errors",),
-    "attention": (), "ledger": ("errors", "shapes"), "model": ("errors", "shapes", "ledger", "attention"),
+    "attention": (), "ledger": ("errors", "shapes"), "rotary": ("shapes",), "cache": (),
+    "model": ("errors", "shapes", "ledger", "attention", "rotary", "cache"),
 }  # fmt: skip
 
 

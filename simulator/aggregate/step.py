@@ -124,12 +124,9 @@ class Model:
 
 
 def matrices(shape: Shape) -> dict[tuple[int, int], int]:
-    """(out_features, in_features) of the sparsified matrices and how many there are: QKV as one, projection, FFN."""
-    d, f, n = shape.d_model, shape.d_ff, shape.n_layer
-    counts: Counter[tuple[int, int]] = Counter()
-    for sides in ((3 * d, d), (d, d), (f, d), (d, f)):
-        counts[sides] += n
-    return dict(counts)
+    """(out_features, in_features) of the sparsified matrices and how many there are; of a GPT-2, QKV as one."""
+    counts = Counter(shape.block.values())
+    return {sides: shape.n_layer * count for sides, count in counts.items()}
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

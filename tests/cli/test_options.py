@@ -323,8 +323,7 @@ def places(tmp_path_factory, corpus):
     rows = [{"question": q, "choices": ["!", "?"], "answer": n % 2} for n, q in enumerate(("sky", "two", "water"))]
     (found["tasks"] / "questions.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train(loading.load(found["config"], [f"run_dir={found['run']}"]))
-    shape, activation = checkpoints.shape_of(found["run"])
-    start = (str(found["run"]), ModelConfig(**asdict(shape), activation=activation))
+    start = (str(found["run"]), ModelConfig(**vars(checkpoints.shape_of(found["run"]))))
     there = [f"data.path={found['pairs']}", f"run_dir={found['tuned']}"]
     train(loading.load(found["tuning"], there, start=start))
     convert.convert(found["run"], found["wordless"])

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,7 +37,9 @@ def test_flops_are_the_ledgers(sparsity):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_preset_runs_below_the_peak_and_above_a_tenth_of_it(name):
-    model = step.Model.uniform(MODELS[name], 256, 0.75)
+    shape = MODELS[name]
+    shape = replace(shape, sequence_length=min(shape.sequence_length, 8192))  # of more, one does not fit the wafer
+    model = step.Model.uniform(shape, 256, 0.75)
     dense, sparse = (step.search(CS2, CLOCK, m, layer.central(CS2)) for m in (model.dense, model))
     peak = CS2.width * CS2.height * 8 * CLOCK
     assert 0.1 < model.flops(dense=True) / dense.seconds / peak < 0.6

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -123,14 +122,13 @@ def finetune(
 
     `vspdf finetune cerebras-gpt-111m/ my.yaml data.path=pairs.jsonl`
     """
-    from vspdf.config import settings as configuration
+    from vspdf.config import resolve
     from vspdf.interop import checkpoints, load_config
     from vspdf.runs.folder import Run
     from vspdf.train.trainer import train
 
     keep_freed_memory()
-    shape, activation = checkpoints.shape_of(start)
-    model = configuration.ModelConfig(**asdict(shape), activation=activation)
+    model = resolve.settings_of(checkpoints.shape_of(start))
     settings = load_config(config, overrides or [], start=(start, model))
     train(settings, resume=resume, say=say, on_evaluation=_draw)
     summary = Run(Path(settings.run_dir)).summary
