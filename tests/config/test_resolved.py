@@ -31,7 +31,8 @@ NONE_THERE = {
              "phases.2.sparsity_end", "phases.2.update_every"},
     "task": {"init_from", "model.rope_scaling", "model.name", "data.validation_path", "data.first_sequence", "data.cache_dir",
              "train.threads", "phases.0.sparsity_end", "phases.0.update_every"},
-    "preset": {"init_from", "model.rope_scaling", "start", "data.path", "data.validation_path", "data.length", "data.first_sequence",
+    "preset": {"init_from", "model.rope_scaling", "start", "data.path", "data.validation_path", "data.length",
+               "data.first_sequence",
                "data.cache_dir", "train.threads", "phases.0.sparsity_end", "phases.0.update_every"},
 }  # fmt: skip
 

@@ -90,7 +90,7 @@ def one_prompt(text: str | None, task: dict[str, Any] | None, say: Callable[[str
     if task and task["lower_relations"] and (lowered := tasks.lowered(text)) != text:
         say(_LOWERED)
         text = lowered
-    said = [(("user", text),)] if task and task.get("chat") else None
+    said: list[Said] | None = [(("user", text),)] if task and task.get("chat") else None
     return Prompts([text], bool(task), "the prompt", said)
 
 

@@ -16,7 +16,8 @@ _BUFFERS = re.compile(r".*(rotary_emb\.inv_freq|attention\.(masked_)?bias)")  # 
 
 def to_ours(kind: str, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors, or masks of them, under our names; those that have none keep theirs."""
-    layout, found = LAYOUTS[kind], {}
+    layout = LAYOUTS[kind]
+    found: dict[str, Tensor] = {}
     for theirs, tensor in tensors.items():
         module, _, leaf = theirs.removeprefix(layout.prefix).rpartition(".")
         if _BUFFERS.fullmatch(theirs):
@@ -34,13 +35,14 @@ def _split(name: str, shape: Shape, tensor: Tensor) -> dict[str, Tensor]:
     """Three matrices, or biases, of one whose rows go head by head, and in each by queries, keys, values."""
     if len(tensor) != 3 * shape.d_attention:
         return {name: tensor}
-    parts = tensor.view(shape.n_head, 3, shape.head_dim, *tensor.shape[1:]).unbind(1)
+    parts = tensor.reshape(shape.n_head, 3, shape.head_dim, *tensor.shape[1:]).unbind(1)
     return {name.replace("qkv", f"{part}_proj"): t.flatten(0, 1) for part, t in zip("qkv", parts, strict=True)}
 
 
 def to_theirs(kind: str, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The way back of `to_ours`."""
-    layout, found, tensors = LAYOUTS[kind], {}, dict(tensors)
+    layout, tensors = LAYOUTS[kind], dict(tensors)
+    found: dict[str, Tensor] = {}
     top = {ours: theirs for theirs, ours in layout.top.items()}
     block = {ours: theirs for theirs, ours in layout.block.items()}
     if "attn.qkv" in block:

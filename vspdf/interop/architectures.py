@@ -79,7 +79,9 @@ def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     said = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(said, Mapping):
         raise UserError(f"{where}: rope_scaling must be an object, not {said!r}.")
-    first = lambda *found: next((value for value in found if value is not None), None)  # noqa: E731
+    def first(*found: Any) -> Any:
+        return next(value for value in found if value is not None)
+
     base = first(said.get("rope_theta"), config.get("rope_theta"), config.get("rotary_emb_base"), 10_000.0)
     part = first(said.get("partial_rotary_factor"), config.get("partial_rotary_factor"), config.get("rotary_pct"), 1.0)
     kind = first(said.get("rope_type"), said.get("type"), "default")

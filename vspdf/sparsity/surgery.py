@@ -15,10 +15,11 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from vspdf.errors import UserError, check_sparsity, did_you_mean
+from vspdf.errors import UserError, did_you_mean
 from vspdf.kernels import reference
 from vspdf.pattern import Pattern
 from vspdf.sparsity.attached import hand_over, mark, place
+from vspdf.sparsity.from_files import Amount, MaskFile, plain_name, read_amounts
 from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, scatter, sparse_layers
 from vspdf.sparsity.optimizer import carry, check_moments, check_takes_vectors, warn_of_stale
 from vspdf.sparsity.pretrained import teach_save_pretrained
@@ -83,11 +84,6 @@ def _adapters(model: nn.Module) -> tuple[set[str], bool]:
     return names, wrapped
 
 
-def _plain_name(name: str) -> str:
-    """A module's name without what torch.compile puts before it."""
-    return name.replace("_orig_mod.", "")
-
-
 def _globs(globs: str | Iterable[str]) -> tuple[str, ...]:
     return (globs,) if isinstance(globs, str) else tuple(globs)
 
@@ -97,13 +93,13 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
 
 
 def _layer_seed(seed: int, name: str) -> int:
-    """Masks of different layers are independent, and a layer's does not depend on the others."""
-    return (seed << 32) | zlib.crc32(_plain_name(name).encode())
+    """MaskFile of different layers are independent, and a layer's does not depend on the others."""
+    return (seed << 32) | zlib.crc32(plain_name(name).encode())
 
 
 def sparsify(
     model: nn.Module,
-    sparsity: float | Mapping[str, float | Pattern],
+    sparsity: Amount | Mapping[str, Amount],
     *,
     seed: int = 0,
     include: str | Iterable[str] = "*",
@@ -125,8 +121,10 @@ def sparsify(
     Parameters
     ----------
     model : nn.Module
-    sparsity : float in [0, 1), or mapping from glob over module names to float or Pattern
-        Of a mapping the first matching glob counts; layers that match none stay dense, as do those at 0.
+    sparsity : float in [0, 1), path, or mapping from glob over module names to float, path or Pattern
+        Of a mapping the first matching glob counts; layers that match none stay dense, as do those at 0. A path is a
+        file or folder of masks by layer, in any form that `Pattern.read` takes, or of one mask for all; layers that it
+        does not name stay dense.
     seed : int
         Together with a layer's name gives its mask.
     include, exclude : str or iterable of str
@@ -155,7 +153,9 @@ def sparsify(
         If a sparsity is outside [0, 1), `init_method` is unknown, a pattern does not fit, or a glob or the
         whole call matches no layer. The model is then as it was.
     """
-    rules = _rules(sparsity)
+    rules = read_amounts(sparsity)
+    if init_method == "file":
+        raise UserError("init_method 'file' is of phases: give sparsify the file in the place of the sparsity.")
     if init_method not in INIT_METHODS:
         raise UserError(f"init_method '{init_method}' is not known.{did_you_mean(init_method, INIT_METHODS)}")
     linears, wrapped = _candidates(model)
@@ -165,7 +165,9 @@ def sparsify(
     uses = _uses(model)
     layers: dict[str, SparseLinear] = {}
     for name, module in _chosen(linears, include, exclude).items():
-        amount = next((rule for glob, rule in rules.items() if fnmatchcase(_plain_name(name), glob)), 0.0)
+        amount = next((rule for glob, rule in rules.items() if fnmatchcase(plain_name(name), glob)), 0.0)
+        if isinstance(amount, MaskFile):
+            amount = amount.of(name)
         if amount == 0.0:
             continue
         if why := _why_dense(module, uses, wrapped):
@@ -183,6 +185,8 @@ def sparsify(
                 log.warning("sparsify: '%s' stays dense: none of its weights is zero.", name)
                 continue
         layers[name] = SparseLinear.from_linear(module, amount, backend=backend)
+    for masks in {id(rule): rule for rule in rules.values() if isinstance(rule, MaskFile)}.values():
+        masks.check_used(linears)
     check_takes_vectors(optimizer, [linears[name].weight for name in layers])
     for name, layer in layers.items():
         if rescale and layer.pattern.nnz:
@@ -193,15 +197,6 @@ def sparsify(
         warn_of_stale("sparsify", [linears[name].weight for name in layers])
     teach_save_pretrained(model)
     return {name: layer.pattern for name, layer in layers.items()}
-
-
-def _rules(sparsity: float | Mapping[str, float | Pattern]) -> dict[str, float | Pattern]:
-    """Amounts by glob, each checked."""
-    rules: dict[str, float | Pattern] = dict(sparsity) if isinstance(sparsity, Mapping) else {"*": sparsity}
-    for glob, amount in rules.items():
-        if not isinstance(amount, Pattern):
-            check_sparsity("sparsity" if glob == "*" else f"the sparsity of '{glob}'", amount)
-    return rules
 
 
 def sparsifiable(
@@ -221,7 +216,7 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], bool]:
         name: module
         for name, module in model.named_modules()
         if name not in adapters
-        and not _matches(_plain_name(name), UNEMBEDDINGS)
+        and not _matches(plain_name(name), UNEMBEDDINGS)
         and (output is None or module is not output)
         and _is_linear(module)
     }
@@ -241,7 +236,7 @@ def _name_others(model: nn.Module) -> None:
     """Logs what holds many weights and yet stays dense."""
     adapters, _ = _adapters(model)
     for name, module in model.named_modules():
-        head = name in adapters or _matches(_plain_name(name), UNEMBEDDINGS)
+        head = name in adapters or _matches(plain_name(name), UNEMBEDDINGS)
         dense = isinstance(module, nn.Linear) and not isinstance(module, SparseLinear)
         if dense and not head and not _is_linear(module):
             log.warning("sparsify: '%s' stays dense: %s is a kind of its own.", name, type(module).__name__)
@@ -257,7 +252,7 @@ def _chosen(
     linears: Mapping[str, nn.Module], include: str | Iterable[str], exclude: str | Iterable[str]
 ) -> dict[str, nn.Module]:
     include, exclude = _globs(include), _globs(exclude)
-    plain = {name: _plain_name(name) for name in linears}
+    plain = {name: plain_name(name) for name in linears}
     return {n: m for n, m in linears.items() if _matches(plain[n], include) and not _matches(plain[n], exclude)}
 
 
@@ -269,12 +264,12 @@ def _uses(model: nn.Module) -> Counter[int]:
 def _check_globs(
     model: nn.Module, linears: Mapping[str, nn.Module], chosen: Iterable[str], exclude: Iterable[str]
 ) -> None:
-    names = [_plain_name(name) for name in linears]
+    names = [plain_name(name) for name in linears]
     for glob in chosen:
         if not any(fnmatchcase(name, glob) for name in names):
             raise UserError(f"'{glob}' matches no linear layer.{did_you_mean(glob, names)}")
     for glob in exclude:
-        if not any(fnmatchcase(_plain_name(name), glob) for name, _ in model.named_modules()):
+        if not any(fnmatchcase(plain_name(name), glob) for name, _ in model.named_modules()):
             raise UserError(f"'{glob}' matches no module.{did_you_mean(glob, names)}")
 
 
