@@ -50,7 +50,8 @@ class RopeScaling:
             require(key in known, f"unknown setting 'model.rope_scaling.{key}'.{did_you_mean(str(key), known)}")
             number = isinstance(value, int | float) and not isinstance(value, bool)
             require(number or key == "type", f"model.rope_scaling.{key} must be a number, not {value!r}.")
-        return cls(**{key: float(value) if known[key] == "float" else value for key, value in body.items()})
+        said: dict[str, Any] = {key: float(v) if known[key] == "float" else v for key, v in body.items()}
+        return cls(**said)
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,7 @@ def finetune(
     from vspdf.train.trainer import train
 
     keep_freed_memory()
+
     def loaded() -> ResolvedConfig:
         model = resolve.settings_of(checkpoints.shape_of(start))
         return load_config(config, overrides or [], start=(start, model))

@@ -16,6 +16,7 @@ import torch
 from vspdf.config.resolved import ResolvedTask
 from vspdf.config.settings import DataConfig
 from vspdf.data import chat
+from vspdf.data.rows import said_in
 from vspdf.data.samples import Samples, ValidationBatch
 from vspdf.data.tasks import Example, read
 from vspdf.data.tokenizer import Tokenizer, tokenizer_maker
@@ -103,7 +104,7 @@ def prepare(config: ResolvedTask, seed: int, tokenizer: Tokenizer) -> Pairs:
         "samples": len(pairs["train"]),
         "order": order.hexdigest(),
     }
-    spoken = tokenizer.chat_template is not None and any(item.said for item in sides["train"])
+    spoken = tokenizer.chat_template is not None and any(said_in(item.context) for item in sides["train"])
     return Pairs(pairs, tokenizer, manifest, seed, config.repeat, spoken)
 
 
@@ -142,8 +143,8 @@ def _encoded(examples: Sequence[Example], tokenizer: Tokenizer) -> Iterator[tupl
     for example, context in zip(examples, contexts, strict=True):
         for text in example.references:
             completion = next(completions)
-            if example.said and tokenizer.chat_template is not None:
-                context, completion = chat.encode(tokenizer, example.said, text)
+            if (said := said_in(example.context)) and tokenizer.chat_template is not None:
+                context, completion = chat.encode(tokenizer, said, text)
                 yield context, end[:0], completion
             else:
                 yield context, end, np.append(completion, end)

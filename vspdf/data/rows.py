@@ -12,13 +12,31 @@ Said = tuple[tuple[str, str], ...]  # role and content of the messages of a conv
 ANSWERS = ("completion", "completions", "response", "output", "answer", "references")
 
 
-def pair(row: Any, where: str) -> tuple[str, tuple[str, ...], Said]:
-    """Reads context and references from an object, and what was said where it is a conversation.
+class Conversation(str):
+    """A context made of messages, which knows them still, for models that have a way of their own to write them."""
+
+    said: Said
+
+    @classmethod
+    def of(cls, context: str, said: Said) -> Conversation:
+        """A context and the messages before the answer."""
+        found = cls(context)
+        found.said = said
+        return found
+
+
+def said_in(context: str) -> Said:
+    """The messages that a context is made of; none where it is no conversation."""
+    return context.said if isinstance(context, Conversation) else ()
+
+
+def pair(row: Any, where: str) -> tuple[str, tuple[str, ...]]:
+    """Reads context and references from an object.
 
     ``context``, ``prompt``, ``instruction`` (with ``input``) or ``question``; and ``completion``, ``response``,
     ``output`` or ``answer``, a text or a list of them, or none. Or ``messages``: what the assistant says last is the
-    completion, what comes before the context, by ``role: `` where it is more than a system's and a user's. (A model
-    that has a chat template takes the conversation itself.)
+    completion, what comes before the context, by ``role: `` where it is more than a system's and a user's; it is a
+    `Conversation` then.
 
     Raises
     ------
@@ -42,7 +60,7 @@ def pair(row: Any, where: str) -> tuple[str, tuple[str, ...], Said]:
     references = [found] if isinstance(found, str) else found
     if not isinstance(references, list) or not all(isinstance(item, str) for item in references):
         raise UserError(f"{where}: '{answer}' must be a text or a list of texts, not {_short(found)}.")
-    return context, tuple(references), ()
+    return context, tuple(references)
 
 
 def text(row: Any, key: str, where: str) -> str:
@@ -68,14 +86,16 @@ def _one(names: tuple[str, ...], row: dict[str, Any], where: str) -> str | None:
     return found[0] if found else None
 
 
-def _conversation(messages: Any, where: str) -> tuple[str, tuple[str, ...], Said]:
+def _conversation(messages: Any, where: str) -> tuple[str, tuple[str, ...]]:
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: 'messages' must be a list of objects with 'role' and 'content'.")
     said = [(text(message, "role", where), _content(message, where)) for message in messages]
     answer: tuple[str, ...] = (said.pop()[1],) if said[-1][0] == "assistant" else ()
     if {role for role, _ in said} <= {"system", "user"} and sum(role == "user" for role, _ in said) == 1:
-        return "\n".join(content for _, content in said), answer, tuple(said)
-    return "\n".join(f"{role}: {content}" for role, content in said), answer, tuple(said)
+        context = "\n".join(content for _, content in said)
+    else:
+        context = "\n".join(f"{role}: {content}" for role, content in said)
+    return Conversation.of(context, tuple(said)), answer
 
 
 def _content(message: dict[str, Any], where: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from xml.etree import ElementTree
 
 from vspdf.data.reading import ending, line_end, whole_text
-from vspdf.data.rows import Said, pair
+from vspdf.data.rows import pair
 from vspdf.data.rows import text as text_of
 from vspdf.errors import UserError, did_you_mean, near_path
 from vspdf.files import parse_json
@@ -27,14 +27,10 @@ FORMATS = ("auto", "dart", "webnlg", "e2e", "jsonl", "lines")
 
 
 class Example(NamedTuple):
-    """One input of a task and the texts that would answer it; either may be empty.
-
-    Of a conversation, `said` has the messages that the context is made of.
-    """
+    """One input of a task and the texts that would answer it; either may be empty."""
 
     context: str
     references: tuple[str, ...]
-    said: Said = ()
 
 
 def read(path: str | Path, format: str = "auto", *, lower_relations: bool = False) -> list[Example]:
@@ -131,10 +127,10 @@ def _linearised(triples: Iterable[Any], lower_relations: bool, where: str) -> st
     return " | ".join(parts)
 
 
-def _grouped(pairs: Iterable[tuple[str, tuple[str, ...], Said]]) -> list[Example]:
+def _grouped(pairs: Iterable[tuple[str, tuple[str, ...]]]) -> list[Example]:
     return [
-        Example(context, tuple(reference for _, references, _ in group for reference in references), said)
-        for (context, said), group in groupby(pairs, key=lambda pair: (pair[0], pair[2]))
+        Example(context, tuple(reference for _, references in group for reference in references))
+        for context, group in groupby(pairs, key=lambda pair: pair[0])
     ]
 
 
@@ -211,23 +207,23 @@ def _as(kind: type[Kind], value: Any, where: str, expected: str) -> Kind:
     return value
 
 
-def _json_lines(path: Path, text: str) -> Iterator[tuple[str, tuple[str, ...], Said]]:
+def _json_lines(path: Path, text: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     for number, line in enumerate(lines_of(text), 1):
         if line.strip():
             where = f"'{path}' line {number}"
             yield pair(parse_json(line, where), where)
 
 
-def _pairs_of_lines(path: Path, text: str) -> Iterator[tuple[str, tuple[str, ...], Said]]:
+def _pairs_of_lines(path: Path, text: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     for number, line in enumerate(lines_of(text), 1):
         if line.strip():
             context, bars, reference = line.partition("||")
             if not bars:
                 raise UserError(f"'{path}' line {number}: expected context||reference.")
-            yield context.strip(), (reference.strip(),) if reference.strip() else (), ()
+            yield context.strip(), (reference.strip(),) if reference.strip() else ()
 
 
-def _e2e_csv(path: Path, text: str) -> Iterator[tuple[str, tuple[str, ...], Said]]:
+def _e2e_csv(path: Path, text: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """``name[Blue Spice], area[riverside]`` becomes ``name : Blue Spice | area : riverside``."""
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
@@ -239,7 +235,7 @@ def _e2e_csv(path: Path, text: str) -> Iterator[tuple[str, tuple[str, ...], Said
         for row in reader:
             reference = (row.get("ref") or "").strip()
             slots = _slots(row["mr"] or "", f"'{path}' line {reader.line_num}")
-            yield " | ".join(f"{key} : {value}" for key, value in slots), (reference,) if reference else (), ()
+            yield " | ".join(f"{key} : {value}" for key, value in slots), (reference,) if reference else ()
     except csv.Error as error:
         raise UserError(f"'{path}' is no CSV after line {reader.line_num} ({error}).") from None
 

@@ -104,15 +104,10 @@ class Tokenizer:
 
     def _sees(self) -> Callable[[str], str]:
         """What it makes of a text, found out by a probe."""
-        probes = (_PROBE, f" {_PROBE}")
-        for seen in _SEEN:
-            for text in probes:
-                ids, whole = self.encode(text), seen(text)
-                if self.decode(ids) not in (text, whole, text.lstrip(" ")):
-                    break
-                if self.bytes_per_token[ids].sum() != len(whole.encode()):
-                    break
-            else:
+        encoded = {text: self.encode(text) for text in (_PROBE, f" {_PROBE}")}
+        kept = all(self.decode(ids) in (text, _SEEN[1](text), text.lstrip(" ")) for text, ids in encoded.items())
+        for seen in _SEEN if kept else ():
+            if all(self.bytes_per_token[ids].sum() == len(seen(text).encode()) for text, ids in encoded.items()):
                 return seen
         raise UserError(
             f"Tokenizer {self.name} does not keep text exactly: expected one without normalisation (but NFC) or added "

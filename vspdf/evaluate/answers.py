@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vspdf.data import chat, tasks
-from vspdf.data.rows import Said
+from vspdf.data.rows import Conversation, said_in
 from vspdf.data.tokenizer import Tokenizer
 from vspdf.errors import Interrupted, UserError, one_of
 from vspdf.evaluate.bleu import corpus_bleu
@@ -24,18 +24,16 @@ class Prompts(NamedTuple):
     Attributes
     ----------
     texts : list of str
+        A `Conversation` goes through the model's chat template, if it has one.
     answering : bool
         Whether an end of document stands between text and answer, as in fine-tuning on tasks.
     name : str
         What a message calls the prompt of a number, with a ``{}`` for it.
-    said : list, optional
-        Of each its conversation, for a model that has a chat template; empty where there is none.
     """
 
     texts: list[str]
     answering: bool
     name: str = "prompt {}"
-    said: list[Said] | None = None
 
 
 class Answers(NamedTuple):
@@ -71,8 +69,7 @@ def read_prompts(
         say(_LOWERED)
     examples = tasks.read(path, format, lower_relations=lower)[:limit]
     answering = bool(task) or any(example.references for example in examples) or format not in ("auto", "lines")
-    said = [example.said for example in examples]
-    return Prompts([example.context for example in examples], answering, f"prompt {{}} of '{path}'", said)
+    return Prompts([example.context for example in examples], answering, f"prompt {{}} of '{path}'")
 
 
 def one_prompt(text: str | None, task: dict[str, Any] | None, say: Callable[[str], None]) -> Prompts:
@@ -90,8 +87,9 @@ def one_prompt(text: str | None, task: dict[str, Any] | None, say: Callable[[str
     if task and task["lower_relations"] and (lowered := tasks.lowered(text)) != text:
         say(_LOWERED)
         text = lowered
-    said: list[Said] | None = [(("user", text),)] if task and task.get("chat") else None
-    return Prompts([text], bool(task), "the prompt", said)
+    if task and task.get("chat"):
+        text = Conversation.of(text, (("user", text),))
+    return Prompts([text], bool(task), "the prompt")
 
 
 def answer(
@@ -165,8 +163,8 @@ def go_on(
 
 def _encoded(tokenizer: Tokenizer, prompts: Prompts) -> tuple[list[list[int]], bool]:
     """Ids of each prompt, and whether an end of document is to stand between it and its answer."""
-    if tokenizer.chat_template is not None and prompts.said and all(prompts.said):
-        return [chat.encode(tokenizer, said)[0].tolist() for said in prompts.said], False
+    if tokenizer.chat_template is not None and all(map(said_in, prompts.texts)):
+        return [chat.encode(tokenizer, said_in(text))[0].tolist() for text in prompts.texts], False
     ids = [tokenizer.encode(text).tolist() for text in prompts.texts]
     for number, one in enumerate(ids, 1):
         if not one and not prompts.answering:

@@ -79,6 +79,7 @@ def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     said = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(said, Mapping):
         raise UserError(f"{where}: rope_scaling must be an object, not {said!r}.")
+
     def first(*found: Any) -> Any:
         return next(value for value in found if value is not None)
 
