@@ -2,8 +2,8 @@
 
     python examples/generate_pruned.py [FOLDER [TOKENS]]
 
-FOLDER is a Hugging Face folder with zeros in its matrices, as SparseGPT, Wanda or `torch.nn.utils.prune` leave them. Without
-one a small Llama with random weights is pruned by magnitude here, so that this runs offline in seconds.
+FOLDER is a Hugging Face folder with zeros in its matrices, as SparseGPT, Wanda or `torch.nn.utils.prune` leave them.
+Without one a small Llama with random weights is pruned by magnitude here, so that this runs offline in seconds.
 """
 
 import sys

@@ -129,7 +129,7 @@ class Block(nn.Module):
         self.ln_1 = norm(shape, shape.d_model)
         self.attn = Attention(shape)
         self.ln_2 = norm(shape, shape.d_model)
-        self.mlp = GatedMLP(shape) if shape.mlp == "swiglu" else MLP(shape)
+        self.mlp = GatedMLP(shape) if shape.gated else MLP(shape)
 
     def forward(self, x_BTD: Tensor, by: Rotation | None = None, past: Past | None = None) -> Tensor:
         attended = x_BTD + self.attn(self.ln_1(x_BTD), by, past)

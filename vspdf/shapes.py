@@ -164,6 +164,16 @@ class Shape:
         return self.n_head * self.head_dim
 
     @property
+    def d_kv(self) -> int:
+        """Width of all keys together; values have as many."""
+        return self.n_kv_head * self.head_dim
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has two matrices in, one to gate the other."""
+        return self.mlp == "swiglu"
+
+    @property
     def fused(self) -> bool:
         """Whether queries, keys and values come from one matrix, as in GPT-2; else from three."""
         return self.position == "learned" and self.n_kv_head == self.n_head and not self.qk_norm
@@ -171,13 +181,13 @@ class Shape:
     @property
     def block(self) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) of the matrices of one block, by name: those that sparsity applies to."""
-        d, f, inner, kv = self.d_model, self.d_ff, self.d_attention, self.n_kv_head * self.head_dim
+        d, f, inner, kv = self.d_model, self.d_ff, self.d_attention, self.d_kv
         if self.fused:
             attention = {"attn.c_attn": (3 * inner, d), "attn.c_proj": (d, inner)}
         else:
             attention = {"attn.q_proj": (inner, d), "attn.k_proj": (kv, d), "attn.v_proj": (kv, d),
                          "attn.o_proj": (d, inner)}  # fmt: skip
-        if self.mlp == "swiglu":
+        if self.gated:
             return attention | {"mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f)}
         return attention | {"mlp.c_fc": (f, d), "mlp.c_proj": (d, f)}
 

@@ -195,7 +195,11 @@ UNLIKE = {
     "relu": ("model.nonlinearity", "relu", r"model.nonlinearity = 'relu' is not offered; expected 'gelu' or 'swiglu'"),
     "some biases": ("model.use_ffn_bias", False, r"= \[True, True, False\] is not offered; expected all, none, or the"),
     "a sliding window": ("model.attention_sliding_window_length", 8, r"sliding_window_length = 8 is not offered"),
-    "groups": ("model.attention_inner_dim", "all", r"attention_inner_dim must be a whole number of at least 1, not 'all'"),
+    "groups": (
+        "model.attention_inner_dim",
+        "all",
+        r"attention_inner_dim must be a whole number of at least 1, not",
+    ),
     "µP": ("model.embeddings_scale", 10.0, r"model.embeddings_scale is µP, which is not trained here"),
     "no size": ("model.hidden_size", "wide", r"model.hidden_size must be a whole number, not 'wide'"),
     "no initializer": ("model.output_layer_initializer", {"name": "uniform"}, r"must be a truncated_normal with a std"),
