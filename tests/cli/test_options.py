@@ -231,6 +231,20 @@ CASES = {
             "--tune": "--tune",
         },
     ),
+    "bench decode": (
+        "--model {run} --sparsity 0.5 --rounds 1 --tokens 1 --context 4",
+        {
+            "--model": "--model {wordless}",
+            "--sparsity": "--sparsity 0.9",
+            "--dtype": "--dtype float32",
+            "--batch-size": "--batch-size 2",
+            "--context": "--context 5",
+            "--tokens": "--tokens 2",
+            "--threads": "--threads 2",
+            "--rounds": "--rounds 2",
+            "--csv": "--csv rows.csv",
+        },
+    ),
     "bench step": (
         SMALL_STEP,
         {

@@ -27,7 +27,7 @@ from vspdf.shapes import Shape
 END_OF_DOCUMENT = "<|endoftext|>"  # GPT-2's name for it, used by the tokenizers made here
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eot|>")
 _GAPS = 1 << 20  # ids that no token has
-_PROBE = "Naïve  café,\n\tdon't — 世界 \U0001f600 \x00 e\u0301"
+_PROBE = "Naïve  ½ café,\n\tdon't — 世界 \U0001f600 \x00 e\u0301"
 # What tokenizers see of a text, in the order in which it is tried.
 _SEEN: tuple[Callable[[str], str], ...] = (
     lambda text: text,
@@ -168,6 +168,11 @@ class Tokenizer:
         """The inverse of `to_json`."""
         said = about or {}
         return cls(tokenizers.Tokenizer.from_str(text), name, said.get("end_token"), said.get("chat_template"))
+
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """Tokens that stand for no text, by their ids."""
+        return {i: token.content for i, token in self._model.get_added_tokens_decoder().items() if token.special}
 
     @property
     def about(self) -> dict[str, Any]:

@@ -304,9 +304,9 @@ def _tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
     file = folder / "tokenizer.json"
     if file.is_file():
         ends = config.get("eos_token_id")
-        ends = ends if isinstance(ends, list) else [ends]
-        names = {i: token for token, i in Tokenizer.load(file).vocabulary.items() if i in ends}
-        return Tokenizer.load(file, {"end_token": names.get(ends[0]), "chat_template": _chat_template(folder)})
+        end = ends[0] if isinstance(ends, list) and ends else ends
+        token = Tokenizer.load(file).special_tokens.get(end) if isinstance(end, int) else None
+        return Tokenizer.load(file, {"end_token": token, "chat_template": _chat_template(folder)})
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return Tokenizer.gpt2(folder)
     return None
