@@ -170,7 +170,7 @@ int64_t run_bits(const Plan& plan, const Target& y, const Source& x, const void*
     }
     const auto run = [&](const auto* mine) {
         rows_by_bits(Spmv<std::decay_t<decltype(*mine)>>{sums.floats(), rows, from, cols, int(tokens), mine,
-                                                        mine + plan.nnz(), plan.start().data(), plan.bits().data},
+                                                         mine + plan.nnz(), plan.start().data(), plan.bits().data},
                      threads);
     };
     values_dtype == Dtype::f32 ? run(static_cast<const float*>(values)) : run(static_cast<const bf16*>(values));

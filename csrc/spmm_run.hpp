@@ -85,7 +85,7 @@ int64_t run_scatter(const SpmmKernels& kernels, const RowColumns& columns, const
                     const float* values, int64_t tokens, int threads);
 
 // The same by the bits of the mask, where `by_bits`; values of either type.
-bool by_bits(const Plan& plan, int64_t tokens);
+bool by_bits(const Plan& plan, int64_t tokens, Dtype values_dtype);
 int64_t run_bits(const Plan& plan, const Target& y, const Source& x, const void* values, Dtype values_dtype,
                  int64_t tokens, int threads);
 

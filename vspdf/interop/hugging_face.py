@@ -197,10 +197,12 @@ def read_theirs(
     """
     config, where = _configuration(folder)
     shape, scales = read_configuration(config, where)
+    ends = config.get("eos_token_id")
+    end = ends[0] if isinstance(ends, list) and ends else ends
     if tokenizer is None:
-        tokenizer = _tokenizer(folder, config)
+        tokenizer = _tokenizer(folder, end)
     if tokenizer is not None:
-        check_tokenizer(tokenizer, shape, str(folder), config.get("eos_token_id"))
+        check_tokenizer(tokenizer, shape, str(folder), end)
     kind = config["model_type"]
     found = canonical(_with_masks(read_folder(folder), turned=kind in GPT2), str(folder)).tensors
     tensors, masks = finalize(cerebras_tensors.from_cerebras(found, str(folder)), str(folder))
@@ -299,12 +301,10 @@ def _fold(model: GPT, scales: Scales) -> None:
             parameter[: model.shape.d_model].mul_(scales.score / (i + 1 if scales.by_layer else 1))
 
 
-def _tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
-    """A folder's tokenizer, with its chat template; documents end as the model's configuration says."""
+def _tokenizer(folder: Path, end: Any) -> Tokenizer | None:
+    """A folder's tokenizer, with its chat template; documents end with the token of that id, if it is a special one."""
     file = folder / "tokenizer.json"
     if file.is_file():
-        ends = config.get("eos_token_id")
-        end = ends[0] if isinstance(ends, list) and ends else ends
         token = Tokenizer.load(file).special_tokens.get(end) if isinstance(end, int) else None
         return Tokenizer.load(file, {"end_token": token, "chat_template": _chat_template(folder)})
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
