@@ -1,4 +1,4 @@
-"""A Llama through every verb: trained sparse and dense, stopped and resumed, counted, converted, simulated, reported."""
+"""A Llama through every verb: trained, stopped and resumed, counted, converted, simulated, reported."""
 
 import json
 
