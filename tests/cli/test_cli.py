@@ -147,7 +147,7 @@ def test_what_a_text_cannot_give_is_said_before_it_is_tokenised(vspdf, tiny, tmp
     words = " ".join(f"word{i}" for i in range(3000))
     (tmp_path / "text.txt").write_text("\n\n".join([words, words[1:], words[2:]]))
     text = [f"data.corpus={tmp_path}/text.txt", "data.tokenizer=bpe:300", f"data.cache_dir={tmp_path}/cache"]
-    status, out, err = vspdf("train", tiny, *text, argument.format(folder=tmp_path))
+    status, _, err = vspdf("train", tiny, *text, argument.format(folder=tmp_path))
     assert status == 2 and len(err.splitlines()) == 1 and message in err and not (tmp_path / "cache").exists()
 
 

@@ -199,5 +199,5 @@ def test_a_bent_evaluation_is_named(tmp_path):
     assert Run(tmp_path).evaluation == body
     path = tmp_path / "evaluation.json"
     path.write_text(path.read_text().replace("2.5", "2.4"))
-    with pytest.raises(UserError, match="evaluation.json is damaged: without it, `vspdf compare` measures it again"):
+    with pytest.raises(UserError, match=r"evaluation.json is damaged: without it, `vspdf compare` measures it again"):
         _ = Run(tmp_path).evaluation

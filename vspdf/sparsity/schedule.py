@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from vspdf.errors import UserError, check_sparsity, did_you_mean, one_of, require
 
-INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard")  # how first masks are drawn
+INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard", "file")  # how first masks are drawn
 SCHEDULES = ("constant", "linear", "exp", "power", "cosine", "cycling")
 DECAYS = ("linear", "cosine", "constant")  # of the learning rate
 
@@ -44,6 +44,7 @@ class Amounts:
     update_every: int | None
     layers: Mapping[str, float]
     init_method: str
+    init_file: str | None
     count: str
     steps: int
     moments: str
@@ -170,7 +171,8 @@ class Phase:
     levels: list[float] = field(default_factory=list)  # of "cycling", e.g. [0.9, 0.75, 0.5, 0]
     update_every: int | None = None  # steps between updates; default: ten updates, or one per level
     layers: dict[str, float] = field(default_factory=dict)  # glob over layers to sparsity, the first match counts
-    init_method: str = "random"  # of the first masks: "random", "topk", "from_zeros" or "checkerboard"
+    init_method: str = "random"  # of the first masks: "random", "topk", "from_zeros", "checkerboard" or "file"
+    init_file: str | None = None  # of "file": masks by layer, in any form that Pattern.read takes
     count: str = "round"  # kept weights: numel − round(s·numel); "truncate": int((1−s)·numel), as the Cerebras stack
     steps: int | None = None
     moments: str = "keep"  # "keep" or "reset": optimizer state of the weights that were there before the phase
@@ -200,6 +202,10 @@ class Phase:
         """
         one_of(f"{key}.schedule", self.schedule, SCHEDULES)
         one_of(f"{key}.init_method", self.init_method, INIT_METHODS)
+        require(
+            (self.init_method == "file") == (self.init_file is not None),
+            f"{key}: init_method: file and init_file, the file with the masks, belong together.",
+        )
         one_of(f"{key}.count", self.count, ("round", "truncate"))
         steps = self.steps
         if steps is None or steps < 1:
@@ -222,8 +228,8 @@ class Phase:
         self._check_rates(key, steps, warmup)
         found = Amounts(
             self.name or (f"sparse {start:.4g}" if start else "dense"), start, self.schedule, end, tuple(self.levels),
-            every, dict(self.layers), self.init_method, self.count, steps, self.moments, self.revived_warmup,
-            self.lr, self.lr_multiple, self.lr_end, self.decay, warmup,
+            every, dict(self.layers), self.init_method, self.init_file, self.count, steps, self.moments,
+            self.revived_warmup, self.lr, self.lr_multiple, self.lr_end, self.decay, warmup,
         )  # fmt: skip
         if layers is not None:
             found.check_layers(key, previous, list(layers))
