@@ -24,7 +24,7 @@ def check_init_method(what: str, method: str) -> None:
     if kind == "random" and form:
         block_of(form)
     else:
-        one_of(what, method, INIT_METHODS)
+        require(method in INIT_METHODS, f"{what} '{method}' is not known.{did_you_mean(method, INIT_METHODS)}")
 
 
 class Stage(NamedTuple):
@@ -207,7 +207,7 @@ class Phase:
             Naming the setting under `key`.
         """
         one_of(f"{key}.schedule", self.schedule, SCHEDULES)
-        check_init_method(f"{key}.init_method", self.init_method)
+        check_init_method(f"{key}.init_method =", self.init_method)
         require(
             (self.init_method == "file") == (self.init_file is not None),
             f"{key}: init_method: file and init_file, the file with the masks, belong together.",
