@@ -33,8 +33,8 @@ NONE_THERE = {
     "task": {"init_from", "model.rope_scaling", "model.name", "data.validation_path", "data.first_sequence",
              "data.cache_dir", "train.threads", "phases.0.sparsity_end", "phases.0.update_every", "phases.0.init_file"},
     "preset": {"init_from", "model.rope_scaling", "start", "data.path", "data.validation_path", "data.length",
-               "data.first_sequence",
-               "data.cache_dir", "train.threads", "phases.0.sparsity_end", "phases.0.update_every", "phases.0.init_file"},
+               "data.first_sequence", "data.cache_dir", "train.threads", "phases.0.sparsity_end",
+               "phases.0.update_every", "phases.0.init_file"},
 }  # fmt: skip
 
 
