@@ -152,6 +152,7 @@ void bind_fabric(py::module_& module) {
                  for (auto [rx, tx] : positions) list.push_back({uint8_t(rx), uint8_t(tx)});
                  f.route(x, y, colour, list);
              })
+        .def("filter", &Fabric::filter)
         .def("queue", &Fabric::queue)
         .def("bind", &Fabric::bind)
         .def("add_code",
@@ -215,5 +216,6 @@ void bind_fabric(py::module_& module) {
         .def_property_readonly("cycles", &Fabric::cycles)
         .def_property_readonly("events", &Fabric::events)
         .def_property_readonly("sent", &Fabric::sent)
-        .def_property_readonly("delivered", &Fabric::delivered);
+        .def_property_readonly("delivered", &Fabric::delivered)
+        .def_property_readonly("due", &Fabric::due);
 }
