@@ -125,11 +125,12 @@ void bind_fabric(py::module_& module) {
         py::arg("colour"));
     py::class_<Vector>(m, "Vector")
         .def(py::init([](Arith arith, int dst, int src0, int src1, int scalar, bool chained, bool async, bool pair,
-                         int activate, int unblock) {
-                 return Vector{arith, dst, src0, src1, scalar, chained, async, pair, activate, unblock};
+                         bool low, int activate, int unblock) {
+                 return Vector{arith, dst, src0, src1, scalar, chained, async, pair, low, activate, unblock};
              }),
              py::arg("arith"), py::arg("dst"), py::arg("src0"), py::arg("src1"), py::arg("scalar"), py::arg("chained"),
-             py::arg("asynchronous"), py::arg("pair"), py::arg("then_activate"), py::arg("then_unblock"));
+             py::arg("asynchronous"), py::arg("pair"), py::arg("low"), py::arg("then_activate"),
+             py::arg("then_unblock"));
 
     m.def(
         "vector_cycles",

@@ -537,22 +537,21 @@ bool Fabric::can_step(const Pe& e, const MicroThread& t, int& reason) const {
     return true;
 }
 
-// One element (one wavelet's worth) of one micro-thread; they take turns by priority. True if the datapath was used.
-bool Fabric::step_thread(int p, Pe& e) {
+// One element (one wavelet's worth) of one micro-thread; they take turns. `contended`: the task wants the datapath too.
+// True if the datapath was used.
+bool Fabric::step_thread(int p, Pe& e, bool contended) {
     const int n = int(e.threads.size());
     int best = -1;
     for (int i = 0; i < n; ++i) {
         const int k = (e.next_thread + i) % n;
         MicroThread& t = e.threads[k];
         int reason = 0;
-        if (t.start > now_) {
-            continue;
-        }
+        if (t.start > now_ || (contended && t.vector.low)) continue;
         if (!can_step(e, t, reason)) {
             if (e.reason != 2) e.reason = reason;
             continue;
         }
-        if (best < 0 || t.priority < e.threads[best].priority) best = k;
+        if (best < 0 || (e.threads[best].vector.low && !t.vector.low)) best = k;
     }
     if (best < 0) return false;
     element(p, e, e.threads[best]);
@@ -925,13 +924,16 @@ void Fabric::step_pe(int p) {
     const bool main = has_work(e);
     // Task and micro-threads take turns where both want the datapath.
     bool streamed = false;
-    const bool was_working = e.busy_until > now_;
-    if (!(main && e.streamed_at == now_ - 1)) {
-        if (!e.threads.empty()) streamed = step_thread(p, e);
+    const bool was_working = e.busy_until > now_, starting = now_ < e.starting_until;
+    const bool contended = main && !starting;
+    if (!(contended && e.streamed_at == now_ - 1)) {
+        if (!e.threads.empty()) streamed = step_thread(p, e, contended);
     }
     if (streamed) {
         e.streamed_at = now_;
-        if (was_working) {
+        if (starting) {
+            --e.stats.task_switch;  // a cycle of the start-up that was put to use
+        } else if (was_working) {
             ++e.busy_until;
         } else {
             e.stream_until = now_ + 1;
@@ -964,14 +966,19 @@ void Fabric::step_pe(int p) {
             const int own = codes_[e.code].entry_cycles[task];
             const int cycles = own >= 0 ? own : m_.task_switch;
             e.busy_until = now_ + cycles;
+            if (own >= 0) e.starting_until = e.busy_until;
             e.stats.task_switch += cycles;
             note(p, now_, e.busy_until, 0, task);
         }
     }
     if (e.busy_until > now_ && e.busy_until != now_ + 1) schedule_pe(p, e.busy_until);
-    if (streamed || e.busy_until == now_ + 1 || (main && e.streamed_at == now_ - 1 && !e.threads.empty())) {
-        schedule_pe(p, now_ + 1);
+    // A micro-thread that stood back goes on in the next start-up, or when the task has nothing left to do.
+    bool stood_back = false;
+    if (!streamed && (e.starting_until > now_ || e.busy_until <= now_)) {
+        int reason = 0;
+        for (const MicroThread& t : e.threads) stood_back |= t.start <= now_ && can_step(e, t, reason);
     }
+    if (streamed || stood_back || e.busy_until == now_ + 1) schedule_pe(p, now_ + 1);
 }
 
 // ---- when nothing moves

@@ -94,6 +94,7 @@ struct Vector {
     bool chained = false;             // follows its like without a gap: no start-up, the pipeline stays full
     bool async = false;               // as a micro-thread beside the task
     bool pair = false;                // two fp32 per cycle
+    bool low = false;                 // priority of a micro-thread: only where the datapath is idle
     int then_activate = -1, then_unblock = -1;
 };
 
@@ -165,7 +166,6 @@ struct MicroThread {
     int64_t start = 0;
     float scalar = 0;
     bool sync = false;
-    int priority = 0;
 };
 
 struct PeStats {
@@ -244,7 +244,8 @@ class Fabric {
         int outgoing = 0;  // wavelets in all out-queues
         int task = -1, pc = 0;
         Wavelet argument{};
-        bool waiting = false;  // for its synchronous streaming operation
+        bool waiting = false;        // for its synchronous streaming operation
+        int64_t starting_until = 0;  // a hardware-triggered task's start-up: the datapath is idle
         int64_t busy_until = 0, stream_until = 0, counted_to = 0, visited = -1, streamed_at = -2;
         int reason = 0;  // of not being busy: 0 idle, 1 data, 2 back-pressure
         std::array<int64_t, kStamps> stamps{};
@@ -295,7 +296,7 @@ class Fabric {
     bool send(int p, Channel& channel, int port, const Wavelet& wavelet);
     void wake_feeders(int p, const Channel& channel);
     bool has_work(const Pe& e) const;
-    bool step_thread(int p, Pe& e);
+    bool step_thread(int p, Pe& e, bool contended);
     bool can_step(const Pe& e, const MicroThread& t, int& reason) const;
     void element(int p, Pe& e, MicroThread& t);
     void finish(Pe& e, const Vector& v);

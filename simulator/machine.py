@@ -15,11 +15,12 @@ from vspdf.errors import UserError, did_you_mean
 
 FOLDER = Path(__file__).parent / "machines"
 FIELDS = {"value", "unit", "source", "grade"}
+OPTIONAL = {"range"}
 # What must not be 0.
 POSITIVE = {
     "width", "height", "clock_sdk", "clock_hot_chips", "colours", "switch_positions",
     "router_buffer", "micro_threads", "sram_bytes", "banks", "read_groups", "bank_bytes", "port_bytes", "pair_rate",
-    "fmac_fp32_rate", "fmac_fp16_rate", "host_bandwidth",
+    "fmac_fp32_rate", "fmac_fp16_rate", "host_bandwidth", "memory_bandwidth", "edge_links", "swarm_fanout", "sum_bytes",
 }  # fmt: skip
 GRADES = {"A", "B", "D", "M"}
 MOST = 1e15  # of any number
@@ -33,12 +34,16 @@ CORE = (
 
 @dataclass(frozen=True)
 class Parameter:
-    """One number of a machine. Grade: A primary, B quoted, D derived, M unverified, "set" by the user."""
+    """One number of a machine. Grade: A primary, B quoted, D derived, M unverified, "set" by the user.
+
+    `range` is what is thought possible, of what a training step's band spans; None where nothing is sampled.
+    """
 
     value: Any
     unit: str
     source: str
     grade: str
+    range: tuple[float, float] | None = None
 
 
 class Machine:
@@ -168,7 +173,7 @@ def _parse(path: Path) -> dict[str, Parameter]:
         if not isinstance(entry, dict):
             raise UserError(f"{path}: '{key}' needs value, unit, source and grade, not a bare {entry!r}.")
         for field in entry:
-            if field not in FIELDS:
+            if field not in FIELDS | OPTIONAL:
                 raise UserError(f"{path}: '{key}' has an unknown field '{field}'.{did_you_mean(field, FIELDS)}")
         if missing := FIELDS - set(entry):
             raise UserError(f"{path}: '{key}' lacks {', '.join(sorted(missing))}.")
@@ -178,5 +183,17 @@ def _parse(path: Path) -> dict[str, Parameter]:
             raise UserError(
                 f"{path}: '{key}' has grade '{entry['grade']}'; expected one of {', '.join(sorted(GRADES))}."
             )
-        parameters[key] = Parameter(**entry)
+        parameters[key] = Parameter(**{**entry, "range": _range(path, key, entry)})
     return parameters
+
+
+def _range(path: Path, key: str, entry: dict[str, Any]) -> tuple[float, float] | None:
+    """Low and high around the value, where a parameter is sampled."""
+    if "range" not in entry:
+        return None
+    ends, numbers = entry["range"], (int, float)
+    if not isinstance(ends, list) or len(ends) != 2 or not all(type(end) in numbers for end in (*ends, entry["value"])):
+        raise UserError(f"{path}: '{key}' needs two numbers as its range, e.g. [0, 21], not {ends!r}.")
+    if not ends[0] <= entry["value"] <= ends[1]:
+        raise UserError(f"{path}: '{key}' = {entry['value']} lies outside its range of {ends[0]} to {ends[1]}.")
+    return float(ends[0]), float(ends[1])

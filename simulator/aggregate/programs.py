@@ -265,6 +265,7 @@ def stream_layer(
     clear = machine.vector_startup + vector_cycles(machine, "fill", (at_acc, 1), length=tokens, half=True)
     command = machine.reduce_startup + machine.command_cycles + clear
     lead = machine.reduce_startup + machine.command_cycles + machine.vector_startup
+    gaps = machine.trigger_cycles / axpy  # of the next row's AXPYs: the datapath is idle
     order = programs.ring_order(columns, True)
     work = counts[:, order] * axpy
     hops = np.array([abs(order[m] - order[m - 1]) for m in range(columns)])
@@ -282,17 +283,18 @@ def stream_layer(
         launch = ready[ring] + lead
         way = np.concatenate([[0.0], np.cumsum(hop[ring[:-1]])])
         arrive = np.maximum.accumulate(launch - way) + way
-        after = ready + command + (work[row + 1] if row + 1 < len(counts) else 0.0)
-        left = np.clip(after[ring] - arrive, 0, words)  # words that the next row's AXPYs take turns with
-        leave = arrive + words + left
+        later = work[row + 1] if row + 1 < len(counts) else np.zeros(columns)
+        after = ready + command + later
+        # The sum's words pass in the start-ups of the next row's AXPYs, and what these do not hold when it is over.
+        begin = np.maximum(arrive, (ready + command)[ring])
+        held = np.minimum(words, np.maximum(after[ring] - begin, 0) * gaps)
+        leave = np.where(held < words, np.maximum(after[ring], begin) + words - held, begin + words / max(gaps, 1e-9))
         leave = np.maximum.accumulate(leave - way) + way
         if words > depth:  # the rest goes as the next one takes words
             leave[:-1] = np.maximum(leave[:-1], arrive[1:] + words - depth)
         gone = np.empty(columns)
         gone[ring] = leave
-        stolen = np.empty(columns)
-        stolen[ring] = left
-        free = ready + command + stolen
+        free = ready + command
         finished.append(float(max(gone.max(), free.max())))
     return _steady(finished, total) + (height - 1) * machine.hop_cycles
 

@@ -210,16 +210,17 @@ class Code:
 
     def vector(
         self, arith: str, dst: int, src0: int = 0, src1: int = 0, scalar: int = 0, *, asynchronous: bool = False,
-        pair: bool = False, activate: int = -1, unblock: int = -1, chained: bool = False, cycles: int = 0,
+        pair: bool = False, low: bool = False, activate: int = -1, unblock: int = -1, chained: bool = False, cycles: int = 0,
     ) -> None:  # fmt: skip
         """dst = src0 (move), f (fill), src0 + src1, src0 · src1, src0 + src1 · f (fmac); f = src0 · src1 (dot).
 
         Operands are descriptor numbers, `scalar` an f register. With a fabric operand the operation streams:
-        `asynchronous` as a micro-thread beside the task, which at its end activates or unblocks a task. `chained`:
+        `asynchronous` as a micro-thread beside the task, which at its end activates or unblocks a task, and which takes
+        turns with the task on the datapath, or with `low` priority only what the task leaves idle. `chained`:
         follows its like without a gap, as data-triggered operations do: no start-up, the pipeline stays full.
         """
         kind = getattr(_ARITH, arith)
-        self.vectors.append(_core.Vector(kind, dst, src0, src1, scalar, chained, asynchronous, pair, activate, unblock))
+        self.vectors.append(_core.Vector(kind, dst, src0, src1, scalar, chained, asynchronous, pair, low, activate, unblock))
         self._emit(_OP.vector, len(self.vectors) - 1, cycles=cycles)
 
     @contextmanager

@@ -153,7 +153,7 @@ def stream_code(machine: Machine, s: Stream, at_acc: int, at_y: int, colour: int
     """`fed`: the column's place among those of its stream. Registers: r2 the row's owner, r3 this member, r5 the owner's predecessor (which starts), r7 and r8 offsets of
     the sum in use and of the other one, r9 of the next own output."""
     n = s.local
-    R_INDEX, R_OWNER, R_ME, R_FIRST, R_COLUMNS, R_HERE, R_OTHER, R_Y, R_T = 1, 2, 3, 5, 6, 7, 8, 9, 10
+    R_OWNER, R_ME, R_FIRST, R_COLUMNS, R_HERE, R_OTHER, R_Y, R_T = 2, 3, 5, 6, 7, 8, 9, 10
     code = Code(machine)
     features, acc = code.memory(0, n, half=True), code.memory(at_acc, n, half=True)
     out, arriving, y = code.fabric_out(2, colour, n, True), code.fabric_in(1, n, True), code.memory(at_y, n, half=True)
@@ -170,15 +170,15 @@ def stream_code(machine: Machine, s: Stream, at_acc: int, at_y: int, colour: int
         code.set_base(acc, at_acc, R_HERE)
         final = code.equal(R_OWNER, R_ME)
         first = code.equal(R_FIRST, R_ME)
-        code.vector("add", out, arriving, acc, asynchronous=True, unblock=1)
+        code.vector("add", out, arriving, acc, asynchronous=True, low=True, unblock=1)
         on = [code.jump()]
         code.patch(final)
         code.set_base(y, at_y, R_Y)
         code.add(R_Y, R_Y, imm=2 * n)
-        code.vector("add", y, arriving, acc, asynchronous=True, unblock=1)
+        code.vector("add", y, arriving, acc, asynchronous=True, low=True, unblock=1)
         on.append(code.jump())
         code.patch(first)
-        code.vector("move", out, acc, asynchronous=True, unblock=1)
+        code.vector("move", out, acc, asynchronous=True, low=True, unblock=1)
         for jump in on:
             code.patch(jump)
         code.add(R_T, R_HERE, 0)
