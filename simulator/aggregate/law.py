@@ -2,10 +2,11 @@
 
 For an output row that brings z weights to a column, with L tokens a PE::
 
-    t = max(z · (c0 + v), z · v + words, z · share + 1 - row) + row        v = ceil(L / rate)
+    t = max(z · (c0 + v) + max(0, words - 2/3 z · c0) + row, z · share + 1)        v = ceil(L / rate)
 
-AXPYs with their start-ups one after the other; or the one datapath, on which a sum's `words` pass in start-ups and what
-these do not hold after them; or one wavelet a cycle on the link of the edge, which `share` columns have in common.
+AXPYs with their start-ups one after the other; the words of a sum, which pass in start-ups, of which two thirds come at a
+time when a word is there, and beside everything else where these do not hold them; or one wavelet a cycle on the link of
+the edge, which `share` columns have in common.
 `row`: the command and the clearing of the next sum. Which z a row costs, columns settle between them (`pace`). Each term is a mechanism of simulator/events/programs/streaming.py.
 """
 
@@ -15,10 +16,14 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
+from typing import Any
 
 import numpy as np
 
 from vspdf.simulator.machine import Machine
+
+# Fitted to the event level (tests/simulator/test_law.py): of AXPYs' start-ups, those in which a passing sum finds a word.
+GAPS = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -36,18 +41,16 @@ class Law:
     row : float
         Beside the weights: the command and clearing the next sum.
     words : float
-        Of the sum that passes.
-    way : float
-        From a column's command until its sum has left: what a row that waits for another column costs at least.
+        Cycles that a passing sum takes where no start-up holds it.
     share : float
         Columns that one link of the edge feeds.
     wire : float
         Wavelets of a weight.
     hop : float
-        From one place of the ring to the next.
+        From one place of the ring to the next, for each sum that a column may hold meanwhile.
     wait : float
-        -1: columns are coupled by two sums a column, as in forward. Else the fraction of the way from the mean to the
-        fullest column that a row costs, as in the gradient, where a row's dy goes to all columns.
+        -1: as in forward. Else the fraction of the way from the mean to the fullest column that a row costs, as in the
+        gradient, where a row's dy goes to all columns.
     """
 
     start_up: float
@@ -55,7 +58,6 @@ class Law:
     sums: float
     row: float
     words: float
-    way: float
     share: float
     wire: float
     hop: float
@@ -66,12 +68,15 @@ class Law:
         return self.start_up + self.vector + self.sums
 
     def __call__(self, z: float) -> float:
-        return max(z * self.weight + self.row, z * self.vector + self.words + self.row, z * self.share * self.wire + 1)
+        return max(self.work(z), z * self.share * self.wire + 1)
+
+    def work(self, z: Any) -> Any:
+        """Of a number or an array of weights: what the column itself has to do."""
+        return z * self.weight + np.maximum(0.0, self.words - GAPS * z * self.start_up) + self.row
 
     def attribute(self, z: float, rows: float) -> dict[str, float]:
         """Splits the cycles of `rows` rows of z weights into the parts that they go to."""
-        weights = z * (self.start_up + self.vector)
-        work = max(z * self.weight, z * self.vector + self.words) + self.row
+        weights, work = z * (self.start_up + self.vector), float(self.work(z))
         return {
             "multiply-add": rows * z * self.vector,
             "start-up": rows * z * self.start_up,
@@ -87,14 +92,14 @@ class Law:
 def pace(law: Law, queue: int, block: int, density: float, columns: int, rows: int) -> float:
     """Cycles of a row when each of `columns` gets Binomial(block, density) weights, in `rows` rows.
 
-    In forward the slowest way through the rows stays with a column, or jumps: to a column further down the ring, which
-    waits for the sum (`way` instead of a row's work), or to one fed by the same link, which takes back the `queue` of
-    weights in front of a column. The expected number of such ways bounds the pace; the recurrences of the event level
-    lie within a few percent of it.
+    In forward a column lags behind those fed by the same link by no more than the `queue` of weights in front of it: the
+    slowest way through the rows stays with a column, or jumps to another one and takes back a queue of weights. The
+    expected number of such ways bounds the pace: min over θ of (ln E exp(θ t) + ln(1 + (share - 1) exp(-θ q))) / θ, with
+    q in cycles.
     """
     mean = law(block * density)
     if density >= 1:
-        return _around(law, mean, columns)
+        return max(law.hop * columns, mean)
     sigma = math.sqrt(block * density * (1 - density) / rows)
     k, chance = _binomial(block, density)
     below = np.minimum(np.cumsum(chance), 1.0) ** columns
@@ -121,17 +126,10 @@ def _between(
     if law.wait >= 0:
         return max(slowest, mean + law.wait * (fullest - mean))
     theta = _THETA / law.weight
-    row = np.maximum(k * law.weight, k * law.vector + law.words) + law.row
-    grow = theta[:, None] * row + np.log(np.maximum(chance, 1e-300))
+    grow = theta[:, None] * law.work(k) + np.log(np.maximum(chance, 1e-300))
     most = grow.max(1)
     stay = most + np.log(np.exp(grow - most[:, None]).sum(1)) + np.log1p((law.share - 1) * np.exp(-_THETA * queue))
-    path = float((np.logaddexp(stay, math.log(columns / 2) + law.way * theta) / theta).min())
-    return max(_around(law, mean, columns), min(max(fullest, law.way), max(slowest, path)))
-
-
-def _around(law: Law, mean: float, columns: int) -> float:
-    """A row when all columns are alike: the ring's hops show where a turn takes longer than the row."""
-    return mean + max(0.0, law.hop - mean / columns)
+    return max(law.hop * columns, min(fullest, max(slowest, float((stay / theta).min()))))
 
 
 @lru_cache(maxsize=4096)
@@ -179,7 +177,7 @@ def law(
     c0 = machine.trigger_cycles
     if product == "grad_values":
         row = command + 2 * machine.vector_startup + ceil(tokens / 2) + 2 * c0 + machine.relay_cycles
-        return Law(c0, vector, 1, row, 0, 0, share, wire, 0, machine.gradient_wait)
+        return Law(c0, vector, 1, row, 0, share, wire, 0, machine.gradient_wait)
     row = command + machine.vector_startup + vector
-    hop = 2 * machine.ramp_cycles + 1 + 2 * machine.hop_cycles
-    return Law(c0, vector, 0, row, words, row + words, share, wire, hop)
+    hop = (2 * machine.ramp_cycles + 1 + 2 * machine.hop_cycles) / max(1, machine.sums_held - 1)
+    return Law(c0, vector, 0, row, words + machine.vector_startup, share, wire, hop)

@@ -260,40 +260,42 @@ def stream_layer(
     total, columns = rows or len(counts), counts.shape[1]
     words = -(-tokens // 2)
     stream = streaming.Stream(columns, height, block * columns, len(counts), tokens * height)
-    at_acc, at_y = streaming.stream_layout(stream)
+    at_acc, _ = streaming.stream_layout(machine, stream)
     axpy = machine.trigger_cycles + _mean_cycles(machine, "fmac", at_acc, at_acc, block, tokens)
     clear = machine.vector_startup + vector_cycles(machine, "fill", (at_acc, 1), length=tokens, half=True)
     command = machine.reduce_startup + machine.command_cycles + clear
     lead = machine.reduce_startup + machine.command_cycles + machine.vector_startup
-    gaps = machine.trigger_cycles / axpy  # of the next row's AXPYs: the datapath is idle
     order = programs.ring_order(columns, True)
     work = counts[:, order] * axpy
     hops = np.array([abs(order[m] - order[m - 1]) for m in range(columns)])
     hop = 2 * machine.ramp_cycles + 1 + hops * machine.hop_cycles  # from member m to the next, m - 1
     depth = machine.out_queue_depth[2] + machine.in_queue_depth[1] + 2 * machine.ramp_cycles + 2 * machine.router_buffer
+    held_sums = streaming.sums_held(machine, stream) - 1
     free, gone = np.zeros(columns), np.zeros(columns)  # the datapath, and the column's last sum
+    left = [np.zeros(columns)] * held_sums  # when the sums before it had gone
     free = free + machine.hop_cycles + 1
     finished: list[float] = []
     place = np.arange(columns)
     for row in range(len(counts)):
         owner = -row % columns
         first = (owner - 1) % columns
-        ready = np.maximum(free + work[row], gone)
+        ready = np.maximum(free + work[row], left[row % held_sums])
         ring = (first - place) % columns  # members from the one that starts to the owner
-        launch = ready[ring] + lead
+        launch = np.maximum(ready + lead, gone)[ring]
         way = np.concatenate([[0.0], np.cumsum(hop[ring[:-1]])])
         arrive = np.maximum.accumulate(launch - way) + way
-        later = work[row + 1] if row + 1 < len(counts) else np.zeros(columns)
-        after = ready + command + later
-        # The sum's words pass in the start-ups of the next row's AXPYs, and what these do not hold when it is over.
-        begin = np.maximum(arrive, (ready + command)[ring])
-        held = np.minimum(words, np.maximum(after[ring] - begin, 0) * gaps)
-        leave = np.where(held < words, np.maximum(after[ring], begin) + words - held, begin + words / max(gaps, 1e-9))
+        later = counts[row + 1, order] if row + 1 < len(counts) else np.zeros(columns)
+        # The sum's words pass in start-ups of the rows that follow, or where these do not hold them beside all the rest.
+        idle = later * machine.trigger_cycles + machine.reduce_startup
+        span = later * axpy + command
+        service = np.minimum(words * span / np.maximum(idle, 1e-9), words + span - idle)[ring]
+        leave = arrive + np.maximum(words, service)
         leave = np.maximum.accumulate(leave - way) + way
         if words > depth:  # the rest goes as the next one takes words
             leave[:-1] = np.maximum(leave[:-1], arrive[1:] + words - depth)
         gone = np.empty(columns)
         gone[ring] = leave
+        left[row % held_sums] = gone
         free = ready + command
         finished.append(float(max(gone.max(), free.max())))
     return _steady(finished, total) + (height - 1) * machine.hop_cycles
