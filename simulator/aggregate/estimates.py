@@ -230,9 +230,7 @@ def plot_layer(machine: Machine, rows: Sequence[dict[str, Any]], path: Path) -> 
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     speed = {key: [row["speedup"][key] for row in rows] for key in ("low", "central", "high", "ideal")}
-    left.fill_between(
-        x, speed["low"], speed["high"], alpha=0.25, color="C0", linewidth=0, label="90 % of the samples"
-    )
+    left.fill_between(x, speed["low"], speed["high"], alpha=0.25, color="C0", linewidth=0, label="90 % of the samples")
     left.plot(x, speed["central"], color="C0", marker="o", markersize=3, label=f"central: {first['central']}")
     left.plot(x, speed["ideal"], color="0.4", linestyle="--", label="ideal, 1 / (1 − sparsity)")
     left.set_yscale("log")

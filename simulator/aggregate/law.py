@@ -68,7 +68,7 @@ class Law:
         return self.start_up + self.vector + self.sums
 
     def __call__(self, z: float) -> float:
-        return max(self.work(z), z * self.share * self.wire + 1)
+        return max(float(self.work(z)), z * self.share * self.wire + 1)
 
     def work(self, z: Any) -> Any:
         """Of a number or an array of weights: what the column itself has to do."""
@@ -163,9 +163,7 @@ def _log_factorial(n: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=65536)
-def law(
-    machine: Machine, columns: int, tokens: int, product: str, wire: float = 1.0, heads: int = 1
-) -> Law:
+def law(machine: Machine, columns: int, tokens: int, product: str, wire: float = 1.0, heads: int = 1) -> Law:
     """The law of a product on `columns` columns with `tokens` a PE.
 
     `wire`: wavelets of a weight on the link; `heads`: sums that a row sends, attention's.

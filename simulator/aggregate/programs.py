@@ -11,6 +11,7 @@ from math import ceil
 import numpy as np
 
 from vspdf.errors import UserError
+from vspdf.simulator.aggregate.law import GAPS
 from vspdf.simulator.events import programs
 from vspdf.simulator.events.fabric import Code, vector_cycles
 from vspdf.simulator.events.programs import streaming
@@ -285,18 +286,16 @@ def stream_layer(
         way = np.concatenate([[0.0], np.cumsum(hop[ring[:-1]])])
         arrive = np.maximum.accumulate(launch - way) + way
         later = counts[row + 1, order] if row + 1 < len(counts) else np.zeros(columns)
-        # The sum's words pass in start-ups of the rows that follow, or where these do not hold them beside all the rest.
-        idle = later * machine.trigger_cycles + machine.reduce_startup
-        span = later * axpy + command
-        service = np.minimum(words * span / np.maximum(idle, 1e-9), words + span - idle)[ring]
-        leave = arrive + np.maximum(words, service)
+        # The sum's words pass in start-ups of the row that follows, and where these do not hold them beside all the rest.
+        exposed = np.maximum(0.0, words + machine.vector_startup - GAPS * later * machine.trigger_cycles)
+        leave = arrive + words
         leave = np.maximum.accumulate(leave - way) + way
         if words > depth:  # the rest goes as the next one takes words
             leave[:-1] = np.maximum(leave[:-1], arrive[1:] + words - depth)
         gone = np.empty(columns)
         gone[ring] = leave
         left[row % held_sums] = gone
-        free = ready + command
+        free = ready + command + exposed
         finished.append(float(max(gone.max(), free.max())))
     return _steady(finished, total) + (height - 1) * machine.hop_cycles
 

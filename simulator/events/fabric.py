@@ -220,7 +220,9 @@ class Code:
         follows its like without a gap, as data-triggered operations do: no start-up, the pipeline stays full.
         """
         kind = getattr(_ARITH, arith)
-        self.vectors.append(_core.Vector(kind, dst, src0, src1, scalar, chained, asynchronous, pair, low, activate, unblock))
+        self.vectors.append(
+            _core.Vector(kind, dst, src0, src1, scalar, chained, asynchronous, pair, low, activate, unblock)
+        )
         self._emit(_OP.vector, len(self.vectors) - 1, cycles=cycles)
 
     @contextmanager
