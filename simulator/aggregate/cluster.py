@@ -1,8 +1,8 @@
 """Several systems and their memory service: what of a step's end and the next one's beginning is not hidden.
 
 Weights go from the memory service down a tree to all systems at once; gradients are added up on their way back and meet
-the optimizer's state there. Links and tree pass words on as they come (cut-through), so several systems cost latency, not
-bandwidth. What shows is the chain from a block's last gradient to its first use in the next step.
+the optimizer's state there. Links and tree pass words on as they come (cut-through), so several systems cost latency,
+not bandwidth. What shows is the chain from a block's last gradient to its first use in the next step.
 """
 
 from __future__ import annotations

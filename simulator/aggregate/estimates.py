@@ -107,8 +107,8 @@ def simulate_layer(
     Returns
     -------
     dict
-        ``cycles`` (at the first clock; ``sparse`` as dense over the speed-ups), ``speedup`` (90 % interval, central case,
-        ideal, median, 50 % interval), ``parts`` of its variance, ``products``, ``mapping``.
+        ``cycles`` (at the first clock; ``sparse`` as dense over the speed-ups), ``speedup`` (90 % interval, central
+        case, ideal, median, 50 % interval), ``parts`` of its variance, ``products``, ``mapping``.
 
     Raises
     ------

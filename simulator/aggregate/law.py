@@ -4,10 +4,11 @@ For an output row that brings z weights to a column, with L tokens a PE::
 
     t = max(z · (c0 + v) + max(0, words - 2/3 z · c0) + row, z · share + 1)        v = ceil(L / rate)
 
-AXPYs with their start-ups one after the other; the words of a sum, which pass in start-ups, of which two thirds come at a
-time when a word is there, and beside everything else where these do not hold them; or one wavelet a cycle on the link of
-the edge, which `share` columns have in common.
-`row`: the command and the clearing of the next sum. Which z a row costs, columns settle between them (`pace`). Each term is a mechanism of simulator/events/programs/streaming.py.
+AXPYs with their start-ups one after the other; the words of a sum, which pass in start-ups, of which two thirds come at
+a time when a word is there, and beside everything else where these do not hold them; or one wavelet a cycle on the link
+of the edge, which `share` columns have in common.
+`row`: the command and the clearing of the next sum. Which z a row costs, columns settle between them (`pace`). Each
+term is a mechanism of simulator/events/programs/streaming.py.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import numpy as np
 
 from vspdf.simulator.machine import Machine
 
-# Fitted to the event level (tests/simulator/test_law.py): of AXPYs' start-ups, those in which a passing sum finds a word.
+# Fitted to the event level (tests/simulator/test_law.py): of AXPYs' start-ups, those in which a passing sum finds a
+# word.
 GAPS = 2 / 3
 
 
@@ -92,10 +94,10 @@ class Law:
 def pace(law: Law, queue: int, block: int, density: float, columns: int, rows: int) -> float:
     """Cycles of a row when each of `columns` gets Binomial(block, density) weights, in `rows` rows.
 
-    In forward a column lags behind those fed by the same link by no more than the `queue` of weights in front of it: the
-    slowest way through the rows stays with a column, or jumps to another one and takes back a queue of weights. The
-    expected number of such ways bounds the pace: min over θ of (ln E exp(θ t) + ln(1 + (share - 1) exp(-θ q))) / θ, with
-    q in cycles.
+    In forward a column lags behind those fed by the same link by no more than the `queue` of weights in front of it:
+    the slowest way through the rows stays with a column, or jumps to another one and takes back a queue of weights. The
+    expected number of such ways bounds the pace: min over θ of (ln E exp(θ t) + ln(1 + (share - 1) exp(-θ q))) / θ,
+    with q in cycles.
     """
     mean = law(block * density)
     if density >= 1:

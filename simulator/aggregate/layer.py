@@ -88,8 +88,8 @@ class Cost:
 
     @property
     def bound_by(self) -> str:
-        """Names what bounds most of the time: compute, reduction, broadcast, I/O, memory (the service's), latency (filling and
-        draining), or fixed."""
+        """Names what bounds most of the time: compute, reduction, broadcast, I/O, memory (the service's), latency
+        (filling and draining), or fixed."""
         return max(self.bounds, key=lambda name: self.bounds[name])
 
     @property
@@ -99,7 +99,8 @@ class Cost:
 
 
 def bounded(parts: dict[str, float], macs: float, io: float = 0.0, source: str = "I/O") -> Cost:
-    """A product's cost from its parts without I/O, and the cycles that its stream takes beside it, bound by `source`."""
+    """A product's cost from its parts without I/O, and the cycles that its stream takes beside it, bound by
+    `source`."""
     work = sum(parts.values())
     groups = {
         "compute": sum(parts.get(name, 0.0) for name in ("multiply-add", "start-up", "imbalance", "elementwise")),

@@ -286,7 +286,8 @@ def stream_layer(
         way = np.concatenate([[0.0], np.cumsum(hop[ring[:-1]])])
         arrive = np.maximum.accumulate(launch - way) + way
         later = counts[row + 1, order] if row + 1 < len(counts) else np.zeros(columns)
-        # The sum's words pass in start-ups of the row that follows, and where these do not hold them beside all the rest.
+        # The sum's words pass in start-ups of the row that follows, and where these do not hold them beside all the
+        # rest.
         exposed = np.maximum(0.0, words + machine.vector_startup - GAPS * later * machine.trigger_cycles)
         leave = arrive + words
         leave = np.maximum.accumulate(leave - way) + way

@@ -3,8 +3,8 @@
 Per micro-batch: all blocks forward, then backward. The matrices of a block and the unembedding are streamed; attention
 multiplies what lies on the wafer by the same law, keys and values in the place of weights; softmax, GELU and norms are
 vector passes. Weights come in and gradients go out once per micro-batch, the update happens in the memory service
-(`cluster`), and a step has a fixed cost beside all that. The choices of a compiler (columns of a ring, whether a block is
-kept or computed again) are searched, for dense and sparse apart.
+(`cluster`), and a step has a fixed cost beside all that. The choices of a compiler (columns of a ring, whether a block
+is kept or computed again) are searched, for dense and sparse apart.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Estimate:
     Attributes
     ----------
     parts : dict of str to Cost
-        Per part of the model ("linear layers", "attention", "elementwise", "vocabulary", "between steps", "fixed") over the step.
+        Per part of the model ("linear layers", "attention", "elementwise", "vocabulary", "between steps", "fixed") over
+        the step.
     products : dict of str to Cost
         The three products of the projections and the FFN; forward includes what is computed again.
     seconds : float

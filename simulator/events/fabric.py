@@ -210,7 +210,8 @@ class Code:
 
     def vector(
         self, arith: str, dst: int, src0: int = 0, src1: int = 0, scalar: int = 0, *, asynchronous: bool = False,
-        pair: bool = False, low: bool = False, activate: int = -1, unblock: int = -1, chained: bool = False, cycles: int = 0,
+        pair: bool = False, low: bool = False, activate: int = -1, unblock: int = -1, chained: bool = False, cycles: int
+        = 0,
     ) -> None:  # fmt: skip
         """dst = src0 (move), f (fill), src0 + src1, src0 · src1, src0 + src1 · f (fmac); f = src0 · src1 (dot).
 
@@ -359,7 +360,7 @@ class Region:
         return cycles
 
     def _conserve(self, cycles: int) -> None:
-        """Counts from both ends: cycles by the clock and by what was issued, wavelets where sent and where delivered."""
+        """Counts from both ends: cycles by the clock and by what was issued, wavelets sent and delivered."""
         s, core = self.stats, self._fabric
         lost = {
             "a cycle of a PE": s["busy"] + s["wait_data"] + s["back_pressure"] + s["idle"] - cycles,

@@ -40,8 +40,8 @@ def event_layer(
     pictures.check_paths(None, plot)
     if weights.numel > MOST_WEIGHTS:
         raise UserError(
-            f"`level` event streams layers of up to {MOST_WEIGHTS:,} weights, this one has {weights.numel:,}: take fewer "
-            "features, or `level` aggregate, which answers the same question in closed form."
+            f"`level` event streams layers of up to {MOST_WEIGHTS:,} weights, this one has {weights.numel:,}: take "
+            "fewer features, or `level` aggregate, which answers the same question in closed form."
         )
     if min(weights.in_features, weights.out_features) < 2:
         raise UserError("`level` event needs at least 2 features in and out: a ring has 2 columns.")
@@ -76,8 +76,8 @@ def event_layer(
         "note": machine.note,
         "level": "event",
         "region": region,
-        "why": f"one row of {region['columns']} PEs stands for the wafer's {machine.width} x {machine.height}: all rows and "
-        "replicas of a ring do the same a hop later",
+        "why": f"one row of {region['columns']} PEs stands for the wafer's {machine.width} x {machine.height}: all "
+        "rows and replicas of a ring do the same a hop later",
         "mapping": {kind: asdict(mapping) for kind, mapping in mappings.items()},
         "beyond_region": beyond,
         "cycles": {"dense": total["dense"], "sparse": dict.fromkeys(three, total["sparse"])},

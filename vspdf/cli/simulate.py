@@ -11,7 +11,6 @@ from rich.table import Table
 
 from vspdf.cli.console import Json, MachineName, Settings, Verb, emit, number, say, show, tell
 from vspdf.draw import words
-from vspdf.errors import UserError, require
 
 simulate = typer.Typer(
     help="A Cerebras CS-2 at work: programs on a grid, one layer, a whole training step.", no_args_is_help=True
@@ -172,8 +171,8 @@ def band(result: dict[str, Any]) -> str:
     s = result["speedup"]
     return (
         f"Speed-up {s['central']:.2f}x; 90 % of {result['samples']} samples of all that is not known lie between "
-        f"{s['low']:.2f}x and {s['high']:.2f}x, half between {s['interval50'][0]:.2f}x and {s['interval50'][1]:.2f}x; median "
-        f"{s['median']:.2f}x, ideal {s['ideal']:.2f}x."
+        f"{s['low']:.2f}x and {s['high']:.2f}x, half between {s['interval50'][0]:.2f}x and {s['interval50'][1]:.2f}x; "
+        f"median {s['median']:.2f}x, ideal {s['ideal']:.2f}x."
     )
 
 

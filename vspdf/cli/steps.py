@@ -162,9 +162,9 @@ def machines(as_json: Json = False) -> None:
     for column in ("machine", "PEs", "clock", "fp16 peak", "A", "B", "D", "M", "validated"):
         table.add_column(column, justify="left" if column in ("machine", "validated") else "right")
     for row in rows:
+        sizes = (f"{row['width']} x {row['height']}", f"{row['clock_ghz']:g} GHz", f"{row['peak_pflops']:.2f} PF")
         table.add_row(
-            row["name"], f"{row['width']} x {row['height']}", f"{row['clock_ghz']:g} GHz", f"{row['peak_pflops']:.2f} PF",
-            *(str(row["grades"][grade]) for grade in "ABDM"), "yes" if row["validated"] else "no",
+            row["name"], *sizes, *(str(row["grades"][grade]) for grade in "ABDM"), "yes" if row["validated"] else "no",
         )  # fmt: skip
     show(table)
     tell(*(row["note"] for row in rows if row["note"]))
@@ -173,7 +173,7 @@ def machines(as_json: Json = False) -> None:
 
 def _print_step(result: dict[str, Any]) -> None:
     systems = f"{result['systems']} systems" if result["systems"] > 1 else "one system"
-    rate, samples, speed = result["tokens_per_second"], result["samples_per_second"], result["speedup"]
+    rate, samples = result["tokens_per_second"], result["samples_per_second"]
     table = Table(
         title=f"{result['name']} on {result['machine']}, {systems}: {result['batch']} sequences of "
         f"{result['sequence_length']} tokens a step, sparsity {result['sparsity']:.4g}, at {result['clock']}",
@@ -202,7 +202,8 @@ def _print_step(result: dict[str, Any]) -> None:
     lines = [band(result)] if sparse else []
     if better := result["better_batch"]:
         lines.append(
-            f"A batch of {better['batch']} would be {better['gain']:.0%} faster: {better['tokens_per_second']:,.0f} tokens/s."
+            f"A batch of {better['batch']} would be {better['gain']:.0%} faster: {better['tokens_per_second']:,.0f} "
+            "tokens/s."
         )
     gpu, cpu = result["beside"]["gpu"], result["beside"]["cpu"]
     lines += [

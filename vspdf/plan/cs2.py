@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from vspdf.errors import UserError, check_sparsity, did_you_mean, one_of, require
+from vspdf.plan import outlook
+from vspdf.plan.wafer_models import transformer
 from vspdf.runs.folder import Run
 from vspdf.runs.writer import Writer
-from vspdf.plan.wafer_models import transformer
 from vspdf.shapes import Shape
 from vspdf.simulator import machine as machines
-from vspdf.plan import outlook
 from vspdf.simulator.aggregate.estimates import check_picture, plot_layer, simulate_layer, simulate_step, sweep_layer
 from vspdf.simulator.aggregate.layer import Weights
 from vspdf.simulator.aggregate.model import Model, Transformer
@@ -154,8 +154,8 @@ def step_by_request(
     """`simulate_step` of a model (a name, a configuration, a Hugging Face folder, a shape) or of a finished run.
 
     Without a `sparsity`, a run's own masks count, and a model is dense. ``comparison`` of a run holds `compare_phases`,
-    ``better_batch`` the nearest batch that is faster, ``beside`` what a GPU and this CPU would take; with `tokens` there
-    are ``training_seconds`` and ``energy_kwh``, with `sweep` (``sparsity=0,0.5,0.9``; batch, systems) ``rows``.
+    ``better_batch`` the nearest batch that is faster, ``beside`` what a GPU and this CPU would take; with `tokens`
+    there are ``training_seconds`` and ``energy_kwh``, with `sweep` (``sparsity=0,0.5,0.9``; batch, systems) ``rows``.
 
     Raises
     ------

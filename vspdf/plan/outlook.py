@@ -144,8 +144,9 @@ def scale(machine: Machine, model: Model, systems: Sequence[int], weak: bool = F
     Returns
     -------
     list of dict
-        ``systems``, ``batch``, ``samples_per_second``, ``efficiency`` (per system, relative to one), ``exposed`` (the part
-        of a step that lies between two steps' passes and is not hidden) and ``exposed_by`` (seconds by cause), ``bound_by``.
+        ``systems``, ``batch``, ``samples_per_second``, ``efficiency`` (per system, relative to one), ``exposed`` (the
+        part of a step that lies between two steps' passes and is not hidden) and ``exposed_by`` (seconds by cause),
+        ``bound_by``.
 
     Raises
     ------

@@ -59,8 +59,8 @@ def _stream(w: np.ndarray, mask: np.ndarray, columns: range, block: int) -> tupl
 def _feed(region: Region, s: Stream, w: np.ndarray, mask: np.ndarray, share: int) -> int:
     """Streams enter at the north, one for `share` columns; returns the region's row in which the layer begins.
 
-    A shared stream runs east along a row of routers of its own and down every column, past a filter that lets through the
-    column's own indices: a column that is full holds up those that share its stream.
+    A shared stream runs east along a row of routers of its own and down every column, past a filter that lets through
+    the column's own indices: a column that is full holds up those that share its stream.
     """
     top = int(share > 1)
     for px in range(s.columns):
@@ -112,9 +112,9 @@ def stream_layer(
 ) -> Outcome:
     """y = W·x in fp16: the kept weights of W [outputs, features] stream past the activations x [features, tokens].
 
-    The forward product; with W transposed and x the output's gradient, grad_input. Every weight wavelet triggers an AXPY
-    on its feature's tokens; a row's command wavelet starts the sum around the ring of columns, beside the next row's
-    AXPYs; it ends in the column that owns the output. `share` columns are fed by one link of the edge.
+    The forward product; with W transposed and x the output's gradient, grad_input. Every weight wavelet triggers an
+    AXPY on its feature's tokens; a row's command wavelet starts the sum around the ring of columns, beside the next
+    row's AXPYs; it ends in the column that owns the output. `share` columns are fed by one link of the edge.
     """
     outputs, features = w.shape
     s = Stream(columns, rows, features, outputs, x.shape[1])
@@ -166,9 +166,9 @@ def _ring_routes(region: Region, lines: range, order: Sequence[int], colours: Se
 def stream_code(machine: Machine, s: Stream, at_acc: int, at_y: int, colour: int, fed: int = 0) -> Code:
     """`fed`: the column's place among those of its stream.
 
-    A column holds several sums: one is added to, the others wait for their turn in the ring, and only when all are taken
-    does the column wait. Registers: r2 the owner of the row to send next, r3 this member, r5 the owner's predecessor
-    (which starts), r7 and r8 offsets of the sum in use and of the next to send, r9 of the next own output.
+    A column holds several sums: one is added to, the others wait for their turn in the ring, and only when all are
+    taken does the column wait. Registers: r2 the owner of the row to send next, r3 this member, r5 the owner's
+    predecessor (which starts), r7 and r8 offsets of the sum in use and of the next to send, r9 of the next own output.
     """
     n, slots = s.local, sums_held(machine, s)
     R_OWNER, R_ME, R_FIRST, R_COLUMNS, R_HERE, R_NEXT, R_Y, R_WAITING, R_MOST, R_END = 2, 3, 5, 6, 7, 8, 9, 10, 11, 12
