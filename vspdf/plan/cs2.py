@@ -234,10 +234,7 @@ def _model(
         shape, known = transformer(str(model))
     if sequence is not None:
         most = shape.sequence_length
-        require(
-            not done or sequence <= most,
-            f"`sequence` {sequence}: the model of this run has positions for {most} tokens.",
-        )
+        require(sequence <= most, f"`sequence` {sequence}: this model has positions for {most} tokens.")
         shape = shape.at(sequence)
     batch = known if batch is None else batch
     if batch is None:
