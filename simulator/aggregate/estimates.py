@@ -154,7 +154,7 @@ def simulate_layer(
 
 def _near(machine: Machine, *columns: int) -> tuple[int, ...]:
     """Ring widths around those of the central case: what a sample's search looks at."""
-    widths = {max(2, round(c * f)) for c in columns for f in (0.5, 0.67, 1, 1.5, 2)}
+    widths = {max(2, round(c * f)) for c in columns for f in (0.5, 1, 2)}
     return tuple(sorted({w for w in widths if w <= machine.width} | set(columns)))
 
 

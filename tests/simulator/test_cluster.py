@@ -50,8 +50,10 @@ def test_a_slow_memory_service_binds_the_step_and_the_report_says_so():
     assert step.search(slow, CLOCK, Model.uniform(MODELS["gpt3-xl"], 121, 0.0, 2)).total.bound_by == "memory"
 
 
-PUBLISHED = [("111m", 120, 1), ("256m", 264, 1), ("590m", 264, 1), ("1.3b", 528, 4), ("2.7b", 528, 4), ("6.7b", 1040, 16),
-             ("13b", 1080, 12)]  # fmt: skip
+PUBLISHED = [
+    ("111m", 120, 1), ("256m", 264, 1), ("590m", 264, 1), ("1.3b", 528, 4), ("2.7b", 528, 4), ("6.7b", 1040, 16),
+    ("13b", 1080, 12),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, batch, systems", PUBLISHED, ids=[name for name, *_ in PUBLISHED])
@@ -79,12 +81,14 @@ def test_the_slowest_system_paces_all():
 
 
 def test_four_grids_and_a_tree_meet_the_recurrence():
-    """Each system: 8 PEs that sum a vector up, its gradient; the tree: PEs 8 apart that add the four up and send the sum
-    back. The recurrence has the systems' time, a way up and a way down."""
-    machine = CS2.override({"launch_cycles": 0})
-    words, systems = 256, 4
+    """Each system: a grid of 8 x 8 PEs, event by event, that multiplies and has a gradient at the end; the tree: PEs 8
+    apart that add the four up and send the sum back. The recurrence has the systems' time, a way up and a way down."""
+    machine, words, systems = CS2, 256, 4
     values = np.random.default_rng(0).standard_normal((8, words)).astype(np.float32)
-    each = programs.reduce(machine, values, 8).cycles
+    one = np.eye(32, dtype=np.float32)
+    grids = [programs.summa(machine, one * (s + 1), one, 8) for s in range(systems)]
+    each = grids[0].cycles
+    assert all(grid.cycles == each for grid in grids)
     region = Region(machine, 8 * systems, 1)  # a system's last PE is at 8 s; the memory service at 0
     at, other = 0, align_up(4 * words)
     for s in range(systems):
@@ -117,7 +121,7 @@ def test_four_grids_and_a_tree_meet_the_recurrence():
         if tap:
             region.queue(x, 0, 4, 1)
     cycles = region.run()
-    np.testing.assert_allclose(region.read(8, 0, other, words), values[:systems].sum(0), rtol=1e-5)
+    np.testing.assert_allclose(region.read(8, 0, other, words), values[:systems].sum(0), rtol=1e-5, atol=1e-6)
     hop = (systems - 1) * (8 * machine.hop_cycles + 2 * machine.ramp_cycles + 1) + 2 * machine.ramp_cycles
     joined = Cluster(systems, 1, hop, link=1, memory=np.inf, wire=2, state=0, jitter=0)
     found = cluster.exposed([Block(0, each, words)], first=words / 2, cluster=joined)

@@ -58,7 +58,7 @@ def test_columns_of_one_link_hold_each_other_up_where_sums_are_few():
     w, x = (random.standard_normal(s).astype(np.float32) * 0.1 for s in (mask.shape, (96, 16)))
     alone, shared = (programs.stream_layer(CS2, w, mask, x, 24, 1, share).cycles for share in (1, 12))
     few = programs.stream_layer(CS2.override({"sums_held": 2}), w, mask, x, 24, 1, 12).cycles
-    assert alone <= shared < 1.1 * alone and few > 1.2 * shared
+    assert alone <= shared < 1.1 * alone and few > 1.1 * shared
 
 
 def test_a_shared_stream_computes_the_same():
@@ -122,7 +122,7 @@ def test_a_longer_queue_costs_less():
     assert paces == sorted(paces, reverse=True) and paces[0] > 2 * paces[-1]
 
 
-@pytest.mark.parametrize("product, share", itertools.product(("forward", "grad_values"), (1, 44)))
+@pytest.mark.parametrize("product, share", [*itertools.product(("forward", "grad_values"), (1, 44))])
 def test_real_masks_cost_what_chance_expects(product, share):
     mask = np.random.default_rng(1).random((1024, 960)) < 0.1
     counts = Weights(1024, 960, float(mask.mean()), mask).counts(60, transposed=False)

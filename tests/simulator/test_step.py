@@ -182,7 +182,7 @@ def test_grouped_heads_and_a_gate_cost_what_their_matrices_do():
     assert seconds == sorted(seconds) and seconds[0] < seconds[2]
     masked = step.search(CS2, CLOCK, Model.uniform(replace(plain, vocab_size=60_000, predicted=MASKED), 2048))
     whole = step.search(CS2, CLOCK, Model.uniform(replace(plain, vocab_size=60_000), 2048))
-    assert masked.parts["vocabulary"].cycles < 0.5 * whole.parts["vocabulary"].cycles
+    assert masked.parts["vocabulary"].cycles < 0.6 * whole.parts["vocabulary"].cycles
 
 
 # ---- real masks ------------------------------------------------------------------------------------------------------
@@ -201,7 +201,9 @@ def test_random_masks_cost_what_chance_expects():
     shape = Shape(4, 512, 8, 2048, 257, 256)
     chance = estimates.simulate_step(CS2, Model.uniform(shape, 512, 0.9), sensitivity=False, samples=24)
     real = estimates.simulate_step(CS2, Model.of_patterns(shape, masks(shape, 0.1), 512), sensitivity=False, samples=24)
-    assert real["mask"] == "real" and real["speedup"] == pytest.approx(chance["speedup"], rel=0.05)
+    assert real["mask"] == "real"
+    for key in ("low", "central", "high", "ideal"):
+        assert real["speedup"][key] == pytest.approx(chance["speedup"][key], rel=0.05)
 
 
 def test_a_lopsided_mask_gains_less():
@@ -330,7 +332,7 @@ def test_broken_runs_are_one_clear_line(vspdf, tmp_path):
         ("trigger_cycles", 9),
         ("host_bandwidth", 1e9),
         ("dense_weight_bytes", 8),
-        ("sparse_weight_bytes", 8),
+        ("sparse_weight_bytes", 32),
         ("gradient_bytes", 8),
         ("clock_hot_chips", 2.0),
     ],
@@ -396,7 +398,7 @@ def test_the_same_from_python():
     import vspdf
 
     result = vspdf.simulate("step", model="gpt2-small", batch=8, sparsity=0.9, machine="cs2")
-    assert result["speedup"] == pytest.approx(simulate("gpt2-small", 8, 0.9, samples=band.SAMPLES)["speedup"])
+    assert result["speedup"] == simulate("gpt2-small", 8, 0.9, samples=band.SAMPLES)["speedup"]
     layer_result = vspdf.simulate("layer", tokens=1024, in_features=512, out_features=512, sparsity=0.5)
     assert layer_result["speedup"]["ideal"] == 2
     with pytest.raises(UserError, match="unexpected keyword argument 'token'"):
@@ -406,8 +408,8 @@ def test_the_same_from_python():
 def test_the_simulator_needs_no_torch():
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['vspdf._C'] = None\n"
-        "from vspdf.simulator import machine\nfrom vspdf.simulator.aggregate import estimates, step\n"
-        "from vspdf.shapes import MODELS\n"
+        "from vspdf.simulator import machine\nfrom vspdf.simulator.aggregate import estimates\n"
+        "from vspdf.simulator.aggregate.model import Model\nfrom vspdf.shapes import MODELS\n"
         "model = Model.uniform(MODELS['gpt2-small'], 64, 0.9)\n"
         "assert estimates.simulate_step(machine.load(), model, sensitivity=False, samples=24)['speedup']['central'] > 1"
     )

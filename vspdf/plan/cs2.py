@@ -20,7 +20,7 @@ from vspdf.simulator.aggregate.layer import Weights
 from vspdf.simulator.aggregate.model import Model, Transformer
 from vspdf.simulator.machine import Machine
 
-SAMPLES = 64  # of a band that is printed beside measured times
+SAMPLES = 64  # of the band of a plan
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
@@ -70,7 +70,7 @@ def compare_phases(
             model = Model.of_patterns(shape, patterns, batch, systems)
         else:
             model = Model.uniform(shape, batch, phase["sparsity"], systems)
-        result = simulate_step(machine, model, sensitivity=False, samples=SAMPLES)
+        result = simulate_step(machine, model, sensitivity=False)
         flops = phase["flops"]
         table.append(
             {
