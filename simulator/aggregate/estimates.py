@@ -41,7 +41,14 @@ def _report(machine: Machine, solve: Solve, found: band.Band | None, ideal: floa
     """The central case at the first clock, and what layers and steps have in common; no `found`: dense, 1."""
     label, clock = next(iter(machine.clocks.items()))
     middle = solve(machine, clock)
-    one = {"low": 1.0, "central": 1.0, "high": 1.0, "ideal": 1.0, "median": 1.0, "interval50": [1.0, 1.0]}
+    one: dict[str, Any] = {
+        "low": 1.0,
+        "central": 1.0,
+        "high": 1.0,
+        "ideal": 1.0,
+        "median": 1.0,
+        "interval50": [1.0, 1.0],
+    }
     speedup = found.summary(middle.speedup, ideal) if found else one
     three = {key: speedup[key] for key in ("low", "central", "high")}
     dense = middle.dense.total

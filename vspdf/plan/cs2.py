@@ -174,7 +174,8 @@ def step_by_request(
     near = tuple({result["mapping"][kind]["columns"] for kind in ("dense", "sparse")})
     result["comparison"] = compare_phases(machine, done.shape, masks, done.summary["phases"]) if done else []
     result["note"] = machine.note
-    result["better_batch"] = outlook.better_batch(machine, what.grouped(), near)
+    cut = result["mapping"]["sparse"]["passes"] > 1  # one micro-batch alone: the more sequences the better
+    result["better_batch"] = outlook.better_batch(machine, what.grouped(), near) if cut else None
     result["beside"] = outlook.beside(result)
     if tokens is not None:
         result |= outlook.training(machine, result, tokens)

@@ -44,7 +44,7 @@ def _llama_like(file: Path, body: dict[str, Any]) -> Transformer:
     if kind not in LLAMA_LIKE:
         known = ", ".join((*HF_TYPES, *LLAMA_LIKE))
         raise UserError(f"{file}: model_type '{kind}' is not known to the simulator. Known: {known}.")
-    sizes = {name: body.get(key) for name, key in KEYS.items()}
+    sizes: dict[str, Any] = {name: body.get(key) for name, key in KEYS.items()}
     grouped = body.get("num_key_value_heads") or body.get("num_attention_heads")
     head = body.get("head_dim") or 0
     for name, value in {**sizes, "n_kv_head": grouped, "head_size": head}.items():
@@ -52,4 +52,4 @@ def _llama_like(file: Path, body: dict[str, Any]) -> Transformer:
             raise UserError(f"{file}: expected a whole number as {KEYS.get(name, name)}, not {value!r}.")
     if sizes["n_head"] % grouped:
         raise UserError(f"{file}: {grouped} heads of keys do not divide {sizes['n_head']} heads of queries.")
-    return Transformer(**sizes, n_kv_head=grouped, head_size=head, gated=kind not in UNGATED)  # type: ignore[arg-type]
+    return Transformer(**sizes, n_kv_head=grouped, head_size=head, gated=kind not in UNGATED)
