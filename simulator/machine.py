@@ -193,7 +193,7 @@ def _parse(path: Path) -> tuple[dict[str, Parameter], str | None, str]:
     except RecursionError:
         raise UserError(f"{path} nests too deep.") from None
     except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}.") from None
+        raise UserError(f"{path} cannot be read as YAML: {str(error).splitlines()[0].rstrip('.')}.") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected parameters, each with value, unit, source and grade.")
     base, note = tree.pop("base", None), tree.pop("note", "")

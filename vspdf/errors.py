@@ -13,9 +13,15 @@ _LISTED = 60  # known words that a line names at most: all settings of a file, n
 class UserError(ValueError):
     """Bad input. The command line prints the message alone and exits with status 2."""
 
+    told = False  # of several processes that end alike, another one says it
+
 
 class Diverged(UserError):
     """A loss or gradient that is not finite: training cannot go on from here."""
+
+
+class RankLost(UserError):
+    """Of several processes that train together, one is gone or silent."""
 
 
 class BackendUnavailable(RuntimeError):
@@ -24,6 +30,8 @@ class BackendUnavailable(RuntimeError):
 
 class Interrupted(Exception):
     """The user stopped a run; it can be resumed."""
+
+    told = False  # as of a `UserError`
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -50,10 +58,14 @@ def near_path(path: Path, keywords: Iterable[str] = ()) -> str:
     return ""
 
 
-def check_sparsity(key: str, value: float) -> None:
-    """Refuses what is no sparsity, a number in [0, 1); where a percentage was given, the message says it as one."""
+def check_sparsity(key: str, value: float, *, all_masked: bool = False) -> None:
+    """Refuses what is no sparsity, a number in [0, 1), or 1 too; of a percentage the message says what was meant."""
+    end = "]" if all_masked else ")"
+    if isinstance(value, str | bool) or not hasattr(value, "__float__"):
+        meant = percent_meant(value) if isinstance(value, str) else ""
+        raise UserError(f"{key} must be a number in [0, 1{end}, not {value!r}.{meant}")
     meant = f" Did you mean {value / 100:g}?" if 2 <= value < 100 else ""
-    require(0 <= value < 1, f"{key} must lie in [0, 1), not {value}.{meant}")
+    require(0 <= value < 1 or (all_masked and value == 1), f"{key} must lie in [0, 1{end}, not {value}.{meant}")
 
 
 def percent_meant(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -15,6 +15,10 @@ from vspdf.cli.console import Json, emit, out, say, show, tell
 from vspdf.draw import words
 from vspdf.errors import UserError
 from vspdf.kernels.hardware import keep_freed_memory
+from vspdf.parallel.environment import from_environment
+
+if TYPE_CHECKING:
+    from vspdf.config.resolved import ResolvedConfig
 
 
 def train(
@@ -36,8 +40,11 @@ def train(
     from vspdf.train.trainer import train as run
 
     keep_freed_memory()
-    settings = load_config(config, overrides or [])
-    run(settings, resume=resume, say=say, on_evaluation=_draw)
+    with from_environment() as world:
+        settings = world.together(lambda: load_config(config, overrides or []))
+        run(settings, resume=resume, say=say, on_evaluation=_draw)
+        if not world.first:
+            return
     summary = Run(Path(settings.run_dir)).summary
     if as_json:
         emit(summary)
@@ -58,6 +65,11 @@ def _draw(folder: Path) -> None:
         except UserError as error:
             say(f"no CS-2 estimate: {error}")
     refresh(folder)
+
+
+def _ideal(phase: dict[str, Any]) -> float:
+    """How many times faster a phase would be if time followed the FLOPs that its masks leave."""
+    return phase["flops"]["dense"] / phase["flops"]["useful"]
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
@@ -85,7 +97,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
         ("median pair: dense step beside it",
          lambda p: f"{p['dense_step_seconds_median']:.4g}" if "speedup" in p else "-"),
         ("median pair: times faster",
-         lambda p: f"{p['speedup']['median']:.2f}x" if "speedup" in p else "-"),
+         lambda p: words.speedup(p["speedup"]["median"], _ideal(p)) if "speedup" in p else "-"),
         ("slowest and fastest pair",
          lambda p: "{low:.2f}x-{high:.2f}x".format(**p["speedup"]) if "speedup" in p else "-"),
     ]  # fmt: skip
@@ -95,6 +107,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
     for part in sorted(parts, key=lambda part: -phases[0]["time_fractions"].get(part, 0)):
         table.add_row(f"time in {part}", *(f"{phase['time_fractions'].get(part, 0):.0%}" for phase in phases))
     show(table)
+    if any("speedup" in phase and phase["speedup"]["median"] > _ideal(phase) for phase in phases):
+        tell(words.ABOVE_IDEAL)
     if summary.get("comparison"):
         show(simulate.comparison_table(summary["comparison"]))
     flops = summary["flops"]
@@ -129,10 +143,17 @@ def finetune(
     from vspdf.train.trainer import train
 
     keep_freed_memory()
-    shape, activation = checkpoints.shape_of(start)
-    model = configuration.ModelConfig(**asdict(shape), activation=activation)
-    settings = load_config(config, overrides or [], start=(start, model))
-    train(settings, resume=resume, say=say, on_evaluation=_draw)
+
+    def loaded() -> ResolvedConfig:
+        shape, activation = checkpoints.shape_of(start)
+        model = configuration.ModelConfig(**asdict(shape), activation=activation)
+        return load_config(config, overrides or [], start=(start, model))
+
+    with from_environment() as world:
+        settings = world.together(loaded)
+        train(settings, resume=resume, say=say, on_evaluation=_draw)
+        if not world.first:
+            return
     summary = Run(Path(settings.run_dir)).summary
     if as_json:
         emit(summary)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vspdf.errors import UserError
+from vspdf.errors import UserError, check_sparsity, require
 from vspdf.pattern import Pattern, kept_count
+from vspdf.sparsity.from_files import MaskFile
 from vspdf.sparsity.layer import sparse_layers
 from vspdf.sparsity.optimizer import RevivedWarmup
 from vspdf.sparsity.schedule import Amounts, Phase, only_added
@@ -90,7 +91,7 @@ class Phases:
         start = 0
         for i, phase in enumerate(phases):
             if not isinstance(phase, (Phase, Amounts)):
-                phase = Phase(sparsity=phase[0], steps=int(phase[1]), lr=phase[2] if len(phase) == 3 else None)
+                phase = _phase_of(f"phases.{i}", phase)
             phase = replace(phase, **given)
             if isinstance(phase, Phase):
                 phase = phase.resolved(f"phases.{i}", self.phases[-1] if i else None)
@@ -140,7 +141,11 @@ class Phases:
         self._weigh(model)
         for i, phase in enumerate(self.phases):
             phase.check_layers(f"phases.{i}", self.phases[i - 1] if i else None, list(self._weights))
-        if self.phases[0].init_method != "from_zeros" or sparse_layers(model):
+        if sparse_layers(model):
+            return
+        if self.phases[0].init_file:
+            self._check_file(self.phases[0])
+        if self.phases[0].init_method != "from_zeros":
             return
         for name, amount in self.phases[0].of_layers(self._weights).items():
             zeros = float((model.get_submodule(name).weight == 0).float().mean())  # type: ignore[union-attr]
@@ -149,6 +154,18 @@ class Phases:
                     f"phases.0.init_method = from_zeros takes zeros for masked: '{name}' has {zeros:.2%} of them, "
                     f"its sparsity is to be {amount:.2%}. Start from a model that has (init_from), or give what it has."
                 )
+
+    def _check_file(self, phase: Amounts) -> None:
+        """Whether a phase's file has the masks that its sparsities speak of."""
+        masks = MaskFile(phase.init_file or "")
+        for name, amount in phase.of_layers(self._weights).items():
+            mask = masks.of(name) if amount else 0.0
+            found = mask.sparsity if isinstance(mask, Pattern) else 0.0
+            require(
+                abs(found - amount) <= 0.005,
+                f"phases.0.init_file: '{name}' has a sparsity of {found:.2%} in '{phase.init_file}', and is to have "
+                f"{amount:.2%}: give the sparsity that its mask has, by `layers` where they differ.",
+            )
 
     def start(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
         """Brings a model into the form of the first phase, before its optimizer is made or with it.
@@ -170,8 +187,10 @@ class Phases:
                 )
             before = self._grow(model, optimizer, self.stages[0])
         elif any(phase.of_layers(self._weights).values()):
+            amounts, file = {**phase.layers, "*": phase.sparsity}, phase.init_file
             sparsify(
-                model, {**phase.layers, "*": phase.sparsity}, seed=self.seed, init_method=phase.init_method,
+                model, {glob: (file if amount and file else amount) for glob, amount in amounts.items()},
+                seed=self.seed, init_method="random" if file else phase.init_method,
                 truncate=phase.count == "truncate", optimizer=optimizer, **self.options,
             )  # fmt: skip
         self._enter(model, 0, before)
@@ -209,7 +228,7 @@ class Phases:
         layers = sparse_layers(model)
         weights = sum(layer.pattern.numel for layer in layers.values())
         found = 1 - sum(layer.pattern.nnz for layer in layers.values()) / weights if weights else 0.0
-        near = (5e-3 if self.phases[0].init_method == "from_zeros" else 1e-3) + len(layers) / max(1, weights)
+        near = (5e-3 if self.phases[0].init_method in ("from_zeros", "file") else 1e-3) + len(layers) / max(1, weights)
         for index in (self._index(max(0, step - 1)), self._index(step)):  # saved before the switch, or after it
             if abs(self._sparsity(self.stages[index], layers) - found) < near:
                 self._enter(model, index, *(ramp or ({}, 0)))
@@ -323,3 +342,16 @@ class Phases:
                 wanted[name] = amount
         seed = self.seed + stretch.phase + 1_000_003 * stretch.stage
         return set_sparsity(model, wanted, optimizer, seed=seed) if wanted else {}
+
+
+def _phase_of(key: str, given: Any) -> Phase:
+    """A phase given as (sparsity, steps) or (sparsity, steps, lr)."""
+    if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
+        raise UserError(f"{key} must be (sparsity, steps), (sparsity, steps, lr) or a vspdf.Phase, not {given!r}.")
+    sparsity, steps, *rate = given
+    check_sparsity(f"{key}.sparsity", sparsity)
+    if isinstance(steps, bool) or not isinstance(steps, int | float) or steps != int(steps):
+        raise UserError(f"{key}: the steps must be a whole number, not {steps!r}.")
+    if rate and (isinstance(rate[0], bool) or not isinstance(rate[0], int | float)):
+        raise UserError(f"{key}: the learning rate must be a number, not {rate[0]!r}.")
+    return Phase(sparsity=sparsity, steps=int(steps), lr=rate[0] if rate else None)

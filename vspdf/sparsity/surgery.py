@@ -15,29 +15,22 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from vspdf.errors import UserError, check_sparsity, did_you_mean
+from vspdf.errors import UserError, did_you_mean
 from vspdf.kernels import reference
 from vspdf.pattern import Pattern
 from vspdf.sparsity.attached import hand_over, mark, place
+from vspdf.sparsity.from_files import Amount, MaskFile, read_amounts
 from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, scatter, sparse_layers
 from vspdf.sparsity.optimizer import carry, check_moments, check_takes_vectors, warn_of_stale
 from vspdf.sparsity.pretrained import teach_save_pretrained
-from vspdf.sparsity.schedule import INIT_METHODS
+from vspdf.sparsity.schedule import check_init_method, plain_name
 
 log = logging.getLogger("vspdf")
 
 # Output heads of the common architectures, unembeddings and those of classification: never sparsified, tied or not.
-HEADS = (
-    "lm_head",
-    "embed_out",
-    "output_projection",
-    "unembed",
-    "score",
-    "classifier",
-    "qa_outputs",
-    "classification_head",
-)
-UNEMBEDDINGS = tuple(glob for head in HEADS for glob in (head, f"*.{head}", f"{head}.*", f"*.{head}.*"))
+HEADS = ("lm_head", "embed_out", "output_projection", "unembed", "score", "classifier", "qa_outputs", "head",
+         "classification_head", "seq_relationship", "vocab_projector", "output_layer")  # fmt: skip
+UNEMBEDDINGS = ("output", *(glob for head in HEADS for glob in (head, f"*.{head}", f"{head}.*", f"*.{head}.*")))
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -83,11 +76,6 @@ def _adapters(model: nn.Module) -> tuple[set[str], bool]:
     return names, wrapped
 
 
-def _plain_name(name: str) -> str:
-    """A module's name without what torch.compile puts before it."""
-    return name.replace("_orig_mod.", "")
-
-
 def _globs(globs: str | Iterable[str]) -> tuple[str, ...]:
     return (globs,) if isinstance(globs, str) else tuple(globs)
 
@@ -98,12 +86,12 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
 
 def _layer_seed(seed: int, name: str) -> int:
     """Masks of different layers are independent, and a layer's does not depend on the others."""
-    return (seed << 32) | zlib.crc32(_plain_name(name).encode())
+    return (seed << 32) | zlib.crc32(plain_name(name).encode())
 
 
 def sparsify(
     model: nn.Module,
-    sparsity: float | Mapping[str, float | Pattern],
+    sparsity: Amount | Mapping[str, Amount],
     *,
     seed: int = 0,
     include: str | Iterable[str] = "*",
@@ -125,15 +113,18 @@ def sparsify(
     Parameters
     ----------
     model : nn.Module
-    sparsity : float in [0, 1), or mapping from glob over module names to float or Pattern
-        Of a mapping the first matching glob counts; layers that match none stay dense, as do those at 0.
+    sparsity : float in [0, 1), path, or mapping from glob over module names to float, path or Pattern
+        Of a mapping the first matching glob counts; layers that match none stay dense, as do those at 0. A path is a
+        file or folder of masks by layer, in any form that `Pattern.read` takes, or of one mask for all; layers that it
+        does not name stay dense.
     seed : int
         Together with a layer's name gives its mask.
     include, exclude : str or iterable of str
         Globs over module names. Default: all layers, and none left out beside those said above.
-    init_method : {"random", "topk", "from_zeros", "checkerboard"}
-        Which weights are kept: at random, the largest, those that are not zero (whatever the sparsity), or evenly
-        spread ones. Patterns given in the mapping are taken as they are.
+    init_method : {"random", "random:FORM", "topk", "from_zeros", "checkerboard"}
+        Which weights are kept: at random, at random in a form that `Pattern.random` has ("random:2:4",
+        "random:16x16"), the largest, those that are not zero (whatever the sparsity), or evenly spread ones. Patterns
+        given in the mapping are taken as they are.
     truncate : bool
         How kept weights are counted: ``numel − round(sparsity · numel)``, or ``int((1 − sparsity) · numel)``.
     rescale : bool
@@ -141,8 +132,8 @@ def sparsify(
         only just initialised.
     backend : {"auto", "cpu", "reference", "triton"}
     optimizer : torch.optim.Optimizer, optional
-        Its state of the replaced weights is carried over at kept positions. Without it a line is logged where a living
-        optimizer still holds weights that were replaced.
+        Its state of the replaced weights is carried over at kept positions. A line is logged where another living
+        optimizer still holds weights that were replaced, or this one held none of them.
 
     Returns
     -------
@@ -155,9 +146,10 @@ def sparsify(
         If a sparsity is outside [0, 1), `init_method` is unknown, a pattern does not fit, or a glob or the
         whole call matches no layer. The model is then as it was.
     """
-    rules = _rules(sparsity)
-    if init_method not in INIT_METHODS:
-        raise UserError(f"init_method '{init_method}' is not known.{did_you_mean(init_method, INIT_METHODS)}")
+    rules = read_amounts(sparsity)
+    if init_method == "file":
+        raise UserError("init_method 'file' is of phases: give sparsify the file in the place of the sparsity.")
+    check_init_method("init_method", init_method)
     linears, wrapped = _candidates(model)
     _require_some(model, linears)
     _check_globs(model, linears, (*rules, *_globs(include)), _globs(exclude))
@@ -165,7 +157,9 @@ def sparsify(
     uses = _uses(model)
     layers: dict[str, SparseLinear] = {}
     for name, module in _chosen(linears, include, exclude).items():
-        amount = next((rule for glob, rule in rules.items() if fnmatchcase(_plain_name(name), glob)), 0.0)
+        amount = next((rule for glob, rule in rules.items() if fnmatchcase(plain_name(name), glob)), 0.0)
+        if isinstance(amount, MaskFile):
+            amount = amount.of(name)
         if amount == 0.0:
             continue
         if why := _why_dense(module, uses, wrapped):
@@ -183,25 +177,18 @@ def sparsify(
                 log.warning("sparsify: '%s' stays dense: none of its weights is zero.", name)
                 continue
         layers[name] = SparseLinear.from_linear(module, amount, backend=backend)
+    for masks in {id(rule): rule for rule in rules.values() if isinstance(rule, MaskFile)}.values():
+        masks.check_used(linears)
     check_takes_vectors(optimizer, [linears[name].weight for name in layers])
     for name, layer in layers.items():
         if rescale and layer.pattern.nnz:
             with torch.no_grad():
                 layer.values.mul_(1 / math.sqrt(layer.pattern.density))
         _put_sparse(model, name, linears[name], layer, optimizer)
-    if optimizer is None:
-        warn_of_stale("sparsify", [linears[name].weight for name in layers])
+    exchanged = [(linears[name].weight, layer.values) for name, layer in layers.items()]
+    warn_of_stale("sparsify", exchanged, optimizer)  # type: ignore[arg-type]
     teach_save_pretrained(model)
     return {name: layer.pattern for name, layer in layers.items()}
-
-
-def _rules(sparsity: float | Mapping[str, float | Pattern]) -> dict[str, float | Pattern]:
-    """Amounts by glob, each checked."""
-    rules: dict[str, float | Pattern] = dict(sparsity) if isinstance(sparsity, Mapping) else {"*": sparsity}
-    for glob, amount in rules.items():
-        if not isinstance(amount, Pattern):
-            check_sparsity("sparsity" if glob == "*" else f"the sparsity of '{glob}'", amount)
-    return rules
 
 
 def sparsifiable(
@@ -221,7 +208,7 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], bool]:
         name: module
         for name, module in model.named_modules()
         if name not in adapters
-        and not _matches(_plain_name(name), UNEMBEDDINGS)
+        and not _matches(plain_name(name), UNEMBEDDINGS)
         and (output is None or module is not output)
         and _is_linear(module)
     }
@@ -241,7 +228,7 @@ def _name_others(model: nn.Module) -> None:
     """Logs what holds many weights and yet stays dense."""
     adapters, _ = _adapters(model)
     for name, module in model.named_modules():
-        head = name in adapters or _matches(_plain_name(name), UNEMBEDDINGS)
+        head = name in adapters or _matches(plain_name(name), UNEMBEDDINGS)
         dense = isinstance(module, nn.Linear) and not isinstance(module, SparseLinear)
         if dense and not head and not _is_linear(module):
             log.warning("sparsify: '%s' stays dense: %s is a kind of its own.", name, type(module).__name__)
@@ -257,7 +244,7 @@ def _chosen(
     linears: Mapping[str, nn.Module], include: str | Iterable[str], exclude: str | Iterable[str]
 ) -> dict[str, nn.Module]:
     include, exclude = _globs(include), _globs(exclude)
-    plain = {name: _plain_name(name) for name in linears}
+    plain = {name: plain_name(name) for name in linears}
     return {n: m for n, m in linears.items() if _matches(plain[n], include) and not _matches(plain[n], exclude)}
 
 
@@ -269,12 +256,12 @@ def _uses(model: nn.Module) -> Counter[int]:
 def _check_globs(
     model: nn.Module, linears: Mapping[str, nn.Module], chosen: Iterable[str], exclude: Iterable[str]
 ) -> None:
-    names = [_plain_name(name) for name in linears]
+    names = [plain_name(name) for name in linears]
     for glob in chosen:
         if not any(fnmatchcase(name, glob) for name in names):
             raise UserError(f"'{glob}' matches no linear layer.{did_you_mean(glob, names)}")
     for glob in exclude:
-        if not any(fnmatchcase(_plain_name(name), glob) for name, _ in model.named_modules()):
+        if not any(fnmatchcase(plain_name(name), glob) for name, _ in model.named_modules()):
             raise UserError(f"'{glob}' matches no module.{did_you_mean(glob, names)}")
 
 
@@ -319,7 +306,8 @@ def _draw(weight: Tensor, sparsity: float, method: str, seed: int, truncate: boo
     shape = (weight.shape[0], weight.shape[1])
     if method == "checkerboard":
         return Pattern.checkerboard(shape, sparsity, truncate=truncate)
-    return Pattern.random(shape, sparsity, seed=seed, truncate=truncate)
+    form = method.partition(":")[2] or None
+    return Pattern.random(shape, sparsity, seed=seed, truncate=truncate, fits=form)
 
 
 def set_sparsity(
@@ -352,14 +340,14 @@ def set_sparsity(
         raise UserError("set_sparsity found no sparse layer: call vspdf.sparsify(model, ...) first.")
     rules = sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}
     for glob in rules:
-        if not any(fnmatchcase(name, glob) for name in layers):
-            raise UserError(f"'{glob}' matches no sparse layer.{did_you_mean(glob, layers)}")
-    grown = {
-        name: layer.pattern.grow(amount, seed=_layer_seed(seed, name))
-        for name, layer in layers.items()
-        if (amount := next((rule for glob, rule in rules.items() if fnmatchcase(name, glob)), None)) is not None
-    }
-    before, replaced = {}, []
+        if not any(fnmatchcase(plain_name(name), plain_name(glob)) for name in layers):
+            raise UserError(f"'{glob}' matches no sparse layer.{did_you_mean(glob, map(plain_name, layers))}")
+    grown = {}
+    for name, layer in layers.items():
+        amount = next((rule for glob, rule in rules.items() if fnmatchcase(plain_name(name), plain_name(glob))), None)
+        if amount is not None:
+            grown[name] = layer.pattern.grow(amount, seed=_layer_seed(seed, name))
+    before, exchanged = {}, []
     for name in grown:
         layer = layers[name]
         require_whole(layer.values)
@@ -370,9 +358,8 @@ def set_sparsity(
         carry(optimizer, old_values, values, spread, moments)
         mark(old_values, values, name)
         before[name] = old
-        replaced.append(old_values)
-    if optimizer is None:
-        warn_of_stale("set_sparsity", replaced)
+        exchanged.append((old_values, values))
+    warn_of_stale("set_sparsity", exchanged, optimizer)
     return before
 
 
@@ -404,6 +391,7 @@ def densify(
     layers = sparse_layers(model)
     for layer in layers.values():
         require_whole(layer.values)
+    exchanged = []
     for name, layer in layers.items():
         dense = layer.to_original()
         assert isinstance(dense.weight, nn.Parameter)
@@ -414,8 +402,8 @@ def densify(
         mark(layer.values, dense.weight, name)
         hand_over(layer, dense)
         place(model, layer, dense)
-    if optimizer is None:
-        warn_of_stale("densify", [layer.values for layer in layers.values()])
+        exchanged.append((layer.values, dense.weight))
+    warn_of_stale("densify", exchanged, optimizer)
     return {name: layer.pattern for name, layer in layers.items()}
 
 

@@ -18,6 +18,7 @@ from vspdf.errors import UserError
 from vspdf.interop import checkpoints
 from vspdf.kernels import hardware
 from vspdf.model import GPT
+from vspdf.parallel.world import ALONE, World
 from vspdf.runs import checkpoint
 from vspdf.runs.folder import Run
 from vspdf.runs.record import PhaseRecord
@@ -25,13 +26,14 @@ from vspdf.shapes import Shape
 from vspdf.sparsity.layer import sparse_layers
 from vspdf.sparsity.phases import Phases
 from vspdf.sparsity.surgery import densify
+from vspdf.train.common import check_shares
 from vspdf.train.schedule import position
 from vspdf.train.state import State
 
 log = logging.getLogger("vspdf")
 
 
-def begin(config: ResolvedConfig, device: torch.device, say: Callable[[str], None]) -> State:
+def begin(config: ResolvedConfig, device: torch.device, say: Callable[[str], None], world: World = ALONE) -> State:
     """A run at its beginning, or at its last checkpoint if its directory has one. Nothing is written.
 
     Raises
@@ -40,15 +42,18 @@ def begin(config: ResolvedConfig, device: torch.device, say: Callable[[str], Non
         For anything that a run cannot be started with: too little data, a checkpoint that does not fit, too large a
         model.
     """
+    check_shares(config, world.size)
     run = Run(Path(config.run_dir))
     goes_on = bool(run.checkpoints)
     model: GPT | None = None
     data: text.Dataset | pairs.Pairs
+    wanted = position(config.phases, config.steps).samples
+    older = checkpoints.load(config.init_from, config.train.backend) if config.init_from and not goes_on else None
     if config.task and config.start:
         model, tokenizer = _form_of(run) if goes_on else _to_tune(config.task, config.start, say)
         data = pairs.prepare(config.task, config.seed, tokenizer)
     else:
-        data = text.prepare(config.data, config.model.sequence_length, config.seed)
+        data = text.prepare(config.data, config.model.sequence_length, config.seed, wanted)
     config = config.with_data(data.vocab_size)
     shape = resolve.model_shape(config.model)
     if shape.vocab_size < data.vocab_size:
@@ -61,13 +66,13 @@ def begin(config: ResolvedConfig, device: torch.device, say: Callable[[str], Non
         rescale=config.phases[0].s_mu_par and not config.init_from,
     )  # fmt: skip
     records = [PhaseRecord() for _ in config.phases]
-    state = State(config, device, data, shape, model.to(device), engine, records=records)
+    state = State(config, device, data, shape, model.to(device), engine, records=records, world=world)
     if not goes_on:
-        if config.init_from:
-            _take_over(state, config.init_from, say)
+        if config.init_from and older:
+            _take_over(state, config.init_from, older, say)
         engine.check(state.model)
     state.config = state.config.with_data(first_sequence=0)
-    data.check(state.first_sample + position(config.phases, config.steps).samples)
+    data.check(state.first_sample + wanted)
     if goes_on:
         state.restore()
         say(f"resumed at step {state.step} of {config.steps}")
@@ -101,11 +106,9 @@ def _to_tune(task: ResolvedTask, source: str, say: Callable[[str], None]) -> tup
     return model, tokenizer
 
 
-def _take_over(state: State, source: str, say: Callable[[str], None]) -> None:
+def _take_over(state: State, source: str, loaded: checkpoints.Loaded, say: Callable[[str], None]) -> None:
     """Takes weights, masks, moments and the place in the data from another run, or the weights of a folder."""
-    config, corpus = state.config, state.data.manifest["corpus"]
-    loaded = checkpoints.load(source, config.train.backend)
-    old = loaded.state
+    config, corpus, old = state.config, state.data.manifest["corpus"], loaded.state
     if loaded.tokenizer is None:
         log.warning("init_from '%s' has no tokenizer: data.tokenizer is taken to be its own.", source)
     elif not loaded.tokenizer.same_vocabulary(state.data.tokenizer):
