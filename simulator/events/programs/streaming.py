@@ -217,20 +217,24 @@ def stream_code(machine: Machine, s: Stream, at_acc: int, at_y: int, colour: int
         _advance(code, R_NEXT, 2 * n, R_END)
         code.unblock(1)
         code.unblock(2)
-        # The ring's sums travel towards lower members, and so does ownership: the next row starts one place further on.
-        code.add(R_OWNER, R_FIRST, 0)
-        wraps = code.equal(R_FIRST, 0)
-        code.add(R_FIRST, R_FIRST, imm=-1)
-        on = code.jump()
-        code.patch(wraps)
-        code.add(R_FIRST, R_COLUMNS, imm=-1)
-        code.patch(on)
+        _turn(code, R_OWNER, R_FIRST, R_COLUMNS)
         code.add(R_WAITING, R_WAITING, imm=-1)
         none = code.equal(R_WAITING, 0)
         code.activate(2)
         code.patch(none)
     code.end()
     return code
+
+
+def _turn(code: Code, owner: int, first: int, columns: int) -> None:
+    """The ring's sums travel towards lower members, and so does ownership: the next row starts one place further on."""
+    code.add(owner, first, 0)
+    wraps = code.equal(first, 0)
+    code.add(first, first, imm=-1)
+    on = code.jump()
+    code.patch(wraps)
+    code.add(first, columns, imm=-1)
+    code.patch(on)
 
 
 def _advance(code: Code, r: int, by: int, end: int) -> None:
