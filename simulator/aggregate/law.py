@@ -83,7 +83,7 @@ class Law:
             "multiply-add": rows * z * self.vector,
             "start-up": rows * z * self.start_up,
             "reduction": rows * (work - weights),
-            "broadcast": rows * (self(z) - work),
+            "edge" if self.share > 1 else "broadcast": rows * (self(z) - work),
         }
 
 

@@ -22,7 +22,7 @@ from vspdf.simulator.aggregate.law import law, measured_pace, pace
 from vspdf.simulator.machine import Machine
 
 PRODUCTS = ("forward", "grad_input", "grad_values")
-PARTS = ("multiply-add", "start-up", "imbalance", "reduction", "broadcast", "fill", "I/O")
+PARTS = ("multiply-add", "start-up", "imbalance", "reduction", "broadcast", "edge", "fill", "I/O")
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ def bounded(parts: dict[str, float], macs: float, io: float = 0.0, source: str =
         "compute": sum(parts.get(name, 0.0) for name in ("multiply-add", "start-up", "imbalance", "elementwise")),
         "reduction": parts.get("reduction", 0.0),
         "broadcast": parts.get("broadcast", 0.0),
+        "I/O": parts.get("edge", 0.0),
         "latency": parts.get("fill", 0.0),
     }
     bound = source if io > work else max(groups, key=lambda name: groups[name])
