@@ -45,7 +45,7 @@ def _llama_like(file: Path, body: dict[str, Any]) -> Transformer:
         known = ", ".join((*HF_TYPES, *LLAMA_LIKE))
         raise UserError(f"{file}: model_type '{kind}' is not known to the simulator. Known: {known}.")
     sizes: dict[str, Any] = {name: body.get(key) for name, key in KEYS.items()}
-    grouped = body.get("num_key_value_heads") or body.get("num_attention_heads")
+    grouped: Any = body.get("num_key_value_heads") or body.get("num_attention_heads")
     head = body.get("head_dim") or 0
     for name, value in {**sizes, "n_kv_head": grouped, "head_size": head}.items():
         if type(value) is not int or value < (0 if name == "head_size" else 1):
