@@ -303,8 +303,9 @@ def build_plans(model: nn.Module, memory: str | None = None) -> None:
     With `memory`, all layers take that choice first.
     """
     layers = [layer for layer in sparse_layers(model).values() if layer.backend in ("auto", "cpu")]
-    for layer in layers if memory else ():
-        layer.memory = memory
+    if memory is not None:
+        for layer in layers:
+            layer.memory = memory
     cpu.prepare({layer.pattern for layer in layers if cpu.takes(layer.values)})
 
 
