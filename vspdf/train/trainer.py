@@ -23,7 +23,7 @@ from vspdf.config import essentials
 from vspdf.config.resolved import ResolvedConfig, ResolvedPhase
 from vspdf.errors import Diverged, Interrupted
 from vspdf.evaluate.loss import evaluate
-from vspdf.kernels.hardware import crowded, device, slow_bf16
+from vspdf.kernels.hardware import crowded, device, slow_bf16, slow_bf16_measured
 from vspdf.runs import writer
 from vspdf.runs.folder import CONFIG
 from vspdf.runs.record import PhaseRecord
@@ -102,8 +102,8 @@ def _said(config: ResolvedConfig, where: torch.device, folder: Path) -> Iterator
     yield from essentials.lines(config)
     if config.train.threads and (crowd := crowded(config.train.threads)):
         yield f"train.threads: {crowd}"
-    if config.train.precision == "bf16" and (reason := slow_bf16(where)):
-        yield f"train.precision = bf16 runs in fp32: {reason}."
+    if config.train.precision == "bf16" and slow_bf16(where):
+        yield f"train.precision = bf16 runs in fp32: {slow_bf16_measured()}."
 
 
 def _loop(state: State, log: Log, on_evaluation: Callable[[Path], None]) -> dict[str, Any]:
