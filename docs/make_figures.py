@@ -202,9 +202,12 @@ def evidence() -> None:
 def performance() -> None:
     """Speed-up of a layer over sparsity on every machine, and the machines' tables in the pages."""
     results = [r for r in bench_tables.read_all(MACHINES) if r["sections"].get("layers", {}).get("rows")]
-    figure, axes = plt.subplots(1, len(results), figsize=(8.6, 3.1), sharey=True, squeeze=False)
+    columns = 2 if len(results) == 4 else min(3, len(results))
+    rows_of = -(-len(results) // columns)
+    size = (8.6, 0.3 + 2.9 * rows_of)
+    figure, axes = plt.subplots(rows_of, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
     styles: dict[str, Any] = {}
-    for axis, result in zip(axes[0], results, strict=True):
+    for axis, result in zip(axes.flat, results, strict=False):
         rows = bench_tables.curve_rows(result)
         amounts = bench_tables.sparsities(rows)
         axis.plot([100 * s for s in amounts], [1 / (1 - s) for s in amounts], "--", color=GREY, label="ideal 1/(1−s)")
@@ -216,14 +219,15 @@ def performance() -> None:
             axis.plot([100 * s for s in x], y, ms=3.5, label=label, **style, lw=2 if label.startswith("vspdf") else 1.1)
         axis.axhline(1, color=GREY, lw=0.6)
         axis.set_yscale("log", base=2)
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x" if value >= 1 else f"1/{1 / value:g}x")
         axis.set_title(result["machine"]["name"], loc="left")
         axis.set_xlabel("sparsity, %")
     axes[0][0].set_ylim(0.06, 110)
-    axes[0][0].set_ylabel("times as fast as dense float32")
-    pairs = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes[0]]
+    for axis in axes[:, 0]:
+        axis.set_ylabel("times as fast as dense float32")
+    pairs = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes.flat]
     entries = {label: handle for pair in pairs for handle, label in pair}
-    figure.legend(entries.values(), entries, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=4)
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=4)
     save(figure, "speedup")
     for page in PAGES:
         page.write_text(filled(page))
