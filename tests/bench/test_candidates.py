@@ -233,7 +233,7 @@ def test_patterns_that_ship(name):
     if name == "causal":
         assert not np.triu(mask[:, :64], 64).any() and not mask[0, 2:].any()
     if name == "power-law":
-        assert facts(pattern)["row_spread"] > 0.5
+        assert facts(pattern)["row_spread"] > 0.4  # by chance 0.18
     if name == "banded":
         assert facts(pattern)["bandwidth"] < 0.2
 

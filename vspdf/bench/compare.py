@@ -55,7 +55,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         if was is None or None in (row["ratio_to_dense"], was["ratio_to_dense"]):
             found["unmatched"] += was is None
             continue
-        if row["candidate"] == "dense" and row["ratio_low"] == row["ratio_high"]:
+        if row["ratio_low"] == row["ratio_high"] == 1:
             continue  # the base itself
         if row.get("noisy") or was.get("noisy"):
             found["unclear"] += 1

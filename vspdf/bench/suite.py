@@ -30,6 +30,8 @@ FEW = (1, 4, 16, 64, 128, 256)
 FEW_LAYERS = ((768, 3072), (3072, 768), (768, 768), (2048, 2048))
 GPT2_LAYERS = 48  # sparse layers of a GPT-2 small: c_attn, c_proj, c_fc, c_proj of 12 blocks
 
+_LEFT_OUT = ("summary", "break_even", "hardware", "versions")  # of a section: the rows tell, or the whole does
+
 # Seconds of one problem at most, so that all sections take under 15 minutes on two cores.
 LIMITS = {"layers": 3.0, "peers": 8.0, "masks": 3.0, "few_tokens": 0.6, "steps": 75.0}
 
@@ -69,7 +71,7 @@ def bench_suite(
     for section in SECTIONS:
         if section in sections:
             progress(f"-- {section}, after {(time.perf_counter() - start) / 60:.1f} minutes")
-            found[section] = _MEASURES[section](tiny, progress)
+            found[section] = {k: v for k, v in _MEASURES[section](tiny, progress).items() if k not in _LEFT_OUT}
     facts = hardware.hardware()
     name = name or cpu.cpu_name()
     return {

@@ -9,6 +9,7 @@ from xml.etree.ElementTree import Element
 
 from vspdf.draw import page
 from vspdf.draw.svg import Series, line_chart
+from vspdf.draw.words import listed
 from vspdf.files import make_folder, write_whole
 from vspdf.report import bench_tables
 from vspdf.report.bench_tables import LABELS, mean, tables
@@ -57,7 +58,7 @@ def render(result: dict[str, Any]) -> str:
             charts, legend = _charts(result, name)
             sections.append({"table": table, "note": NOTES[name], "charts": charts, "legend": legend})
     machine = result["machine"]
-    facts = [(key, str(value)) for key, value in {**machine, **result["versions"], "date": result.get("date")}.items()
+    facts = [(key, _told(value)) for key, value in {**machine, **result["versions"], "date": result.get("date")}.items()
              if value is not None]  # fmt: skip
     missing = {k: v for section in result["sections"].values() for k, v in section.get("missing", {}).items()}
     return page.render(
@@ -72,11 +73,21 @@ def _charts(result: dict[str, Any], section: str) -> tuple[list[tuple[Element, s
     if section in ("layers", "peers") and rows:
         names = [name for name in CURVES if any(row["candidate"] == name for row in rows)]
         threads = sorted({row["threads"] for row in rows if row.get("threads")})
-        charts = [(_speedups(rows, names, count), f"{count} threads") for count in threads]
+        charts = [(_speedups(rows, names, count), _counted(count)) for count in threads]
         return [each for each in charts if each[0] is not None], [(LABELS[name], i) for i, name in enumerate(names)]
     if section == "roofline":
         return _rooflines(result)
     return [], []
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {part:,} bytes" for key, part in value.items())
+    return listed(value)
+
+
+def _counted(threads: int | str) -> str:
+    return f"{threads} thread{'s' * (str(threads) != '1')}"
 
 
 def _speedups(rows: list[dict[str, Any]], names: list[str], threads: int) -> Element:
@@ -97,7 +108,7 @@ def _speedups(rows: list[dict[str, Any]], names: list[str], threads: int) -> Ele
     return line_chart(
         series, title=f"speed-up over dense by sparsity, {threads} threads", x_label="sparsity, %",
         y_label="times as fast as dense", y_limits=(min(0.0, math.floor(lowest)), math.ceil(highest)),
-        y_format=lambda y: f"{2**y:g}x" if y % 1 == 0 else "",
+        y_format=lambda y: "" if y % 1 else f"{2**y:g}x" if y >= 0 else f"1/{2**-y:g}x",
     )  # fmt: skip
 
 
@@ -126,5 +137,5 @@ def _rooflines(result: dict[str, Any]) -> tuple[list[tuple[Element, str]], list[
             series, title=f"roofline, {threads} threads", x_label="useful FLOPs a byte of operands and result",
             y_label="GFLOP/s", y_limits=(0.0, math.ceil(math.log10(peak))), x_format=whole, y_format=whole,
         )  # fmt: skip
-        charts.append((chart, f"{threads} threads; dots: vspdf's products of the layers above"))
+        charts.append((chart, f"{_counted(threads)}; dots: vspdf's products of the layers above"))
     return charts, [*((level, i) for i, level in enumerate(levels)), ("vspdf", len(levels))]
