@@ -11,6 +11,7 @@ import torch
 import typer
 
 from vspdf.cli import app
+from vspdf.pattern import Pattern
 
 CONFIG = """
 name: one
@@ -144,6 +145,7 @@ CASES = {
             "--out": "--out 128",
             "--sparsity": "--sparsity 0.5",
             "--run": ("--layer h.0.mlp.c_fc", "--run {run}"),
+            "--mask": (LAYER, "--mask {mask}"),
             "--layer": ("--run {run} --layer h.0.mlp.c_fc", "--layer h.0.attn.c_proj"),
             "--plot": "--plot p.png",
             **MACHINE,
@@ -159,10 +161,29 @@ CASES = {
             "--sequence": "--sequence 512",
             "--systems": "--systems 2",
             "--sparsity": "--sparsity 0.5",
+            "--tokens": "--tokens 1e9",
+            "--sweep": "--sweep batch=8,16",
+            "--plot": ("--model gpt2-small --batch 8 --sweep batch=8,16", "--plot p.png"),
             **MACHINE,
             "--level": "--level event",
+            "--details": "--details",
         },
     ),
+    "simulate scale": (
+        "--model gpt2-small --batch 16 --systems 1,2",
+        {
+            "--model": "--model gpt3-xl",
+            "--run": ("", "--run {run} --systems 1,2"),
+            "--systems": "--systems 1,4",
+            "--batch": "--batch 32",
+            "--weak": "--weak",
+            "--sequence": "--sequence 512",
+            "--sparsity": "--sparsity 0.5",
+            "--plot": "--plot p.png",
+            **MACHINE,
+        },
+    ),
+    "simulate machines": ("", {}),
     "simulate spmm": (
         SPMM,
         {
@@ -256,7 +277,7 @@ REFUSED = {
     "values unseen": (f"simulate gemm {SQUARE} --level aggregate --seed 1", "--seed draws the values that the event"),
     "a run's own mask": ("simulate layer --run {run} --layer h.0.mlp.c_fc --sparsity 0.5", "leave --sparsity away"),
     "a run's own size": ("simulate layer --run {run} --layer h.0.mlp.c_fc --in 3", "leave --in away"),
-    "no run": (f"simulate layer {LAYER} --layer h.0.mlp.c_fc", "--layer is one of a run"),
+    "no run": (f"simulate layer {LAYER} --layer h.0.mlp.c_fc", "--layer is one of a --run or of a --mask file"),
     "no tasks": ("eval {run} --limit 3", "--limit goes with --tasks"),
     "no input": ("generate {run} --batch-size 3", "--batch-size goes with --input"),
     "two prompts": ("generate {run} --input {lines} --prompt x", "--prompt is not read beside --input"),
@@ -318,6 +339,8 @@ def places(tmp_path_factory, corpus):
     for name, (file, text) in texts.items():
         found[name] = folder / file
         found[name].write_text(text)
+    found["mask"] = folder / "mask.smtx"
+    Pattern.random((96, 48), 0.7, seed=0).write(found["mask"])
     found["tasks"].mkdir()
     (found["tasks"] / "own.yaml").write_text(TASK)
     rows = [{"question": q, "choices": ["!", "?"], "answer": n % 2} for n, q in enumerate(("sky", "two", "water"))]
