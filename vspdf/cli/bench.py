@@ -22,6 +22,15 @@ Csv = Annotated[Path | None, typer.Option(help="Write all rows here.")]
 Compare = Annotated[
     Path | None, typer.Option(help="An earlier --json of this machine: say what became faster or slower beyond noise.")
 ]
+Mask = Annotated[
+    Path | None, typer.Option(help="Masks to time: a file (.smtx, .mtx, .npz, .pt, ...), a folder of them, a run.")
+]
+Candidates = Annotated[
+    list[str] | None, typer.Option(help="Time this too: module:Class, or a name of --list; repeatable.")
+]
+Dtypes = Annotated[
+    str, typer.Option("--dtype", "--precision", help="float32 (default), bfloat16; on a GPU float16, tf32 too.")
+]
 bench = typer.Typer(help="Sparse against dense and peers, interleaved in one process.", no_args_is_help=True)
 
 SHORT = {"fp32": "float32", "bf16": "bfloat16"}
@@ -75,11 +84,17 @@ def _warn_of_crowds(threads: Sequence[int]) -> None:
         say(crowd)
 
 
-def _finish(result: dict[str, Any], csv: Path | None, old: dict[str, Any] | None, as_json: bool) -> None:
-    """Writes what was asked for beside the tables."""
-    from vspdf.bench import compare
+def _finish(
+    result: dict[str, Any], csv: Path | None, old: dict[str, Any] | None, as_json: bool, plot: Path | None = None,
+    roofline: bool = False,
+) -> None:  # fmt: skip
+    """Adds and writes what was asked for beside the tables."""
+    from vspdf.bench import compare, plots
+    from vspdf.bench import roofline as roofs
     from vspdf.bench.rounds import write_csv
 
+    if roofline:
+        roofs.add(result, sorted({row["threads"] for row in result["rows"]}))
     if csv:
         write_csv(result, csv)
         err.print(f"wrote {csv}")
@@ -87,6 +102,9 @@ def _finish(result: dict[str, Any], csv: Path | None, old: dict[str, Any] | None
         result["comparison"] = compare.compare(old, result)
     if as_json:
         emit(result)
+    if plot:
+        plots.plot(result, plot)
+        err.print(f"wrote {plot}")
 
 
 def _earlier(path: Path | None) -> dict[str, Any] | None:
@@ -99,36 +117,22 @@ def _earlier(path: Path | None) -> dict[str, Any] | None:
 def bench_linear(
     shapes: Annotated[str, typer.Option(help="TOKENSxINxOUT, with commas between; default: five layers of GPTs.")] = "",
     sparsity: Annotated[str, typer.Option(help="With commas between.")] = "0.5,0.75,0.9,0.95,0.99",
-    mask: Annotated[
-        Path | None, typer.Option(help="Masks to time: a file (.smtx, .mtx, .npz, .pt, ...), a folder of them, a run.")
-    ] = None,
-    pattern: Annotated[
-        str, typer.Option(help="Kinds of masks that ship, with commas between, e.g. power-law,banded,2:4; or all.")
-    ] = "",
+    mask: Mask = None,
+    pattern: Annotated[str, typer.Option(help="Kinds of masks that ship, e.g. power-law,banded,2:4; or all.")] = "",
     tokens: Annotated[str, typer.Option(help="Of --mask, with commas between; default 1024.")] = "",
     threads: Annotated[str, typer.Option(help="With commas between; default: 1 and all cores.")] = "",
     rounds: Rounds = None,
-    seconds: Annotated[
-        float, typer.Option(min=0.0, help="Of a layer at most, where rounds go on until intervals are below 2 %.")
-    ] = 10.0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Of a layer at most; rounds end at intervals of 2 %.")] = 10.0,
     peers: Annotated[bool, typer.Option(help="Time other libraries and dense bf16 too.")] = True,
-    candidate: Annotated[
-        list[str] | None, typer.Option(help="Time this too: module:Class, or a name of --list; repeatable.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option("--dtype", "--precision", help="float32 (default), bfloat16; on a GPU float16, tf32 too.")
-    ] = "",
+    candidate: Candidates = None,
+    dtype: Dtypes = "",
     compare: Compare = None,
-    roofline: Annotated[
-        bool, typer.Option("--roofline", help="Measure the machine's ceilings, and place rows.")
-    ] = False,
+    roofline: Annotated[bool, typer.Option("--roofline", help="Measure the machine's ceilings; place rows.")] = False,
     csv: Csv = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of speed-up over sparsity here (PNG, SVG).")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda for the current GPU.")] = "cpu",
     tune: Annotated[bool, typer.Option("--tune", help="On a GPU: keep the timings, for auto.")] = False,
-    list_: Annotated[
-        bool, typer.Option("--list", help="Name every candidate, and what is missing; time none.")
-    ] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Name every candidate and what is missing.")] = False,
     as_json: Json = False,
 ) -> None:
     """One linear layer: forward, gradient of the input, gradient of the weights, and all three.
@@ -146,54 +150,49 @@ def bench_linear(
         return
     _destination(csv, "--csv", (".csv",))
     _destination(plot, "--plot", (".png", ".svg", ".pdf"))
-    amounts = _numbers(sparsity, float, "--sparsity", most=1)
-    chosen = _shapes(shapes)
-    if device not in ("cpu", "cuda"):
-        raise UserError(f"--device '{device}' is not known: cpu or cuda.")
+    amounts, chosen = _numbers(sparsity, float, "--sparsity", most=1), _shapes(shapes)
     if device == "cuda":
-        for name, given in {"threads": threads, "plot": plot, "mask": mask, "pattern": pattern, "tokens": tokens,
-                            "candidate": candidate, "compare": compare, "roofline": roofline}.items():  # fmt: skip
-            if given:
-                draws = "; on a GPU, python benchmarks/gpu.py draws" if name == "plot" else ""
-                raise UserError(f"--{name} is for the CPU{draws}.")
+        _for_cpus(threads=threads, plot=plot, mask=mask, pattern=pattern, tokens=tokens, candidate=candidate,
+                  compare=compare, roofline=roofline)  # fmt: skip
         _on_gpu(chosen, amounts, dtype, rounds, peers, tune, csv, as_json)
         return
+    if device != "cpu":
+        raise UserError(f"--device '{device}' is not known: cpu or cuda.")
     if tune:
         raise UserError("--tune is for --device cuda: on the CPU, auto times both paths by itself.")
     from vspdf.bench import linear
-    from vspdf.bench import roofline as roofs
     from vspdf.bench.rounds import Budget
 
     counts, old = _numbers(threads, int, "--threads", least=1), _earlier(compare)
-    chosen_masks = _masks(mask, pattern, chosen or linear.SHAPES, amounts)
-    if tokens and chosen_masks is None:
+    masks = _masks(mask, pattern, chosen, amounts)
+    if tokens and masks is None:
         raise UserError("--tokens is for --mask and --pattern; --shapes has tokens of its own.")
-    if mask is not None and shapes:
-        raise UserError("--shapes is for random masks and --pattern: those of --mask have their own; give --tokens.")
     lengths = _numbers(tokens, int, "--tokens", least=1) or sorted({shape[0] for shape in chosen}) or [1024]
     dtypes = _dtypes(dtype) or ["float32"]
     _warn_of_crowds(counts)
     keep_freed_memory()
     result = linear.bench_linear(
-        chosen or linear.SHAPES, amounts, counts or None, Budget(rounds, seconds), peers, dtypes, chosen_masks, lengths,
+        chosen or linear.SHAPES, amounts, counts or None, Budget(rounds, seconds), peers, dtypes, masks, lengths,
         candidate or (), murmur,
     )  # fmt: skip
-    if roofline:
-        roofs.add(result, sorted({row["threads"] for row in result["rows"]}))
-    _finish(result, csv, old, as_json)
-    if plot:
-        from vspdf.bench.plots import plot as draw
-
-        draw(result, plot)
-        err.print(f"wrote {plot}")
+    _finish(result, csv, old, as_json, plot, roofline)
     if not as_json:
         tables.print_linear(result)
+
+
+def _for_cpus(**given: Any) -> None:
+    for name, value in given.items():
+        if value:
+            draws = "; on a GPU, python benchmarks/gpu.py draws" if name == "plot" else ""
+            raise UserError(f"--{name} is for the CPU{draws}.")
 
 
 def _masks(
     mask: Path | None, pattern: str, shapes: Sequence[tuple[int, int, int]], sparsities: Sequence[float]
 ) -> list[tuple[str, Any]] | None:
     """The masks that were asked for by file or by kind; None where none were."""
+    if mask is not None and shapes:
+        raise UserError("--shapes is for random masks and --pattern: those of --mask have their own; give --tokens.")
     if mask is not None and pattern:
         raise UserError("--mask and --pattern both say which masks to time: give one.")
     if mask is not None:
@@ -203,9 +202,10 @@ def _masks(
     if not pattern:
         return None
     from vspdf.bench import patterns
+    from vspdf.bench.linear import SHAPES
 
     names = list(patterns.KINDS) if pattern == "all" else [name for name in pattern.split(",") if name]
-    sides = list(dict.fromkeys((n_out, n_in) for _, n_in, n_out in shapes))
+    sides = list(dict.fromkeys((n_out, n_in) for _, n_in, n_out in shapes or SHAPES))
     found = [each for name in names for each in patterns.draw(name, sides, sparsities)]
     many = len(sides) > 1, len(sparsities) > 1
     label = lambda name, p: name + f" {p.in_features}x{p.out_features}" * many[0] + f" {p.sparsity:.2g}" * many[1]  # noqa: E731
