@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, abc
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -17,52 +17,21 @@ MASKED = 0.15
 
 @dataclass(frozen=True)
 class Transformer(Shape):
-    """A `Shape` with what the wafer sees beyond a GPT: Llama's blocks, BERT's few logits.
+    """A `Shape` with what the wafer sees beyond a GPT: BERT's few logits.
 
     Attributes
     ----------
-    n_kv_head : int
-        Heads of keys and values, fewer than `n_head` where queries are grouped; 0: as many.
-    head_size : int
-        Features of a head; 0: ``d_model / n_head``.
-    gated : bool
-        The FFN has two matrices in (SwiGLU).
     predicted : float
         Fraction of the positions that get logits.
     """
 
-    n_kv_head: int = 0
-    head_size: int = 0
-    gated: bool = False
     predicted: float = 1.0
 
     @classmethod
-    def of(cls, shape: Shape, **more: int | bool | float) -> Transformer:
-        return shape if isinstance(shape, cls) else cls(**asdict(shape), **more)  # type: ignore[arg-type]
-
-    @property
-    def queries(self) -> int:
-        """Features of all heads' queries."""
-        return self.n_head * self.head_size if self.head_size else self.d_model
-
-    @property
-    def keys(self) -> int:
-        """Features of all heads' keys; values have as many."""
-        return self.queries * (self.n_kv_head or self.n_head) // self.n_head
-
-    @property
-    def linear(self) -> int:
-        return sum(o * i * n for (o, i), n in matrices(self).items())
-
-    @property
-    def attention(self) -> int:
-        return 2 * self.n_layer * self.sequence_length * self.queries
-
-    @property
-    def parameters(self) -> int:
-        if not (self.gated or self.n_kv_head or self.head_size):
-            return super().parameters
-        return self.linear + 2 * self.vocabulary + (2 * self.n_layer + 1) * self.d_model
+    def of(cls, shape: Shape, predicted: float = 1.0) -> Transformer:
+        if isinstance(shape, cls):
+            return shape
+        return cls(**{field.name: getattr(shape, field.name) for field in fields(Shape)}, predicted=predicted)
 
     def at(self, sequence_length: int) -> Transformer:
         return replace(self, sequence_length=sequence_length)
@@ -142,12 +111,6 @@ class Model:
 
 
 def matrices(shape: Shape) -> dict[tuple[int, int], int]:
-    """(out_features, in_features) of the sparsified matrices and how many there are: QKV as one, projection, FFN."""
-    t = Transformer.of(shape)
-    counts: Counter[tuple[int, int]] = Counter()
-    for sides in (
-        (t.queries + 2 * t.keys, t.d_model), (t.d_model, t.queries),
-        (t.d_ff * (2 if t.gated else 1), t.d_model), (t.d_model, t.d_ff),
-    ):  # fmt: skip
-        counts[sides] += t.n_layer
-    return dict(counts)
+    """(out_features, in_features) of the sparsified matrices and how many there are; of a GPT-2, QKV as one."""
+    counts = Counter(shape.block.values())
+    return {sides: shape.n_layer * count for sides, count in counts.items()}

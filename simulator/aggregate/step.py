@@ -72,7 +72,7 @@ def token_bytes(shape: Transformer, columns: int, recompute: bool) -> int:
     the logits.
     """
     inner = shape.d_ff * (2 if shape.gated else 1)
-    d, q, k, f, v = (-(-n // columns) for n in (shape.d_model, shape.queries, shape.keys, inner, shape.vocab_size))
+    d, q, k, f, v = (-(-n // columns) for n in (shape.d_model, shape.d_attention, shape.d_kv, inner, shape.vocab_size))
     inside = 2 * d + 2 * q + 2 * k + f
     at_work = 4 * d + 2 * f + (inside if recompute else 0)
     return 2 * (shape.n_layer * (d if recompute else inside) + max(at_work, v))
@@ -135,9 +135,9 @@ def attention(machine: Machine, model: Model, place: Placement) -> Cost:
     rule = law(machine, ring.columns, local, "forward", 0.0, -(-s.n_head // ring.columns))  # keys lie on the wafer
     rows = s.sequence_length * ring.local / local
     products = 8 if place.recompute else 7  # scores are never kept; AV again only with the whole block
-    parts = rule.attribute(-(-s.queries // ring.columns), rows)
+    parts = rule.attribute(-(-s.d_attention // ring.columns), rows)
     parts["fill"] = layer.fill(machine, ring)
-    one = bounded(parts, float(s.sequence_length) * s.queries * ring.tokens)
+    one = bounded(parts, float(s.sequence_length) * s.d_attention * ring.tokens)
     total = Cost()
     total.add(one, products)
     total.macs = 6 * one.macs

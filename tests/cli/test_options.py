@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-from dataclasses import asdict
 from importlib.resources import files
 
 import pytest
@@ -253,6 +252,20 @@ CASES = {
             "--tune": "--tune",
         },
     ),
+    "bench decode": (
+        "--model {run} --sparsity 0.5 --rounds 1 --tokens 1 --context 4",
+        {
+            "--model": "--model {wordless}",
+            "--sparsity": "--sparsity 0.9",
+            "--dtype": "--dtype float32",
+            "--batch-size": "--batch-size 2",
+            "--context": "--context 5",
+            "--tokens": "--tokens 2",
+            "--threads": "--threads 2",
+            "--rounds": "--rounds 2",
+            "--csv": "--csv rows.csv",
+        },
+    ),
     "bench step": (
         SMALL_STEP,
         {
@@ -346,8 +359,7 @@ def places(tmp_path_factory, corpus):
     rows = [{"question": q, "choices": ["!", "?"], "answer": n % 2} for n, q in enumerate(("sky", "two", "water"))]
     (found["tasks"] / "questions.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train(loading.load(found["config"], [f"run_dir={found['run']}"]))
-    shape, activation = checkpoints.shape_of(found["run"])
-    start = (str(found["run"]), ModelConfig(**asdict(shape), activation=activation))
+    start = (str(found["run"]), ModelConfig(**vars(checkpoints.shape_of(found["run"]))))
     there = [f"data.path={found['pairs']}", f"run_dir={found['tuned']}"]
     train(loading.load(found["tuning"], there, start=start))
     convert.convert(found["run"], found["wordless"])

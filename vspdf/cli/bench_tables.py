@@ -262,6 +262,35 @@ def print_step(result: dict[str, Any]) -> None:
         _print_comparison(result["comparison"])
 
 
+def print_decode(result: dict[str, Any]) -> None:
+    """Rows of generation."""
+    table = Table(
+        title=f"generation, {words.count(result['model']['parameters'])} parameters after {context} tokens, "
+        f"{result['rows'][0]['threads']} threads",
+        title_justify="left",
+    )
+    for column in (
+        "sparsity",
+        "dtype",
+        "batch",
+        "tokens/s",
+        "MB a token",
+        "of dense fp32",
+        "95 % interval",
+        "of dense bf16",
+    ):
+        table.add_column(column, justify="left" if column == "dtype" else "right")
+    for row in result["rows"]:
+        other = row["ratio_to_bfloat16"]
+        table.add_row(
+            f"{row['sparsity']:.4g}", row["dtype"], str(row["batch_size"]), f"{row['tokens_per_second']:.1f}",
+            f"{row['bytes'] / 1e6:.0f}", f"{row['ratio_to_dense']:.2f}x",
+            f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}", "" if other is None else f"{other:.2f}x",
+        )  # fmt: skip
+    show(table)
+    tell("Medians of the ratios of interleaved rounds; the output head is dense everywhere.")
+
+
 # ---- what is said of both --------------------------------------------------------------------------------------------
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from vspdf.errors import UserError
 from vspdf.files import read_json
+from vspdf.interop.architectures import LAYOUTS
 from vspdf.plan.models import HF_TYPES, model_and_batch
 from vspdf.simulator.aggregate.model import MASKED, Transformer
 
-# Architectures with a gated FFN, grouped heads and no biases, and what their configurations call things.
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo", "stablelm", "starcoder2")
+# Architectures beyond those that are trained here, of Llama's kind as far as sizes go, and what they call things.
+LLAMA_LIKE = ("gemma", "gemma2", "phi3", "olmo", "stablelm", "starcoder2")
 UNGATED = ("starcoder2",)
 KEYS = {
     "n_layer": "num_hidden_layers", "d_model": "hidden_size", "n_head": "num_attention_heads",
@@ -30,7 +31,7 @@ def transformer(model: str) -> tuple[Transformer, int | None]:
     file = Path(model) / "config.json"
     if model and file.is_file():
         body = read_json(file)
-        if body.get("model_type") not in HF_TYPES:
+        if body.get("model_type") not in (*HF_TYPES, *LAYOUTS):
             return _llama_like(file, body), None
         bert = body.get("model_type") == "bert"
     else:
@@ -42,14 +43,15 @@ def transformer(model: str) -> tuple[Transformer, int | None]:
 def _llama_like(file: Path, body: dict[str, Any]) -> Transformer:
     kind = body.get("model_type")
     if kind not in LLAMA_LIKE:
-        known = ", ".join((*HF_TYPES, *LLAMA_LIKE))
+        known = ", ".join((*HF_TYPES, *LAYOUTS, *LLAMA_LIKE))
         raise UserError(f"{file}: model_type '{kind}' is not known to the simulator. Known: {known}.")
     sizes: dict[str, Any] = {name: body.get(key) for name, key in KEYS.items()}
     grouped: Any = body.get("num_key_value_heads") or body.get("num_attention_heads")
     head = body.get("head_dim") or 0
-    for name, value in {**sizes, "n_kv_head": grouped, "head_size": head}.items():
-        if type(value) is not int or value < (0 if name == "head_size" else 1):
+    for name, value in {**sizes, "n_kv_head": grouped, "head_dim": head}.items():
+        if type(value) is not int or value < (0 if name == "head_dim" else 1):
             raise UserError(f"{file}: expected a whole number as {KEYS.get(name, name)}, not {value!r}.")
-    if sizes["n_head"] % grouped:
-        raise UserError(f"{file}: {grouped} heads of keys do not divide {sizes['n_head']} heads of queries.")
-    return Transformer(**sizes, n_kv_head=grouped, head_size=head, gated=kind not in UNGATED)
+    mlp = "gelu_tanh" if kind in UNGATED else "swiglu"
+    return Transformer(
+        **sizes, n_kv_head=grouped, head_dim=head, mlp=mlp, norm="rms", position="rope", bias=False, tie=False
+    )
