@@ -265,7 +265,7 @@ def print_step(result: dict[str, Any]) -> None:
 def print_decode(result: dict[str, Any]) -> None:
     """Rows of generation."""
     table = Table(
-        title=f"generation, {words.count(result['model']['parameters'])} parameters after {context} tokens, "
+        title=f"generation, {words.count(result['model']['parameters'])} parameters after {result['context']} tokens, "
         f"{result['rows'][0]['threads']} threads",
         title_justify="left",
     )
