@@ -208,6 +208,7 @@ def cpu_key(product: str, pattern: Pattern, tokens: int, dtype: torch.dtype, wid
     return (
         f"{product} T={bucket(tokens)} in={pattern.in_features} out={pattern.out_features} "
         f"sparsity={pattern.sparsity:.2f}{_uneven(pattern)} {kind} threads={torch.get_num_threads()}"
+        f"{' memory=low' if cpu.memory(pattern) == 'low' else ''}"
     )
 
 

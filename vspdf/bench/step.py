@@ -16,7 +16,7 @@ from vspdf.attention import plain
 from vspdf.bench.problem import DTYPES
 from vspdf.bench.rounds import NOISE, Budget, Timed, compared, ideal, interval, others_at_work, sensors, time_rounds
 from vspdf.errors import UserError, did_you_mean
-from vspdf.kernels import hardware
+from vspdf.kernels import cpu, hardware
 from vspdf.model import GPT, Attention
 from vspdf.shapes import Shape
 
@@ -65,8 +65,9 @@ def bench_step(
     dict
         ``rows`` with ``sparsity``, ``attention`` ("torch" or "blocks"), ``dtype``, ``compiled``, ``prepare_seconds``
         (the first step: plans, tuning, compilation), ``seconds_median`` and its interval, ``ratio_to_dense`` (with
-        torch's attention, float32), whether it is ``possible``, memory of the training state; ``load``, ``sensors``,
-        ``hardware``, ``versions``, ``missing`` sides with the reason.
+        torch's attention, float32), whether it is ``possible``, memory of the training state; ``scratch_bytes`` that
+        the sparse kernels keep for their next calls, of all models together; ``load``, ``sensors``, ``hardware``,
+        ``versions``, ``missing`` sides with the reason.
     """
     from vspdf.sparsity.layer import training_state_bytes
 
@@ -112,7 +113,8 @@ def bench_step(
     ]
     return {
         "model": {**asdict(shape), "batch_size": batch_size, "parameters": shape.parameters},
-        "rows": rows, "load": load, "sensors": {"before": felt, "after": sensors()},
+        "rows": rows, "scratch_bytes": cpu.extension().scratch_nbytes(), "load": load,
+        "sensors": {"before": felt, "after": sensors()},
         "hardware": hardware.hardware(), "versions": hardware.versions(), "missing": missing,
     }  # fmt: skip
 

@@ -255,6 +255,7 @@ def print_step(result: dict[str, Any]) -> None:
         "Speed-up: median of the ratios of a round's steps, dense float32 over the other, and its 95 % interval. "
         "bfloat16: under autocast."
     )
+    tell(f"Beside the state, the sparse kernels keep {result['scratch_bytes'] / 2**20:.0f} MiB of working memory.")
     _tell_of_quiet(result)
     if result["missing"]:
         tell("not timed: " + "; ".join(f"{name} ({reason})" for name, reason in result["missing"].items()))
