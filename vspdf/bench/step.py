@@ -71,9 +71,7 @@ def bench_step(
     """
     from vspdf.sparsity.layer import training_state_bytes
 
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise UserError(f"`dtype` {dtype}: on a CPU {' and '.join(DTYPES)} are timed.{did_you_mean(dtype, DTYPES)}")
+    _check(dtypes)
     before = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)
@@ -117,6 +115,12 @@ def bench_step(
         "sensors": {"before": felt, "after": sensors()},
         "hardware": hardware.hardware(), "versions": hardware.versions(), "missing": missing,
     }  # fmt: skip
+
+
+def _check(dtypes: Sequence[str]) -> None:
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise UserError(f"`dtype` {dtype}: on a CPU {' and '.join(DTYPES)} are timed.{did_you_mean(dtype, DTYPES)}")
 
 
 def _sides(sparsities: Sequence[float], dtypes: Sequence[str], compiled: bool) -> list[Side]:
