@@ -14,7 +14,7 @@
 namespace vspdf {
 namespace {
 
-constexpr int64_t kLine = 16;    // floats
+constexpr int64_t kLine = 16;   // floats
 constexpr int64_t kAtOnce = 8;  // lines, a register each: as many as hide the latency of an addition
 
 using Sum = float (*)(const float* x, int64_t lines);

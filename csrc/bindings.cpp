@@ -98,7 +98,8 @@ PYBIND11_MODULE(_C, m) {
             return read_bandwidth(threads, seconds, nbytes, choose_isa(isa));
         },
         py::arg("threads"), py::arg("nbytes"), py::arg("seconds") = 0.1, py::arg("isa") = "",
-        py::call_guard<py::gil_scoped_release>(), "GB/s at which so many threads read so many bytes each, again and again.");
+        py::call_guard<py::gil_scoped_release>(),
+        "GB/s at which so many threads read so many bytes each, again and again.");
 
     m.def("assembler_samples", &assembler_samples,
           "Every instruction that kernels are generated from, over registers and displacements: (code, what it says).");
