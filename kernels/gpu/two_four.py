@@ -122,7 +122,8 @@ def _product(
     with launch.on(x.device):
         compressed = _side(product, values, pattern, x.dtype, library)
         y = library.multiply(whole, compressed, bias, _algorithm(pattern, product, x))
-    return y[: x.shape[0]], len(whole) * pattern.numel // 2
+    # No view of something longer, which nobody could edit in place.
+    return y if len(whole) == len(x) else y[: len(x)].contiguous(), len(whole) * pattern.numel // 2
 
 
 def forward(
