@@ -117,7 +117,8 @@ def gather_sddmm(
     """``out[s, e] = sum over t of packed_grad[rows[e], t] · packed_x[columns[e], t]`` for the tokens of split s.
 
     Kept weights in row-major order: those of a program share few rows of `packed_grad`. A split takes `share` tokens, a
-    multiple of BLOCK_T (so that it is always specialised alike). `out` is float32 [splits, count]. Grid: (count / BLOCK_E, splits).
+    multiple of BLOCK_T, so that it is always specialised alike. `out` is float32 [splits, count]. Grid: (count /
+    BLOCK_E, splits).
     """
     e = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = e < count
