@@ -159,7 +159,7 @@ def gpu(name: str) -> _Table:
 
 
 @cache
-def shipped() -> dict[str, dict[str, list[dict[str, float]]]]:
+def shipped() -> dict[str, dict[str, list[Any]]]:
     """Tables that come with vspdf, by device name: as `tuning.json`, but for any build. Empty until measured."""
     return json.loads(Path(__file__).with_name("gpu_tuning.json").read_text())
 
@@ -195,7 +195,8 @@ def describe_table() -> list[str]:
     """A line for every timing known on this machine."""
     tables = [] if cpu.unavailable() else [CPU]
     if not launch.unavailable():
-        tables += [gpu(name) for name in {launch.device_name(i) for i in range(torch.cuda.device_count())}]
+        devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+        tables += [gpu(name) for name in {launch.device_name(device) for device in devices}]
     found: dict[str, Choice] = {}
     for table in tables:
         table.load()

@@ -66,13 +66,13 @@ def compiled(tmp_path_factory):
 @linux
 @pytest.mark.parametrize("target", BUDGET)
 def test_kernels_compile_within_their_budget(target, compiled):
-    """Registers, shared memory, no spills; `budget.json` says how much (`compile_only.py --budget` writes it)."""
+    """Registers, shared memory, spills; `budget.json` says how much (`compile_only.py --budget` writes it)."""
     assert set(compiled[target]) == set(BUDGET[target]), "a kernel without a budget, or a budget without a kernel"
     tested = version("triton") == TESTED  # another compiler needs other registers
     for name, allowed in BUDGET[target].items():
         found = compiled[target][name]
         what = f"{name} on {target}: {found}, allowed {allowed}"
-        assert found["spills"] == 0, what
+        assert found["spills"] <= allowed.get("spills", 0), what
         assert not tested or found["registers"] <= allowed["registers"], what
         assert not tested or found["shared"] <= allowed["shared"], what
 

@@ -36,11 +36,11 @@ Call = Callable[[], Any]
 @contextmanager
 def precision(name: str) -> Iterator[None]:
     """How torch multiplies float32 inside the block."""
-    matmul, setting, values = torch.backends.cuda.matmul, "allow_tf32", (False, True)
-    if hasattr(matmul, "fp32_precision"):  # torch >= 2.9, where reading the old one may raise
-        setting, values = "fp32_precision", ("ieee", "tf32")
+    matmul = torch.backends.cuda.matmul
+    new = hasattr(matmul, "fp32_precision")  # torch >= 2.9, where reading the old one may raise
+    setting = "fp32_precision" if new else "allow_tf32"
     before = getattr(matmul, setting)
-    setattr(matmul, setting, values[name == "tf32"])
+    setattr(matmul, setting, ("tf32" if name == "tf32" else "ieee") if new else name == "tf32")
     try:
         yield
     finally:

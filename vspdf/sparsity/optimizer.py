@@ -233,7 +233,8 @@ class RevivedWarmup:
         for name, old in self.before.items():
             layer = model.get_submodule(name)
             if isinstance(layer, SparseLinear):
-                weight, revived = layer.values, ~old.mask()[layer.pattern.mask()]
+                weight: Tensor = layer.values
+                revived = ~old.mask()[layer.pattern.mask()]
             else:
                 assert isinstance(layer.weight, Tensor)
                 weight, revived = layer.weight, ~(old.mask().T if is_conv1d(layer) else old.mask())
