@@ -63,15 +63,32 @@ def choose(
     if tune is None:
         return _choose(product, pattern, tokens, dtype, device, backend, tune, wide)
     made = tuning.MADE.setdefault(pattern, {})
-    known: tuple[Any, ...] = (product, tuning.bucket(tokens), dtype, backend)
+    known: tuple[Any, ...]
     if device.type == "cpu":
-        known += (tokens * pattern.numel < SMALL, wide, torch.get_num_threads())
+        bucket = tuning.bucket(tokens) if tokens * pattern.numel >= SMALL else 0
+        known = (product, bucket, dtype, wide, backend, torch.get_num_threads())
     else:
-        known += (device, dtype == torch.float32 and launch.tf32())
+        known = (product, tuning.bucket(tokens), dtype, backend, device, dtype == torch.float32 and launch.tf32())
     choice = made.get(known)
     if choice is None:
         choice = made[known] = _choose(product, pattern, tokens, dtype, device, backend, tune, wide)
     return choice
+
+
+def set_memory(pattern: Pattern, memory: str) -> None:
+    """Builds the pattern's plan for the CPU anew, at its next use, if it was for another choice of `cpu.MEMORY`.
+
+    Raises
+    ------
+    UserError
+        If there is no such choice.
+    """
+    if memory not in cpu.MEMORY:
+        raise UserError(f"unknown memory '{memory}'.{did_you_mean(memory, cpu.MEMORY)}")
+    if memory != cpu.memory(pattern):
+        pattern.packed["memory"] = memory
+        pattern.packed.pop("cpu", None)
+        tuning.MADE.pop(pattern, None)
 
 
 def _choose(
