@@ -20,8 +20,8 @@ from vspdf.config.settings import PhaseConfig
 from vspdf.errors import UserError, check_sparsity, did_you_mean
 from vspdf.plan.cs2 import on_cs2
 from vspdf.plan.models import _dense_run, _source
-from vspdf.plan.wish import SPLITS, _Wish, state_bytes
-from vspdf.shapes import PATH_BYTES, Shape
+from vspdf.plan.wish import SPLITS, _Wish, by_path, state_bytes
+from vspdf.shapes import Shape
 from vspdf.sparsity import schedule
 
 LR_MULTIPLE = 3.0  # of both its stages: 3.6e-4 against the dense run's 1.2e-4
@@ -254,8 +254,7 @@ def plan(
     def stage(name: str, s: float, steps: int, tokens: int) -> PlannedPhase:
         flops = ledger.training_flops(shape, [(s, tokens)], convention=convention, causal=causal)
         seconds = run.calibration.step_seconds(shape, s, tokens // steps) if run.calibration else None
-        by_path = {path: state_bytes(shape, s, path) for path in PATH_BYTES}
-        return PlannedPhase(name, s, steps, tokens, flops, by_path["cpu"], by_path, seconds)
+        return PlannedPhase(name, s, steps, tokens, flops, state_bytes(shape, s), by_path(shape, s), seconds)
 
     return Plan(
         source.name, shape, convention, causal,

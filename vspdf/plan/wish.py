@@ -26,6 +26,11 @@ def state_bytes(shape: Shape, sparsity: float, path: str = "cpu") -> float:
     return STATE_BYTES * (shape.parameters - shape.linear) + kept * shape.linear
 
 
+def by_path(shape: Shape, sparsity: float) -> dict[str, float]:
+    """Training state by the path that all sparse layers take: "cpu", and on GPUs "dense", "2:4" and "triton"."""
+    return {path: state_bytes(shape, sparsity, path) for path in PATH_BYTES}
+
+
 @dataclass
 class _Wish:
     """Ways to stages (sparsity, steps) for one model and dense run."""
