@@ -19,18 +19,17 @@ from vspdf.errors import UserError
 from vspdf.kernels import cpu, dense, hardware, reference, tuning
 from vspdf.kernels.derivatives import RUN, differentiable, grad_input, grad_values, linear
 from vspdf.kernels.dispatch import choose
-from vspdf.kernels.gpu import launch, two_four
+from vspdf.kernels.gpu import gather, two_four
 from vspdf.pattern import Pattern
 
 __all__ = ["explain", "grad_input", "grad_values", "linear", "sparse_linear"]
 
 _PRODUCTS = ("forward", "grad_input", "grad_values")
-# Sparse paths return their result and the multiply-adds executed. "sampled" (a GEMM that stores kept positions only)
-# has grad_values alone, "2:4" has no grad_values.
+# Sparse paths return their result and the multiply-adds executed. "2:4" has no grad_values.
 PATHS: dict[str, dict[str, Callable[..., Any]]] = {
     name: {product: getattr(module, product) for product in _PRODUCTS if hasattr(module, product)}
-    for name, module in {"cpu": cpu, "dense": dense, "reference": reference, "triton": launch, "2:4": two_four}.items()
-} | {"sampled": {"grad_values": launch.sampled_grad_values}}
+    for name, module in {"cpu": cpu, "dense": dense, "reference": reference, "triton": gather, "2:4": two_four}.items()
+}
 
 
 def _run(product: str, pattern: Pattern, backend: str, *tensors: Tensor | None, **how: Any) -> Tensor:
