@@ -122,6 +122,11 @@ def test_the_band_holds_and_says_what_it_is_made_of():
     assert certain["low"] == certain["high"] == pytest.approx(s["central"])
 
 
+def test_what_is_set_is_known():
+    names = band.unknown(CS2.override({"trigger_cycles": 50}))
+    assert "trigger_cycles" not in names and len(names) == len(band.unknown(CS2)) - 1
+
+
 def test_half_of_the_samples_lie_below_the_stated_value():
     assert [band.at(CS2, "trigger_cycles", q) for q in (0, 0.5, 1)] == [0, 5, 21]
     _, quantiles = band.draws(CS2, 40, 0)
