@@ -17,20 +17,19 @@ from torch.utils.flop_counter import register_flop_formula
 from vspdf import ledger
 from vspdf.errors import UserError
 from vspdf.kernels import cpu, dense, reference
-from vspdf.kernels.derivatives import differentiable, grad_input, grad_values, linear
+from vspdf.kernels.derivatives import RUN, differentiable, grad_input, grad_values, linear
 from vspdf.kernels.dispatch import choose
-from vspdf.kernels.gpu import launch, two_four
+from vspdf.kernels.gpu import gather, two_four
 from vspdf.pattern import Pattern
 
 __all__ = ["explain", "grad_input", "grad_values", "linear", "sparse_linear"]
 
 _PRODUCTS = ("forward", "grad_input", "grad_values")
-# Sparse paths return their result and the multiply-adds executed. "sampled" (a GEMM that stores kept positions only)
-# has grad_values alone, "2:4" has no grad_values.
+# Sparse paths return their result and the multiply-adds executed. "2:4" has no grad_values.
 PATHS: dict[str, dict[str, Callable[..., Any]]] = {
     name: {product: getattr(module, product) for product in _PRODUCTS if hasattr(module, product)}
-    for name, module in {"cpu": cpu, "dense": dense, "reference": reference, "triton": launch, "2:4": two_four}.items()
-} | {"sampled": {"grad_values": launch.sampled_grad_values}}
+    for name, module in {"cpu": cpu, "dense": dense, "reference": reference, "triton": gather, "2:4": two_four}.items()
+}
 
 
 def _run(product: str, pattern: Pattern, backend: str, *tensors: Tensor | None, **how: Any) -> Tensor:
@@ -45,7 +44,7 @@ def _run(product: str, pattern: Pattern, backend: str, *tensors: Tensor | None, 
     result = run(choice.path)
     result, macs = result if isinstance(result, tuple) else (result, tokens * pattern.numel)
     # A GPU works on while the clock is read: its seconds are not known here.
-    seconds = time.perf_counter() - start if x.device.type == "cpu" else 0.0
+    seconds = time.perf_counter() - start if x.is_cpu else 0.0
     ledger.record(product, 2 * tokens * pattern.numel, 2 * tokens * pattern.nnz, 2 * macs, seconds)
     return result
 
@@ -161,6 +160,7 @@ def _fake_grad_values(grad_output, x, pattern, backend, dtype=None):
 def _define(name: str, arguments: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
     """Defines ``vspdf::name`` for every device, with its autograd."""
     _library.define(f"{name}({arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+    RUN[name] = run
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vspdf::{name}", fake, lib=_library)
     _library.impl(name, differentiable(name), "Autograd")

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from vspdf.errors import UserError
-from vspdf.kernels import cpu, ops, reference
+from vspdf.kernels import cpu, dispatch, ops, reference
+from vspdf.kernels.gpu import bitmap, gather, launch
 from vspdf.kernels.ops import sparse_linear
 from vspdf.pattern import Pattern
+from vspdf.shapes import PATH_BYTES
 from vspdf.sparsity.attached import shell
 from vspdf.sparsity.dense_view import DenseView
 
@@ -36,6 +38,9 @@ class SparseLinear(nn.Linear):
     ----------
     pattern : Pattern, shape (out_features, in_features)
     backend : {"auto", "cpu", "reference", "triton"}
+    memory : {"normal", "low"}
+        Whether the CPU kernels may generate code for the pattern ("normal", where that is faster), or loop over it with
+        about a quarter of the bytes beside the weights. Layers of one pattern share its last choice.
     origin : nn.Module or None
         The layer it was made from, without tensors: what `densify` goes back to.
     """
@@ -43,11 +48,19 @@ class SparseLinear(nn.Linear):
     mask_digest: Tensor
     origin: nn.Module | None
 
-    def __init__(self, pattern: Pattern, values: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        pattern: Pattern,
+        values: Tensor,
+        bias: Tensor | None = None,
+        *,
+        backend: str = "auto",
+        memory: str = "normal",
+    ) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would draw a dense weight
         if values.shape != (pattern.nnz,):
             raise UserError(f"values of shape {tuple(values.shape)} do not fit a {pattern}: expected ({pattern.nnz},).")
-        self.backend = backend
+        self.backend, self._memory = backend, memory
         self.values = nn.Parameter(values)
         self.bias = None if bias is None else nn.Parameter(bias)  # type: ignore[assignment]
         self.__dict__["origin"] = None  # past nn.Module, which would make it a part
@@ -57,7 +70,9 @@ class SparseLinear(nn.Linear):
         self.pattern = pattern
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, pattern: Pattern, *, backend: str = "auto") -> SparseLinear:
+    def from_linear(
+        cls, linear: nn.Module, pattern: Pattern, *, backend: str = "auto", memory: str = "normal"
+    ) -> SparseLinear:
         """Sparse layer with the kept weights of an `nn.Linear` or transformers' Conv1D.
 
         Raises
@@ -72,7 +87,8 @@ class SparseLinear(nn.Linear):
         bias = linear.bias
         with torch.no_grad():
             values = reference.sample(weight.detach(), pattern)
-            layer = cls(pattern, values, None if bias is None else bias.detach().clone(), backend=backend)  # type: ignore[operator]
+            shift = None if bias is None else bias.detach().clone()  # type: ignore[operator]
+            layer = cls(pattern, values, shift, backend=backend, memory=memory)
         layer.__dict__["origin"] = shell(linear)
         layer.values.requires_grad_(weight.requires_grad)
         return layer.train(linear.training)
@@ -85,6 +101,7 @@ class SparseLinear(nn.Linear):
     @pattern.setter
     def pattern(self, pattern: Pattern) -> None:
         self._pattern, self._agreed = pattern, False
+        dispatch.set_memory(pattern, self._memory)
         if not self.mask_digest.is_meta:
             self.mask_digest = self._digest(self.mask_digest.device)
 
@@ -101,6 +118,16 @@ class SparseLinear(nn.Linear):
                 "and DistributedDataParallel gave it rank 0's values: sparsify with the same seed on every rank, and "
                 "for topk or from_zeros only after all have the same weights."
             )
+
+    @property
+    def memory(self) -> str:
+        """What the CPU kernels may keep beside the weights."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        dispatch.set_memory(self.pattern, memory)
+        self._memory = memory
 
     @property
     def conv1d(self) -> bool:
@@ -227,7 +254,7 @@ def explain(
     target: nn.Module | Pattern,
     tokens: int,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     backend: str = "auto",
     device: torch.device | str = "cpu",
 ) -> str:
@@ -238,6 +265,9 @@ def explain(
     target : Pattern, SparseLinear, or any module with sparse layers inside
     tokens : int
         Rows of the input, batch times sequence.
+    dtype : torch.dtype, optional
+        What is multiplied. Default: as it would be here and now, autocast's within ``torch.autocast``, else that of a
+        layer's values (of a pattern float32).
     backend, device
         Of a pattern; layers have their own.
 
@@ -247,15 +277,23 @@ def explain(
         A line per product, under a line per layer where there are several.
     """
     if isinstance(target, Pattern):
-        return ops.explain(target, tokens, dtype, backend, device)
+        device = torch.device(device)
+        return ops.explain(target, tokens, dtype or _multiplied(torch.float32, device), backend, device)
     layers = sparse_layers(target)
     if not layers:
         return "no sparse layer: every product is torch's own."
     parts = []
     for name, layer in layers.items():
-        lines = ops.explain(layer.pattern, tokens, dtype, layer.backend, layer.values.device)
+        here = layer.values.device
+        lines = ops.explain(layer.pattern, tokens, dtype or _multiplied(layer.values.dtype, here), layer.backend, here)
         parts.append(f"{name}\n  " + lines.replace("\n", "\n  ") if name else lines)
     return "\n".join(parts)
+
+
+def _multiplied(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What `sparse_linear` would multiply tensors of this dtype in, here and now."""
+    cast = device.type != "meta" and torch.is_autocast_enabled(device.type) and dtype != torch.float64
+    return torch.get_autocast_dtype(device.type) if cast else dtype
 
 
 def scatter(values: Tensor, pattern: Pattern, inside: Pattern | None = None) -> Tensor:
@@ -272,29 +310,47 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
 
 
-def build_plans(model: nn.Module) -> None:
-    """Builds the CPU kernels' plans of all sparse layers now, in parallel, instead of one by one at their first use."""
-    layers = [layer for layer in sparse_layers(model).values() if layer.backend in ("auto", "cpu")]
-    cpu.prepare({layer.pattern for layer in layers if cpu.takes(layer.values)})
+def build_plans(model: nn.Module, memory: str | None = None) -> None:
+    """Builds what kernels keep of all sparse layers now, in parallel, instead of one by one at their first use.
+
+    With `memory`, all layers for the CPU take that choice first.
+    """
+    layers = sparse_layers(model).values()
+    for layer in layers:
+        if memory is not None and layer.backend in ("auto", "cpu"):
+            layer.memory = memory
+    cpu.prepare({layer.pattern for layer in layers if layer.backend in ("auto", "cpu") and cpu.takes(layer.values)})
+    for layer in layers:
+        if layer.values.device.type == "cuda" and launch.takes(layer.values):  # a device has parallelism of its own
+            if layer.backend == "triton":
+                gather.tables(layer.pattern, layer.values.device).prepare()
+            elif layer.backend == "auto":
+                bitmap.bitmap(layer.pattern, layer.values.device)
 
 
 def training_state_bytes(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Training-state bytes: weight, gradient and two AdamW moments each, and the plans of sparse layers.
+    """Training-state bytes: weight, gradient and two AdamW moments each, and what kernels keep of sparse layers.
 
     Returns
     -------
     dict
-        ``{"sparsified": {"dense", "sparse"}, "model": {"dense", "sparse"}}``, in bytes; plans that are not built yet
-        count nothing.
+        ``{"sparsified": {"dense", "sparse"}, "model": {"dense", "sparse"}, "paths": {...}}``, in bytes. What is not
+        built yet counts nothing in the first two; "paths" has the whole model's by the path that all its layers would
+        take, once built: "cpu", and on GPUs "dense", "2:4" and "triton" (`vspdf.explain` tells which path runs).
     """
     layers = sparse_layers(model).values()
     values = [layer.values for layer in layers]
     plans = {id(p): p for layer in layers for p in layer.pattern.packed.values() if hasattr(p, "nbytes")}
     packed = sum(layer.pattern.bits.nbytes for layer in layers) + sum(p.nbytes for p in plans.values())
+    bare = sum(4 * p.numel() * p.element_size() for p in model.parameters())
     sparse = sum(4 * v.numel() * v.element_size() for v in values) + packed
     dense = sum(4 * layer.pattern.numel * layer.values.element_size() for layer in layers)
-    everything = sum(4 * p.numel() * p.element_size() for p in model.parameters()) + packed
+    beside = {
+        path: sum(round(position * layer.pattern.numel + weight * layer.pattern.nnz) for layer in layers)
+        for path, (position, weight) in PATH_BYTES.items()
+    }
     return {
         "sparsified": {"dense": dense, "sparse": sparse},
-        "model": {"dense": everything - sparse + dense, "sparse": everything},
+        "model": {"dense": bare + packed - sparse + dense, "sparse": bare + packed},
+        "paths": {path: bare + more for path, more in beside.items()},
     }
