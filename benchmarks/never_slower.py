@@ -24,7 +24,8 @@ os.environ["VSPDF_CACHE"] = tempfile.mkdtemp()  # an empty tuning table
 
 import torch
 
-from vspdf.bench.linear import Problem
+from vspdf.bench import candidates as known
+from vspdf.bench.problem import Problem
 from vspdf.bench.rounds import PRODUCTS
 from vspdf.kernels import dense, dispatch
 from vspdf.kernels.hardware import keep_freed_memory
@@ -35,17 +36,19 @@ LEAST = 1e-4  # seconds of the better path, from which on the operator's own tim
 
 def measure(problem: Problem, product: str, draw: random.Random, seconds: float) -> dict[str, float]:
     """Median seconds of sparse, dense and auto, in at least nine rounds and at least `seconds`."""
-    values = problem.weight[problem.pattern.mask()]
+    values = problem.values
     tensors = {
         "forward": (problem.x, values, None),
         "grad_input": (problem.grad, values),
         "grad_values": (problem.grad, problem.x),
     }[product]
-    candidates = problem.candidates(["vspdf", "auto"])
+    candidates = {name: known.find(name) for name in ("vspdf", "auto")}
+    for candidate in candidates.values():
+        problem.prepared(candidate)
     runs = {
-        "sparse": candidates["vspdf"][product],
+        "sparse": problem.calls(candidates["vspdf"])[product],
         "dense": lambda: getattr(dense, product)(*tensors, problem.pattern),
-        "auto": candidates["auto"][product],
+        "auto": problem.calls(candidates["auto"])[product],
     }
     for run in runs.values():
         run()

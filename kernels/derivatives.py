@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vspdf.kernels.gpu.gather import packed_once
 from vspdf.pattern import Pattern
 
 # The operators as Python functions, by name: `ops` defines them, and enters them here.
@@ -133,8 +134,9 @@ class Linear(_Product):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, values = ctx.saved_tensors
         key, needs = ctx.pattern.digest, ctx.needs_input_grad
-        grad_x = grad_input(grad, values, key, ctx.backend) if needs[0] else None
-        grad_v = grad_values(grad, x, key, ctx.backend, values.dtype) if needs[1] else None
+        with packed_once:
+            grad_x = grad_input(grad, values, key, ctx.backend) if needs[0] else None
+            grad_v = grad_values(grad, x, key, ctx.backend, values.dtype) if needs[1] else None
         grad_b = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=values.dtype) if needs[2] else None
         return grad_x, grad_v, grad_b, None, None
 

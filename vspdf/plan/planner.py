@@ -20,7 +20,7 @@ from vspdf.config.settings import PhaseConfig
 from vspdf.errors import UserError, check_sparsity, did_you_mean
 from vspdf.plan.cs2 import on_cs2
 from vspdf.plan.models import _dense_run, _source
-from vspdf.plan.wish import SPLITS, _Wish, state_bytes
+from vspdf.plan.wish import SPLITS, _Wish, by_path, state_bytes
 from vspdf.shapes import Shape
 from vspdf.sparsity import schedule
 
@@ -34,7 +34,11 @@ LR_MULTIPLE = 3.0  # of both its stages: 3.6e-4 against the dense run's 1.2e-4
 
 @dataclass(frozen=True)
 class PlannedPhase:
-    """A phase, or the dense run. `state_bytes` is the whole model's, as the function of that name counts it."""
+    """A phase, or the dense run.
+
+    `state_bytes` is the whole model's, as the function of that name counts it, on a CPU; `state_bytes_by_path` is so
+    too by the paths that its layers may take on a GPU.
+    """
 
     name: str
     sparsity: float
@@ -42,6 +46,7 @@ class PlannedPhase:
     tokens: int
     flops: float
     state_bytes: float
+    state_bytes_by_path: dict[str, float]
     step_seconds: float | None  # None: not measured
 
     @property
@@ -170,6 +175,7 @@ def plan(
     phases: Sequence[tuple[float, int]] | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
+    sequence: int | None = None,
     convention: str = "vspdf",
     causal: bool = False,
     save: float | None = None,
@@ -197,6 +203,8 @@ def plan(
         Explicit stages, any number, each at most as sparse as the one before.
     steps, batch_size : int
         Of the dense run. Default: the published run, the tokens of the phases given, or 20 tokens a parameter.
+    sequence : int
+        Tokens of a sequence; default: the model's.
     convention : str
         A key of `ledger.CONVENTIONS`.
     causal : bool
@@ -222,7 +230,7 @@ def plan(
         raise UserError(f"phases leave nothing to split: give them, or split = '{split}'.")
     asked, split = split, "add-on" if split is None else split
     _check_arguments(sparsity, effective, split, phases, save, memory, hours, steps, batch_size)
-    source = _source(model)
+    source = _source(model).at(sequence)
     shape, settings = source.shape, source.settings
     own = bool(source.phases) and sparsity is effective is phases is save is memory is hours is None
     one_stage = effective is save is hours is None and (sparsity is not None or memory is not None)
@@ -246,7 +254,7 @@ def plan(
     def stage(name: str, s: float, steps: int, tokens: int) -> PlannedPhase:
         flops = ledger.training_flops(shape, [(s, tokens)], convention=convention, causal=causal)
         seconds = run.calibration.step_seconds(shape, s, tokens // steps) if run.calibration else None
-        return PlannedPhase(name, s, steps, tokens, flops, state_bytes(shape, s), seconds)
+        return PlannedPhase(name, s, steps, tokens, flops, state_bytes(shape, s), by_path(shape, s), seconds)
 
     return Plan(
         source.name, shape, convention, causal,
