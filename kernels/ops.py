@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vspdf import ledger
 from vspdf.errors import UserError
-from vspdf.kernels import cpu, dense, reference
+from vspdf.kernels import cpu, dense, hardware, reference, tuning
 from vspdf.kernels.derivatives import RUN, differentiable, grad_input, grad_values, linear
 from vspdf.kernels.dispatch import choose
 from vspdf.kernels.gpu import gather, two_four
@@ -255,4 +255,8 @@ def explain(
         if path == "cpu":
             path = f"{path}-{cpu.isa()} ({cpu.packed(pattern).describe(tokens)[product]})"
         lines.append(f"{product}: {backend} chose {path}: {choice.reason}")
+        if dtype == torch.float32 and torch.device(device).type == "cpu" and backend == "auto":
+            lines[-1] += tuning.faster_in_bf16(product, pattern, tokens)
+    if dtype == torch.bfloat16 and torch.device(device).type == "cpu" and (slow := hardware.slow_bf16_measured()):
+        lines.append(f"bfloat16 is no gain here: {slow}.")
     return "\n".join(lines)

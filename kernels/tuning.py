@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import statistics
 import threading
 from collections.abc import Callable, Sequence
@@ -210,13 +211,41 @@ def bucket(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+def _uneven(pattern: Pattern) -> str:
+    """How unlike a random one a pattern is, "" for a random one: what was timed on those says nothing of it.
+
+    The variance of kept weights a row over what chance gives, in powers of four; and of a column.
+    """
+    found = pattern.packed.get("uneven")
+    if found is None:
+        mask, spread = pattern.mask(), []
+        for counts in (mask.sum(1), mask.sum(0)) if 0 < pattern.nnz < pattern.numel else ():
+            chance = float(counts.double().mean()) * pattern.sparsity
+            spread.append(float(counts.double().var(correction=0)) / chance)
+        powers = [max(-2, min(6, round(math.log(max(s, 1e-9), 4)))) for s in spread]
+        found = pattern.packed["uneven"] = " uneven=" + ",".join(map(str, powers)) if any(powers) else ""
+    return found
+
+
 def cpu_key(product: str, pattern: Pattern, tokens: int, dtype: torch.dtype, wide: bool = False) -> str:
     """The key of what a CPU's timings hold for; `wide`: values are float32 beside narrower tokens."""
+    kind = str(dtype).removeprefix("torch.") + "+float32" * wide
     return (
         f"{product} T={bucket(tokens)} in={pattern.in_features} out={pattern.out_features} "
-        f"sparsity={pattern.sparsity:.2f} {str(dtype).removeprefix('torch.')}{'+float32' if wide else ''} "
-        f"threads={torch.get_num_threads()}{' memory=low' if cpu.memory(pattern) == 'low' else ''}"
+        f"sparsity={pattern.sparsity:.2f}{_uneven(pattern)} {kind} threads={torch.get_num_threads()}"
+        f"{' memory=low' if cpu.memory(pattern) == 'low' else ''}"
     )
+
+
+def faster_in_bf16(product: str, pattern: Pattern, tokens: int) -> str:
+    """What `explain` adds where dense in bfloat16 was measured here to beat both paths in float32, else ""."""
+    known = CPU.known(cpu_key(product, pattern, tokens, torch.float32))
+    keys = (cpu_key(product, pattern, tokens, torch.bfloat16, wide) for wide in (False, True))
+    narrow = min((timing.dense for key in keys if (timing := CPU.known(key))), default=None)
+    if known is None or narrow is None or narrow >= min(known.cpu, known.dense):
+        return ""
+    gain = min(known.cpu, known.dense) / narrow
+    return f"; dense in bfloat16 is {gain:.2f}x as fast as that (measured {narrow:.2e} s)"
 
 
 def gpu_key(product: str, pattern: Pattern, tokens: int, dtype: torch.dtype) -> str:
