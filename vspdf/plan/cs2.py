@@ -186,7 +186,6 @@ def step_by_request(
     result = simulate_step(machine, what)
     near = tuple({result["mapping"][kind]["columns"] for kind in ("dense", "sparse")})
     result["comparison"] = compare_phases(machine, done.shape, masks, done.summary["phases"]) if done else []
-    result["note"] = machine.note
     cut = result["mapping"]["sparse"]["passes"] > 1  # one micro-batch alone: the more sequences the better
     result["better_batch"] = outlook.better_batch(machine, what.grouped(), near) if cut else None
     result["beside"] = outlook.beside(result)
