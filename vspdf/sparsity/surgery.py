@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -19,6 +18,7 @@ from vspdf.errors import UserError, check_sparsity, did_you_mean
 from vspdf.kernels import reference
 from vspdf.pattern import Pattern
 from vspdf.sparsity.attached import hand_over, mark, place
+from vspdf.sparsity.evolve import layer_seed, plain_name, remask
 from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, scatter, sparse_layers
 from vspdf.sparsity.optimizer import carry, check_moments, check_takes_vectors, warn_of_stale
 from vspdf.sparsity.pretrained import teach_save_pretrained
@@ -83,22 +83,12 @@ def _adapters(model: nn.Module) -> tuple[set[str], bool]:
     return names, wrapped
 
 
-def _plain_name(name: str) -> str:
-    """A module's name without what torch.compile puts before it."""
-    return name.replace("_orig_mod.", "")
-
-
 def _globs(globs: str | Iterable[str]) -> tuple[str, ...]:
     return (globs,) if isinstance(globs, str) else tuple(globs)
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
-
-
-def _layer_seed(seed: int, name: str) -> int:
-    """Masks of different layers are independent, and a layer's does not depend on the others."""
-    return (seed << 32) | zlib.crc32(_plain_name(name).encode())
 
 
 def sparsify(
@@ -165,7 +155,7 @@ def sparsify(
     uses = _uses(model)
     layers: dict[str, SparseLinear] = {}
     for name, module in _chosen(linears, include, exclude).items():
-        amount = next((rule for glob, rule in rules.items() if fnmatchcase(_plain_name(name), glob)), 0.0)
+        amount = next((rule for glob, rule in rules.items() if fnmatchcase(plain_name(name), glob)), 0.0)
         if amount == 0.0:
             continue
         if why := _why_dense(module, uses, wrapped):
@@ -178,7 +168,7 @@ def sparsify(
             if dense.is_meta and (init_method in ("topk", "from_zeros") or rescale):
                 what = "rescale" if rescale else f"init_method '{init_method}'"
                 raise UserError(f"'{name}' is on the meta device, it has no weights yet: {what} needs them.")
-            amount = _draw(dense, amount, init_method, _layer_seed(seed, name), truncate)
+            amount = _draw(dense, amount, init_method, layer_seed(seed, name), truncate)
             if init_method == "from_zeros" and amount.nnz == amount.numel:
                 log.warning("sparsify: '%s' stays dense: none of its weights is zero.", name)
                 continue
@@ -221,7 +211,7 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], bool]:
         name: module
         for name, module in model.named_modules()
         if name not in adapters
-        and not _matches(_plain_name(name), UNEMBEDDINGS)
+        and not _matches(plain_name(name), UNEMBEDDINGS)
         and (output is None or module is not output)
         and _is_linear(module)
     }
@@ -241,7 +231,7 @@ def _name_others(model: nn.Module) -> None:
     """Logs what holds many weights and yet stays dense."""
     adapters, _ = _adapters(model)
     for name, module in model.named_modules():
-        head = name in adapters or _matches(_plain_name(name), UNEMBEDDINGS)
+        head = name in adapters or _matches(plain_name(name), UNEMBEDDINGS)
         dense = isinstance(module, nn.Linear) and not isinstance(module, SparseLinear)
         if dense and not head and not _is_linear(module):
             log.warning("sparsify: '%s' stays dense: %s is a kind of its own.", name, type(module).__name__)
@@ -257,7 +247,7 @@ def _chosen(
     linears: Mapping[str, nn.Module], include: str | Iterable[str], exclude: str | Iterable[str]
 ) -> dict[str, nn.Module]:
     include, exclude = _globs(include), _globs(exclude)
-    plain = {name: _plain_name(name) for name in linears}
+    plain = {name: plain_name(name) for name in linears}
     return {n: m for n, m in linears.items() if _matches(plain[n], include) and not _matches(plain[n], exclude)}
 
 
@@ -269,12 +259,12 @@ def _uses(model: nn.Module) -> Counter[int]:
 def _check_globs(
     model: nn.Module, linears: Mapping[str, nn.Module], chosen: Iterable[str], exclude: Iterable[str]
 ) -> None:
-    names = [_plain_name(name) for name in linears]
+    names = [plain_name(name) for name in linears]
     for glob in chosen:
         if not any(fnmatchcase(name, glob) for name in names):
             raise UserError(f"'{glob}' matches no linear layer.{did_you_mean(glob, names)}")
     for glob in exclude:
-        if not any(fnmatchcase(_plain_name(name), glob) for name, _ in model.named_modules()):
+        if not any(fnmatchcase(plain_name(name), glob) for name, _ in model.named_modules()):
             raise UserError(f"'{glob}' matches no module.{did_you_mean(glob, names)}")
 
 
@@ -355,25 +345,11 @@ def set_sparsity(
         if not any(fnmatchcase(name, glob) for name in layers):
             raise UserError(f"'{glob}' matches no sparse layer.{did_you_mean(glob, layers)}")
     grown = {
-        name: layer.pattern.grow(amount, seed=_layer_seed(seed, name))
+        name: layer.pattern.grow(amount, seed=layer_seed(seed, name))
         for name, layer in layers.items()
         if (amount := next((rule for glob, rule in rules.items() if fnmatchcase(name, glob)), None)) is not None
     }
-    before, replaced = {}, []
-    for name in grown:
-        layer = layers[name]
-        require_whole(layer.values)
-        old, old_values = layer.pattern, layer.values
-        spread = lambda t, a=old, b=grown[name]: scatter(t, a, inside=b)  # noqa: E731
-        values = nn.Parameter(spread(old_values.detach()), old_values.requires_grad)
-        layer.pattern, layer.values = grown[name], values
-        carry(optimizer, old_values, values, spread, moments)
-        mark(old_values, values, name)
-        before[name] = old
-        replaced.append(old_values)
-    if optimizer is None:
-        warn_of_stale("set_sparsity", replaced)
-    return before
+    return remask(model, grown, optimizer, "set_sparsity", moments)
 
 
 def densify(
