@@ -113,8 +113,7 @@ def _loop(state: State, log: Log, on_evaluation: Callable[[Path], None]) -> dict
         while not state.finished:
             place = state.place
             phase, record = state.config.phases[place.phase], state.records[place.phase]
-            if _enter(state, phase, log):
-                beside.forget()
+            _enter(state, phase, record, log, beside)
             line = _step(state, phase, record)
             if found := beside.measure(state, phase, record, partial(state.batch, place), line["step_seconds"]):
                 log.beside_dense(record, found)
@@ -123,7 +122,7 @@ def _loop(state: State, log: Log, on_evaluation: Callable[[Path], None]) -> dict
             evaluated = last or _due(train.eval_every, state.step)
             better = evaluated and state.judge(place.phase, _evaluate(state, record, line))
             if last or state.finished:
-                log.sample(state, phase)
+                log.left(state, phase, record)
             if evaluated or state.step == 1 or _due(train.log_every, state.step):
                 log.step(state, line)
             state.seconds = time.perf_counter() - started
@@ -146,34 +145,38 @@ def _due(every: int, step: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _enter(state: State, phase: ResolvedPhase, tell: Log) -> bool:
-    """Brings the model into the form of the step at hand, and says whether it had another."""
+def _enter(state: State, phase: ResolvedPhase, record: PhaseRecord, tell: Log, beside: Beside) -> None:
+    """Brings the model into the form of the step at hand."""
     engine = state.phases
-    begun, old = engine.started, engine.now.phase
+    begun, old, sparsity = engine.started, engine.now.phase, engine.sparsity if engine.started else None
+    start, cpu_start = time.perf_counter(), time.process_time()
     if not begun:
         engine.start(state.model, state.optimizer)
     elif not engine.at(state.step, state.model, state.optimizer):
-        return False
+        return
     state.renew_optimizer(phase)
     build_plans(state.model)
     if begun and engine.now.phase == old:
-        tell.densified(state)
-        return True
-    if engine.before and not phase.revived_warmup and phase.beta2 > 0.98:
-        log.warning(
-            "phase '%s' revives weights under beta2 = %s: without revived_warmup (50-100 steps) the loss may spike.",
-            phase.name,
-            phase.beta2,
-        )
-    tell.entered(state, phase)
-    return True
+        assert sparsity is not None
+        if engine.turnover:  # masks that move time and again are a part of what training costs
+            record.spend(time.perf_counter() - start, time.process_time() - cpu_start)
+        tell.changed(state, sparsity)
+    else:
+        if engine.before and not phase.revived_warmup and phase.beta2 > 0.98:
+            log.warning(
+                "phase '%s' revives weights under beta2 = %s: without revived_warmup (50-100 steps) the loss may "
+                "spike.", phase.name, phase.beta2,
+            )  # fmt: skip
+        tell.entered(state, phase)
+    if engine.sparsity != sparsity:
+        beside.forget()
 
 
 def _step(state: State, phase: ResolvedPhase, record: PhaseRecord) -> dict[str, Any]:
     """Takes the next step and notes what it did; returns its line of metrics."""
     place, optimizer, config = state.place, state.optimizer, state.config
     assert optimizer is not None
-    lr = phase.learning_rate(place.step, config.optimizer.lr)
+    lr, sparsity = phase.learning_rate(place.step, config.optimizer.lr), state.phases.sparsity
     start, cpu_start = time.perf_counter(), time.process_time()
     batch = state.batch(place)
     take = lambda: optimise(  # noqa: E731
@@ -190,8 +193,7 @@ def _step(state: State, phase: ResolvedPhase, record: PhaseRecord) -> dict[str, 
     shape = replace(state.shape, sequence_length=batch[0].shape[1])
     for name, count in {**tally.products, **dense_counts(state.model, shape, batch[0].numel())}.items():
         record.tally.add(name, count)
-    record.seconds += seconds
-    record.cpu_seconds = None if record.cpu_seconds is None else record.cpu_seconds + cpu_seconds
+    record.spend(seconds, cpu_seconds)
     record.loss = loss
     if place.step > 1 or phase.steps in (1, 2):  # the first builds plans, the second is profiled
         record.step_seconds.append(seconds)
@@ -200,7 +202,7 @@ def _step(state: State, phase: ResolvedPhase, record: PhaseRecord) -> dict[str, 
     return {
         "step": state.step,
         "phase": phase.name,
-        "sparsity": state.phases.sparsity,
+        "sparsity": sparsity,
         "tokens": state.tokens(state.step),
         "loss": loss,
         "lr": lr,
