@@ -160,8 +160,8 @@ class Phase:
                     f"{key}: sparsity_end and update_every need a schedule that is not constant, e.g. linear.",
                 )
                 return start, self.schedule, end, None
-            require(not self.layers, f"{key}: layers with sparsities of their own need schedule: constant.")
             if update is None:
+                require(not self.layers, f"{key}: layers with sparsities of their own need schedule: constant.")
                 end = 0.0 if end is None else end
                 return start, self.schedule, end, self._updates(key, steps, start, end)
             require(self.update_every is None, f"{key}.update_every is for static masks: give update: {{freq: N}}.")
@@ -173,7 +173,6 @@ class Phase:
             f"{key}: a sparsity that is a list or has a type needs algorithm: set, rigl or gmp; static masks get "
             "denser by a schedule by name, e.g. schedule: linear.",
         )
-        require(not self.layers, f"{key}: layers with sparsities of their own need schedule: constant.")
         require(
             self.schedule == "constant" or written is self.schedule,
             f"{key}: the sparsity says how it goes on already: leave `schedule` out.",
