@@ -11,6 +11,8 @@ import threading
 import weakref
 from collections.abc import Sequence
 from fractions import Fraction
+from importlib import import_module
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -144,6 +146,98 @@ class Pattern:
         if array.ndim != 2 or array.dtype != np.bool_:
             raise UserError(f"a mask must be a boolean matrix [out, in], got {array.dtype} of shape {array.shape}.")
         return cls((array.shape[0], array.shape[1]), np.packbits(array.reshape(-1), bitorder="little"))
+
+    @classmethod
+    def from_positions(
+        cls, shape: tuple[int, int], rows: np.ndarray, columns: np.ndarray, where: str = "positions", *,
+        unique: bool = False,
+    ) -> Pattern:  # fmt: skip
+        """Pattern that keeps the positions (rows[i], columns[i]), in any order.
+
+        Raises
+        ------
+        UserError
+            Beginning with `where`, if one lies outside the shape or, with `unique`, comes twice.
+        """
+        shape = _sides(shape)
+        for name, indices, size in (("row", rows, shape[0]), ("column", columns, shape[1])):
+            if len(indices) and not (0 <= indices.min() and indices.max() < size):
+                raise UserError(f"{where}: a {name} index lies outside of 0 to {size - 1}.")
+        mask = np.zeros(shape, dtype=bool)
+        mask[rows, columns] = True
+        if unique and np.count_nonzero(mask) != len(rows):
+            raise UserError(f"{where}: {len(rows) - np.count_nonzero(mask)} positions come more than once.")
+        return cls(shape, np.packbits(mask.reshape(-1), bitorder="little"))
+
+    @classmethod
+    def from_sparse(cls, matrix: Any) -> Pattern:
+        """Pattern of the entries that a sparse matrix [out_features, in_features] stores, explicit zeros included.
+
+        Parameters
+        ----------
+        matrix : torch.Tensor of layout COO, CSR, CSC, BSR or BSC, or any scipy.sparse matrix or array
+            Of blocks all entries count as stored.
+
+        Raises
+        ------
+        UserError
+            If it is no sparse matrix of two dimensions, or its indices do not fit its shape.
+        """
+        if isinstance(matrix, torch.Tensor) and matrix.layout != torch.strided:
+            if matrix.dim() != 2 or matrix.dense_dim():
+                raise UserError(f"a sparse tensor of shape {tuple(matrix.shape)}: expected a matrix (out, in).")
+            return cls.from_mask(stored_entries(matrix.detach().cpu()))
+        if not hasattr(matrix, "tocoo") or getattr(matrix, "ndim", 0) != 2:
+            what = f"a dense tensor of {matrix.dtype}" if isinstance(matrix, torch.Tensor) else type(matrix).__name__
+            raise UserError(f"expected a sparse matrix of torch or scipy, got {what}; Pattern.from_mask takes masks.")
+        try:
+            if hasattr(matrix, "check_format"):
+                matrix.check_format(full_check=True)  # what scipy does with wrong indices reaches beyond its memory
+            entries = matrix.tocoo()
+        except ValueError as error:
+            raise UserError(f"a sparse matrix whose indices do not fit it: {error}.") from None
+        return cls.from_positions(entries.shape, entries.row, entries.col, "a sparse matrix")
+
+    @classmethod
+    def read(cls, path: str | PathLike[str], *, name: str | None = None) -> Pattern:
+        """The mask in a file, whoever wrote it, or of a layer in a folder.
+
+        Takes ``.smtx`` (DLMC), ``.mtx`` (Matrix Market, symmetric ones made whole), ``.npz`` (scipy.sparse, arrays of
+        booleans or of 0 and 1, a run's masks), ``.pt`` and ``.safetensors`` (one mask or many; ``NAME_mask`` beside
+        NAME, torch.nn.utils.prune's and torchao's forms, sparse tensors, NaN or zeros in the place of masked weights),
+        a Hugging Face folder, a run directory (its first masks) or a checkpoint of one. No code in a file is run.
+
+        Parameters
+        ----------
+        path : str or path
+        name : str, optional
+            Of the layer or tensor, where there are several; ``.weight`` behind it, and what stands before it in the
+            file alone, may be left away.
+
+        Returns
+        -------
+        Pattern, shape (out_features, in_features)
+            Rows of a matrix are output features; GPT-2's transposed layers in a Hugging Face folder are turned.
+
+        Raises
+        ------
+        UserError
+            If there is no mask of that name, more than one without a name, or the file is damaged, too large for what
+            it holds, or of another kind; the message names the form that was expected.
+        """
+        return import_module("vspdf.interop.mask_files").read(path, name)
+
+    def write(self, path: str | PathLike[str]) -> None:
+        """Writes the mask as ``.smtx``, ``.mtx``, ``.npz`` (scipy.sparse), ``.pt`` or ``.safetensors``.
+
+        The latter two hold a boolean tensor, in ``.safetensors`` by the name "mask".
+
+        Raises
+        ------
+        UserError
+            If the name ends in something else, or the file cannot be written.
+        """
+        import_module("vspdf.interop.mask_files").write(self, path)
 
     @classmethod
     def topk(cls, weight: torch.Tensor, sparsity: float, *, truncate: bool = False) -> Pattern:
@@ -302,3 +396,17 @@ class Pattern:
 
     def __repr__(self) -> str:
         return f"Pattern({self.shape[0]}x{self.shape[1]}, nnz={self.nnz}, sparsity={self.sparsity:.4g})"
+
+
+def stored_entries(tensor: torch.Tensor) -> torch.Tensor:
+    """Which entries a sparse tensor of torch stores, as booleans of its shape; explicit zeros count."""
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce()
+        same = torch.sparse_coo_tensor(tensor.indices(), torch.ones_like(tensor.values()), tensor.shape)
+        return same.to_dense().bool()
+    rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+    indices = (tensor.crow_indices(), tensor.col_indices()) if rows else (tensor.ccol_indices(), tensor.row_indices())
+    same = torch.sparse_compressed_tensor(
+        *indices, torch.ones_like(tensor.values()), tensor.shape, layout=tensor.layout
+    )
+    return same.to_dense().bool()

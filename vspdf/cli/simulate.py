@@ -38,7 +38,10 @@ def simulate_layer(
         float | None, typer.Option(parser=number, help="In [0, 1), positions by chance; default 0.9.")
     ] = None,
     run: Annotated[Path | None, typer.Option(help="Take a layer's real mask from this run.")] = None,
-    layer: Annotated[str | None, typer.Option(help="Which one, by its name in the run.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Take a real mask from this file (.smtx, .mtx, .npz, .pt, ...) or folder.")
+    ] = None,
+    layer: Annotated[str | None, typer.Option(help="Which one, by its name in the run or the file.")] = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw speed-up over sparsity here: .png; at level event, heat maps: .html, .png."),
@@ -58,7 +61,7 @@ def simulate_layer(
 
     wafer = _machine(machine, settings)
     asked = {"tokens": tokens, "in_features": in_features, "out_features": out_features, "sparsity": sparsity}
-    result = cs2.layer_by_request(wafer, **asked, run=run, layer=layer, level=level, plot=plot)  # type: ignore[arg-type]
+    result = cs2.layer_by_request(wafer, **asked, run=run, mask=mask, layer=layer, level=level, plot=plot)  # type: ignore[arg-type]
     if plot is not None:
         say(f"wrote {plot}")
     if as_json:
@@ -70,7 +73,7 @@ def simulate_layer(
 
 
 def _print_layer(result: dict[str, Any]) -> None:
-    positions = "the run's mask" if result["mask"] == "real" else "positions by chance"
+    positions = "a real mask" if result["mask"] == "real" else "positions by chance"
     table = Table(
         title=f"{result['machine']}: {result['in_features']} -> {result['out_features']}, {result['tokens']:,} tokens, "
         f"sparsity {result['sparsity']:.4g} ({positions}); {result['central']}; cycles",

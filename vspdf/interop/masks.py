@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vspdf.errors import UserError
 from vspdf.interop.tensors import flatten
+from vspdf.pattern import stored_entries
 
 log = logging.getLogger("vspdf")
 
@@ -29,8 +30,8 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module") 
 _PARALLEL = "module."  # before all names
 _COLLECTED = {"mask", "masks"}
 _DEEPEST = 16  # parts of a name that are compared
-_EMBEDDINGS = ("wte", "wpe", "embed", "lm_head")  # parts of names of matrices that are never sparse
-_ZEROS = 0.1  # a matrix with so many exact zeros was pruned
+EMBEDDINGS = ("wte", "wpe", "embed", "lm_head")  # parts of names of matrices that are never sparse
+ZEROS = 0.1  # a matrix with so many exact zeros was pruned
 # Endings of what is no plain weight with a plain mask, and what to do.
 _OTHERS = {
     "mask_scores": "holds scores of a mask that is still learnt: let its own library make the mask final",
@@ -81,7 +82,7 @@ def canonical(tensors: Mapping[str, Tensor], where: str = "the checkpoint") -> R
         if stored in owners:
             continue
         if tensor.layout != torch.strided:
-            masks[plain] = _stored_entries(tensor) & masks.get(plain, torch.tensor(True))
+            masks[plain] = stored_entries(tensor) & masks.get(plain, torch.tensor(True))
             tensor = tensor.to_dense()
         if plain not in masks:
             _refuse_other(name, weights, where)
@@ -140,20 +141,6 @@ def _owner(
             case [one] if len(parts) - i > 1 or tensors[weights[one]].shape == tensors[stored].shape:
                 return one
     return None
-
-
-def _stored_entries(tensor: Tensor) -> Tensor:
-    """Which entries a sparse tensor stores."""
-    if tensor.layout == torch.sparse_coo:
-        tensor = tensor.coalesce()
-        same = torch.sparse_coo_tensor(tensor.indices(), torch.ones_like(tensor.values()), tensor.shape)
-        return same.to_dense().bool()
-    rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
-    indices = (tensor.crow_indices(), tensor.col_indices()) if rows else (tensor.ccol_indices(), tensor.row_indices())
-    same = torch.sparse_compressed_tensor(
-        *indices, torch.ones_like(tensor.values()), tensor.shape, layout=tensor.layout
-    )
-    return same.to_dense().bool()
 
 
 def _as_mask(name: str, mask: Tensor, weight: Tensor, where: str) -> Tensor:
@@ -285,7 +272,7 @@ def name_zeros(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], where
     for name, tensor in tensors.items():
         if name not in masks and tensor.dim() == 2 and tensor.is_floating_point() and _may_be_sparse(name):
             share = 1 - int(torch.count_nonzero(tensor)) / max(1, tensor.numel())
-            if _ZEROS <= share < 1:
+            if ZEROS <= share < 1:
                 found[name] = share
     if found:
         what = "matrix without a mask holds" if len(found) == 1 else "matrices without masks hold"
@@ -300,4 +287,4 @@ def name_zeros(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], where
 
 def _may_be_sparse(name: str) -> bool:
     parts = name.split(".")
-    return parts[-1] == "weight" and "optimizer" not in parts and not any(e in name for e in _EMBEDDINGS)
+    return parts[-1] == "weight" and "optimizer" not in parts and not any(e in name for e in EMBEDDINGS)

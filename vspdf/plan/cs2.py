@@ -91,12 +91,18 @@ def compare_phases(
 # ---- as asked for, on the command line or in Python ------------------------------------------------------------------
 
 
+def _weights(mask: np.ndarray) -> Weights:
+    return Weights(mask.shape[0], mask.shape[1], float(mask.mean()), mask)
+
+
 def layer_by_request(
     machine: Machine, *, tokens: int | None = None, in_features: int | None = None, out_features: int | None = None,
-    sparsity: float | None = None, run: str | Path | None = None, layer: str | None = None, level: str = "aggregate",
-    plot: Path | None = None,
+    sparsity: float | None = None, run: str | Path | None = None, mask: str | Path | None = None,
+    layer: str | None = None, level: str = "aggregate", plot: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """`simulate_layer`, or `layer_events.event_layer` for ``level="event"``, by sizes or with a run's layer's mask.
+    """`simulate_layer`, or `layer_events.event_layer` for ``level="event"``, by sizes or with a real mask.
+
+    The mask is that of a `layer` of a `run`, or comes from a file or folder that `Pattern.read` takes.
 
     Sizes alone take positions by chance, at a `sparsity` of 0.9 where none is given.
 
@@ -108,18 +114,25 @@ def layer_by_request(
         For arguments that are missing or contradict each other, and as the two functions do.
     """
     one_of("`level`", level, ("event", "aggregate"))
-    require(run is not None or layer is None, "`layer` is one of a run: name it with `run`.")
-    if run is not None:
+    require(run is not None or mask is not None or layer is None, "`layer` is one of a `run` or of a `mask` file.")
+    require(run is None or mask is None, "`run` and `mask` both give the mask: leave one away.")
+    if (source := "run" if run is not None else "mask" if mask is not None else None) is not None:
         for name, value in (("in_features", in_features), ("out_features", out_features), ("sparsity", sparsity)):
-            require(value is None, f"`run` gives the layer's size and mask: leave `{name}` away.")
+            require(value is None, f"`{source}` gives the layer's size and mask: leave `{name}` away.")
+    if mask is not None:
+        if tokens is None:
+            raise UserError("`mask` gives the layer's size and mask: `tokens` is still to be given.")
+        from vspdf.pattern import Pattern  # brings torch
+
+        weights = _weights(Pattern.read(mask, name=layer).mask().numpy())
+    elif run is not None:
         done = Run(Path(run)).require(finished=True).check(whole=False)
         masks = done.masks(0)
         if layer is None:
             raise UserError(f"`layer`: which of {', '.join(masks) or 'none: the run was dense'}?")
         if layer not in masks:
             raise UserError(f"'{run}' has no sparse layer '{layer}'.{did_you_mean(layer, masks)}")
-        mask = masks[layer]
-        weights = Weights(mask.shape[0], mask.shape[1], float(mask.mean()), mask)
+        weights = _weights(masks[layer])
         tokens = tokens or _batch(done.summary["phases"][0], done.shape) * done.shape.sequence_length
     elif tokens is None or in_features is None or out_features is None:
         raise UserError(

@@ -36,6 +36,7 @@ class Amounts:
     update_every: int | None
     layers: Mapping[str, float]
     init_method: str
+    init_file: str | None
     count: str
     algorithm: str
     drop_fraction: Any  # a number, or a course in full form; None where nothing is dropped to grow elsewhere

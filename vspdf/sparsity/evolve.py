@@ -16,13 +16,9 @@ from torch import Tensor, nn
 from vspdf.errors import UserError, did_you_mean, require
 from vspdf.pattern import Pattern
 from vspdf.sparsity.attached import mark
+from vspdf.sparsity.from_files import plain_name
 from vspdf.sparsity.layer import SparseLinear, require_whole, sparse_layers
 from vspdf.sparsity.optimizer import carry, warn_of_stale
-
-
-def plain_name(name: str) -> str:
-    """A module's name without what torch.compile puts before it."""
-    return name.replace("_orig_mod.", "")
 
 
 def layer_seed(seed: int, name: str) -> int:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vspdf.errors import UserError
+from vspdf.errors import UserError, require
 from vspdf.pattern import Pattern, kept_count
 from vspdf.sparsity.amounts import Amounts, only_added
+from vspdf.sparsity.from_files import MaskFile
 from vspdf.sparsity.layer import SparseLinear, sparse_layers
 from vspdf.sparsity.moves import move
 from vspdf.sparsity.optimizer import RevivedWarmup
@@ -159,7 +160,11 @@ class Phases:
         self._weigh(model)
         for i, phase in enumerate(self.phases):
             phase.check_layers(f"phases.{i}", self.phases[i - 1] if i else None, list(self._weights))
-        if self.phases[0].init_method != "from_zeros" or sparse_layers(model):
+        if sparse_layers(model):
+            return
+        if self.phases[0].init_file:
+            self._check_file(self.phases[0])
+        if self.phases[0].init_method != "from_zeros":
             return
         for name, amount in self.phases[0].of_layers(self._weights).items():
             zeros = float((model.get_submodule(name).weight == 0).float().mean())  # type: ignore[union-attr]
@@ -168,6 +173,18 @@ class Phases:
                     f"phases.0.init_method = from_zeros takes zeros for masked: '{name}' has {zeros:.2%} of them, "
                     f"its sparsity is to be {amount:.2%}. Start from a model that has (init_from), or give what it has."
                 )
+
+    def _check_file(self, phase: Amounts) -> None:
+        """Whether a phase's file has the masks that its sparsities speak of."""
+        masks = MaskFile(phase.init_file or "")
+        for name, amount in phase.of_layers(self._weights).items():
+            mask = masks.of(name) if amount else 0.0
+            found = mask.sparsity if isinstance(mask, Pattern) else 0.0
+            require(
+                abs(found - amount) <= 0.005,
+                f"phases.0.init_file: '{name}' has a sparsity of {found:.2%} in '{phase.init_file}', and is to have "
+                f"{amount:.2%}: give the sparsity that its mask has, by `layers` where they differ.",
+            )
 
     def start(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
         """Brings a model into the form of the first phase, before its optimizer is made or with it.
@@ -193,8 +210,10 @@ class Phases:
                 )
             before = self._grow(model, optimizer, self.stages[0])
         elif any(amounts.values()):
+            amounts, file = {**phase.layers, "*": self.stages[0].sparsity}, phase.init_file
             sparsify(
-                model, {**phase.layers, "*": self.stages[0].sparsity}, seed=self.seed, init_method=phase.init_method,
+                model, {glob: (file if amount and file else amount) for glob, amount in amounts.items()},
+                seed=self.seed, init_method="random" if file else phase.init_method,
                 truncate=phase.count == "truncate", optimizer=optimizer, **self.options,
             )  # fmt: skip
         self._enter(model, 0, before)
@@ -231,7 +250,7 @@ class Phases:
         """
         self._weigh(model)
         found, layers, weights = self._found(model)
-        near = (5e-3 if self.phases[0].init_method == "from_zeros" else 1e-3) + len(layers) / max(1, weights)
+        near = (5e-3 if self.phases[0].init_method in ("from_zeros", "file") else 1e-3) + len(layers) / max(1, weights)
         # Saved before the switch, or after it.
         index = min(
             self._index(max(0, step - 1)),

@@ -13,7 +13,7 @@ from vspdf.sparsity import courses
 from vspdf.sparsity.amounts import Amounts as Amounts
 from vspdf.sparsity.amounts import only_added
 
-INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard")  # how first masks are drawn
+INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard", "file")  # how first masks are drawn
 SCHEDULES = ("constant", "linear", "exp", "power", "cosine", "cycling")
 ALGORITHMS = ("static", "set", "rigl", "gmp")
 RULES = ("vspdf", "cstorch")  # how masks move, see `Phase`
@@ -42,7 +42,8 @@ class Phase:
     levels: list[float] = field(default_factory=list)  # of "cycling", e.g. [0.9, 0.75, 0.5, 0]
     update_every: int | None = None  # steps between updates of static masks; default: ten updates, or one per level
     layers: dict[str, float] = field(default_factory=dict)  # glob over layers to sparsity, the first match counts
-    init_method: str = "random"  # of the first masks: "random", "topk", "from_zeros" or "checkerboard"
+    init_method: str = "random"  # of the first masks: "random", "topk", "from_zeros", "checkerboard" or "file"
+    init_file: str | None = None  # of "file": masks by layer, in any form that Pattern.read takes
     count: str = "round"  # kept weights: numel − round(s·numel); "truncate": int((1−s)·numel), as the Cerebras stack
     # "static"; or masks that move. At each update "set" (arXiv:1707.04780) drops a fraction of the smallest weights and
     # lets as many grow at random, "rigl" (arXiv:1911.11134) where the dense gradient is largest; a sparsity that rises
@@ -89,6 +90,10 @@ class Phase:
         named = not courses.is_course(self.schedule)
         one_of(f"{key}.schedule", self.schedule if named else "constant", SCHEDULES)
         one_of(f"{key}.init_method", self.init_method, INIT_METHODS)
+        require(
+            (self.init_method == "file") == (self.init_file is not None),
+            f"{key}: init_method: file and init_file, the file with the masks, belong together.",
+        )
         one_of(f"{key}.count", self.count, ("round", "truncate"))
         one_of(f"{key}.algorithm", self.algorithm, ALGORITHMS)
         one_of(f"{key}.rules", self.rules, RULES)
@@ -104,9 +109,9 @@ class Phase:
         warmup = steps // (10 if previous else 20) if self.warmup_steps is None else self.warmup_steps
         self._check_rates(key, steps, warmup)
         found = Amounts(
-            "", start, schedule, end, tuple(self.levels), every, dict(self.layers), self.init_method, self.count,
-            self.algorithm, drop, update, random_share, self.rules, steps, self.moments, self.revived_warmup,
-            self.lr, self.lr_multiple, self.lr_end, self.decay, warmup,
+            "", start, schedule, end, tuple(self.levels), every, dict(self.layers), self.init_method, self.init_file,
+            self.count, self.algorithm, drop, update, random_share, self.rules, steps, self.moments,
+            self.revived_warmup, self.lr, self.lr_multiple, self.lr_end, self.decay, warmup,
         )  # fmt: skip
         found = replace(found, name=self.name or _usual_name(found))
         self._check_updates(key, found, previous)

@@ -14,11 +14,12 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from vspdf.errors import UserError, check_sparsity, did_you_mean
+from vspdf.errors import UserError, did_you_mean
 from vspdf.kernels import reference
 from vspdf.pattern import Pattern
 from vspdf.sparsity.attached import hand_over, mark, place
-from vspdf.sparsity.evolve import layer_seed, plain_name, remask
+from vspdf.sparsity.evolve import layer_seed, remask
+from vspdf.sparsity.from_files import Amount, MaskFile, plain_name, read_amounts
 from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, scatter, sparse_layers
 from vspdf.sparsity.optimizer import carry, check_moments, check_takes_vectors, warn_of_stale
 from vspdf.sparsity.pretrained import teach_save_pretrained
@@ -93,7 +94,7 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
 
 def sparsify(
     model: nn.Module,
-    sparsity: float | Mapping[str, float | Pattern],
+    sparsity: Amount | Mapping[str, Amount],
     *,
     seed: int = 0,
     include: str | Iterable[str] = "*",
@@ -115,8 +116,10 @@ def sparsify(
     Parameters
     ----------
     model : nn.Module
-    sparsity : float in [0, 1), or mapping from glob over module names to float or Pattern
-        Of a mapping the first matching glob counts; layers that match none stay dense, as do those at 0.
+    sparsity : float in [0, 1), path, or mapping from glob over module names to float, path or Pattern
+        Of a mapping the first matching glob counts; layers that match none stay dense, as do those at 0. A path is a
+        file or folder of masks by layer, in any form that `Pattern.read` takes, or of one mask for all; layers that it
+        does not name stay dense.
     seed : int
         Together with a layer's name gives its mask.
     include, exclude : str or iterable of str
@@ -145,7 +148,9 @@ def sparsify(
         If a sparsity is outside [0, 1), `init_method` is unknown, a pattern does not fit, or a glob or the
         whole call matches no layer. The model is then as it was.
     """
-    rules = _rules(sparsity)
+    rules = read_amounts(sparsity)
+    if init_method == "file":
+        raise UserError("init_method 'file' is of phases: give sparsify the file in the place of the sparsity.")
     if init_method not in INIT_METHODS:
         raise UserError(f"init_method '{init_method}' is not known.{did_you_mean(init_method, INIT_METHODS)}")
     linears, wrapped = _candidates(model)
@@ -156,6 +161,8 @@ def sparsify(
     layers: dict[str, SparseLinear] = {}
     for name, module in _chosen(linears, include, exclude).items():
         amount = next((rule for glob, rule in rules.items() if fnmatchcase(plain_name(name), glob)), 0.0)
+        if isinstance(amount, MaskFile):
+            amount = amount.of(name)
         if amount == 0.0:
             continue
         if why := _why_dense(module, uses, wrapped):
@@ -173,6 +180,8 @@ def sparsify(
                 log.warning("sparsify: '%s' stays dense: none of its weights is zero.", name)
                 continue
         layers[name] = SparseLinear.from_linear(module, amount, backend=backend)
+    for masks in {id(rule): rule for rule in rules.values() if isinstance(rule, MaskFile)}.values():
+        masks.check_used(linears)
     check_takes_vectors(optimizer, [linears[name].weight for name in layers])
     for name, layer in layers.items():
         if rescale and layer.pattern.nnz:
@@ -183,15 +192,6 @@ def sparsify(
         warn_of_stale("sparsify", [linears[name].weight for name in layers])
     teach_save_pretrained(model)
     return {name: layer.pattern for name, layer in layers.items()}
-
-
-def _rules(sparsity: float | Mapping[str, float | Pattern]) -> dict[str, float | Pattern]:
-    """Amounts by glob, each checked."""
-    rules: dict[str, float | Pattern] = dict(sparsity) if isinstance(sparsity, Mapping) else {"*": sparsity}
-    for glob, amount in rules.items():
-        if not isinstance(amount, Pattern):
-            check_sparsity("sparsity" if glob == "*" else f"the sparsity of '{glob}'", amount)
-    return rules
 
 
 def sparsifiable(

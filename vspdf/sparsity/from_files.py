@@ -1,0 +1,60 @@
+"""What is asked of layers by their names: sparsities, masks, files of masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from os import PathLike
+from typing import TypeAlias
+
+from vspdf.errors import UserError, check_sparsity
+from vspdf.pattern import Pattern
+
+Amount: TypeAlias = "float | Pattern | str | PathLike[str]"  # a sparsity, a mask, or a file of masks by layer
+
+
+def plain_name(name: str) -> str:
+    """A module's name without what torch.compile puts before it."""
+    return name.replace("_orig_mod.", "")
+
+
+class MaskFile:
+    """MaskFile of a file, by layer."""
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.files = import_module("vspdf.interop.mask_files")
+        self.path, self.found = path, self.files.read_all(path)
+        self.used = False
+
+    def of(self, name: str) -> float | Pattern:
+        """The mask of a layer, and 0.0 where the file has none of it; one mask alone is every layer's."""
+        if len(self.found) == 1:
+            self.used = True
+            return next(iter(self.found.values()))
+        try:
+            pattern = self.files.named(self.found, plain_name(name), self.path)
+        except UserError:
+            return 0.0
+        self.used = True
+        return pattern
+
+    def check_used(self, layers: Iterable[str]) -> None:
+        if not self.used:
+            theirs, ours = list(self.found)[:3], list(layers)[:3]
+            raise UserError(
+                f"'{self.path}' names no layer of the model: it has masks of {', '.join(theirs)}, the model has "
+                f"{', '.join(ours)}."
+            )
+
+
+def read_amounts(sparsity: Amount | Mapping[str, Amount]) -> dict[str, float | Pattern | MaskFile]:
+    """Amounts by glob, each checked; files are read."""
+    rules: dict[str, float | Pattern | MaskFile] = {}
+    for glob, amount in (sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}).items():
+        if isinstance(amount, (str, PathLike)):
+            rules[glob] = MaskFile(amount)
+            continue
+        if not isinstance(amount, Pattern):
+            check_sparsity("sparsity" if glob == "*" else f"the sparsity of '{glob}'", amount)
+        rules[glob] = amount
+    return rules
