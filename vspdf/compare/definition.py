@@ -25,7 +25,8 @@ from vspdf.evaluate.generate import Decoding
 from vspdf.interop.cerebras import translated
 from vspdf.runs.folder import START
 
-KEYS = ("name", "about", "seeds", "tuning_seeds", "common", "arms", "pairs", "folder", "finetune", "tasks")
+KEYS = ("name", "about", "seeds", "tuning_seeds", "common", "arms", "pairs", "folder", "finetune", "tasks",
+        "multiplier", "seconds", "tuning_seconds")  # fmt: skip
 # An arm that set one of these would not be the same study: the seed is the study's, the data are common to all arms.
 NOT_OF_AN_ARM = ("name", "run_dir", "seed", "data", "model.sequence_length", "model.vocab_size")
 _NOT_COMMON = ("name", "run_dir", "seed")
@@ -155,6 +156,8 @@ class Study:
         What every arm is fine-tuned on, densely; empty where pre-training is the subject.
     changes : tuple of str
         ``key=value`` given beside the file.
+    family : tuple of str
+        Dense arms by whose losses the others' kept weights are valued; empty where that is not asked for.
     """
 
     name: str
@@ -167,6 +170,7 @@ class Study:
     tasks: dict[str, Task] = field(default_factory=dict)
     fine_tunings: dict[str, Arm] = field(default_factory=dict)  # by task, without what they begin with
     changes: tuple[str, ...] = ()
+    family: tuple[str, ...] = ()
 
     @property
     def results(self) -> Path:
@@ -244,7 +248,7 @@ def load(source: str | Path, changes: Sequence[str] = ()) -> Study:
     return Study(
         str(body.get("name", path.stem)), path, about.strip(), read, seeds, tuning_seeds,
         _pairs(body, read, where), {name: arm.task for name, arm in fine_tunings.items() if arm.task},
-        fine_tunings, tuple(changes),
+        fine_tunings, tuple(changes), _family(body.get("multiplier", []), read, where),
     )  # fmt: skip
 
 
@@ -261,6 +265,18 @@ def _pairs(body: Form, read: dict[str, Arm], where: str) -> tuple[tuple[str, str
         if a == b:
             raise UserError(f"{where}: pairs: '{a}' is paired with itself.")
     return tuple((a, b) for a, b in pairs)
+
+
+def _family(names: Any, read: dict[str, Arm], where: str) -> tuple[str, ...]:
+    """Dense arms, at least two."""
+    if not isinstance(names, list) or len(names) == 1:
+        raise UserError(f"{where}: 'multiplier' must be a list of at least two dense arms, e.g. [dense-64, dense-128].")
+    for name in names:
+        if name not in read:
+            raise UserError(f"{where}: multiplier: no arm '{name}'.{did_you_mean(str(name), read)}")
+        if any(stage.sparsity for phase in read[name].configure({}, 0).phases for stage in phase.stages()):
+            raise UserError(f"{where}: multiplier: arm '{name}' is not dense.")
+    return tuple(names)
 
 
 def _common_of(name: str, path: Path) -> Any:

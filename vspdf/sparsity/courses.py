@@ -131,8 +131,8 @@ def updates(key: str, written: Mapping[str, Any] | None, steps: int) -> dict[str
         whole = isinstance(listed, list | tuple) and bool(listed) and all(type(step) is int for step in listed)
         require(whole and min(listed) >= 0, f"{key}.steps must be a list of steps of the phase, not {listed!r}.")
         return {"steps": sorted(set(listed))}
-    freq, start, stop = written.get("freq", 1), written.get("start", 0), written.get("stop")
-    start, stop = 0 if start is None else start, steps if stop is None else stop
+    given = {name: value for name, value in written.items() if value is not None}
+    freq, start, stop = given.get("freq", 1), given.get("start", 0), given.get("stop", steps)
     for name, value, least in (("freq", freq, 1), ("start", start, 0), ("stop", stop, 1)):
         require(
             type(value) is int and value >= least,

@@ -138,7 +138,7 @@ def renewed(
         survivors[gone] = False
         if anywhere:
             taken[gone] = False
-    count = min(target - keep, len(taken) - np.count_nonzero(taken))
+    count = min(target - keep, len(taken) - int(np.count_nonzero(taken)))
     if count > 0:
         drawn = count if scores is None else int(random_share * count)
         if scores is not None:

@@ -69,7 +69,7 @@ def move(
         keep, target = _counts(phase, layer, amounts[name], step)
         random = np.random.default_rng([*seeds, zlib.crc32(plain_name(name).encode())])
         moved[name] = renewed(
-            layer, keep, target, random, scores and scores[name], phase.random_share or 0.0,
+            layer, keep, target, random, scores[name] if scores else None, phase.random_share or 0.0,
             anywhere=phase.rules == "cstorch",
         )  # fmt: skip
     return remask(model, moved, optimizer, "Phases")

@@ -170,7 +170,8 @@ class Phase:
                 end = 0.0 if end is None else end
                 return start, self.schedule, end, self._updates(key, steps, start, end)
             require(self.update_every is None, f"{key}.update_every is for static masks: give update: {{freq: N}}.")
-            require(end is not None, f"{key}.sparsity_end is not set: where does the sparsity go from {start}?")
+            if end is None:
+                raise UserError(f"{key}.sparsity_end is not set: where does the sparsity go from {start}?")
             check_sparsity(f"{key}.sparsity_end", end)
             return start, self.schedule, end, None
         require(

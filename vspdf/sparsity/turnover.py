@@ -28,7 +28,8 @@ class Turnover:
     """
 
     def __init__(self, patterns: Mapping[str, Pattern]) -> None:
-        self.updates, self.survival = 0, None
+        self.updates = 0
+        self.survival: float | None = None
         self._now = dict(patterns)
         self._bits: dict[str, dict[str, np.ndarray]] = {
             name: {"first": p.bits, "ever": p.bits, "grown": np.zeros_like(p.bits)} for name, p in patterns.items()
