@@ -93,8 +93,10 @@ def tuning() -> list[str]:
     return describe_table()
 
 
-def device(name: str, key: str = "`device`") -> torch.device:
+def device(name: str, key: str = "`device`", local_rank: int | None = None) -> torch.device:
     """The device of that name; `key` is the setting that named it.
+
+    Of several processes on a machine each takes the GPU of its `local_rank`, where none is named by number.
 
     Raises
     ------
@@ -102,7 +104,7 @@ def device(name: str, key: str = "`device`") -> torch.device:
         If the name is not known, or the device not here.
     """
     check_device(key, name)
-    found = torch.device(name)
+    found = torch.device(f"{name}:{local_rank}" if name == "cuda" and local_rank else name)
     if found.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (found.index or 0) >= count:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A wing, and what it may take besides the words and itself. Held by the test below; told in CONTRIBUTING.md.
 MAY_TAKE = {
     "draw": (),
+    "parallel": (),
     "kernels": (),
     "sparsity": ("kernels",),
     "simulator": ("draw",),
@@ -22,16 +23,17 @@ MAY_TAKE = {
     "data": ("config",),
     "runs": ("sparsity", "config"),
     "bench": ("kernels", "sparsity"),
-    "evaluate": ("kernels.hardware", "config", "data"),
+    "evaluate": ("parallel", "kernels.hardware", "sparsity.layer", "config", "data"),
     "interop": ("kernels.hardware", "sparsity", "config", "data", "runs"),
-    "train": ("draw.words", "kernels", "sparsity", "config", "data", "evaluate", "runs", "interop"),
+    "train": ("draw.words", "parallel", "kernels", "sparsity", "config", "data", "evaluate", "runs", "interop"),
     "plan": ("sparsity.schedule", "config", "runs", "bench", "simulator", "interop"),
     "report": ("draw", "config", "runs", "simulator"),
     "compare": (
         "draw.words", "kernels.hardware", "config", "data", "evaluate", "runs", "interop", "train", "report",
     ),
-    "cli": ("draw", "kernels", "sparsity", "simulator", "config", "data", "runs", "bench", "evaluate", "interop",
-            "train", "plan", "report", "compare"),
+    "__main__": ("cli",),
+    "cli": ("draw", "parallel", "kernels", "sparsity", "simulator", "config", "data", "runs", "bench", "evaluate",
+            "interop", "train", "plan", "report", "compare"),
 }  # fmt: skip
 # Words that everyone may use, each below those that take it.
 WORDS = {

@@ -13,9 +13,15 @@ _LISTED = 60  # known words that a line names at most: all settings of a file, n
 class UserError(ValueError):
     """Bad input. The command line prints the message alone and exits with status 2."""
 
+    told = False  # of several processes that end alike, another one says it
+
 
 class Diverged(UserError):
     """A loss or gradient that is not finite: training cannot go on from here."""
+
+
+class RankLost(UserError):
+    """Of several processes that train together, one is gone or silent."""
 
 
 class BackendUnavailable(RuntimeError):
@@ -24,6 +30,8 @@ class BackendUnavailable(RuntimeError):
 
 class Interrupted(Exception):
     """The user stopped a run; it can be resumed."""
+
+    told = False  # as of a `UserError`
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

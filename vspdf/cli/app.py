@@ -47,9 +47,10 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False))
     except (UserError, BackendUnavailable) as error:
-        message = str(error)
+        message = "" if getattr(error, "told", False) else str(error)
     except Interrupted as error:
-        err.print(f"vspdf: {error}", markup=False, highlight=False, soft_wrap=True)
+        if not error.told:
+            err.print(f"vspdf: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(130)
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:  # of any path that is asked for

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -15,6 +15,10 @@ from vspdf.cli.console import Json, emit, out, say, show, tell
 from vspdf.draw import words
 from vspdf.errors import UserError
 from vspdf.kernels.hardware import keep_freed_memory
+from vspdf.parallel.environment import from_environment
+
+if TYPE_CHECKING:
+    from vspdf.config.resolved import ResolvedConfig
 
 
 def train(
@@ -36,8 +40,11 @@ def train(
     from vspdf.train.trainer import train as run
 
     keep_freed_memory()
-    settings = load_config(config, overrides or [])
-    run(settings, resume=resume, say=say, on_evaluation=_draw)
+    with from_environment() as world:
+        settings = world.together(lambda: load_config(config, overrides or []))
+        run(settings, resume=resume, say=say, on_evaluation=_draw)
+        if not world.first:
+            return
     summary = Run(Path(settings.run_dir)).summary
     if as_json:
         emit(summary)
@@ -129,10 +136,17 @@ def finetune(
     from vspdf.train.trainer import train
 
     keep_freed_memory()
-    shape, activation = checkpoints.shape_of(start)
-    model = configuration.ModelConfig(**asdict(shape), activation=activation)
-    settings = load_config(config, overrides or [], start=(start, model))
-    train(settings, resume=resume, say=say, on_evaluation=_draw)
+
+    def loaded() -> ResolvedConfig:
+        shape, activation = checkpoints.shape_of(start)
+        model = configuration.ModelConfig(**asdict(shape), activation=activation)
+        return load_config(config, overrides or [], start=(start, model))
+
+    with from_environment() as world:
+        settings = world.together(loaded)
+        train(settings, resume=resume, say=say, on_evaluation=_draw)
+        if not world.first:
+            return
     summary = Run(Path(settings.run_dir)).summary
     if as_json:
         emit(summary)

@@ -226,7 +226,7 @@ def _explained(error: OmegaConfBaseException, where: str) -> UserError:
 FREE_TO_CHANGE = {
     "name", "run_dir", "data.cache_dir",
     "train.log_every", "train.eval_every", "train.eval_tokens", "train.sample_tokens", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.measure_dense", "train.tensorboard", "train.wandb",
+    "train.keep_checkpoints", "train.measure_dense", "train.tensorboard", "train.wandb", "train.timeout",
 }  # fmt: skip
 
 

@@ -118,7 +118,12 @@ def _train(train: TrainConfig) -> ResolvedTrain:
             f"train.backend = '{backend}' does not run on train.device = '{train.device}'.",
         )
     micro = train.batch_size if train.micro_batch_size is None else train.micro_batch_size
-    found = ResolvedTrain(**{**vars(train), "micro_batch_size": micro})
+    parallel = (
+        ("ddp" if train.device.startswith("cuda") else "exact") if train.data_parallel is None else train.data_parallel
+    )
+    one_of("train.data_parallel", parallel, ("exact", "ddp"))
+    found = ResolvedTrain(**{**vars(train), "micro_batch_size": micro, "data_parallel": parallel})
+    require(0 < found.timeout < math.inf, f"train.timeout must be positive, is {found.timeout}.")
     for key in ("batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
         require(getattr(found, key) >= 1, f"train.{key} must be at least 1, not {getattr(found, key)}.")
     for key in ("eval_every", "eval_tokens", "sample_tokens", "checkpoint_every", "measure_dense", "patience"):

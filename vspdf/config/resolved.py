@@ -89,6 +89,8 @@ class ResolvedTrain:
     keep_checkpoints: int
     keep_best: bool
     patience: int
+    data_parallel: str
+    timeout: float
     measure_dense: int
     tensorboard: bool
     wandb: bool

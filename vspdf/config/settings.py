@@ -101,6 +101,10 @@ class TrainConfig:
     keep_best: bool = False
     # The run ends after so many evaluations in a row without a new lowest validation loss in its last phase; 0: never
     patience: int = 0
+    # On several processes (torchrun): "exact" adds gradients in one order on any number of them, equal to the last bit;
+    # "ddp" is DistributedDataParallel, which exchanges beside the backward pass; default: exact on CPUs, ddp on GPUs
+    data_parallel: str | None = None
+    timeout: float = 300.0  # seconds that processes wait for each other in a step, before one is taken for lost
     measure_dense: int = 3  # dense steps timed beside each sparse phase, on the same batches; 0: off
     tensorboard: bool = False  # curves for `tensorboard --logdir RUN`, too
     wandb: bool = False  # curves for Weights & Biases, too, which may send them away: its own settings say where

@@ -51,7 +51,7 @@ def check(config: ResolvedConfig, resume: bool) -> ResolvedConfig:
         run.check()  # says more
         raise
     for key, (old, new) in differences(loading.to_dict(run.config), loading.to_dict(config)).items():
-        if key in ("train.threads", "train.device"):
+        if key in ("train.threads", "train.device", "train.data_parallel"):
             log.warning("resuming with %s = %s instead of %s: results will differ in the last bits.", key, new, old)
         elif key not in FREE_TO_CHANGE:
             run.check()

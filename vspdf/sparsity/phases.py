@@ -136,7 +136,7 @@ class Phases:
 
     @property
     def dense_gradients(self) -> DenseGradients | None:
-        """What RigL collects at the step at hand: where several processes share a batch, they add up its `sums`."""
+        """What RigL collects at the step at hand: processes that share a batch add up its `parameters`' gradients."""
         return self._gradients
 
     @property

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vspdf.config.resolved import ResolvedPhase
 from vspdf.model import GPT
+from vspdf.parallel.world import COMMUNICATION
 from vspdf.runs.record import PhaseRecord, beside_dense
 from vspdf.sparsity.layer import sparse_layers
 from vspdf.sparsity.surgery import densify
@@ -23,15 +24,17 @@ TICK = 1e-9  # seconds that anything takes at least, even where a clock stands s
 
 
 class DenseTwin:
-    """The plain dense model with a run's weights, to be timed beside it; it never feeds back."""
+    """The plain dense model with a run's weights, to be timed beside it on the same ranks; it never feeds back."""
 
     def __init__(self, state: State, phase: ResolvedPhase, batch: Callable[[], tuple[Tensor, Tensor]]) -> None:
         self.config = state.config
         self.model: GPT = copy.deepcopy(state.model)
         densify(self.model)
         self.optimizer = adamw(self.model, self.config.optimizer, phase)
+        self.world, self.net = state.world, state.wrapped(self.model)
         times: dict[int, float] = {}
-        for threads in {torch.get_num_threads(), os.cpu_count() or 1}:
+        alone = {os.cpu_count() or 1} if self.world.size == 1 else set()
+        for threads in {torch.get_num_threads(), *alone}:
             self.threads = threads
             self.step(batch)  # warm-up: allocates the moments
             times[threads] = self.step(batch)
@@ -43,7 +46,9 @@ class DenseTwin:
         torch.set_num_threads(self.threads)
         try:
             start = time.perf_counter()
-            optimise(self.model, self.optimizer, batch(), 1e-8, self.config.train, self.config.optimizer.clip)
+            optimise(
+                self.net, self.optimizer, batch(), 1e-8, self.config.train, self.config.optimizer.clip, world=self.world
+            )
             return max(time.perf_counter() - start, TICK)
         finally:
             torch.set_num_threads(current)
@@ -78,9 +83,12 @@ class Beside:
         return beside_dense(record.paired_seconds)
 
 
-def profiled(step: Callable[[], Any], vocab_size: int) -> tuple[Any, dict[str, float]]:
+def profiled(step: Callable[[], Any], vocab_size: int, ranks: int = 1) -> tuple[Any, dict[str, float]]:
     """Runs a step under torch's profiler; returns its result and the fraction of its time by part."""
-    with torch.autograd.profiler_legacy.profile(record_shapes=True) as profile:  # the newer one writes to stderr
+    # The older does not know of exchanges, which begin and end in different threads; the newer writes to stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    profiler = torch.autograd.profiler_legacy.profile if ranks == 1 else torch.autograd.profiler.profile
+    with profiler(record_shapes=True) as profile:
         result = step()
     times: dict[str, float] = {}
     for event in profile.key_averages(group_by_input_shape=True):
@@ -91,6 +99,8 @@ def profiled(step: Callable[[], Any], vocab_size: int) -> tuple[Any, dict[str, f
 
 
 def _part(key: str, shapes: Any, vocab_size: int) -> str:
+    if key == COMMUNICATION or key.startswith(("c10d::", "gloo:", "nccl:")):
+        return "communication"
     if "vspdf::" in key:
         return "sparse products"
     if "scaled_dot_product" in key or "flash_attention" in key:

@@ -1,6 +1,6 @@
-"""All that a run tells: lines of metrics and of progress, generated text, and the summary.
+"""All that a run tells and keeps: lines of metrics and of progress, generated text, checkpoints, and the summary.
 
-Of several processes one holds the log; the others need none.
+Of several processes one holds the log; the others are silent.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -38,12 +39,20 @@ class Log:
         Of the run directory.
     say : callable
         Receives progress, a line at a time.
+    on_evaluation : callable
+        Called with the run directory by `refresh`.
     boards : sequence of Board
         Where curves are drawn too.
     """
 
-    def __init__(self, writer: Writer, say: Callable[[str], None], boards: Sequence[Board] = ()) -> None:
-        self.writer, self.say, self.boards = writer, say, boards
+    def __init__(
+        self,
+        writer: Writer,
+        say: Callable[[str], None],
+        on_evaluation: Callable[[Path], None],
+        boards: Sequence[Board] = (),
+    ) -> None:
+        self.writer, self.say, self.on_evaluation, self.boards = writer, say, on_evaluation, boards
 
     def entered(self, state: State, phase: ResolvedPhase) -> None:
         """A phase begins: its masks, and what it will be."""
@@ -101,6 +110,14 @@ class Log:
             f"  {1 - total.executed / total.dense:.0%} of FLOPs skipped  {words.eta(_seconds_left(state))}"
         )
 
+    def save(self, state: State) -> None:
+        """Writes a checkpoint, unless there is one of this step."""
+        state.save(self.writer.synced())
+
+    def refresh(self) -> None:
+        """The run was evaluated, or is at its end: those who draw it may do it anew."""
+        self.on_evaluation(self.writer.folder)
+
     def summary(self, state: State) -> dict[str, Any]:
         """The run is at its end: writes the summary."""
         config, manifest, last = state.config, state.data.manifest, state.records[-1]
@@ -142,6 +159,29 @@ class Log:
         }
         self.writer.summary(body)
         return body
+
+
+class Silent:
+    """The log of a rank that is not the first: it says nothing, and keeps nothing."""
+
+    def say(self, line: str) -> None: ...
+
+    def entered(self, state: State, phase: ResolvedPhase) -> None: ...
+
+    def changed(self, state: State, before: float) -> None: ...
+
+    def beside_dense(self, record: PhaseRecord, found: dict[str, Any]) -> None: ...
+
+    def left(self, state: State, phase: ResolvedPhase, record: PhaseRecord) -> None: ...
+
+    def step(self, state: State, line: dict[str, Any]) -> None: ...
+
+    def refresh(self) -> None: ...
+
+    def save(self, state: State) -> None: ...
+
+    def summary(self, state: State) -> dict[str, Any]:
+        return {}
 
 
 def _seconds_left(state: State) -> float | None:

@@ -18,6 +18,7 @@ from vspdf.errors import UserError
 from vspdf.interop import checkpoints
 from vspdf.kernels import hardware
 from vspdf.model import GPT
+from vspdf.parallel.world import ALONE, World
 from vspdf.runs import checkpoint
 from vspdf.runs.folder import Run
 from vspdf.runs.record import PhaseRecord
@@ -25,13 +26,14 @@ from vspdf.shapes import Shape
 from vspdf.sparsity.layer import sparse_layers
 from vspdf.sparsity.phases import Phases
 from vspdf.sparsity.surgery import densify
+from vspdf.train.common import check_shares
 from vspdf.train.schedule import position
 from vspdf.train.state import State
 
 log = logging.getLogger("vspdf")
 
 
-def begin(config: ResolvedConfig, device: torch.device, say: Callable[[str], None]) -> State:
+def begin(config: ResolvedConfig, device: torch.device, say: Callable[[str], None], world: World = ALONE) -> State:
     """A run at its beginning, or at its last checkpoint if its directory has one. Nothing is written.
 
     Raises
@@ -40,6 +42,7 @@ def begin(config: ResolvedConfig, device: torch.device, say: Callable[[str], Non
         For anything that a run cannot be started with: too little data, a checkpoint that does not fit, too large a
         model.
     """
+    check_shares(config, world.size)
     run = Run(Path(config.run_dir))
     goes_on = bool(run.checkpoints)
     model: GPT | None = None
@@ -61,7 +64,7 @@ def begin(config: ResolvedConfig, device: torch.device, say: Callable[[str], Non
         rescale=config.phases[0].s_mu_par and not config.init_from,
     )  # fmt: skip
     records = [PhaseRecord() for _ in config.phases]
-    state = State(config, device, data, shape, model.to(device), engine, records=records)
+    state = State(config, device, data, shape, model.to(device), engine, records=records, world=world)
     if not goes_on:
         if config.init_from:
             _take_over(state, config.init_from, say)

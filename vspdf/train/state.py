@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vspdf.config.resolved import ResolvedConfig, ResolvedPhase
 from vspdf.data.pairs import Pairs
@@ -17,6 +18,7 @@ from vspdf.errors import UserError
 from vspdf.kernels import hardware, tuning
 from vspdf.ledger import Count
 from vspdf.model import GPT
+from vspdf.parallel.world import World
 from vspdf.runs import checkpoint
 from vspdf.runs.folder import Run
 from vspdf.runs.record import PhaseRecord
@@ -67,6 +69,10 @@ class State:
         Step of the last checkpoint of this run.
     best : Best, optional
         Of the phase that was evaluated last.
+    world : World
+        Who trains it together.
+    net : nn.Module, optional
+        What a step runs where that is not the model itself: wrapped by `world`, anew whenever the model changes form.
     """
 
     config: ResolvedConfig
@@ -82,6 +88,8 @@ class State:
     samples: list[dict[str, Any]] = field(default_factory=list)
     saved_step: int | None = None
     best: Best | None = None
+    world: World = field(default_factory=World)
+    net: nn.Module | None = None
 
     # -- where it is -------------------------------------------------------------------------------------------------
 
@@ -146,8 +154,12 @@ class State:
         self.optimizer = optimizer
         return optimizer
 
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        """A model as a step runs it."""
+        return self.world.wrapped(model) if self.config.train.data_parallel == "ddp" else model
+
     def save(self, files: Mapping[str, Any]) -> None:
-        """Writes a checkpoint of the last whole step, unless there is one.
+        """Writes a checkpoint of the last whole step, unless there is one. Of several ranks, the first.
 
         Parameters
         ----------
@@ -175,6 +187,8 @@ class State:
             "mask_updates": turnover.updates if turnover else 0,
             "survival": turnover.survival if turnover else None,
             "kernel_choices": tuning.choices(),
+            "ranks": self.world.size,
+            "threads": torch.get_num_threads(),
             "best": asdict(self.best) if self.best else None,
             "files": files,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from vspdf import shapes
 from vspdf.config.resolved import ResolvedOptimizer, ResolvedPhase, ResolvedTrain
 from vspdf.evaluate.loss import autocast
 from vspdf.ledger import Count
+from vspdf.parallel.tree import accumulate, spans, taken
+from vspdf.parallel.world import ALONE, World
 from vspdf.sparsity.layer import sparse_layers
 
 
@@ -37,6 +39,8 @@ def optimise(
     train: ResolvedTrain,
     clip: float,
     take: Callable[[torch.optim.Optimizer], object] = lambda optimizer: optimizer.step(),
+    world: World = ALONE,
+    beside: Sequence[Tensor] = (),
 ) -> tuple[float, float]:
     """Takes one optimizer step, unless loss or gradient is not finite: then the weights stay as they are.
 
@@ -47,29 +51,54 @@ def optimise(
     optimizer : torch.optim.Optimizer
         As `adamw` makes it.
     batch : (Tensor, Tensor)
-        Inputs and targets [sequences, tokens] of a whole step; taken ``train.micro_batch_size`` sequences at a time.
+        Inputs and targets [sequences, tokens] of a whole step; taken ``train.micro_batch_size`` sequences at a time,
+        of which each rank of a `world` takes its share.
     lr : float
     train : ResolvedTrain
     clip : float
         Largest global norm of the gradient; 0: any.
     take : callable
         Takes the step with the gradients at hand, e.g. `vspdf.Phases.step`.
+    world : World
+        Who takes the step together. A `model` that it has wrapped sums gradients over ranks by itself.
+    beside : sequence of Tensor
+        What else gathers a gradient in the backward passes, in its ``.grad``, to be summed over ranks.
 
     Returns
     -------
     (float, float)
         Loss in nats per token, and the gradient's norm before clipping, NaN where the loss is not finite.
     """
-    inputs, targets = batch
     device = next(model.parameters()).device
-    all_targets, loss, norm = int((targets >= 0).sum()), 0.0, math.nan
-    for x, y in zip(inputs.split(train.micro_batch_size), targets.split(train.micro_batch_size), strict=True):
+    micro, all_targets = micro_batches(batch, train.micro_batch_size, world.size), int((batch[1] >= 0).sum())
+    mine, losses = world.share(len(micro)), list[float]()
+
+    def backward(number: int) -> None:
+        x, y = micro[number]
         share = int((y >= 0).sum()) / all_targets
         with autocast(train.precision, device):
             part = model(x.to(device), y.to(device)) * share
         part.backward()
-        loss += float(part.detach())
+        losses.append(float(part.detach()))
+
+    parameters = [*(parameter for parameter in model.parameters() if parameter.requires_grad), *beside]
+    parts: dict[tuple[int, int], list[Tensor | None]] = {}
+    if world.wraps(model):
+        for number in mine[:-1]:
+            with world.accumulating(model):
+                backward(number)
+        backward(mine[-1])
+    else:
+        for node in spans((0, len(micro)), mine):
+            accumulate(node, backward, parameters)
+            parts[node] = [parameter.grad for parameter in parameters] if node[1] == mine.stop else taken(parameters)
+    loss, norm = 0.0, math.nan
+    for part in (part for row in world.gather(losses) for part in row):
+        loss += part
     if math.isfinite(loss):
+        world.sum(parameters, len(micro), parts)
+        if world.wraps(model) and beside:
+            world.sum(beside, world.size, {(world.rank, world.rank + 1): [tensor.grad for tensor in beside]})
         norm = float(nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf))
     if math.isfinite(norm):
         for group in optimizer.param_groups:
@@ -79,6 +108,13 @@ def optimise(
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # so that a step's seconds hold all of it
     return loss, norm
+
+
+def micro_batches(batch: tuple[Tensor, Tensor], size: int, ranks: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """What a step takes at a time, of all ranks: `size` sequences, and where that is all of it, a rank's even share."""
+    inputs, targets = batch
+    size = size if size < len(inputs) else len(inputs) // ranks
+    return list(zip(inputs.split(size), targets.split(size), strict=True))
 
 
 def dense_counts(model: nn.Module, shape: shapes.Shape, tokens: int) -> dict[str, Count]:

@@ -21,16 +21,19 @@ import torch
 from vspdf import ledger
 from vspdf.config import essentials
 from vspdf.config.resolved import ResolvedConfig, ResolvedPhase
-from vspdf.errors import Diverged, Interrupted
+from vspdf.errors import Diverged, Interrupted, RankLost
 from vspdf.evaluate.loss import evaluate
 from vspdf.kernels.hardware import crowded, device, slow_bf16
+from vspdf.parallel.environment import from_environment, restarted
+from vspdf.parallel.world import World
 from vspdf.runs import writer
-from vspdf.runs.folder import CONFIG
+from vspdf.runs.folder import CONFIG, Run
 from vspdf.runs.record import PhaseRecord
 from vspdf.sparsity.layer import build_plans
+from vspdf.train import common
 from vspdf.train.beside import TICK, Beside, profiled
 from vspdf.train.boards import boards
-from vspdf.train.log import Log
+from vspdf.train.log import Log, Silent
 from vspdf.train.start import begin
 from vspdf.train.state import State
 from vspdf.train.step import dense_counts, optimise
@@ -73,14 +76,37 @@ def train(
     """
     threads = torch.get_num_threads()
     try:
-        where = device(config.train.device, "train.device")
-        loaded, config = config, writer.check(config, resume)
-        if config.train.threads:
-            torch.set_num_threads(config.train.threads)
-        with writer.Writer(Path(config.run_dir)) as files:
-            if resume:
+        with from_environment() as world:
+            return _train(config, resume, say, on_evaluation or (lambda folder: None), world)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(
+    config: ResolvedConfig,
+    resume: bool,
+    say: Callable[[str], None],
+    on_evaluation: Callable[[Path], None],
+    world: World,
+) -> dict[str, Any]:
+    if not world.first:
+        say, on_evaluation = lambda line: None, lambda folder: None
+    resume = resume or (restarted() and Run(Path(config.run_dir)).begun)
+    threads = config.train.threads or world.threads
+    if threads:
+        torch.set_num_threads(threads)
+    with writer.Writer(Path(config.run_dir)) as files:
+
+        def prepared() -> tuple[torch.device, State]:
+            where = device(config.train.device, "train.device", world.local_rank)
+            checked = writer.check(config, resume)
+            if resume and world.first:
                 files.hold()
-            state = begin(config, where, say)
+            return where, begin(checked, where, say, world)
+
+        def opened() -> Log | Silent:
+            if not world.first:
+                return Silent()
             curves = boards(state.config)
             if resume and state.step:
                 files.go_on_from(state.step)
@@ -89,31 +115,41 @@ def train(
                 if resume:
                     say("no checkpoint was written yet: starting again from step 0")
                 files.begin(state.config, state.data.tokenizer.to_json(), state.data.manifest, again=resume)
-            for line in _said(loaded, where, files.folder):
-                say(line)
-            return _loop(state, Log(files, say, curves), on_evaluation or (lambda folder: None))
-    finally:
-        torch.set_num_threads(threads)
+            return Log(files, say, on_evaluation, curves)
+
+        where, state = world.together(prepared)
+        world.same(partial(common.beginning, state))
+        log = world.together(opened)
+        world.within(config.train.timeout)
+        for line in _said(config, where, files.folder, world):
+            say(line)
+        return world.from_first(_loop(state, log))
 
 
-def _said(config: ResolvedConfig, where: torch.device, folder: Path) -> Iterator[str]:
+def _said(config: ResolvedConfig, where: torch.device, folder: Path, world: World) -> Iterator[str]:
     """Once nothing stands in a run's way: the settings that are not defaults, and what of them is not meant so."""
     yield f"{config.name}: settings that are not defaults; all are in {folder / CONFIG}"
     yield from essentials.lines(config)
+    if world.size > 1:
+        yield from common.said(config, world)
     if config.train.threads and (crowd := crowded(config.train.threads)):
         yield f"train.threads: {crowd}"
     if config.train.precision == "bf16" and (reason := slow_bf16(where)):
         yield f"train.precision = bf16 runs in fp32: {reason}."
 
 
-def _loop(state: State, log: Log, on_evaluation: Callable[[Path], None]) -> dict[str, Any]:
-    train, folder, beside = state.config.train, log.writer.folder, Beside()
-    started = time.perf_counter() - state.seconds
-    with _signals() as stopped:
+def _loop(state: State, log: Log | Silent) -> dict[str, Any]:
+    train, world, beside = state.config.train, state.world, Beside()
+    started, settled, form = time.perf_counter() - state.seconds, False, None
+    with _signals() as stopped, _lost(state):
         while not state.finished:
             place = state.place
             phase, record = state.config.phases[place.phase], state.records[place.phase]
-            _enter(state, phase, record, log, beside)
+            if _enter(state, phase, record, log) or not settled:
+                if form != (form := state.phases.sparsity):  # masks that only moved leave a step as long as it was
+                    beside.forget()
+                common.settle(state)
+                settled = True
             line = _step(state, phase, record)
             if found := beside.measure(state, phase, record, partial(state.batch, place), line["step_seconds"]):
                 log.beside_dense(record, found)
@@ -126,34 +162,54 @@ def _loop(state: State, log: Log, on_evaluation: Callable[[Path], None]) -> dict
             if evaluated or state.step == 1 or _due(train.log_every, state.step):
                 log.step(state, line)
             state.seconds = time.perf_counter() - started
-            stop = bool(stopped)
+            stop = world.agree(bool(stopped))
             if stop and not state.finished:
                 log.say("stopping: a checkpoint is written; once more to stop at once")
             if state.finished or stop or (better and train.keep_best) or _due(train.checkpoint_every, state.step):
-                _require_finite_weights(state)
-                state.save(log.writer.synced())
+                _save(state, log)
             if evaluated and not state.finished:
-                on_evaluation(folder)
+                log.refresh()
+                world.wait()
             if stop and not state.finished:
                 raise Interrupted(f"stopped after step {state.step}; a checkpoint was written: `resume` goes on.")
     summary = log.summary(state)
-    on_evaluation(folder)
+    log.refresh()
     return summary
+
+
+def _save(state: State, log: Log | Silent) -> None:
+    """A checkpoint of what all ranks have alike."""
+    _require_finite_weights(state)
+    common.require_alike(state)
+    log.save(state)
+    state.world.wait()
+    state.saved_step = state.step
+
+
+@contextmanager
+def _lost(state: State) -> Iterator[None]:
+    """Where a rank is gone, the others say what is left."""
+    try:
+        yield
+    except RankLost as error:
+        raise RankLost(
+            f"{error}; {_kept(state)}. `torchrun --max-restarts` goes on by itself, or the same command with `resume`."
+        ) from None
 
 
 def _due(every: int, step: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _enter(state: State, phase: ResolvedPhase, record: PhaseRecord, tell: Log, beside: Beside) -> None:
-    """Brings the model into the form of the step at hand."""
+def _enter(state: State, phase: ResolvedPhase, record: PhaseRecord, tell: Log | Silent) -> bool:
+    """Brings the model into the form of the step at hand, and says whether it had another."""
     engine = state.phases
     begun, old, sparsity = engine.started, engine.now.phase, engine.sparsity if engine.started else None
     start, cpu_start = time.perf_counter(), time.process_time()
     if not begun:
         engine.start(state.model, state.optimizer)
     elif not engine.at(state.step, state.model, state.optimizer):
-        return
+        return False
     state.renew_optimizer(phase)
     build_plans(state.model)
     if begun and engine.now.phase == old:
@@ -161,15 +217,15 @@ def _enter(state: State, phase: ResolvedPhase, record: PhaseRecord, tell: Log, b
         if engine.turnover:  # masks that move time and again are a part of what training costs
             record.spend(time.perf_counter() - start, time.process_time() - cpu_start)
         tell.changed(state, sparsity)
-    else:
-        if engine.before and not phase.revived_warmup and phase.beta2 > 0.98:
-            log.warning(
-                "phase '%s' revives weights under beta2 = %s: without revived_warmup (50-100 steps) the loss may "
-                "spike.", phase.name, phase.beta2,
-            )  # fmt: skip
-        tell.entered(state, phase)
-    if engine.sparsity != sparsity:
-        beside.forget()
+        return True
+    if engine.before and not phase.revived_warmup and phase.beta2 > 0.98:
+        log.warning(
+            "phase '%s' revives weights under beta2 = %s: without revived_warmup (50-100 steps) the loss may spike.",
+            phase.name,
+            phase.beta2,
+        )
+    tell.entered(state, phase)
+    return True
 
 
 def _step(state: State, phase: ResolvedPhase, record: PhaseRecord) -> dict[str, Any]:
@@ -179,17 +235,21 @@ def _step(state: State, phase: ResolvedPhase, record: PhaseRecord) -> dict[str, 
     lr, sparsity = phase.learning_rate(place.step, config.optimizer.lr), state.phases.sparsity
     start, cpu_start = time.perf_counter(), time.process_time()
     batch = state.batch(place)
+    state.world.spent()  # what was exchanged beside a step is none of its
     take = lambda: optimise(  # noqa: E731
-        state.model, optimizer, batch, lr, config.train, config.optimizer.clip, state.phases.step
-    )
+        state.net or state.model, optimizer, batch, lr, config.train, config.optimizer.clip, state.phases.step,
+        state.world, gradients.parameters if (gradients := state.phases.dense_gradients) else (),
+    )  # fmt: skip
     with ledger.counting() as tally:
         # The second step: plans are built, nothing else is special about it. The profiler sees the CPU alone.
         if place.step == 1 and state.device.type == "cpu":
-            (loss, norm), record.parts = profiled(take, state.shape.vocab_size)
+            (loss, norm), record.parts = profiled(take, state.shape.vocab_size, state.world.size)
         else:
             loss, norm = take()
     seconds, cpu_seconds = max(time.perf_counter() - start, TICK), time.process_time() - cpu_start
     _require_finite(state, loss, norm)
+    cpu_seconds = common.add_up(state.world, tally, cpu_seconds)
+    exchanged, sent = state.world.spent()
     shape = replace(state.shape, sequence_length=batch[0].shape[1])
     for name, count in {**tally.products, **dense_counts(state.model, shape, batch[0].numel())}.items():
         record.tally.add(name, count)
@@ -209,6 +269,8 @@ def _step(state: State, phase: ResolvedPhase, record: PhaseRecord) -> dict[str, 
         "grad_norm": norm,
         "step_seconds": seconds,
         "tokens_per_second": (state.tokens(state.step) - tokens) / seconds,
+        "communication_seconds": exchanged,
+        "communication_bytes": sent,
     }
 
 
@@ -228,14 +290,17 @@ def _require_finite_weights(state: State) -> None:
 
 
 def _diverged(state: State, what: str) -> Diverged:
+    return Diverged(f"{what}: training stopped, {_kept(state)}. Lower optimizer.lr?")
+
+
+def _kept(state: State) -> str:
     saved = state.saved_step
-    kept = f"the checkpoint of step {saved} is intact" if saved else "no checkpoint was written yet"
-    return Diverged(f"{what}: training stopped, {kept}. Lower optimizer.lr?")
+    return f"the checkpoint of step {saved} is intact" if saved else "no checkpoint was written yet"
 
 
 def _evaluate(state: State, record: PhaseRecord, line: dict[str, Any]) -> float:
     train = state.config.train
-    result = evaluate(state.model, state.data, train.micro_batch_size, train.eval_tokens, train.precision)
+    result = evaluate(state.model, state.data, train.micro_batch_size, train.eval_tokens, train.precision, state.world)
     if not math.isfinite(result[0]):
         raise _diverged(state, f"the validation loss after step {state.step} is {result[0]}")
     record.val_loss, record.val_bits_per_byte = line["val_loss"], line["val_bits_per_byte"] = result

@@ -1,0 +1,5 @@
+"""``python -m vspdf``: the command line, as `torchrun` starts it on every rank."""
+
+from vspdf.cli import main
+
+main()
