@@ -1,7 +1,7 @@
 """A plain dense GPT-2-shaped GPT with Cerebras-GPT's conventions (arXiv:2304.03208). It knows nothing of sparsity.
 
 Pre-LN, GELU (exact, or GPT-2's tanh form), biases, learnt positions, tied embeddings, no dropout. Module names are
-GPT-2's, so that conversion is renaming. Shape suffixes: B batch, T tokens, D d_model, H heads, F d_ff, V vocabulary.
+GPT-2's, so that conversion is renaming. Shape suffixes: B batch, T tokens, D d_model, A d_attention, H heads, F d_ff, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,27 +22,24 @@ ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # names here, and torch's f
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention; Q, K and V are one matrix of 3·D rows."""
+    """Causal multi-head self-attention; Q, K and V are one matrix of 3·A rows."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.n_head = shape.n_head
-        self.c_attn = nn.Linear(shape.d_model, 3 * shape.d_model)
-        self.c_proj = nn.Linear(shape.d_model, shape.d_model)
+        self.c_attn = nn.Linear(shape.d_model, 3 * shape.d_attention)
+        self.c_proj = nn.Linear(shape.d_attention, shape.d_model)
         self.attend = causal_attention  # a benchmark puts torch's in its place
 
     def forward(self, x_BTD: Tensor, past: Past | None = None) -> Tensor:
-        B, T, D = x_BTD.shape
-        q, k, v = (
-            part.view(B, T, self.n_head, D // self.n_head).transpose(1, 2)
-            for part in self.c_attn(x_BTD).split(D, dim=2)
-        )
+        B, T, _ = x_BTD.shape
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x_BTD).chunk(3, dim=2))
         if past is None:
             y_BHTd = self.attend(q, k, v)
         else:
             k, v, visible = past(k, v)
             y_BHTd = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        return self.c_proj(y_BHTd.transpose(1, 2).reshape(B, T, D))
+        return self.c_proj(y_BHTd.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -88,7 +85,7 @@ class GPT(nn.Module):
     Raises
     ------
     UserError
-        If the heads do not divide the width, or the activation is unknown.
+        If the heads do not divide the width of attention, or the activation is unknown.
     """
 
     def __init__(
@@ -100,8 +97,8 @@ class GPT(nn.Module):
         output_init_std: float | None = None,
     ) -> None:
         super().__init__()
-        if shape.d_model % shape.n_head:
-            raise UserError(f"model.n_head = {shape.n_head} does not divide model.d_model = {shape.d_model}.")
+        if shape.d_attention % shape.n_head:
+            raise UserError(f"model.n_head = {shape.n_head} does not divide model.d_attention = {shape.d_attention}.")
         if activation not in ACTIVATIONS:
             raise UserError(f"activation '{activation}' is not known.{did_you_mean(activation, ACTIVATIONS)}")
         self.shape, self.activation = shape, activation
@@ -177,7 +174,7 @@ class Cache:
 
     def __init__(self, model: GPT, padding_B: Tensor, capacity: int) -> None:
         shape, weight = model.shape, model.wte.weight
-        size = (len(padding_B), shape.n_head, capacity, shape.d_model // shape.n_head)
+        size = (len(padding_B), shape.n_head, capacity, shape.d_attention // shape.n_head)
         self.padding_B = padding_B
         self.length = 0  # columns held
         self._keys = [weight.new_zeros(size) for _ in range(shape.n_layer)]

@@ -26,15 +26,19 @@ class Shape:
     d_ff: int
     vocab_size: int
     sequence_length: int
+    d_attention: int = 0  # width of all heads together; 0, as given: d_model, and that is what it then is
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "d_attention", self.d_attention or self.d_model)
 
     @property
     def linear(self) -> int:
-        """Projection and FFN weights: ``L(4d² + 2·d·f)``, the ones that sparsity applies to."""
-        return self.n_layer * (4 * self.d_model**2 + 2 * self.d_model * self.d_ff)
+        """Projection and FFN weights: ``L(4·d·a + 2·d·f)``, the ones that sparsity applies to."""
+        return self.n_layer * (4 * self.d_model * self.d_attention + 2 * self.d_model * self.d_ff)
 
     @property
     def attention(self) -> int:
-        return 2 * self.n_layer * self.sequence_length * self.d_model
+        return 2 * self.n_layer * self.sequence_length * self.d_attention
 
     @property
     def vocabulary(self) -> int:
@@ -43,17 +47,18 @@ class Shape:
     @property
     def parameters(self) -> int:
         """All parameters of a GPT-2-shaped model with biases, learnt positions and a tied unembedding."""
-        d, f = self.d_model, self.d_ff
-        block = 4 * d * d + 2 * d * f + 9 * d + f  # weights + biases (4d attention, f + d FFN) + two norms (4d)
+        d, f, a = self.d_model, self.d_ff, self.d_attention
+        # Weights, biases (3a + d of attention, f + d of the FFN) and two norms (4d).
+        block = 4 * d * a + 2 * d * f + 3 * a + 6 * d + f
         return self.n_layer * block + (self.vocab_size + self.sequence_length) * d + 2 * d
 
 
 MOST_LAYERS = 10_000  # more are a slip, and their names alone would fill the memory
 
 
-def linear_layers(n_layer: int, d_model: int, d_ff: int) -> dict[str, int]:
+def linear_layers(n_layer: int, d_model: int, d_ff: int, d_attention: int = 0) -> dict[str, int]:
     """The layers of a GPT that can be sparse, by name, and how many weights each has (`Shape.linear` is their sum)."""
-    square, wide = d_model * d_model, d_model * d_ff
+    square, wide = d_model * (d_attention or d_model), d_model * d_ff
     block = {"attn.c_attn": 3 * square, "attn.c_proj": square, "mlp.c_fc": wide, "mlp.c_proj": wide}
     return {f"h.{i}.{name}": weights for i in range(n_layer) for name, weights in block.items()}
 

@@ -25,7 +25,14 @@ CASES = {
     "preset": ("model: {name: gpt2-small}\nphases: [{steps: 3}]", None),
 }
 # What None means in each is said in vspdf.config.resolved: there is no such thing, or the data tell.
-STATIC = ("sparsity_end", "update_every", "drop_fraction", "update", "random_share")  # what its phases do not have
+STATIC = (
+    "sparsity_end",
+    "update_every",
+    "drop_fraction",
+    "update",
+    "random_share",
+    "init_file",
+)  # what its phases do not have
 NONE_THERE = {
     "text": {"init_from", "start", "model.name", "model.vocab_size", "data.path", "data.validation_path", "data.length",
              "data.first_sequence", "data.cache_dir", "train.threads",

@@ -110,7 +110,9 @@ def _attention(shape: Shape, length: int) -> Callable[[], None]:
 
     from vspdf.attention import causal_attention
 
-    q, k, v = (torch.randn(1, shape.n_head, length, shape.d_model // shape.n_head, requires_grad=True) for _ in "qkv")
+    q, k, v = (
+        torch.randn(1, shape.n_head, length, shape.d_attention // shape.n_head, requires_grad=True) for _ in "qkv"
+    )
     return lambda: causal_attention(q, k, v).sum().backward()
 
 

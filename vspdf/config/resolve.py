@@ -93,9 +93,12 @@ def resolve_model(model: ModelConfig) -> ResolvedModel:
     d_ff = 4 * sizes["d_model"] if d_ff is None else d_ff
     require(d_ff >= 1, f"model.d_ff must be at least 1, not {d_ff}.")
     require(vocab_size is None or vocab_size >= 1, f"model.vocab_size must be at least 1, not {vocab_size}.")
+    d_attention = sizes["d_model"] if model.d_attention is None else model.d_attention
+    require(d_attention >= 1, f"model.d_attention must be at least 1, not {d_attention}.")
     require(
-        sizes["d_model"] % sizes["n_head"] == 0,
-        f"model.n_head = {sizes['n_head']} does not divide model.d_model = {sizes['d_model']}.",
+        d_attention % sizes["n_head"] == 0,
+        f"model.n_head = {sizes['n_head']} does not divide model."
+        f"{'d_model' if model.d_attention is None else 'd_attention'} = {d_attention}.",
     )
     one_of("model.activation", model.activation, ("gelu", "gelu_tanh"))
     output = model.output_init_std
@@ -103,7 +106,7 @@ def resolve_model(model: ModelConfig) -> ResolvedModel:
     for key, std in (("init_std", model.init_std), ("output_init_std", output)):
         require(0 < std < math.inf, f"model.{key} must be positive, not {std}.")
     return ResolvedModel(
-        name=model.name, **sizes, d_ff=d_ff, vocab_size=vocab_size, activation=model.activation,
+        name=model.name, **sizes, d_ff=d_ff, d_attention=d_attention, vocab_size=vocab_size, activation=model.activation,
         init_std=model.init_std, output_init_std=output,
     )  # fmt: skip
 
@@ -279,12 +282,14 @@ def model_shape(model: ResolvedModel, vocab_size: int | None = None) -> shapes.S
     vocab_size = vocab_size if model.vocab_size is None else model.vocab_size
     if vocab_size is None:
         raise UserError("model.vocab_size is not set, and no tokenizer tells it here: set it.")
-    return shapes.Shape(model.n_layer, model.d_model, model.n_head, model.d_ff, vocab_size, model.sequence_length)
+    return shapes.Shape(
+        model.n_layer, model.d_model, model.n_head, model.d_ff, vocab_size, model.sequence_length, model.d_attention
+    )
 
 
 def linear_layers(model: ResolvedModel) -> dict[str, int]:
     """The layers of a configured model that can be sparse, and how many weights each has."""
-    return shapes.linear_layers(model.n_layer, model.d_model, model.d_ff)
+    return shapes.linear_layers(model.n_layer, model.d_model, model.d_ff, model.d_attention)
 
 
 def amounts(config: ResolvedConfig) -> list[tuple[float, float]]:

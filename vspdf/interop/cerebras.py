@@ -19,7 +19,9 @@ from vspdf.interop.cerebras_sparsity import sparsity
 
 log = logging.getLogger("vspdf")
 _SIZES = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "num_heads": "n_head", "filter_size": "d_ff",
-          "max_position_embeddings": "sequence_length", "vocab_size": "vocab_size"}  # fmt: skip
+          "max_position_embeddings": "sequence_length", "vocab_size": "vocab_size",
+          "attention_inner_dim": "d_attention"}  # fmt: skip
+_OPEN = {"attention_inner_dim": "hidden_size"}  # what a size is where it is not set
 # What our GPT is, in their words; the first is their default where the key is absent.
 _MODEL = {
     "position_embedding_type": ("learned",), "share_embedding_weights": (True,), "use_ffn_bias": (True,),
@@ -27,7 +29,7 @@ _MODEL = {
     "nonlinearity": ("gelu",), "layer_norm_epsilon": (1e-5,),
     "norm_type": ("layernorm",), "attention_type": ("scaled_dot_product",), "embedding_layer_norm": (False,),
     "use_position_embedding": (True,), "norm_first": (True,), "fixed_sparse_attention": (None,), "moe_params": (None,),
-    "attention_inner_dim": (None,), "attention_sliding_window_length": (None,), "use_untied_layer_norm": (False,),
+    "attention_sliding_window_length": (None,), "use_untied_layer_norm": (False,),
     "scale_qk_dot_by_layer_idx": (False,), "attention_qk_norm_layer": (None,), "logit_softcapping": (None,),
 }  # fmt: skip
 _DROPOUT = ("dropout_rate", "attention_dropout_rate", "embedding_dropout_rate", "residual_dropout_rate")
@@ -177,6 +179,8 @@ def _sizes(model: Mapping[str, Any], where: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for theirs, ours in _SIZES.items():
         value = model.get(theirs)
+        if value is None and theirs in _OPEN:
+            value = model.get(_OPEN[theirs])
         largest = _LARGEST.get(theirs, 1 << 31)
         if isinstance(value, int) and not isinstance(value, bool) and not 0 < value <= largest:
             raise UserError(f"{where}: model.{theirs} = {value} must lie between 1 and {largest:,}.")

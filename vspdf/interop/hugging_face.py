@@ -56,11 +56,21 @@ class Scales(NamedTuple):
 
 
 def configuration_of(shape: Shape, activation: str = "gelu", end_of_document: int | None = None) -> dict[str, Any]:
-    """Content of the config.json with which transformers' GPT-2 is our GPT."""
+    """Content of the config.json with which transformers' GPT-2 is our GPT.
+
+    Raises
+    ------
+    UserError
+        If attention has a width of its own, which GPT-2 does not know.
+    """
+    if shape.d_attention != shape.d_model:
+        raise UserError(
+            f"model.d_attention = {shape.d_attention} beside d_model = {shape.d_model}: the GPT-2 layout has one width."
+        )
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     ends = {} if end_of_document is None else {"bos_token_id": end_of_document, "eos_token_id": end_of_document}
     return {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **{_SIZES[k]: v for k, v in asdict(shape).items()},
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **{_SIZES[k]: v for k, v in asdict(shape).items() if k in _SIZES},
         "activation_function": names[activation], "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
         "scale_attn_weights": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
         "initializer_range": 0.02, "torch_dtype": "float32", **ends,

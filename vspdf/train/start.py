@@ -117,8 +117,9 @@ def _take_over(state: State, source: str, say: Callable[[str], None]) -> None:
             f"init_from '{source}' was trained with the tokenizer {name}, whose vocabulary is not that of "
             f"data.tokenizer = '{config.data.tokenizer}'."
         )
+    its = asdict(Shape(**old["model"]))
     for key, value in asdict(state.shape).items():
-        if (theirs := old["model"][key]) != value:
+        if (theirs := its[key]) != value:
             raise UserError(f"init_from '{source}': its model.{key} is {theirs}, here it is {value}.")
     if old["activation"] != config.model.activation:
         raise UserError(f"init_from '{source}' needs model.activation={old['activation']}.")

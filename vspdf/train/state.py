@@ -218,10 +218,10 @@ class State:
                 f"checkpoint {stored.folder} belongs to another corpus: sha256 was "
                 f"{body['corpus']['sha256'][:12]}..., is {corpus['sha256'][:12]}...."
             )
-        if body["model"] != shape:
-            wrong = next(key for key, value in shape.items() if body["model"].get(key) != value)
+        if (theirs := asdict(Shape(**body["model"]))) != shape:
+            wrong = next(key for key, value in shape.items() if theirs.get(key) != value)
             raise UserError(
-                f"the checkpoint belongs to another model: its {wrong} is {body['model'].get(wrong)}, "
+                f"the checkpoint belongs to another model: its {wrong} is {theirs.get(wrong)}, "
                 f"here it is {shape[wrong]}."
             )
         Run(Path(self.config.run_dir)).check(body)
