@@ -43,6 +43,8 @@ def multipliers(arms: Sequence[Mapping[str, Any]], family: Sequence[str]) -> lis
             if run["test_loss"] is None or len(points) < 2:
                 continue
             size, beyond = _where(points, run["test_loss"])
+            if math.isnan(size):
+                continue
             logs.append(size - math.log(arm["kept"]))
             seeds.append(run["seed"])
             outside |= beyond
@@ -58,14 +60,17 @@ def multipliers(arms: Sequence[Mapping[str, Any]], family: Sequence[str]) -> lis
 
 
 def _where(points: Sequence[tuple[float, float]], value: float) -> tuple[float, bool]:
-    """The x at which a line through points (x, y), y falling, takes a value; and whether that lies beyond them."""
+    """The x at which a line through points (x, y), y falling, takes a value; and whether that lies beyond them.
+
+    NaN where it lies beyond an end at which y does not fall.
+    """
     points = sorted(points)
     for (x, y), (x2, y2) in pairwise(points):
         if y >= value >= y2 and y > y2:
             return x + (x2 - x) * (y - value) / (y - y2), False
     below = value < min(y for _, y in points)
     (x, y), (x2, y2) = points[-2:] if below else points[:2]
-    if y <= y2:  # the family does not tell
+    if y <= y2:
         return math.nan, True
     return x + (x2 - x) * (y - value) / (y - y2), True
 
@@ -77,4 +82,5 @@ def _break_even(arm: Mapping[str, Any], dense: Sequence[Mapping[str, Any]]) -> f
     if len(timed) < 3 or timed[-1] is not arm:
         return None
     points = [(math.log(one["kept"]), -pace(one)) for one in timed[:-1]]
-    return math.exp(_where(points, -pace(arm))[0] - math.log(arm["kept"]))
+    size = _where(points, -pace(arm))[0] - math.log(arm["kept"])
+    return None if math.isnan(size) else math.exp(size)
