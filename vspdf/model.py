@@ -1,7 +1,8 @@
 """A plain dense GPT-2-shaped GPT with Cerebras-GPT's conventions (arXiv:2304.03208). It knows nothing of sparsity.
 
 Pre-LN, GELU (exact, or GPT-2's tanh form), biases, learnt positions, tied embeddings, no dropout. Module names are
-GPT-2's, so that conversion is renaming. Shape suffixes: B batch, T tokens, D d_model, A d_attention, H heads, F d_ff, V vocabulary.
+GPT-2's, so that conversion is renaming. Shape suffixes: B batch, T tokens, D d_model, A d_attention, H heads, F d_ff,
+V vocabulary.
 """
 
 from __future__ import annotations

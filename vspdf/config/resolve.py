@@ -106,8 +106,8 @@ def resolve_model(model: ModelConfig) -> ResolvedModel:
     for key, std in (("init_std", model.init_std), ("output_init_std", output)):
         require(0 < std < math.inf, f"model.{key} must be positive, not {std}.")
     return ResolvedModel(
-        name=model.name, **sizes, d_ff=d_ff, d_attention=d_attention, vocab_size=vocab_size, activation=model.activation,
-        init_std=model.init_std, output_init_std=output,
+        name=model.name, **sizes, d_ff=d_ff, d_attention=d_attention, vocab_size=vocab_size,
+        activation=model.activation, init_std=model.init_std, output_init_std=output,
     )  # fmt: skip
 
 

@@ -70,7 +70,8 @@ def configuration_of(shape: Shape, activation: str = "gelu", end_of_document: in
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     ends = {} if end_of_document is None else {"bos_token_id": end_of_document, "eos_token_id": end_of_document}
     return {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **{_SIZES[k]: v for k, v in asdict(shape).items() if k in _SIZES},
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
+        **{theirs: getattr(shape, ours) for ours, theirs in _SIZES.items()},
         "activation_function": names[activation], "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
         "scale_attn_weights": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
         "initializer_range": 0.02, "torch_dtype": "float32", **ends,
