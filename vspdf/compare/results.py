@@ -22,6 +22,8 @@ from vspdf.report.comparison import Axis, at, curve, evaluated, paired, spread
 from vspdf.report.tables import LOSSES, main_axes
 from vspdf.runs.folder import COLUMNS, Run
 
+TOLERANCE = 0.03  # by which arms that are to train for equally long may end apart
+
 # -- what finished runs say -------------------------------------------------------------------------------------------
 
 
@@ -53,6 +55,7 @@ def collect(study: Study, root: Path, jobs: int | None = None) -> dict[str, Any]
         if arm["flops"] and first["flops"]:
             arm["relative_flops"] = {name: total / first["flops"][name] for name, total in arm["flops"].items()}
     runs = [run for arm in arms for run in arm["runs"]]
+    uneven = _apart(arms, study.seconds)
     trained = [pair for pair in study.pairs if not any(study.arms[name].untrained for name in pair)]
     machines = [run.pop("machine") for run in runs]
     corpora = [run.pop("corpus") for run in runs]
@@ -65,8 +68,12 @@ def collect(study: Study, root: Path, jobs: int | None = None) -> dict[str, Any]
         "seeds": list(study.seeds),
         "tuning_seeds": list(study.tuning_seeds),
         "arms": arms,
-        "paired": [_difference(_named(arms, a), _named(arms, b), "test_loss", axes) for a, b in trained],
+        "paired": [
+            _refused(_difference(_named(arms, a), _named(arms, b), "test_loss", axes), uneven) for a, b in trained
+        ],
         "multipliers": multipliers(arms, study.family),
+        "budget_seconds": study.seconds,
+        "apart": uneven,
         "tasks": tasks,
         "corpus": corpora[0] if corpora else None,
         "jobs": jobs,
@@ -75,6 +82,27 @@ def collect(study: Study, root: Path, jobs: int | None = None) -> dict[str, Any]
         **(machines[0] if machines else {"hardware": hardware.hardware(), "versions": hardware.versions()}),
         "same_machine": all(machine == machines[0] for machine in machines),
     }
+
+
+def _apart(arms: Sequence[dict[str, Any]], seconds: float | None) -> dict[str, Any] | None:
+    """How far the arms of a study with `seconds` ended from each other in CPU time: the `share`, and of which `arms`."""
+    took = {
+        arm["name"]: statistics.fmean(run["cpu_seconds"] for run in arm["runs"])
+        for arm in arms
+        if arm["runs"] and all(run["cpu_seconds"] for run in arm["runs"])
+    }
+    if seconds is None or len(took) < 2:
+        return None
+    least, most = min(took, key=lambda name: took[name]), max(took, key=lambda name: took[name])
+    return {"share": took[most] / took[least] - 1, "arms": [most, least], "seconds": took}
+
+
+def _refused(pair: dict[str, Any], uneven: dict[str, Any] | None) -> dict[str, Any]:
+    """No verdict where arms that were to train for equally long did not."""
+    took = [uneven["seconds"][pair[key]] for key in "ab" if pair[key] in uneven["seconds"]] if uneven else []
+    if len(took) == 2 and max(took) > (1 + TOLERANCE) * min(took):
+        return pair | {"verdict": f"refused: times {max(took) / min(took) - 1:.1%} apart"}
+    return pair
 
 
 def _named(arms: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
