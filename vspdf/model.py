@@ -99,7 +99,8 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         if shape.d_attention % shape.n_head:
-            raise UserError(f"model.n_head = {shape.n_head} does not divide model.d_attention = {shape.d_attention}.")
+            key = "d_model" if shape.d_attention == shape.d_model else "d_attention"
+            raise UserError(f"model.n_head = {shape.n_head} does not divide model.{key} = {shape.d_attention}.")
         if activation not in ACTIVATIONS:
             raise UserError(f"activation '{activation}' is not known.{did_you_mean(activation, ACTIVATIONS)}")
         self.shape, self.activation = shape, activation

@@ -125,9 +125,9 @@ class Model:
 
 def matrices(shape: Shape) -> dict[tuple[int, int], int]:
     """(out_features, in_features) of the sparsified matrices and how many there are: QKV as one, projection, FFN."""
-    d, f, n = shape.d_model, shape.d_ff, shape.n_layer
+    d, a, f, n = shape.d_model, shape.d_attention, shape.d_ff, shape.n_layer
     counts: Counter[tuple[int, int]] = Counter()
-    for sides in ((3 * d, d), (d, d), (f, d), (d, f)):
+    for sides in ((3 * a, d), (d, a), (f, d), (d, f)):
         counts[sides] += n
     return dict(counts)
 
@@ -141,9 +141,9 @@ def token_bytes(shape: Shape, columns: int, recompute: bool) -> int:
     Kept: a block's input, Q, K, V, attention's output, the FFN's input and inner values before GELU (norms, GELU
     and scores are computed again); with `recompute` its input alone. At work: the gradients of these; or the logits.
     """
-    d, f, v = (-(-n // columns) for n in (shape.d_model, shape.d_ff, shape.vocab_size))
-    inside = 6 * d + f
-    at_work = 4 * d + 2 * f + (inside if recompute else 0)
+    d, a, f, v = (-(-n // columns) for n in (shape.d_model, shape.d_attention, shape.d_ff, shape.vocab_size))
+    inside = 2 * d + 4 * a + f
+    at_work = 4 * max(d, a) + 2 * f + (inside if recompute else 0)
     return 2 * (shape.n_layer * (d if recompute else inside) + max(at_work, v))
 
 
@@ -163,7 +163,7 @@ def placements(machine: Machine, model: Model) -> list[Placement]:
     share = -(-model.batch // model.systems)
     limit = machine.activation_share * machine.sram_bytes
     found, least = [], float("inf")
-    for columns in layer.candidates(machine, min(shape.d_model, shape.d_ff)):
+    for columns in layer.candidates(machine, min(shape.d_model, shape.d_attention, shape.d_ff)):
         groups = machine.width // columns * machine.height
         for recompute in (False, True):
             per_token = token_bytes(shape, columns, recompute)
@@ -206,9 +206,9 @@ def attention(machine: Machine, model: Model, place: Placement, assumption: Assu
     rule = layer.Law(rule.start_up, rule.vector, rule.words * heads, rule.command)
     rows = s.sequence_length * ring.local / local
     products = 8 if place.recompute else 7  # scores are never kept; AV again only with the whole block
-    parts = rule.attribute(-(-s.d_model // ring.columns), rows)
+    parts = rule.attribute(-(-s.d_attention // ring.columns), rows)
     parts["fill"] = layer.fill(machine, ring)
-    one = bounded(parts, float(s.sequence_length) * s.d_model * ring.tokens)
+    one = bounded(parts, float(s.sequence_length) * s.d_attention * ring.tokens)
     total = Cost()
     total.add(one, products)
     total.macs = 6 * one.macs

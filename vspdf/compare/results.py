@@ -85,7 +85,7 @@ def collect(study: Study, root: Path, jobs: int | None = None) -> dict[str, Any]
 
 
 def _apart(arms: Sequence[dict[str, Any]], seconds: float | None) -> dict[str, Any] | None:
-    """How far the arms of a study with `seconds` ended from each other in CPU time: the `share`, and of which `arms`."""
+    """How far the arms of a study with `seconds` ended apart in CPU time: the `share`, and of which `arms`."""
     took = {
         arm["name"]: statistics.fmean(run["cpu_seconds"] for run in arm["runs"])
         for arm in arms
