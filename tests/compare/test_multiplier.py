@@ -1,7 +1,5 @@
 """What a kept weight is worth, and studies whose arms train for equally long."""
 
-import math
-
 import pytest
 
 from vspdf.compare import budget, definition, results

@@ -82,5 +82,7 @@ def _break_even(arm: Mapping[str, Any], dense: Sequence[Mapping[str, Any]]) -> f
     if len(timed) < 3 or timed[-1] is not arm:
         return None
     points = [(math.log(one["kept"]), -pace(one)) for one in timed[:-1]]
-    size = _where(points, -pace(arm))[0] - math.log(arm["kept"])
-    return None if math.isnan(size) else math.exp(size)
+    size, _ = _where(points, -pace(arm))
+    if math.isnan(size) or size > max(x for x, _ in points) + math.log(4):  # too far beyond what was timed
+        return None
+    return math.exp(size - math.log(arm["kept"]))
