@@ -117,6 +117,5 @@ def loading_layers(config):
 
 @pytest.mark.parametrize("name", [path.stem for path in loading.shipped("studies")])
 def test_studies_that_ship_can_be_read(name):
-    assert math.isfinite(
-        sum(arm.configure({}, 0).steps for arm in definition.load(name).arms.values() if not arm.untrained)
-    )
+    arms = [arm for arm in definition.load(name).arms.values() if not arm.untrained]
+    assert arms and all(arm.configure({}, 0).steps for arm in arms)
