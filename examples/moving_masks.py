@@ -2,7 +2,7 @@
 
     python examples/moving_masks.py [STEPS]
 
-Runs offline in half a minute: a GPT of 0.4M weights on the bytes of Python's own modules. So short a run tells nothing of
+Runs offline in half a minute: a GPT of 0.4M weights on the bytes of a Python module. So short a run tells nothing of
 which is best; `vspdf compare multiplier` does.
 """
 
