@@ -209,6 +209,44 @@ def _tell_of_quiet(result: dict[str, Any]) -> None:
         tell("(no result): above the FMA peak, or above what the sparsity allows: the measurement was disturbed.")
 
 
+@bench.command(name="update", cls=Verb)
+def bench_update(
+    shape: Annotated[str, typer.Option(help="TOKENSxINxOUT.")] = "1024x768x3072",
+    sparsity: Annotated[str, typer.Option(help="With commas between.")] = "0.5,0.75,0.9",
+    drop_fraction: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.3,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 9,
+    csv: Annotated[Path | None, typer.Option(help="Write all rows here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """An update of a mask that moves, with its new plans, beside a training step of the same layer.
+
+    `vspdf bench update --sparsity 0.9`
+    """
+    from vspdf.bench import update
+
+    _destination(csv, "--csv", (".csv",))
+    sides = [int(side) for side in shape.split("x") if side.isdigit() and int(side)]
+    if len(sides) != 3:
+        raise UserError(f"--shape '{shape}': expected TOKENSxINxOUT, e.g. 1024x768x3072.")
+    sparsities = _numbers(sparsity, float, "--sparsity", most=1)
+    _warn_of_crowds([threads] if threads else [])
+    keep_freed_memory()
+    result = update.bench_update(sides[0], sides[1], sides[2], sparsities, drop_fraction, threads, rounds, murmur)
+    _write_results(result, csv, as_json)
+    if as_json:
+        return
+    title = f"an update of {shape}, {drop_fraction:.0%} dropped, {result['rows'][0]['threads']} threads"
+    table = Table(title=title, title_justify="left")
+    for column in ("sparsity", "step, ms", "update, ms", "of it plans, ms", "steps", "quartiles"):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        times = (f"{1e3 * row[key]:.1f}" for key in ("step_seconds", "update_seconds", "plan_seconds"))
+        spread = f"{row['share_low']:.2f}-{row['share_high']:.2f}"
+        table.add_row(f"{row['sparsity']:.4g}", *times, f"{row['share_of_step']:.2f}", spread)
+    show(table)
+
+
 @bench.command(name="step", cls=Verb)
 def bench_step(
     n_layer: Positive = 12,

@@ -97,6 +97,17 @@ class Amounts:
         ends = [start for start, _ in kept[1:]] + [self.steps]
         return [Stage(start, end - start, amount) for (start, amount), end in zip(kept, ends, strict=True)]
 
+    def coarse_stages(self, most: int = 8) -> list[Stage]:
+        """At most so many stretches with the same weights trained in each: of a sparsity that changes all the time."""
+        stages = self.stages()
+        size = -(-len(stages) // most)
+        found = []
+        for some in (stages[i : i + size] for i in range(0, len(stages), size)):
+            steps = sum(stage.steps for stage in some)
+            mean = sum(stage.steps * stage.sparsity for stage in some) / steps if len(some) > 1 else some[0].sparsity
+            found.append(Stage(some[0].start, steps, round(mean, 12)))
+        return found
+
     def update_steps(self) -> Sequence[int]:
         """The steps of the phase, 0 its first, at which its sparsity changes or its masks move."""
         if self.update is not None:
