@@ -59,8 +59,8 @@ def test_steps_fill_the_time_with_the_moves_of_masks_counted():
     moves = 59  # sixty updates, the first before the first step
     assert sparse * 0.1 + moves * 0.5 + dense * 0.2 == pytest.approx(300, rel=0.01)
     assert sparse / dense == pytest.approx(4, rel=0.01)
-    with pytest.raises(UserError, match=r"here: a step takes too long to fill 0.3 seconds with 2 phases"):
-        budget._filling(definition.Arm("set", body, {}, "here"), pace, 0.3)
+    with pytest.raises(UserError, match=r"here: a step takes too long to fill 0.1 seconds with 2 phases"):
+        budget._filling(definition.Arm("set", body, {}, "here"), pace, 0.1)
 
 
 def test_trials_are_shorter_and_what_was_measured_is_kept(tmp_path, monkeypatch):

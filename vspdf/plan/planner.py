@@ -270,8 +270,8 @@ def _moves(config: ResolvedConfig) -> list[str]:
         count = sum(step > 0 for step in phase.update_steps()) if phase.algorithm != "static" else 0
         if count and phase.algorithm == "rigl":
             said.append(
-                f"Phase '{phase.name}': RigL forms the dense gradient on {count} of {phase.steps:,} steps, a third of a "
-                "dense step's weight-FLOPs each; a run counts it as executed, no convention does."
+                f"Phase '{phase.name}': RigL forms the dense gradient on {count} of {phase.steps:,} steps, a third of "
+                "a dense step's weight-FLOPs each; a run counts it as executed, no convention does."
             )
         elif count:
             said.append(f"Phase '{phase.name}': masks move {count} times (vspdf bench update: what that takes).")
