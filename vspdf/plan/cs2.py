@@ -50,18 +50,12 @@ def _over_time(
 ) -> dict[str, Any]:  # fmt: skip
     """`simulate_step` of a phase, on average over its steps."""
     real = [Model.of_patterns(shape, masks, batch, systems) for masks in (first, last) if masks]
-    if len(stages) == 1 or not any(stage["sparsity"] for stage in stages[1:]):
-        models = [(1.0, model) for model in real] or [
-            (1.0, Model.uniform(shape, batch, stages[0]["sparsity"], systems))
-        ]
+    if real and len(stages) == 1:
+        models = [(1.0, model) for model in real]
     else:
-        few = np.array_split(np.arange(len(stages)), min(STAGES, len(stages)))
-        steps = [sum(stages[i]["steps"] for i in some) for some in few]
-        means = [
-            sum(stages[i]["steps"] * stages[i]["sparsity"] for i in some) / n
-            for some, n in zip(few, steps, strict=True)
-        ]
-        models = [(n, Model.uniform(shape, batch, mean, systems)) for n, mean in zip(steps, means, strict=True)]
+        size = -(-len(stages) // STAGES)
+        parts = [stages[i : i + size] for i in range(0, len(stages), size)]
+        models = [(sum(s["steps"] for s in part), Model.uniform(shape, batch, _mean(part), systems)) for part in parts]
     results = [simulate_step(machine, model, sensitivity=False) for _, model in models]
     if len(results) == 1:
         return results[0]
