@@ -25,6 +25,11 @@ struct Bits {
         }
     }
 
+    // `count` positions from `at` on, at most 32, as the low bits of a word; behind the last there is nothing.
+    uint32_t take(int64_t at, int count) const {
+        return uint32_t(load(at / 8) >> at % 8) & uint32_t((uint64_t(1) << count) - 1);
+    }
+
     int64_t count(int64_t first, int64_t last) const {
         int64_t kept = 0;
         for (int64_t at = first; at < last;) {
