@@ -56,7 +56,7 @@ def test_steps_fill_the_time_with_the_moves_of_masks_counted():
     body = {"model": {"n_layer": 1, "d_model": 8, "n_head": 1, "sequence_length": 8}, "data": {"test_fraction": 0.1},
             "phases": [{"sparsity": 0.75, "steps": 80, "algorithm": "set"}, {"steps": 20}]}  # fmt: skip
     sparse, dense = budget._filling(definition.Arm("set", body, {}, "here"), pace, 300.0)
-    moves = 59  # sixty updates, the first before the first step
+    moves = len(range(50, int(0.75 * sparse), 50))  # by default; the first before the first step, which moves none
     assert sparse * 0.1 + moves * 0.5 + dense * 0.2 == pytest.approx(300, rel=0.01)
     assert sparse / dense == pytest.approx(4, rel=0.01)
     with pytest.raises(UserError, match=r"here: a step takes too long to fill 0.1 seconds with 2 phases"):

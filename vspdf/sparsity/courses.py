@@ -29,7 +29,9 @@ _TYPES: dict[str, tuple[dict[str, Any], Callable[..., float]]] = {
     ),
 }
 _CYCLING = "cycling"
-UPDATES = 60  # of a phase that says nothing about them, over its first three quarters
+# Of a phase that says nothing about them: so many over its first three quarters, but no two closer than so many steps,
+# for what grows needs time before it is judged; in short phases so few.
+UPDATES, NEAREST, FEWEST = 60, 50, 6
 _LATEST = 0.75
 
 
@@ -110,7 +112,7 @@ def updates(key: str, written: Mapping[str, Any] | None, steps: int) -> dict[str
     key : str
         What error messages call it.
     written : mapping, optional
-        Default: about sixty updates over the first three quarters of the phase, the later weights having no time left.
+        Default: some sixty updates over the first three quarters of the phase, what grows later having no time left.
     steps : int
         Of the phase.
 
@@ -121,7 +123,7 @@ def updates(key: str, written: Mapping[str, Any] | None, steps: int) -> dict[str
     """
     if written is None:
         stop = max(1, int(_LATEST * steps))
-        return {"freq": -(-stop // UPDATES), "start": 0, "stop": stop}
+        return {"freq": max(-(-stop // UPDATES), min(NEAREST, -(-stop // FEWEST))), "start": 0, "stop": stop}
     if not isinstance(written, Mapping) or not (
         {"freq", "start", "stop"} >= written.keys() or written.keys() == {"steps"}
     ):

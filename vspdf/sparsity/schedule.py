@@ -52,8 +52,8 @@ class Phase:
     drop_fraction: Any = (
         None  # at an update, of "set" and "rigl": a number, or over the steps as `sparsity`; default 0.3
     )
-    # When masks move, in steps of the phase: {freq, start, stop} or {steps: [...]}; default: some sixty updates over
-    # its first three quarters, since what grows late has no time to learn
+    # When masks move, in steps of the phase: {freq, start, stop} or {steps: [...]}; default: some sixty updates, 50
+    # steps apart or more, over its first three quarters, since what grows late has no time to learn
     update: Any = None
     # Of what "rigl" grows, drawn at random. The rest goes by the gradient over the RMS of the input it belongs to: by
     # the bare gradient, what grows collapses onto few inputs of large activations (arXiv:2108.06277). Default 0.25
