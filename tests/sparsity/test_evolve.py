@@ -160,3 +160,29 @@ def test_every_free_position_is_as_likely_as_any_other(share):
     expected = 600 * count / len(free)
     chi = ((free - expected) ** 2 / expected).sum() / (1 - count / len(free))
     assert abs(chi - len(free)) < 5 * np.sqrt(2 * len(free))
+
+
+@pytest.mark.parametrize("shape, sparsity", [((7, 9), 0.5), ((64, 129), 0.9), ((33, 70), 0.02)], ids=str)
+def test_compiled_and_plain_ways_agree(monkeypatch, shape, sparsity):
+    from vspdf.kernels import cpu
+
+    def moved(built):
+        monkeypatch.setattr(cpu, "_C", kept if built else None)
+        monkeypatch.setattr(cpu, "_missing", "left out", raising=False)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(shape[1], shape[0]))
+        vspdf.sparsify(model, sparsity, seed=1)
+        with torch.no_grad():  # many equal ones, zeros of both signs among them
+            model[0].values.copy_((model[0].values * 30).round() / 30)
+        before = model[0].values.detach().clone()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer.state[model[0].values]["momentum_buffer"] = before + 1
+        for seed in range(3):
+            vspdf.evolve(model, optimizer, 0.4, seed=seed)
+        state = optimizer.state[model[0].values]["momentum_buffer"]
+        return model[0].pattern, model[0].values.detach(), state
+
+    kept = cpu._C
+    assert kept is not None
+    (pattern, values, state), (other, plain, theirs) = moved(True), moved(False)
+    assert pattern is other and torch.equal(values, plain) and torch.equal(state, theirs)

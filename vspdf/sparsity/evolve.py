@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vspdf.errors import UserError, did_you_mean, require
+from vspdf.kernels import cpu
 from vspdf.pattern import Pattern
 from vspdf.sparsity.attached import mark
 from vspdf.sparsity.from_files import plain_name
@@ -130,24 +131,58 @@ def renewed(
     anywhere : bool
         Whether what is dropped may grow again at once, and then stays as it was, as in cstorch.sparse.
     """
-    flat = layer.pattern.mask().view(-1).numpy()
-    taken = flat if not anywhere else flat.copy()  # no candidates
-    survivors = flat.copy()
-    if keep < layer.pattern.nnz:
-        gone = np.flatnonzero(flat)[lowest(_magnitudes(layer.values), layer.pattern.nnz - keep)]
-        survivors[gone] = False
-        if anywhere:
-            taken[gone] = False
-    count = min(target - keep, len(taken) - int(np.count_nonzero(taken)))
+    pattern = layer.pattern
+    survivors = pattern.bits.copy()
+    _drop(survivors, layer, pattern.nnz - keep)
+    taken = (survivors if anywhere else pattern.bits).copy()  # no candidates
+    count = min(target - keep, pattern.numel - (keep if anywhere else pattern.nnz))
     if count > 0:
         drawn = count if scores is None else int(random_share * count)
         if scores is not None:
-            best = highest(scores.detach().reshape(-1).float().cpu().numpy(), taken, count - drawn)
-            survivors[best] = True
-            taken = taken.copy()
-            taken[best] = True
-        survivors[draw(taken, drawn, random)] = True
-    return Pattern(layer.pattern.shape, np.packbits(survivors, bitorder="little"))
+            flags = _unpacked(taken, pattern.numel)
+            best = np.zeros_like(flags)
+            best[highest(scores.detach().reshape(-1).float().cpu().numpy(), flags, count - drawn)] = True
+            survivors |= np.packbits(best, bitorder="little")
+            taken |= survivors
+        _draw(taken, survivors, pattern.numel, drawn, random)
+    return Pattern(pattern.shape, survivors)
+
+
+def _unpacked(bits: np.ndarray, numel: int) -> np.ndarray:
+    return np.unpackbits(bits, count=numel, bitorder="little").view(np.bool_)
+
+
+def _drop(bits: np.ndarray, layer: SparseLinear, count: int) -> None:
+    """Clears the bits of a layer's `count` smallest weights."""
+    values = layer.values.detach()
+    if cpu.takes(values) and values.dtype == torch.float32 and count > 0:
+        values = values.contiguous()
+        cpu.extension().drop_lowest(bits, layer.pattern.numel, values.data_ptr(), len(values), count)
+        return
+    flat = _unpacked(bits, layer.pattern.numel)
+    flat[np.flatnonzero(flat)[lowest(_magnitudes(values), count)]] = False
+    bits[:] = np.packbits(flat, bitorder="little")
+
+
+def _draw(taken: np.ndarray, bits: np.ndarray, numel: int, count: int, random: np.random.Generator) -> None:
+    """Sets `count` bits that are not taken, each set of them as likely as any other."""
+    if cpu.unavailable() is None and not _crowded(numel, numel - _ones(taken), count):
+        while count:
+            hits = random.integers(numel, size=count + count // 8)
+            count -= cpu.extension().accept(taken, bits, numel, hits, count)
+        return
+    flat = np.zeros(numel, dtype=bool)
+    flat[draw(_unpacked(taken, numel), count, random)] = True
+    bits |= np.packbits(flat, bitorder="little")
+
+
+def _ones(bits: np.ndarray) -> int:
+    return int(np.count_nonzero(np.unpackbits(bits)))
+
+
+def _crowded(positions: int, free: int, count: int) -> bool:
+    """Whether few positions are free, so that drawing among all would mostly hit others."""
+    return count * 2 > free or free * 4 < positions
 
 
 def _magnitudes(values: Tensor) -> np.ndarray:
@@ -174,8 +209,7 @@ def highest(scores: np.ndarray, taken: np.ndarray, count: int) -> np.ndarray:
 
 def draw(taken: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
     """`count` different positions that are not `taken`, each set of them as likely as any other."""
-    free = len(taken) - np.count_nonzero(taken)
-    if count * 2 > free or free * 4 < len(taken):
+    if _crowded(len(taken), len(taken) - int(np.count_nonzero(taken)), count):
         return random.choice(np.flatnonzero(~taken), count, replace=False, shuffle=False)
     taken, found = taken.copy(), []  # drawing with what hits a taken position thrown away is many times as fast
     while count:
@@ -217,7 +251,7 @@ def remask(
         before[name] = old
         if old is pattern:
             continue
-        move = _Move(old, pattern, old_values.device)
+        move = _Move(old, pattern)
         values = nn.Parameter(move(old_values.detach()), old_values.requires_grad)
         layer.pattern, layer.values = pattern, values
         carry(optimizer, old_values, values, move, moments)
@@ -232,14 +266,25 @@ def remask(
 class _Move:
     """Takes a vector over the weights of one pattern to one over those of another: zeros where there was none."""
 
-    def __init__(self, old: Pattern, new: Pattern, device: torch.device) -> None:
-        here, there = old.mask().view(-1).numpy(), new.mask().view(-1).numpy()
-        both = here & there
-        self._count = new.nnz
-        # Positions first: numpy gathers by them many times as fast as by a mask.
-        self._from, self._to = (
-            torch.from_numpy(np.flatnonzero(both[np.flatnonzero(mask)])).to(device) for mask in (here, there)
-        )
+    def __init__(self, old: Pattern, new: Pattern) -> None:
+        self._from = _places(old, new)
 
     def __call__(self, vector: Tensor) -> Tensor:
-        return vector.new_zeros(self._count).index_copy_(0, self._to, vector.index_select(0, self._from))
+        found = vector.new_zeros(len(self._from))
+        if cpu.takes(vector) and vector.dtype == torch.float32:
+            vector = vector.contiguous()
+            cpu.extension().moved(found.data_ptr(), vector.data_ptr(), self._from)
+            return found
+        there = np.flatnonzero(self._from >= 0)
+        to, from_ = (torch.from_numpy(at).to(vector.device) for at in (there, self._from[there].astype(np.int64)))
+        return found.index_copy_(0, to, vector.index_select(0, from_))
+
+
+def _places(old: Pattern, new: Pattern) -> np.ndarray:
+    """Which weight of the old pattern each of the new one was, int32; -1: none."""
+    if cpu.unavailable() is None:
+        return cpu.extension().places(old.bits, new.bits, new.numel, new.nnz)
+    before = old.mask().view(-1).numpy()
+    numbers = np.cumsum(before, dtype=np.int32) - 1
+    at = new.positions().numpy()
+    return np.where(before[at], numbers[at], np.int32(-1))
