@@ -8,18 +8,29 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from vspdf.errors import UserError, check_sparsity, one_of, require
+from vspdf.errors import UserError, check_sparsity, did_you_mean, one_of, require
+from vspdf.mask_forms import block_of
 from vspdf.sparsity import courses
 from vspdf.sparsity.amounts import Amounts as Amounts
 from vspdf.sparsity.amounts import only_added
 
-INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard", "file")  # how first masks are drawn
+# How first masks are drawn; "random:FORM" draws those that fit a form of `Pattern.random`
+INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard", "file")
 SCHEDULES = ("constant", "linear", "exp", "power", "cosine", "cycling")
 ALGORITHMS = ("static", "set", "rigl", "gmp")
 RULES = ("vspdf", "cstorch")  # how masks move, see `Phase`
 DECAYS = ("linear", "cosine", "constant")  # of the learning rate
 _DROP = 0.3  # as in cstorch.sparse
 _RANDOM = 0.25  # of what RigL grows, against its collapse onto columns of large activations (arXiv:2108.06277)
+
+
+def check_init_method(what: str, method: str) -> None:
+    """Raises UserError unless `method` is one of INIT_METHODS, or "random:" and a form, e.g. "random:2:4"."""
+    kind, _, form = method.partition(":")
+    if kind == "random" and form:
+        block_of(form)
+    else:
+        require(method in INIT_METHODS, f"{what} '{method}' is not known.{did_you_mean(method, INIT_METHODS)}")
 
 
 @dataclass
@@ -42,16 +53,16 @@ class Phase:
     levels: list[float] = field(default_factory=list)  # of "cycling", e.g. [0.9, 0.75, 0.5, 0]
     update_every: int | None = None  # steps between updates of static masks; default: ten updates, or one per level
     layers: dict[str, float] = field(default_factory=dict)  # glob over layers to sparsity, the first match counts
-    init_method: str = "random"  # of the first masks: "random", "topk", "from_zeros", "checkerboard" or "file"
+    # Of the first masks: "random", "random:FORM" (2:4, 16x16, ...), "topk", "from_zeros", "checkerboard" or "file"
+    init_method: str = "random"
     init_file: str | None = None  # of "file": masks by layer, in any form that Pattern.read takes
     count: str = "round"  # kept weights: numel − round(s·numel); "truncate": int((1−s)·numel), as the Cerebras stack
     # "static"; or masks that move. At each update "set" (arXiv:1707.04780) drops a fraction of the smallest weights and
     # lets as many grow at random, "rigl" (arXiv:1911.11134) where the dense gradient is largest; a sparsity that rises
     # takes more than it gives (GraNet). "gmp" (arXiv:1710.01878) only drops, as the sparsity rises
     algorithm: str = "static"
-    drop_fraction: Any = (
-        None  # at an update, of "set" and "rigl": a number, or over the steps as `sparsity`; default 0.3
-    )
+    # At an update, of "set" and "rigl": a number, or over the steps as `sparsity`; default 0.3
+    drop_fraction: Any = None
     # When masks move, in steps of the phase: {freq, start, stop} or {steps: [...]}; default: some sixty updates, 50
     # steps apart or more, over its first three quarters, since what grows late has no time to learn
     update: Any = None
@@ -89,7 +100,7 @@ class Phase:
         """
         named = not courses.is_course(self.schedule)
         one_of(f"{key}.schedule", self.schedule if named else "constant", SCHEDULES)
-        one_of(f"{key}.init_method", self.init_method, INIT_METHODS)
+        check_init_method(f"{key}.init_method =", self.init_method)
         require(
             (self.init_method == "file") == (self.init_file is not None),
             f"{key}: init_method: file and init_file, the file with the masks, belong together.",
