@@ -1,6 +1,8 @@
 """Runs whose masks move: killed at any moment and resumed they are the same to the last bit; what they leave behind."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ MOVES = {
     "gmp": {"algorithm": "gmp", "sparsity": 0.0, "schedule": "power", "sparsity_end": 0.75},
     "GraNet": {"algorithm": "rigl", "sparsity": 0.5, "schedule": "linear", "sparsity_end": 0.75, "s_mu_par": "true"},
 }
-VOLATILE = ("seconds", "training_seconds", "training_cpu_seconds", "step_seconds", "tokens_per_second")
+VOLATILE = ("seconds", "training_seconds", "training_cpu_seconds", "step_seconds", "tokens_per_second",
+            "communication_seconds", "communication_bytes")  # fmt: skip
 
 
 def written(tiny, moves):
@@ -73,3 +76,17 @@ def test_coverage_rises_and_the_first_masks_fade(tiny, tmp_path):
     assert coverage[0] == pytest.approx(0.25, abs=1e-3) and coverage == sorted(coverage) and coverage[-1] > 0.4
     assert moving[-1]["mask_overlap"] < 0.8 and "survival" not in moving[0]
     assert all("coverage" not in line for line in Run(tmp_path / "run").lines if line["phase"] == "dense")
+
+
+def test_two_ranks_move_the_masks_that_one_does(tiny, tmp_path):
+    """RigL's scores are summed in the tree's order, like gradients: its choices are the same to the last bit."""
+    settings = [*written(tiny, MOVES["rigl"]), "train.micro_batch_size=2"]
+    train(load(tiny, [*settings, f"run_dir={tmp_path}/alone"]))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vspdf"]
+    done = subprocess.run(
+        [*torchrun, "train", str(tiny), *settings, f"run_dir={tmp_path}/two"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert lines(tmp_path / "two") == lines(tmp_path / "alone")
+    alone, two = (Run(tmp_path / name).end_masks(0) for name in ("alone", "two"))
+    assert alone.keys() == two.keys() and all((alone[name] == two[name]).all() for name in alone)
