@@ -131,6 +131,8 @@ def _configuration(folder: Path) -> tuple[dict[str, Any], str]:
             "model that was trained."
         )
     sizes, activation, scales = cerebras.architecture(bodies[files[0]], str(files[0]))
+    if sizes.pop("d_attention") != sizes["d_model"]:
+        raise UserError(f"{files[0]}: model.attention_inner_dim is trained here, weights of such a model are not read.")
     named = {_SIZES[key]: value for key, value in sizes.items()}
     return {"model_type": "gpt2", **named, "activation_function": activation, **scales}, str(files[0])
 
