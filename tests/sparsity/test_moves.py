@@ -265,3 +265,24 @@ def test_updates_leave_nothing_behind():
         vspdf.evolve(model, optimizer, 0.3, seed=update)
         alive.append(len(patterns._alive))
     assert alive[-1] == alive[2] and len(optimizer.state) == len(list(model.parameters()))
+
+
+def test_growth_does_not_collapse_onto_a_column_of_large_activations():
+    shares = {}
+    for rules in ("vspdf", "cstorch"):
+        model = mlp()
+        settings = {"algorithm": "rigl", "sparsity": 0.75, "rules": rules, "update": {"freq": 2}}
+        phases = vspdf.Phases([vspdf.Phase(steps=20, **settings)])
+        phases.start(model)
+        optimizer = adamw(model)
+        first = model[0].pattern.mask()
+        for step in range(2):
+            phases.at(step, model, optimizer)
+            x = batch(step, 0)
+            x[:, 3] *= 30
+            (model(x) - x.roll(1, 1)).square().mean().backward()
+            phases.step(optimizer)
+            optimizer.zero_grad()
+        grown = model[0].pattern.mask() & ~first
+        shares[rules] = float(grown[:, 3].sum() / grown.sum())
+    assert shares["cstorch"] > 0.7 and shares["vspdf"] < 0.4, shares
