@@ -1,10 +1,12 @@
 // SpMM without generated code: loops over blocks of features, and what few tokens run.
 #include <algorithm>
 #include <atomic>
+#include <type_traits>
 
 #include "parallel.hpp"
 #include "scratch.hpp"
 #include "spmm_run.hpp"
+#include "spmv.hpp"
 
 namespace vspdf {
 namespace {
@@ -138,6 +140,50 @@ int64_t run_dots(const SpmmKernels& kernels, const RowColumns& columns, const Ta
     });
     store_one(y, sums.floats(), columns.rows);
     return int64_t(columns.col.size());
+}
+
+#if defined(__x86_64__)
+template <class Value>
+static void rows_by_bits(const Spmv<Value>& work, int threads) {
+    const int64_t parts = std::min<int64_t>(threads, ceil_div(work.rows, kSlice));
+    parallel_for(parts, threads, [&](int64_t part) {
+        spmv_avx512(work, int(work.rows * part / parts), int(work.rows * (part + 1) / parts));
+    });
+}
+#endif
+
+int64_t run_bits(const Plan& plan, const Target& y, const Source& x, const void* values, Dtype values_dtype,
+                 int64_t tokens, int threads) {
+#if defined(__x86_64__)
+    const int rows = plan.rows(), cols = plan.cols();
+    const bool ready = x.dtype == Dtype::f32 && (tokens == 1 || x.stride == cols);
+    const Scratch floats(ready ? 0 : sizeof(float) * cols * tokens), sums(sizeof(float) * rows * tokens);
+    const float* from = static_cast<const float*>(x.data);
+    for (int64_t t = 0; t < tokens && !ready; ++t) {
+        float* to = floats.floats() + t * cols;
+        for (int c = 0; c < cols; ++c) {
+            const int64_t at = t * x.stride + c;
+            to[c] = x.dtype == Dtype::f32 ? static_cast<const float*>(x.data)[at]
+                                          : to_float(static_cast<const bf16*>(x.data)[at]);
+        }
+        from = floats.floats();
+    }
+    const auto run = [&](const auto* mine) {
+        rows_by_bits(Spmv<std::decay_t<decltype(*mine)>>{sums.floats(), rows, from, cols, int(tokens), mine,
+                                                         mine + plan.nnz(), plan.start().data(), plan.bits().data},
+                     threads);
+    };
+    values_dtype == Dtype::f32 ? run(static_cast<const float*>(values)) : run(static_cast<const bf16*>(values));
+    for (int64_t t = 0; t < tokens; ++t) {
+        const int64_t at = t * y.stride * (y.dtype == Dtype::f32 ? 4 : 2);
+        store_one(Target{static_cast<char*>(y.data) + at, y.stride, y.dtype, y.bias, false}, sums.floats() + t * rows,
+                  rows);
+    }
+    return int64_t(rows) * cols * tokens;  // lanes of masked positions are multiplied too, by zero
+#else
+    (void)plan, (void)y, (void)x, (void)values, (void)values_dtype, (void)tokens, (void)threads;
+    return 0;
+#endif
 }
 
 // Row-major values added into dx, a private copy for each thread.

@@ -84,6 +84,11 @@ int64_t run_dots(const SpmmKernels& kernels, const RowColumns& columns, const Ta
 int64_t run_scatter(const SpmmKernels& kernels, const RowColumns& columns, const Target& dx, const Source& dy,
                     const float* values, int64_t tokens, int threads);
 
+// The same by the bits of the mask, where `by_bits`; values of either type.
+bool by_bits(const Plan& plan, int64_t tokens, Dtype values_dtype);
+int64_t run_bits(const Plan& plan, const Target& y, const Source& x, const void* values, Dtype values_dtype,
+                 int64_t tokens, int threads);
+
 // Vectors of the narrowest line that holds so many tokens, up to the widest line.
 int line_vectors(const SpmmKernels& kernels, int64_t tokens);
 

@@ -87,7 +87,7 @@ def test_evaluation_weighs_batches_by_tokens_and_bytes():
 
 
 def test_attention_may_be_narrower_than_the_model():
-    shape = Shape(2, 32, 4, 96, 61, 24, 16)
+    shape = Shape(2, 32, 4, 96, 61, 24, head_dim=4)
     model = GPT(shape)
     assert model.h[0].attn.c_attn.weight.shape == (48, 32) and model.h[0].attn.c_proj.weight.shape == (32, 16)
     assert sum(p.numel() for p in model.parameters()) == shape.parameters

@@ -35,13 +35,13 @@ STATIC = (
 )  # what its phases do not have
 NONE_THERE = {
     "text": {"init_from", "start", "model.name", "model.vocab_size", "data.path", "data.validation_path", "data.length",
-             "data.first_sequence", "data.cache_dir", "train.threads",
+             "data.first_sequence", "data.cache_dir", "train.threads", "model.rope_scaling",
              *(f"phases.1.{key}" for key in STATIC), *(f"phases.2.{key}" for key in STATIC),
              *(f"phases.0.{key}" for key in STATIC[2:])},
-    "task": {"init_from", "model.name", "data.validation_path", "data.first_sequence", "data.cache_dir",
-             "train.threads", *(f"phases.0.{key}" for key in STATIC)},
-    "preset": {"init_from", "start", "data.path", "data.validation_path", "data.length", "data.first_sequence",
-               "data.cache_dir", "train.threads", *(f"phases.0.{key}" for key in STATIC)},
+    "task": {"init_from", "model.rope_scaling", "model.name", "data.validation_path", "data.first_sequence",
+             "data.cache_dir", "train.threads", *(f"phases.0.{key}" for key in STATIC)},
+    "preset": {"init_from", "model.rope_scaling", "start", "data.path", "data.validation_path", "data.length",
+               "data.first_sequence", "data.cache_dir", "train.threads", *(f"phases.0.{key}" for key in STATIC)},
 }  # fmt: skip
 
 

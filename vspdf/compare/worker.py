@@ -95,8 +95,8 @@ def _answered(loaded: Loaded, data: ResolvedTask, task: dict[str, Any], folder: 
     examples = pairs.parts(data)["test"]
     prompts = answers.Prompts([example.context for example in examples], answering=True)
     lines = answers.answer(loaded.model, loaded.tokenizer, prompts, Decoding(**task["decoding"])).lines
-    Writer(folder).answers(lines)
-    return answers.scored(lines, examples, task["protocol"])
+    digest = Writer(folder).answers(lines)
+    return answers.scored(lines, examples, task["protocol"]) | {"answers_sha256": digest}
 
 
 def _drawn(config: ResolvedConfig, folder: Path) -> Loaded:
@@ -104,7 +104,7 @@ def _drawn(config: ResolvedConfig, folder: Path) -> Loaded:
     if not folder.exists():
         data = prepare(config.data, config.model.sequence_length, config.seed)
         shape = resolve.model_shape(config.model, data.vocab_size)
-        model = GPT(shape, config.model.init_std, config.seed, config.model.activation, config.model.output_init_std)
+        model = GPT(shape, config.model.init_std, config.seed, config.model.output_init_std)
         with new_whole(folder) as whole:
             hugging_face.write_hugging_face(model, data.tokenizer, whole)
     return checkpoints.load(folder)

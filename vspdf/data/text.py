@@ -33,7 +33,7 @@ from vspdf.files import user_cache
 log = logging.getLogger("vspdf")
 
 
-def prepare(config: ResolvedData, sequence_length: int, seed: int) -> Dataset:
+def prepare(config: ResolvedData, sequence_length: int, seed: int, samples: int = 0) -> Dataset:
     """Tokenise the corpus, or find its tokens in the cache, and fix the order of samples.
 
     Parameters
@@ -43,6 +43,8 @@ def prepare(config: ResolvedData, sequence_length: int, seed: int) -> Dataset:
         Targets a sample.
     seed : int
         Of the order alone: all seeds share tokenizer and held-out documents.
+    samples : int
+        What a run wants at least: where the text cannot have as many, that is said before it is tokenised.
 
     Raises
     ------
@@ -67,6 +69,10 @@ def prepare(config: ResolvedData, sequence_length: int, seed: int) -> Dataset:
     if n_bytes + len(survey.sizes) <= sequence_length:  # no tokenizer makes more tokens than bytes
         raise _too_short(corpus.name, f"{n_bytes} bytes", sequence_length)
     parts = _parts(survey, corpus.name, config)
+    trained = survey.sizes[parts == TRAIN]
+    at_most = (int(trained.sum()) + len(trained)) // sequence_length
+    has = f"Corpus '{corpus.name}' has at most {at_most} samples of {sequence_length} tokens"
+    Samples(has, at_most, seed, config.repeat).check(samples)
 
     def batches() -> Iterator[tuple[list[str], list[int]]]:
         return _batches(corpus, survey.keys, parts)
@@ -93,7 +99,7 @@ def prepare(config: ResolvedData, sequence_length: int, seed: int) -> Dataset:
 
     manifest: dict[str, Any] = {
         "corpus": {"name": corpus.name, "sha256": survey.sha256, "documents": len(parts), "bytes": n_bytes},
-        "tokenizer": {"name": tokens.tokenizer.name, "vocab_size": tokens.tokenizer.vocab_size},
+        "tokenizer": tokens.tokenizer.about,
         "train": side(TRAIN, tokens.train),
         "validation": side(VALIDATION, tokens.validation),
     }
@@ -254,7 +260,8 @@ class Text:
         end = [tokenizer.end_of_document]
         parts = [part for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True) for part in (ids, end)]
         stream, size = np.concatenate([end, *parts]), sum(len(text.encode()) for text in texts)
-        if int(tokenizer.bytes_per_token[stream].sum()) != size:
+        seen = sum(len(tokenizer.seen(text).encode()) for text in texts)
+        if int(tokenizer.bytes_per_token[stream].sum()) != seen:
             raise UserError(f"tokenizer {tokenizer.name} alters the text of '{source}': expected one that keeps it.")
         what = {"name": source, "sha256": _Survey.of(corpus).sha256, "documents": len(texts), "bytes": size}
         return cls(stream, tokenizer, sequence_length, what)

@@ -14,6 +14,8 @@ from vspdf.evaluate.loss import Evaluation, evaluate
 from vspdf.model import GPT
 
 Progress = Callable[[int], None]
+LONGEST = 2048  # tokens of a window of one's own text: models of 131,072 positions would make logits of gigabytes
+_LOGITS = 1 << 28  # at a time
 
 
 def on_run(
@@ -49,16 +51,16 @@ def on_run(
 
 
 def on_text(
-    model: GPT, tokenizer: Tokenizer, path: str, batch_size: int, progress: Callable[[int], Progress]
+    model: GPT, tokenizer: Tokenizer, path: str, batch_size: int | None, progress: Callable[[int], Progress]
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Mean loss over a text of one's own, and what was read: name, bytes, documents, tokens.
+    """Mean loss over a text of one's own, and what was read: name, bytes, documents, tokens, and tokens of a window.
 
     Parameters
     ----------
     path : str
         A file, a folder, or ``FILE.jsonl``.
-    batch_size : int
-        Sequences at a time.
+    batch_size : int, optional
+        Windows at a time; default: 8, fewer where their logits would be too large.
     progress : callable
         As of `on_run`.
 
@@ -67,5 +69,8 @@ def on_text(
     UserError
         If the text is missing or empty.
     """
-    own = Text.read(path, tokenizer, model.shape.sequence_length)
-    return evaluate(model, own, batch_size, progress=progress(own.source["tokens"])), own.source
+    length = min(model.shape.sequence_length, LONGEST)
+    own = Text.read(path, tokenizer, length)
+    batch_size = batch_size or max(1, min(8, _LOGITS // (length * model.shape.vocab_size)))
+    found = evaluate(model, own, batch_size, progress=progress(own.source["tokens"]))
+    return found, own.source | {"window": length}

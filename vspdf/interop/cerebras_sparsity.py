@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -28,10 +29,25 @@ _NEVER_SPARSE = (
 )
 _SPARSITY_KEYS = ("algorithm", "type", "sparsity", "schedule", "init_method", "param_filter", "param_name_patterns",
                   "seed", "drop_fraction", "update")  # fmt: skip
+_REPEATS = 4  # in one alternative of a regex: more could take hours on a name that does not match
 _MOVING = ("set", "rigl", "gmp")
 
 
-def sparsity(block: Any, n_layer: int, where: str, older: bool = False) -> dict[str, Any]:
+def roles_of(block: Iterable[str]) -> dict[str, list[str]]:
+    """As `ROLES`, of a model whose blocks have matrices of these names (`vspdf.shapes.Shape.block`)."""
+    gated = {
+        **{f"attn.{x}_proj": [f"self_attn.proj_{x}_dense_layer"] for x in "qkv"},
+        "attn.o_proj": ROLES["attn.c_proj"],
+        "mlp.up_proj": ROLES["mlp.c_fc"],
+        "mlp.gate_proj": ["ffn.ffn.0.linear_layer_for_glu"],
+        "mlp.down_proj": ROLES["mlp.c_proj"],
+    }
+    return {name: (ROLES | gated)[name] for name in block}
+
+
+def sparsity(
+    block: Any, n_layer: int, where: str, older: bool = False, roles: Mapping[str, list[str]] = ROLES
+) -> dict[str, Any]:
     """Settings of a phase (`sparsity`, `layers`, `init_method`, `count`) and `seed` from a ``sparsity`` block.
 
     Masks that move do so by the rules of cstorch.sparse: `algorithm`, `update`, `drop_fraction` and `rules` say it.
@@ -45,6 +61,8 @@ def sparsity(block: Any, n_layer: int, where: str, older: bool = False) -> dict[
         For messages.
     older : bool
         Of the form that counts kept weights as ``numel − round(s · numel)``; the current one truncates.
+    roles : mapping
+        Our layers of a block, and the weights of theirs that make up each.
 
     Raises
     ------
@@ -56,7 +74,7 @@ def sparsity(block: Any, n_layer: int, where: str, older: bool = False) -> dict[
     entries = block if isinstance(block, list) else [block]
     rules = [_rule(entry, where) for entry in entries]
     moves = _moves(rules, where)
-    chosen = _by_layer(rules, n_layer, where)
+    chosen = _by_layer(rules, n_layer, where, roles)
     methods = {rule["init_method"] for rule in rules if rule["sparsity"]} or {"random"}
     if len(methods) > 1:
         raise UserError(f"{where}: sparsity: init_method {' and '.join(sorted(methods))} in one run; one is offered.")
@@ -106,6 +124,8 @@ def _rule(entry: Any, where: str) -> dict[str, Any]:
         if not isinstance(filters, list) or not all(isinstance(f, str) for f in filters):
             key = "param_filter" if regex is None else "param_name_patterns"
             raise UserError(f"{where}: sparsity.{key} must be a text or a list of texts, not {filters!r}.")
+        for text in filters if regex is not None else ():
+            _check_regex(text, where)
     moves = {key: entry[key] for key in ("drop_fraction", "update") if entry.get(key) is not None}
     return {"sparsity": amount, "init_method": method, "filters": filters, "regex": regex is not None,
             "seed": entry.get("seed"), "algorithm": algorithm, "moves": moves}  # fmt: skip
@@ -153,16 +173,52 @@ def _moves(rules: list[dict[str, Any]], where: str) -> dict[str, Any]:
     return found
 
 
+@dataclass
+class _Group:
+    """A group of a regex: repeats in its longest alternative so far and in this one, and whether there are several."""
+
+    longest: int = 0
+    here: int = 0
+    branches: bool = False
+
+
+def _check_regex(text: str, where: str) -> None:
+    """Refuses what is no regex, and one that backtracking could keep busy: repeats of repeats, or many in a row."""
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{where}: sparsity.param_name_patterns: '{text}' is no regex: {error}.") from None
+    bare = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", text)  # escapes and classes: a character each
+    groups, closed, before = [_Group()], _Group(), ""
+    for char in bare:
+        group = groups[-1]
+        if char == "(":
+            groups.append(_Group())
+        elif char == ")":
+            closed = groups.pop()
+            groups[-1].here += max(closed.longest, closed.here)
+        elif char == "|":
+            group.longest, group.here, group.branches = max(group.longest, group.here), 0, True
+        elif char in "*+{":
+            many = before == ")" and (closed.branches or closed.longest or closed.here)
+            group.here += _REPEATS + 1 if many else 1
+        elif char == "?" and before not in ("(", "*", "+", "?", "}"):
+            group.here += 1
+        before = char
+    if max(groups[0].longest, groups[0].here) > _REPEATS:
+        raise UserError(
+            f"{where}: sparsity.param_name_patterns: '{text}' could take too long: expected at most {_REPEATS} "
+            "repeats (*, +, ?, {}), and none of a group that holds one or has alternatives."
+        )
+
+
 def _matches(name: str, rule: Mapping[str, Any], where: str) -> bool:
     """Whether a rule takes a weight of theirs, whose name begins with ``model.`` or not."""
     if rule["filters"] is None:
         return not any(name.endswith(never) for never in _NEVER_SPARSE)
     for text in rule["filters"]:
         if rule["regex"]:
-            try:
-                hit = any(re.match(text, prefix + name) for prefix in ("", "model."))
-            except re.error as error:
-                raise UserError(f"{where}: sparsity.param_name_patterns: '{text}' is no regex: {error}.") from None
+            hit = any(re.match(text, prefix + name) for prefix in ("", "model."))
         else:
             hit = any(fnmatchcase(prefix + name, text) for prefix in ("", "model."))
         if hit:
@@ -170,7 +226,7 @@ def _matches(name: str, rule: Mapping[str, Any], where: str) -> bool:
     return False
 
 
-def _by_layer(rules: list[dict[str, Any]], n_layer: int, where: str) -> dict[str, Any]:
+def _by_layer(rules: list[dict[str, Any]], n_layer: int, where: str, roles: Mapping[str, list[str]]) -> dict[str, Any]:
     """Sparsity of each of our layers."""
     if n_layer > MOST_LAYERS:
         raise UserError(f"{where}: {n_layer:,} layers; expected at most {MOST_LAYERS:,}.")
@@ -184,7 +240,7 @@ def _by_layer(rules: list[dict[str, Any]], n_layer: int, where: str) -> dict[str
     chosen: dict[str, float] = {}
     used: set[int | None] = set()
     for i in range(n_layer):
-        for ours, parts in ROLES.items():
+        for ours, parts in roles.items():
             amounts = []
             for part in parts:
                 name = f"transformer_decoder.layers.{i}.{part}.weight"

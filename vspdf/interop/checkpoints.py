@@ -29,7 +29,7 @@ class Loaded(NamedTuple):
     tokenizer : Tokenizer or None
         None where nothing beside the weights tells it.
     state : dict
-        At least `step` (0 for a Hugging Face folder), `model` (its shape) and `activation`; of a run also `corpus`.
+        At least `step` (0 for a Hugging Face folder) and `model` (its shape); of a run also `corpus`.
     """
 
     model: GPT
@@ -89,19 +89,18 @@ def load(path: str | Path, backend: str = "auto", tokenizer: Tokenizer | None = 
     run, state = of_checkpoint(stored.folder), stored.state
     if stored.folder.parent.name == CHECKPOINTS:
         run.check(state)
-    state.setdefault("activation", "gelu")
-    model = GPT(Shape(**state["model"]), activation=state["activation"])
+    model = GPT(_shape_in(state))
     stored.restore(model, backend)
     file = run.tokenizer
     if tokenizer is None and file.is_file():
-        tokenizer = Tokenizer.load(file)
+        tokenizer = Tokenizer.load(file, state.get("tokenizer"))
     if tokenizer is not None and tokenizer.vocab_size > model.shape.vocab_size:
         raise _mismatch(tokenizer, f"the model of {stored.folder} has {model.shape.vocab_size}")
     return Loaded(model.to(where), tokenizer, state)
 
 
-def shape_of(path: str | Path) -> tuple[Shape, str]:
-    """Shape and activation of any checkpoint, without its weights.
+def shape_of(path: str | Path) -> Shape:
+    """Shape of any checkpoint, without its weights.
 
     Raises
     ------
@@ -110,6 +109,9 @@ def shape_of(path: str | Path) -> tuple[Shape, str]:
     """
     path = Path(path)
     if kind(path) != "checkpoint":
-        return read_configuration(*_configuration(path))[:2]
-    state = checkpoint.read_state(checkpoint.resolve(path))
-    return Shape(**state["model"]), state.get("activation", "gelu")
+        return read_configuration(*_configuration(path))[0]
+    return _shape_in(checkpoint.read_state(checkpoint.resolve(path)))
+
+
+def _shape_in(state: dict[str, Any]) -> Shape:
+    return Shape.read(state["model"], state.get("activation"))

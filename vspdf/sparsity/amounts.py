@@ -13,6 +13,11 @@ from vspdf.errors import did_you_mean, require
 from vspdf.sparsity import courses
 
 
+def plain_name(name: str) -> str:
+    """A module's name without what torch.compile puts before it: what globs match, and what masks are drawn by."""
+    return name.replace("_orig_mod.", "")
+
+
 class Stage(NamedTuple):
     """A stretch of a phase at one sparsity, from `start` (a step of the phase) for `steps`."""
 
@@ -156,7 +161,8 @@ class Amounts:
         """Sparsity of each layer by its name, where the phase's own is `sparsity` (default: that of its start)."""
         amount = self.sparsity if sparsity is None else sparsity
         return {
-            name: next((s for glob, s in self.layers.items() if fnmatchcase(name, glob)), amount) for name in layers
+            name: next((s for glob, s in self.layers.items() if fnmatchcase(plain_name(name), glob)), amount)
+            for name in layers
         }
 
     def mean(self, layers: Mapping[str, int], sparsity: float | None = None) -> float:
@@ -176,8 +182,8 @@ class Amounts:
         """
         for glob in self.layers:
             require(
-                any(fnmatchcase(name, glob) for name in layers),
-                f"{key}.layers: '{glob}' matches no layer.{did_you_mean(glob, layers)}",
+                any(fnmatchcase(plain_name(name), glob) for name in layers),
+                f"{key}.layers: '{glob}' matches no layer.{did_you_mean(glob, map(plain_name, layers))}",
             )
         if previous and self.algorithm == "static" and (self.layers or previous.layers):
             old = previous.of_layers(layers, previous.end)

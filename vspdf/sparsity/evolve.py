@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vspdf.errors import UserError, did_you_mean, require
 from vspdf.kernels import cpu
 from vspdf.pattern import Pattern
+from vspdf.sparsity.amounts import plain_name
 from vspdf.sparsity.attached import mark
-from vspdf.sparsity.from_files import plain_name
 from vspdf.sparsity.layer import SparseLinear, require_whole, sparse_layers
 from vspdf.sparsity.optimizer import carry, warn_of_stale
 
@@ -242,7 +242,7 @@ def remask(
     dict of str to Pattern
         The patterns before.
     """
-    layers, before, replaced = sparse_layers(model), {}, []
+    layers, before, exchanged = sparse_layers(model), {}, []
     for name in patterns:
         require_whole(layers[name].values)
     for name, pattern in patterns.items():
@@ -257,9 +257,8 @@ def remask(
         carry(optimizer, old_values, values, move, moments)
         mark(old_values, values, name)
         old.packed.clear()  # whoever keeps the old pattern for what it was need not keep its plans
-        replaced.append(old_values)
-    if optimizer is None:
-        warn_of_stale(verb, replaced)
+        exchanged.append((old_values, values))
+    warn_of_stale(verb, exchanged, optimizer)
     return before
 
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from vspdf.pattern import Pattern, kept_count
-from vspdf.sparsity.amounts import Amounts
+from vspdf.sparsity.amounts import Amounts, plain_name
 from vspdf.sparsity.evolve import remask, renewed
-from vspdf.sparsity.from_files import plain_name
 from vspdf.sparsity.layer import SparseLinear, sparse_layers
 from vspdf.sparsity.scores import DenseGradients
 from vspdf.sparsity.surgery import densify, sparsify

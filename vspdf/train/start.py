@@ -47,18 +47,20 @@ def begin(config: ResolvedConfig, device: torch.device, say: Callable[[str], Non
     goes_on = bool(run.checkpoints)
     model: GPT | None = None
     data: text.Dataset | pairs.Pairs
+    wanted = position(config.phases, config.steps).samples
+    older = checkpoints.load(config.init_from, config.train.backend) if config.init_from and not goes_on else None
     if config.task and config.start:
         model, tokenizer = _form_of(run) if goes_on else _to_tune(config.task, config.start, say)
         data = pairs.prepare(config.task, config.seed, tokenizer)
     else:
-        data = text.prepare(config.data, config.model.sequence_length, config.seed)
+        data = text.prepare(config.data, config.model.sequence_length, config.seed, wanted)
     config = config.with_data(data.vocab_size)
     shape = resolve.model_shape(config.model)
     if shape.vocab_size < data.vocab_size:
         raise UserError(f"model.vocab_size = {shape.vocab_size} is less than the tokenizer's {data.vocab_size}.")
     _check_memory(shape)
     drawn = config.model
-    model = model or GPT(shape, drawn.init_std, config.seed, drawn.activation, drawn.output_init_std)
+    model = model or GPT(shape, drawn.init_std, config.seed, drawn.output_init_std)
     engine = Phases(
         config.phases, seed=config.seed, backend=config.train.backend,
         rescale=config.phases[0].s_mu_par and not config.init_from,
@@ -66,11 +68,11 @@ def begin(config: ResolvedConfig, device: torch.device, say: Callable[[str], Non
     records = [PhaseRecord() for _ in config.phases]
     state = State(config, device, data, shape, model.to(device), engine, records=records, world=world)
     if not goes_on:
-        if config.init_from:
-            _take_over(state, config.init_from, say)
+        if config.init_from and older:
+            _take_over(state, config.init_from, older, say)
         engine.check(state.model)
     state.config = state.config.with_data(first_sequence=0)
-    data.check(state.first_sample + position(config.phases, config.steps).samples)
+    data.check(state.first_sample + wanted)
     if goes_on:
         state.restore()
         say(f"resumed at step {state.step} of {config.steps}")
@@ -88,7 +90,7 @@ def _check_memory(shape: Shape) -> None:
 
 def _form_of(run: Run) -> tuple[GPT, Tokenizer]:
     """Of a fine-tuning that goes on: a model of its form, whose weights a checkpoint holds, and its tokenizer."""
-    return GPT(run.shape, activation=run.config.model.activation), Tokenizer.load(run.tokenizer)
+    return GPT(run.shape), Tokenizer.load(run.tokenizer, run.manifest["tokenizer"])
 
 
 def _to_tune(task: ResolvedTask, source: str, say: Callable[[str], None]) -> tuple[GPT, Tokenizer]:
@@ -104,11 +106,9 @@ def _to_tune(task: ResolvedTask, source: str, say: Callable[[str], None]) -> tup
     return model, tokenizer
 
 
-def _take_over(state: State, source: str, say: Callable[[str], None]) -> None:
+def _take_over(state: State, source: str, loaded: checkpoints.Loaded, say: Callable[[str], None]) -> None:
     """Takes weights, masks, moments and the place in the data from another run, or the weights of a folder."""
-    config, corpus = state.config, state.data.manifest["corpus"]
-    loaded = checkpoints.load(source, config.train.backend)
-    old = loaded.state
+    config, corpus, old = state.config, state.data.manifest["corpus"], loaded.state
     if loaded.tokenizer is None:
         log.warning("init_from '%s' has no tokenizer: data.tokenizer is taken to be its own.", source)
     elif not loaded.tokenizer.same_vocabulary(state.data.tokenizer):
@@ -117,12 +117,10 @@ def _take_over(state: State, source: str, say: Callable[[str], None]) -> None:
             f"init_from '{source}' was trained with the tokenizer {name}, whose vocabulary is not that of "
             f"data.tokenizer = '{config.data.tokenizer}'."
         )
-    its = asdict(Shape(**old["model"]))
+    theirs = asdict(loaded.model.shape)
     for key, value in asdict(state.shape).items():
-        if (theirs := its[key]) != value:
-            raise UserError(f"init_from '{source}': its model.{key} is {theirs}, here it is {value}.")
-    if old["activation"] != config.model.activation:
-        raise UserError(f"init_from '{source}' needs model.activation={old['activation']}.")
+        if theirs[key] != value:
+            raise UserError(f"init_from '{source}': its model.{key} is {theirs[key]}, here it is {value}.")
     state.model = loaded.model.to(state.device)
     if checkpoints.kind(Path(source)) == "checkpoint":
         stored = checkpoint.read(Path(source))

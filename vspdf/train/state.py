@@ -172,10 +172,9 @@ class State:
         body = {
             "vspdf": hardware.versions()["vspdf"],
             "model": asdict(self.shape),
-            "activation": config.model.activation,
             "tokenizer": self.data.manifest["tokenizer"],
             "corpus": self.data.manifest["corpus"],
-            "task": {"lower_relations": config.data.lower_relations} if config.task else None,
+            "task": self._task(),
             "phase": self.phases.now.phase,
             "seed": config.seed,
             "validation_fraction": config.data.validation_fraction,
@@ -196,6 +195,12 @@ class State:
         checkpoint.save(Path(config.run_dir), self.step, self.model, self.optimizer, body, self.phases.ramp[0], moved)
         self.prune()
         self.saved_step = self.step
+
+    def _task(self) -> dict[str, Any] | None:
+        """What the model learns to answer: None in pre-training."""
+        if not isinstance(self.data, Pairs):
+            return None
+        return {"lower_relations": self.config.data.lower_relations, "chat": self.data.chat}
 
     def prune(self) -> None:
         """Removes the checkpoints that are not to be kept, and what a kill left of such."""
@@ -218,11 +223,11 @@ class State:
                 f"checkpoint {stored.folder} belongs to another corpus: sha256 was "
                 f"{body['corpus']['sha256'][:12]}..., is {corpus['sha256'][:12]}...."
             )
-        if (theirs := asdict(Shape(**body["model"]))) != shape:
-            wrong = next(key for key, value in shape.items() if theirs.get(key) != value)
+        theirs = asdict(Shape.read(body["model"], body.get("activation")))
+        if wrong := [key for key, value in shape.items() if theirs[key] != value]:
+            key = wrong[0]
             raise UserError(
-                f"the checkpoint belongs to another model: its {wrong} is {theirs.get(wrong)}, "
-                f"here it is {shape[wrong]}."
+                f"the checkpoint belongs to another model: its {key} is {theirs[key]}, here it is {shape[key]}."
             )
         Run(Path(self.config.run_dir)).check(body)
         stored.restore(self.model, self.config.train.backend)
