@@ -25,7 +25,6 @@ class ResolvedModel:
     d_model: int
     n_head: int
     d_ff: int
-    d_attention: int
     sequence_length: int
     vocab_size: int | None  # None: what the tokenizer needs, not known yet
     n_kv_head: int

@@ -24,9 +24,6 @@ class ModelConfig:
     d_model: int | None = None
     n_head: int | None = None
     d_ff: int | None = None  # default 4 · d_model
-    # Width of all heads together, default d_model: of a wide sparse model attention is what takes most, and does not
-    # get less by sparsity
-    d_attention: int | None = None
     sequence_length: int | None = None
     vocab_size: int | None = None  # default: what the tokenizer needs
     n_kv_head: int | None = None  # heads of keys and values, shared by groups of queries; default n_head
