@@ -17,21 +17,14 @@ constexpr int kFewTokens = 64;        // up to here values are read in row-major
 template <class T>
 int64_t run_part(const SpmmKernels& kernels, const Plan& plan, const SpmmPart& part, const Target& y, const Source& x,
                  const T* values, int64_t tokens, int threads) {
+    const Scratch packed(sizeof(float) * plan.nnz());
     if (const auto* program = std::get_if<SpmmProgram>(&part.work)) {
-        const Scratch packed(sizeof(float) * plan.nnz());
-        program->refresh(packed.floats(), values, plan.start().data(), threads);
+        program->refresh(packed.floats(), values, plan.bits(), plan.start().data(), threads);
         return run_program(kernels, *program, y, x, packed.floats(), tokens, threads);
     }
     const SpmmLoops& loops = std::get<SpmmLoops>(part.work);
-    const bool own = loops.row_major() && sizeof(T) == sizeof(float);
-    const Scratch packed(own ? 0 : sizeof(float) * plan.nnz());
-    const float* floats = packed.floats();
-    if (!loops.row_major()) {
-        loops.refresh(packed.floats(), values, threads);
-    } else {
-        floats = as_floats(packed.floats(), values, plan.nnz(), sizeof(T) == 4 ? Dtype::f32 : Dtype::bf16, threads);
-    }
-    return run_rows(kernels, loops.blocks(), y, x, floats, tokens, threads);
+    loops.refresh(packed.floats(), values, plan.start().data(), threads);
+    return run_rows(kernels, loops.blocks(), y, x, packed.floats(), tokens, threads);
 }
 
 int64_t run_part(const SpmmKernels& kernels, const Plan& plan, const SpmmPart& part, const Target& y, const Source& x,
@@ -49,7 +42,7 @@ std::variant<SpmmLoops, SpmmProgram> make_work(const Plan& plan, bool transposed
     } else {
         why = plan.isa() == Isa::plain  ? "generated code needs avx512 or avx2"
               : plan.isa() == Isa::avx2 ? "VSPDF_JIT=1 generates code"
-                                        : "VSPDF_JIT=0";
+                                        : "memory='low' or VSPDF_JIT=0";
     }
     const Csr csr = transposed ? transpose(plan.csr()) : plan.csr();
     return SpmmLoops(csr, transposed, spmm_kernels(plan.isa()).tile);
@@ -112,7 +105,7 @@ int64_t spmm_forward(const Plan& plan, const Lazy<SpmmPart>& part, void* y, cons
     const Scratch scratch(values_dtype != Dtype::f32 ? sizeof(float) * plan.nnz() : 0);
     const float* floats = as_floats(scratch.floats(), values, plan.nnz(), values_dtype, threads);
     if (tokens == 1) return run_dots(kernels, plan.columns(), out, in, floats, threads);
-    return run_rows<uint16_t>(kernels, plan.columns(), out, in, floats, tokens, threads);
+    return run_rows(kernels, static_cast<const RowBlocks&>(plan.columns()), out, in, floats, tokens, threads);
 }
 
 int64_t spmm_grad_input(const Plan& plan, const Lazy<SpmmPart>& part, void* dx, const void* dy, int64_t dy_stride,

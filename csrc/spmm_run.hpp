@@ -74,8 +74,8 @@ Cut cut(int64_t units, int64_t most, int64_t few, int threads, int64_t row_units
 // Values are float32, in the order that the program or the blocks read them. All return the multiply-adds executed.
 int64_t run_program(const SpmmKernels& kernels, const SpmmProgram& program, const Target& y, const Source& x,
                     const float* values, int64_t tokens, int threads);
-template <class Column>
-int64_t run_rows(const SpmmKernels& kernels, const RowBlocks<Column>& blocks, const Target& y, const Source& x,
+template <class Blocks>
+int64_t run_rows(const SpmmKernels& kernels, const Blocks& blocks, const Target& y, const Source& x,
                  const float* values, int64_t tokens, int threads);
 
 // For few tokens, values in row-major order: y = x W^T for one token, dx = dy W for some.

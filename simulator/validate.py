@@ -81,10 +81,7 @@ def _step(about: dict[str, Any], machine: Machine, level: str) -> Iterator[dict[
     model = Model.uniform(shape.at(about["sequence"]), about["batch"], 0.0, systems)
     seconds = step.search(machine, next(iter(machine.clocks.values())), model).seconds
     case = f", {about['model']}, {about['sequence']} tokens, batch {about['batch']}, systems: {systems}, samples/s"
-    calibrated = {"only": about["calibrated"]} if "calibrated" in about else {}
-    simulated = about["batch"] / seconds
-    found = ("aggregate", simulated)
-    yield _within(about | {"calibrated": calibrated}, case, "only", float(about["published"]), found)
+    yield _within(about, case, "samples", float(about["published"]), ("aggregate", about["batch"] / seconds))
 
 
 def _utilisation(machine: Machine, case: dict[str, Any]) -> float:

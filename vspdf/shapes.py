@@ -265,12 +265,12 @@ MODELS: dict[str, Shape] = {
     "llama-60m": _llama(8, 512, 8, 1376, sequence_length=1024),
     "llama-130m": _llama(12, 768, 12, 2048, sequence_length=1024),
     "llama-350m": _llama(24, 1024, 16, 2736, sequence_length=1024),
-    # As their config.json on the Hub says.
-    "smollm2-135m": _llama(30, 576, 9, 1536, 49_152, 8192, n_kv_head=3, tie=True, rope_base=1e5),
+    # As their config.json on the Hub says, but with the sequences of most of their pre-training.
+    "smollm2-135m": _llama(30, 576, 9, 1536, 49_152, 2048, n_kv_head=3, tie=True, rope_base=1e5),
     "tinyllama-1.1b": _llama(22, 2048, 32, 5632, n_kv_head=4),
-    "llama-3.2-1b": _llama(16, 2048, 32, 8192, 128_256, 131_072, n_kv_head=8, tie=True, rope_base=5e5,
+    "llama-3.2-1b": _llama(16, 2048, 32, 8192, 128_256, 8192, n_kv_head=8, tie=True, rope_base=5e5,
                            rope_scaling=RopeScaling(factor=32.0)),
-    "qwen2.5-0.5b": _llama(24, 896, 14, 4864, 151_936, 32_768, n_kv_head=2, tie=True, bias="qkv", rope_base=1e6,
+    "qwen2.5-0.5b": _llama(24, 896, 14, 4864, 151_936, 4096, n_kv_head=2, tie=True, bias="qkv", rope_base=1e6,
                            norm_eps=1e-6),
     # nanochat's depth 12; its norms have no weights and its logits are capped, which is not offered here.
     "nanochat-d12": _llama(12, 768, 6, 3072, 65_536, mlp="relu2", qk_norm=True, norm_eps=1e-6),

@@ -194,6 +194,8 @@ def gemv(machine: Machine, pes: int, n: int, half: bool) -> dict[str, float]:
         raise UserError(
             f"a grid of {pes}x{pes} PEs does not fit: 2 to {min(machine.width, machine.height)} on {machine.name}."
         )
+    if n < pes:
+        raise UserError(f"`n` {n} is smaller than the grid's side {pes}: some PEs would have nothing to do.")
     t = -(-n // pes)
     size = 2 if half else 4
     column = programs.align(t * size)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vspdf.errors import UserError
+from vspdf.errors import UserError, require
 from vspdf.simulator.aggregate import layer
 from vspdf.simulator.aggregate.layer import Mapping, Weights
 from vspdf.simulator.events import pictures, programs
@@ -45,6 +45,9 @@ def event_layer(
         )
     if min(weights.in_features, weights.out_features) < 2:
         raise UserError("`level` event needs at least 2 features in and out: a ring has 2 columns.")
+    require(
+        machine.sum_bytes == 2, "`level` event adds up in fp16: sum_bytes must be 2 there, other sums are in the law."
+    )
     clock = next(iter(machine.clocks.values()))
     random = np.random.default_rng(seed)
     shape = (weights.out_features, weights.in_features)

@@ -303,7 +303,7 @@ def test_parameters_that_are_calibrated_say_from_what():
     }
     for name in set_by_rows.keys() - {" scalar costs", "scalar costs"}:
         source = CS2.parameters[name].source
-        assert any(word in source for word in ("csv", "SUMMA")), (name, source)
+        assert any(word in source for word in ("csv", "SUMMA", "step-")), (name, source)
 
 
 @pytest.mark.parametrize("row", [0, 5, 8], ids=["groups of 2", "groups of 64", "chain"])

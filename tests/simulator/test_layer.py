@@ -209,8 +209,8 @@ def test_layers_are_drawn_from_python_too(tmp_path):
         package.simulate("layer", plot=tmp_path / "no" / "x.png", **sizes)
     with pytest.raises(UserError, match="leave trace away"):
         package.simulate("layer", trace=tmp_path / "x.json", **sizes)
-    with pytest.raises(UserError, match="`plot` draws a sweep"):
-        package.simulate("step", model="gpt2-small", batch=1, plot=page)
+    with pytest.raises(UserError, match="give a `sparsity` or a `sweep`"):
+        package.simulate("step", model="gpt2-small", batch=1, plot=page.with_suffix(".png"))
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])

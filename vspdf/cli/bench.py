@@ -306,6 +306,7 @@ def bench_step(
         )  # fmt: skip
     show(table)
     tell("Speed-up: median of the ratios of a round's steps, dense over sparse, and their quartiles.")
+    tell(f"Beside the state, the sparse kernels keep {result['scratch_bytes'] / 2**20:.0f} MiB of working memory.")
     _tell_of_quiet(result)
 
 

@@ -32,6 +32,7 @@ def plan(
     phases: Annotated[str, typer.Option(metavar="S:STEPS,...", help="Explicit stages, any number.")] = "",
     steps: Annotated[int | None, typer.Option(help="Of the dense run to compare with.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step, for models without a config.")] = None,
+    sequence: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: the model's.")] = None,
     convention: Annotated[str, typer.Option(help="linear, spdf, vspdf, chinchilla or cerebras-card.")] = "vspdf",
     causal: Annotated[bool, typer.Option("--causal", help="Count half of the attention products.")] = False,
     save: Annotated[float | None, typer.Option(parser=number, help="Wish: save this fraction of all FLOPs.")] = None,
@@ -68,8 +69,8 @@ def plan(
         return
     found = planner.plan(
         model, sparsity=sparsity, effective=effective, split=split, phases=_stages(phases) if phases else None,
-        steps=steps, batch_size=batch_size, convention=convention, causal=causal, save=save, memory=memory, hours=hours,
-        time=time, progress=murmur,
+        steps=steps, batch_size=batch_size, sequence=sequence, convention=convention, causal=causal, save=save,
+        memory=memory, hours=hours, time=time, progress=murmur,
     )  # fmt: skip
     if write:
         plan_write.write(found, write)

@@ -30,7 +30,9 @@ Sequence_ = Annotated[int | None, typer.Option("--sequence", help="Tokens of a s
 Sparsity = Annotated[
     float | None, typer.Option(parser=number, help="Of projections and FFN; default: 0, or the run's.")
 ]
-Picture = Annotated[Path | None, typer.Option("--plot", help="Draw the rows here: .png, .svg, .pdf.")]
+Picture = Annotated[
+    Path | None, typer.Option("--plot", help="Draw the rows, or what is not known, here: .png, .svg, .pdf.")
+]
 
 
 def step(

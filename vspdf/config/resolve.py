@@ -128,6 +128,7 @@ def _choices(model: ModelConfig) -> dict[str, Any]:
 def _train(train: TrainConfig) -> ResolvedTrain:
     one_of("train.precision", train.precision, ("fp32", "bf16"))
     one_of("train.backend", train.backend, ("auto", "cpu", "reference", "triton"))
+    one_of("train.memory", train.memory, ("normal", "low"))
     check_device("train.device", train.device)
     for backend, device in (("cpu", "cuda"), ("triton", "cpu")):
         require(

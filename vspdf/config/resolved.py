@@ -99,6 +99,7 @@ class ResolvedTrain:
     device: str
     threads: int | None
     backend: str
+    memory: str
     log_every: int
     eval_every: int
     eval_tokens: int

@@ -108,6 +108,7 @@ class TrainConfig:
     device: str = "cpu"  # or "cuda", "cuda:1"
     threads: int | None = None  # default: what torch uses
     backend: str = "auto"  # of the sparse products: "auto", "cpu", "reference", "triton"
+    memory: str = "normal"  # of the sparse products on CPUs: "normal", or "low" for loops without generated code
     log_every: int = 10  # steps
     eval_every: int = 100  # steps; 0: only at the end of each phase
     eval_tokens: int = 65536  # of the validation text; 0: all of it

@@ -208,6 +208,7 @@ def step_by_request(
     Without a `sparsity`, a run's own masks count, and a model is dense. ``comparison`` of a run holds `compare_phases`,
     ``better_batch`` the nearest batch that is faster, ``beside`` what a GPU and this CPU would take; with `tokens`
     there are ``training_seconds`` and ``energy_kwh``, with `sweep` (``sparsity=0,0.5,0.9``; batch, systems) ``rows``.
+    `plot` draws the sweep, or without one what each unknown does to the speed-up.
 
     Raises
     ------
@@ -217,7 +218,6 @@ def step_by_request(
     if level != "aggregate":
         raise UserError(f"`level` {level}: a training step is simulated at the aggregate level only.")
     require(tokens is None or tokens >= 1, f"`tokens` must be at least 1, not {tokens}.")
-    require(plot is None or sweep is not None, "`plot` draws a sweep: name one with `sweep`.")
     swept = outlook.parse_sweep(sweep) if sweep is not None else None
     if plot is not None:
         check_picture(plot)
@@ -236,6 +236,9 @@ def step_by_request(
         result["swept"], result["rows"] = name, outlook.sweep(machine, what, sparsity or 0.0, name, values)
         if plot is not None:
             outlook.plot_rows(result["rows"], name, f"{machine.name}: a training step over {name}", plot)
+    elif plot is not None:
+        title = f"{machine.name}: what is not known of a step at {result['sparsity']:.4g} sparsity"
+        outlook.plot_tornado(result, title, plot)
     return result
 
 
@@ -324,7 +327,7 @@ def simulate(
         Write a Chrome (Perfetto) trace here; takes the event level.
     plot : path, optional
         Draw heat maps per PE and a time line here (.html, .png); takes the event level. Of a layer at the aggregate
-        level: speed-up over sparsity (.png).
+        level: speed-up over sparsity (.png); of a step: its sweep, or what is not known.
 
     Returns
     -------

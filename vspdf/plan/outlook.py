@@ -175,6 +175,47 @@ def scale(machine: Machine, model: Model, systems: Sequence[int], weak: bool = F
     return rows
 
 
+def plot_tornado(result: dict[str, Any], title: str, path: Any) -> None:
+    """What each unknown does to the speed-up alone, the widest first, and the distribution of them all together.
+
+    Raises
+    ------
+    UserError
+        As `check_picture`, where there is no band to draw, or where the file cannot be written.
+    """
+    require(bool(result["tornado"]), "`plot`: a dense step has no speed-up to draw; give a `sparsity` or a `sweep`.")
+    from matplotlib.figure import Figure
+
+    rows, s = result["tornado"][:12][::-1], result["speedup"]
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for y, row in enumerate(rows):
+        low, high = row["speedup"]["low"], row["speedup"]["high"]
+        axes.barh(y, high - low, left=low, color="C0" if high >= low else "C1", height=0.7)
+        axes.annotate(
+            f"{row['from']:.3g} to {row['to']:.3g} {row['unit']}", (max(low, high), y), (4, 0), va="center", fontsize=7,
+            textcoords="offset points",
+        )  # fmt: skip
+    axes.set_yticks(
+        range(len(rows)), [f"{row['parameter']} ({row['grade']}), {row['share']:.0%}" for row in rows], fontsize=8
+    )
+    axes.axvline(s["central"], color="0.2", linewidth=1)
+    axes.axvspan(s["low"], s["high"], alpha=0.12, color="0.4", linewidth=0, label="90 % of the samples")
+    axes.axvspan(*s["interval50"], alpha=0.2, color="0.4", linewidth=0, label="half of them")
+    axes.margins(x=0.12)
+    axes.set_xlabel("speed-up of a step over dense; percentages: of the variance")
+    axes.legend(fontsize=8, loc="lower right")
+    axes.set_title(title, fontsize=10)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Any) -> None:
+    try:
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be written: {error.strerror}.") from None
+
+
 def plot_rows(rows: Sequence[dict[str, Any]], name: str, title: str, path: Any) -> None:
     """Tokens a second over what was swept, with the band of sparse ones; efficiency where rows have it.
 
@@ -213,7 +254,4 @@ def plot_rows(rows: Sequence[dict[str, Any]], name: str, title: str, path: Any) 
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     axes.set_title(title, fontsize=10)
-    try:
-        figure.savefig(path, dpi=130)
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be written: {error.strerror}.") from None
+    _save(figure, path)

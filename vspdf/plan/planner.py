@@ -170,6 +170,7 @@ def plan(
     phases: Sequence[tuple[float, int]] | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
+    sequence: int | None = None,
     convention: str = "vspdf",
     causal: bool = False,
     save: float | None = None,
@@ -197,6 +198,8 @@ def plan(
         Explicit stages, any number, each at most as sparse as the one before.
     steps, batch_size : int
         Of the dense run. Default: the published run, the tokens of the phases given, or 20 tokens a parameter.
+    sequence : int
+        Tokens of a sequence; default: the model's.
     convention : str
         A key of `ledger.CONVENTIONS`.
     causal : bool
@@ -222,7 +225,7 @@ def plan(
         raise UserError(f"phases leave nothing to split: give them, or split = '{split}'.")
     asked, split = split, "add-on" if split is None else split
     _check_arguments(sparsity, effective, split, phases, save, memory, hours, steps, batch_size)
-    source = _source(model)
+    source = _source(model).at(sequence)
     shape, settings = source.shape, source.settings
     own = bool(source.phases) and sparsity is effective is phases is save is memory is hours is None
     one_stage = effective is save is hours is None and (sparsity is not None or memory is not None)

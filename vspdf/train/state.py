@@ -232,7 +232,7 @@ class State:
         Run(Path(self.config.run_dir)).check(body)
         stored.restore(self.model, self.config.train.backend)
         tuning.pin(body["kernel_choices"])
-        build_plans(self.model)
+        build_plans(self.model, self.config.train.memory)
         self.step = self.saved_step = body["step"]
         self.seconds, self.samples = body["seconds"], body["samples"]
         self.best = Best(**body["best"]) if body.get("best") else None  # none before it was kept

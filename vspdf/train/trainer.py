@@ -211,7 +211,7 @@ def _enter(state: State, phase: ResolvedPhase, record: PhaseRecord, tell: Log | 
     elif not engine.at(state.step, state.model, state.optimizer):
         return False
     state.renew_optimizer(phase)
-    build_plans(state.model)
+    build_plans(state.model, state.config.train.memory)
     if begun and engine.now.phase == old:
         assert sparsity is not None
         if engine.turnover:  # masks that move time and again are a part of what training costs

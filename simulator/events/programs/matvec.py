@@ -98,6 +98,7 @@ def mesh_gemv(machine: Machine, a: np.ndarray, v: np.ndarray, pes: int, half: bo
             region.write(x, y, at_y, np.zeros(column // size, dtype))
             region.activate(x, y, 0)
     cycles = region.run()
+    region.conserve_fmacs((pes * t) ** 2)
     result = np.stack(
         [np.concatenate([region.read(x, y, at_y, t, dtype) for x in range(pes)])[:n] for y in (0, pes - 1)]
     )
