@@ -258,7 +258,9 @@ def remask(
         mark(old_values, values, name)
         old.packed.clear()  # whoever keeps the old pattern for what it was need not keep its plans
         exchanged.append((old_values, values))
-    warn_of_stale(verb, exchanged, optimizer)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
+    if not any(id(new) in held for _, new in exchanged):  # who asks the interpreter who holds them waits for long
+        warn_of_stale(verb, exchanged, optimizer)
     return before
 
 
