@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vspdf.bench.rounds import Timed, held_up, others_at_work, quartiles
+from vspdf.bench.rounds import Timed, held_up, interval, others_at_work
 from vspdf.kernels import cpu, hardware
 from vspdf.sparsity.evolve import evolve
 from vspdf.sparsity.layer import SparseLinear
@@ -34,7 +34,7 @@ def bench_update(
     -------
     dict
         `rows` with `step_seconds`, `update_seconds`, of these `plan_seconds`, and `share_of_step`, the median of the
-        rounds' ratios, with its quartiles `share_low` and `share_high`; `hardware`, `versions`, `load`.
+        rounds' ratios, with its 95 % interval from `share_low` to `share_high`; `hardware`, `versions`, `load`.
     """
     load, current = others_at_work(), torch.get_num_threads()
     torch.set_num_threads(threads or current)
@@ -44,7 +44,7 @@ def bench_update(
             progress(f"{in_features} x {out_features} at {sparsity:g}")
             found = _rounds(tokens, in_features, out_features, sparsity, drop_fraction, rounds)
             ratios = [(moved.seconds + built.seconds) / step.seconds for step, moved, built in found]
-            low, high = quartiles(ratios)
+            low, high = interval(ratios)
             rows.append({
                 "tokens": tokens, "in_features": in_features, "out_features": out_features, "sparsity": sparsity,
                 "drop_fraction": drop_fraction, "threads": torch.get_num_threads(),

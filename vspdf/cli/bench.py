@@ -249,18 +249,9 @@ def bench_update(
     _warn_of_crowds([threads] if threads else [])
     keep_freed_memory()
     result = update.bench_update(sides[0], sides[1], sides[2], sparsities, drop_fraction, threads, rounds, murmur)
-    _write_results(result, csv, as_json)
-    if as_json:
-        return
-    title = f"an update of {shape}, {drop_fraction:.0%} dropped, {result['rows'][0]['threads']} threads"
-    table = Table(title=title, title_justify="left")
-    for column in ("sparsity", "step, ms", "update, ms", "of it plans, ms", "steps", "quartiles"):
-        table.add_column(column, justify="right")
-    for row in result["rows"]:
-        times = (f"{1e3 * row[key]:.1f}" for key in ("step_seconds", "update_seconds", "plan_seconds"))
-        spread = f"{row['share_low']:.2f}-{row['share_high']:.2f}"
-        table.add_row(f"{row['sparsity']:.4g}", *times, f"{row['share_of_step']:.2f}", spread)
-    show(table)
+    _finish(result, csv, None, as_json)
+    if not as_json:
+        tables.print_update(result)
 
 
 @bench.command(name="step", cls=Verb)
