@@ -248,9 +248,9 @@ def plan(
         multiple = LR_MULTIPLE if any(s for s, _ in stages) else 1.0
         settings.phases = [PhaseConfig(sparsity=s, steps=n, lr_multiple=multiple) for s, n in stages if n]
     config = resolve.resolve(settings)
+    layers = resolve.linear_layers(config.model)
     if time:
-        layers = resolve.linear_layers(config.model)
-        run.measure([phase.mean(layers, s.sparsity) for phase in config.phases for s in phase.coarse_stages()])
+        run.measure([p.mean(layers, s.sparsity) for p in config.phases for s in p.coarse_stages()])
 
     def stage(name: str, s: float, steps: int, tokens: int) -> PlannedPhase:
         flops = ledger.training_flops(shape, [(s, tokens)], convention=convention, causal=causal)
@@ -262,8 +262,7 @@ def plan(
         stage("dense run", 0.0, dense_steps, dense_steps * step_tokens), baseline,
         [
             stage(f"{p.name} {s.sparsity:.4g}" if len(p.coarse_stages()) > 1 else p.name,
-                  p.mean(resolve.linear_layers(config.model), s.sparsity),
-                  s.steps, s.steps * p.tokens // p.steps)
+                  p.mean(layers, s.sparsity), s.steps, s.steps * p.tokens // p.steps)
             for p in config.phases
             for s in p.coarse_stages()
         ],
