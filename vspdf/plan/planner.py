@@ -19,6 +19,7 @@ from vspdf.config.resolved import ResolvedConfig
 from vspdf.config.settings import PhaseConfig
 from vspdf.errors import UserError, check_sparsity, did_you_mean
 from vspdf.plan.cs2 import on_cs2
+from vspdf.plan.machines import Machines
 from vspdf.plan.models import _dense_run, _source
 from vspdf.plan.wish import SPLITS, _Wish, state_bytes
 from vspdf.shapes import Shape
@@ -63,6 +64,7 @@ class Plan:
     config: ResolvedConfig
     calibration: Calibration | None
     notes: list[str]
+    machines: Machines | None = None
 
     @property
     def tokens(self) -> int:
@@ -132,6 +134,14 @@ class Plan:
         stages = [(phase.sparsity, phase.steps) for phase in self.phases]
         return on_cs2(self.shape, self.config.train.batch_size, stages, self.dense.steps)
 
+    def on_machines(self) -> dict[str, Any] | None:
+        """As `vspdf.plan.machines` has it; None where one machine was asked for."""
+        if self.machines is None or self.calibration is None:
+            return None
+        stages = [(phase.sparsity, phase.steps) for phase in self.phases]
+        tokens = self.config.train.batch_size * self.shape.sequence_length
+        return self.machines.to_json(self.shape, tokens, self.calibration, stages)
+
     def _cs2(self) -> dict[str, Any] | None:
         try:
             return self.on_cs2()
@@ -157,6 +167,7 @@ class Plan:
             "seconds": {"dense": self.dense.seconds, "planned": self.seconds} if self.calibration else None,
             "calibration": asdict(self.calibration) if self.calibration else None,
             "cs2": self._cs2(),
+            "machines": self.on_machines(),
             "notes": self.notes,
         }
 
@@ -176,6 +187,7 @@ def plan(
     memory: float | None = None,
     hours: float | None = None,
     time: bool = False,
+    machines: Machines | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """Plans a run against its dense run.
@@ -209,6 +221,8 @@ def plan(
         Wish: the run ends within so many hours on this machine; measures.
     time : bool
         Measure this machine's speed (`calibrate`): seconds; at billions of parameters most of a minute.
+    machines : Machines, optional
+        Several of this one, that share every step; measures.
     progress : callable
         Receives a line at a time while measuring.
 
@@ -240,7 +254,9 @@ def plan(
         multiple = LR_MULTIPLE if any(s for s, _ in stages) else 1.0
         settings.phases = [PhaseConfig(sparsity=s, steps=n, lr_multiple=multiple) for s, n in stages if n]
     config = resolve.resolve(settings)
-    if time:
+    if machines is not None:
+        machines.check(settings.train.batch_size)
+    if time or machines is not None:
         run.measure([sparsity for sparsity, _ in resolve.amounts(config)])
 
     def stage(name: str, s: float, steps: int, tokens: int) -> PlannedPhase:
@@ -258,7 +274,7 @@ def plan(
             for p in config.phases
             for s in p.stages()
         ],
-        config, run.calibration, run.notes,
+        config, run.calibration, run.notes, machines,
     )  # fmt: skip
 
 

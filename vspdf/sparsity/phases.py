@@ -241,6 +241,10 @@ class Phases:
             f"{self._sparsity(self.stages[self._index(step)]):.4g}. Are the phases those it was trained with?"
         )
 
+    def due(self, step: int) -> bool:
+        """Whether `at` is going to change the model before the step numbered `step`."""
+        return self._now is not None and self._index(step) > self._now
+
     def at(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Before the step numbered `step`, from 0: switches where a boundary falls, and says whether it did.
 

@@ -24,6 +24,7 @@ from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, scatter
 from vspdf.sparsity.optimizer import carry, check_moments, check_takes_vectors, warn_of_stale
 from vspdf.sparsity.pretrained import teach_save_pretrained
 from vspdf.sparsity.schedule import INIT_METHODS
+from vspdf.sparsity.wrapped import warn_of_reducers
 
 log = logging.getLogger("vspdf")
 
@@ -51,6 +52,7 @@ def _is_linear(module: nn.Module) -> bool:
         type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear
     ):  # nn.MultiheadAttention reads its weight itself
         return False
+    require_whole(module.weight)
     return type(module).forward is nn.Linear.forward or _computes_linear(module)
 
 
@@ -343,6 +345,8 @@ def set_sparsity(
     """
     check_moments(moments)
     layers = sparse_layers(model)
+    for layer in layers.values():
+        require_whole(layer.values)
     if not layers:
         raise UserError("set_sparsity found no sparse layer: call vspdf.sparsify(model, ...) first.")
     rules = sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}
@@ -357,7 +361,6 @@ def set_sparsity(
     before, replaced = {}, []
     for name in grown:
         layer = layers[name]
-        require_whole(layer.values)
         old, old_values = layer.pattern, layer.values
         spread = lambda t, a=old, b=grown[name]: scatter(t, a, inside=b)  # noqa: E731
         values = nn.Parameter(spread(old_values.detach()), old_values.requires_grad)
@@ -368,6 +371,7 @@ def set_sparsity(
         replaced.append(old_values)
     if optimizer is None:
         warn_of_stale("set_sparsity", replaced)
+    warn_of_reducers("set_sparsity", model)
     return before
 
 
@@ -411,6 +415,7 @@ def densify(
         place(model, layer, dense)
     if optimizer is None:
         warn_of_stale("densify", [layer.values for layer in layers.values()])
+    warn_of_reducers("densify", model)
     return {name: layer.pattern for name, layer in layers.items()}
 
 

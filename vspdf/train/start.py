@@ -107,7 +107,7 @@ def _to_tune(task: ResolvedTask, source: str, say: Callable[[str], None]) -> tup
 def _take_over(state: State, source: str, say: Callable[[str], None]) -> None:
     """Takes weights, masks, moments and the place in the data from another run, or the weights of a folder."""
     config, corpus = state.config, state.data.manifest["corpus"]
-    loaded = checkpoints.load(source, config.train.backend)
+    loaded = checkpoints.load(source, config.train.backend, form=(state.shape, config.model.activation))
     old = loaded.state
     if loaded.tokenizer is None:
         log.warning("init_from '%s' has no tokenizer: data.tokenizer is taken to be its own.", source)
