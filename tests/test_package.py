@@ -40,7 +40,8 @@ MAY_TAKE = {
 }  # fmt: skip
 # Words that everyone may use, each below those that take it.
 WORDS = {
-    "errors": (), "_C": (), "shapes": ("errors",), "files": ("errors",), "pattern": ("errors",),
+    "errors": (), "_C": (), "shapes": ("errors",), "files": ("errors",), "mask_forms": ("errors",),
+    "pattern": ("errors", "mask_forms"),
     "attention": (), "ledger": ("errors", "shapes"), "model": ("errors", "shapes", "ledger", "attention"),
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ pointers, packed order, generated code) they keep in `Pattern.packed`.
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import weakref
 from fractions import Fraction
@@ -17,8 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from vspdf import mask_forms
 from vspdf.errors import UserError
 
+log = logging.getLogger("vspdf")
 _alive: weakref.WeakValueDictionary[str, Pattern] = weakref.WeakValueDictionary()
 _making = threading.Lock()
 
@@ -108,8 +111,10 @@ class Pattern:
         return self
 
     @classmethod
-    def random(cls, shape: tuple[int, int], sparsity: float, seed: int = 0, *, truncate: bool = False) -> Pattern:
-        """Static random unstructured mask of ``numel − round(sparsity · numel)`` weights (SPDF, arXiv:2303.10464).
+    def random(
+        cls, shape: tuple[int, int], sparsity: float, seed: int = 0, *, truncate: bool = False, fits: str | None = None
+    ) -> Pattern:
+        """Static random mask of ``numel − round(sparsity · numel)`` weights, unstructured (SPDF, arXiv:2303.10464).
 
         Parameters
         ----------
@@ -119,15 +124,26 @@ class Pattern:
             The same seed, shape and sparsity give the same mask.
         truncate : bool
             How kept weights are counted, see `kept_count`.
+        fits : str, optional
+            A form that the mask is to have, and is as uniform as it allows. "2:4": at most two of every four
+            neighbours, along rows and along columns, as sparse tensor cores multiply them forward and backward; every
+            mask of that form and count is equally likely. Where more is to be kept (half of the positions, if four
+            divides the sides), the mask is the plain one, and a warning says so. "ROWSxCOLUMNS", e.g. "16x16" or
+            "128x1": whole blocks of the grid, kept or masked, and at most one kept in part, so that the count is exact.
 
         Raises
         ------
         UserError
-            If `sparsity` is outside [0, 1] or a side is below 1.
+            If `sparsity` is outside [0, 1], a side is below 1, or `fits` is no such form.
         """
         shape = _sides(shape)
         numel = shape[0] * shape[1]
         keep = kept_count(numel, sparsity, truncate)
+        if fits is not None:
+            fitting = mask_forms.draw(shape, keep, fits, np.random.default_rng(seed))
+            if fitting is not None:
+                return cls.from_mask(fitting)
+            log.warning("no mask of %d x %d that keeps %d weights fits %s: it is drawn without.", *shape, keep, fits)
         mask = np.zeros(numel, dtype=bool)
         mask[np.random.default_rng(seed).choice(numel, keep, replace=False, shuffle=False)] = True
         return cls(shape, np.packbits(mask, bitorder="little"))

@@ -10,10 +10,21 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from vspdf.errors import UserError, check_sparsity, did_you_mean, one_of, require
+from vspdf.mask_forms import block_of
 
-INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard", "file")  # how first masks are drawn
+# How first masks are drawn; "random:FORM" draws those that fit a form of `Pattern.random`
+INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard", "file")
 SCHEDULES = ("constant", "linear", "exp", "power", "cosine", "cycling")
 DECAYS = ("linear", "cosine", "constant")  # of the learning rate
+
+
+def check_init_method(what: str, method: str) -> None:
+    """Raises UserError unless `method` is one of INIT_METHODS, or "random:" and a form, e.g. "random:2:4"."""
+    kind, _, form = method.partition(":")
+    if kind == "random" and form:
+        block_of(form)
+    else:
+        require(method in INIT_METHODS, f"{what} '{method}' is not known.{did_you_mean(method, INIT_METHODS)}")
 
 
 class Stage(NamedTuple):
@@ -165,7 +176,8 @@ class Phase:
     levels: list[float] = field(default_factory=list)  # of "cycling", e.g. [0.9, 0.75, 0.5, 0]
     update_every: int | None = None  # steps between updates; default: ten updates, or one per level
     layers: dict[str, float] = field(default_factory=dict)  # glob over layers to sparsity, the first match counts
-    init_method: str = "random"  # of the first masks: "random", "topk", "from_zeros", "checkerboard" or "file"
+    # Of the first masks: "random", "random:FORM" (2:4, 16x16, ...), "topk", "from_zeros", "checkerboard" or "file"
+    init_method: str = "random"
     init_file: str | None = None  # of "file": masks by layer, in any form that Pattern.read takes
     count: str = "round"  # kept weights: numel − round(s·numel); "truncate": int((1−s)·numel), as the Cerebras stack
     steps: int | None = None
@@ -195,7 +207,7 @@ class Phase:
             Naming the setting under `key`.
         """
         one_of(f"{key}.schedule", self.schedule, SCHEDULES)
-        one_of(f"{key}.init_method", self.init_method, INIT_METHODS)
+        check_init_method(f"{key}.init_method =", self.init_method)
         require(
             (self.init_method == "file") == (self.init_file is not None),
             f"{key}: init_method: file and init_file, the file with the masks, belong together.",

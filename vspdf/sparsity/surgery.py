@@ -23,7 +23,7 @@ from vspdf.sparsity.from_files import Amount, MaskFile, plain_name, read_amounts
 from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, scatter, sparse_layers
 from vspdf.sparsity.optimizer import carry, check_moments, check_takes_vectors, warn_of_stale
 from vspdf.sparsity.pretrained import teach_save_pretrained
-from vspdf.sparsity.schedule import INIT_METHODS
+from vspdf.sparsity.schedule import check_init_method
 from vspdf.sparsity.wrapped import warn_of_reducers
 
 log = logging.getLogger("vspdf")
@@ -131,9 +131,10 @@ def sparsify(
         Together with a layer's name gives its mask.
     include, exclude : str or iterable of str
         Globs over module names. Default: all layers, and none left out beside those said above.
-    init_method : {"random", "topk", "from_zeros", "checkerboard"}
-        Which weights are kept: at random, the largest, those that are not zero (whatever the sparsity), or evenly
-        spread ones. Patterns given in the mapping are taken as they are.
+    init_method : {"random", "random:FORM", "topk", "from_zeros", "checkerboard"}
+        Which weights are kept: at random, at random in a form that `Pattern.random` has ("random:2:4",
+        "random:16x16"), the largest, those that are not zero (whatever the sparsity), or evenly spread ones. Patterns
+        given in the mapping are taken as they are.
     truncate : bool
         How kept weights are counted: ``numel − round(sparsity · numel)``, or ``int((1 − sparsity) · numel)``.
     rescale : bool
@@ -158,8 +159,7 @@ def sparsify(
     rules = read_amounts(sparsity)
     if init_method == "file":
         raise UserError("init_method 'file' is of phases: give sparsify the file in the place of the sparsity.")
-    if init_method not in INIT_METHODS:
-        raise UserError(f"init_method '{init_method}' is not known.{did_you_mean(init_method, INIT_METHODS)}")
+    check_init_method("init_method", init_method)
     linears, wrapped = _candidates(model)
     _require_some(model, linears)
     _check_globs(model, linears, (*rules, *_globs(include)), _globs(exclude))
@@ -316,7 +316,8 @@ def _draw(weight: Tensor, sparsity: float, method: str, seed: int, truncate: boo
     shape = (weight.shape[0], weight.shape[1])
     if method == "checkerboard":
         return Pattern.checkerboard(shape, sparsity, truncate=truncate)
-    return Pattern.random(shape, sparsity, seed=seed, truncate=truncate)
+    form = method.partition(":")[2] or None
+    return Pattern.random(shape, sparsity, seed=seed, truncate=truncate, fits=form)
 
 
 def set_sparsity(
