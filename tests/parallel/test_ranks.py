@@ -36,15 +36,18 @@ SETTINGS = (
 
 # Runs commands one after the other on every rank; each is a list of arguments, and what goes wrong on which rank.
 CHILD = """
-import json, os, signal, sys
-from vspdf.cli import app
+import json, os, signal, sys, types
+from vspdf.cli import app, train
 from vspdf.kernels import hardware
+from vspdf.parallel import meeting, world
 from vspdf.sparsity import surgery
 from vspdf.train import common, trainer
 
 rank, folder = int(os.environ["RANK"]), sys.argv[1]
 step, versions, seed = trainer._step, hardware.versions, surgery._layer_seed
 weights = common.weights
+train._draw = lambda folder: None  # reports take seconds
+world.time, meeting.CALL = types.SimpleNamespace(sleep=lambda seconds: None), 1.0
 for number, order in enumerate(json.loads(sys.argv[2])):
     fault = order.get("fault", {})
     mine = fault.get("rank") == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
@@ -179,15 +182,37 @@ def test_gradients_travel_at_nnz(place, one, two, four):
     """A rank sends as many bytes as a ring would have it: 2 (W - 1) / W of what is trained."""
     assert {line["communication_bytes"] for line in lines(one)} == {0}
     for size, run in ((2, "two-run"), (4, "four-run")):
-        for line in (lines(place / run)[5], lines(place / run)[-1]):
-            step = 4 * (line["step"] > 4) if line["step"] < 9 else 12
-            held = load_file(place / run / "checkpoints" / f"step-{max(8, step):08d}" / "model.safetensors")
+        for step in (8, 12):
+            line = lines(place / run)[step - 1]
+            held = load_file(place / run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
             trained = sum(tensor.numel() for name, tensor in held.items() if not name.endswith(".pattern"))
-            if line["step"] == 12:
-                assert line["communication_bytes"] == pytest.approx(2 * (size - 1) / size * 4 * trained, rel=1e-3)
+            assert line["communication_bytes"] == pytest.approx(2 * (size - 1) / size * 4 * trained, rel=1e-3)
             assert line["communication_seconds"] > 0
     sparse, dense = (lines(place / "two-run")[i]["communication_bytes"] for i in (0, -1))
     assert sparse < 0.5 * dense
+
+
+@pytest.mark.parametrize("size, run", [(2, "two-run"), (4, "four-run")], ids=["two", "four"])
+def test_a_plan_says_what_a_run_counts(place, two, four, vspdf, size, run):
+    status, out, err = vspdf(
+        "plan", "--model", place / run / "config.yaml", "--machines", size, "--network", 1, "--json"
+    )
+    assert status == 0, err
+    found, counted = json.loads(out)["machines"], [line["communication_bytes"] for line in lines(place / run)]
+    assert found["bytes_per_step"]["planned"] == pytest.approx(sum(counted) / len(counted), rel=0.02)
+    assert found["bytes_per_step"]["dense"] == pytest.approx(counted[-1], rel=0.02)
+    assert found["allreduce_seconds"]["dense"] == pytest.approx(8 * counted[-1] / 0.94e9, rel=0.02)
+    assert 0 < found["efficiency"]["dense"] <= 1.1 and found["efficiency"]["planned"] > 0
+
+
+def test_a_plan_for_machines_that_cannot_share(place, one, refused):
+    model = ("plan", "--model", one / "config.yaml")
+    refused(
+        "3 machines cannot share the 8 sequences of a step evenly: --machines 1, 2, 4 or 8", *model, "--machines", 3
+    )
+    refused("--network goes with --machines: how many are there", *model, "--network", 1)
+    refused("--machines must be at least 1, not 0", *model, "--machines", 0)
+    refused("--network must be positive, in gigabits a second, not 0", *model, "--machines", 2, "--network", 0)
 
 
 def test_sigterm_to_one_stops_all_and_another_number_goes_on(place, one, two, four):
@@ -263,7 +288,7 @@ def test_a_silent_rank_without_torchrun(place, configured):
     folder = place / "silent"
     folder.mkdir()
     (folder / "child.py").write_text(CHILD)
-    hung = order("train", configured, *SETTINGS, f"run_dir={place}/hung", "train.timeout=3", rank=1, step=5,
+    hung = order("train", configured, *SETTINGS, f"run_dir={place}/hung", "train.timeout=2", rank=1, step=5,
                  signal=signal.SIGSTOP)  # fmt: skip
     command = [sys.executable, str(folder / "child.py"), str(folder), json.dumps([hung])]
     whole = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -275,7 +300,7 @@ def test_a_silent_rank_without_torchrun(place, configured):
         second.wait()
     said = " ".join((folder / "said-0-0").read_text().split())
     assert (folder / "status-0-0").read_text() == "2"
-    assert "was silent for 3 s (train.timeout); the checkpoint of step 4 is intact" in said
+    assert "was silent for 2 s (train.timeout); the checkpoint of step 4 is intact" in said
 
 
 @pytest.mark.parametrize(
@@ -296,13 +321,12 @@ def test_an_environment_that_cannot_be(told, words, monkeypatch):
 
 def test_one_process_takes_nothing_of_torch_distributed(configured, place):
     code = (
-        "import sys, torch; before = {m for m in sys.modules if m.startswith('torch.distributed')}\n"
-        "from vspdf.cli import app\n"
-        f"sys.argv = ['vspdf', 'train', {str(configured)!r}, 'run_dir={place}/alone', 'phases=[{{steps: 1}}]']\n"
-        "try: app.main()\n"
-        "except SystemExit: pass\n"
-        "print(sorted(m for m in sys.modules if m.startswith('vspdf.parallel')))\n"
-        "print(torch.distributed.is_available() and torch.distributed.is_initialized())"
+        "import sys\n"
+        "from vspdf.config import loading\n"
+        "from vspdf.train.trainer import train\n"
+        f"train(loading.load({str(configured)!r}, ['run_dir={place}/alone', 'phases=[{{steps: 1}}]']))\n"
+        "print([name for name in sys.modules if name.startswith('vspdf.parallel')])\n"
+        "print(sys.modules['torch'].distributed.is_initialized())"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "vspdf.parallel.group" not in out and out.strip().endswith("False")
+    assert "vspdf.parallel.world" in out and "vspdf.parallel.group" not in out and out.strip().endswith("False")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,8 @@ class _Names(pickle.Unpickler):
     """Takes what a DCP index is made of, and nothing that could run."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] == "pathlib":
+            return PurePath
         kind = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if kind or name in _PLAIN.get(module, ()):
             return super().find_class(module, name)

@@ -75,7 +75,9 @@ class Group(World):
 
     def __exit__(self, *how: object) -> None:
         error = how[1]
-        if isinstance(error, (UserError, Interrupted)) and not isinstance(error, RankLost) and not self.first:
+        if isinstance(error, (UserError, Interrupted)) and not (
+            isinstance(error, RankLost) or self.first or error.told
+        ):
             leave_it_to_the_first(error)
         if self._owned and not isinstance(error, RankLost):
             dist.destroy_process_group()
@@ -238,4 +240,5 @@ def _first_line(error: Exception) -> str:
 
 
 def _shown(value: str | None) -> str:
-    return "none" if value is None else value if len(value) < 40 else f"{value[:12]}..."
+    """A value in an error message; of a digest, enough to tell it from another."""
+    return "none" if value is None else f"{value[:12]}..." if re.fullmatch("[0-9a-f]{40,}", value) else value

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from vspdf.errors import UserError
 from vspdf.sparsity.layer import is_sharded
-from vspdf.sparsity.optimizer import carry
+from vspdf.sparsity.optimizer import carry, warn_of_stale
 
 
 @contextmanager
@@ -57,11 +57,12 @@ def gathered(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     if not ways:
         yield model
         return
-    left = {parameter for parameter in model.parameters() if not is_sharded(parameter)}
+    before = list(model.parameters())
+    left = {parameter for parameter in before if not is_sharded(parameter)}
     _drop_gradients(model)
-    _replace(
-        model, {p: nn.Parameter(_whole(p), p.requires_grad) for p in model.parameters() if p not in left}, optimizer
-    )
+    _replace(model, {p: nn.Parameter(_whole(p), p.requires_grad) for p in before if p not in left}, optimizer)
+    if optimizer is None:
+        warn_of_stale("gathered", before)
     try:
         yield model
     finally:

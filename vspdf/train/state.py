@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -27,6 +28,8 @@ from vspdf.sparsity.layer import build_plans
 from vspdf.sparsity.phases import Phases
 from vspdf.train.schedule import Position, position
 from vspdf.train.step import adamw
+
+log = logging.getLogger("vspdf")
 
 
 @dataclass(frozen=True)
@@ -221,6 +224,12 @@ class State:
                 f"here it is {shape[wrong]}."
             )
         Run(Path(self.config.run_dir)).check(body)
+        threads = torch.get_num_threads()
+        if self.config.train.threads is None and body.get("threads", threads) != threads:
+            log.warning(
+                "resuming with %d threads a process instead of %d: results will differ in the last bits; "
+                "train.threads=%d keeps them.", threads, body["threads"], body["threads"],
+            )  # fmt: skip
         stored.restore(self.model, self.config.train.backend)
         tuning.pin(body["kernel_choices"])
         build_plans(self.model)
