@@ -106,8 +106,8 @@ def load_model(folder: Path, shape: Shape, activation: str, backend: str = "auto
     expected = model.state_dict()
     for name, tensor in expected.items():
         if name not in own or own[name].shape != tensor.shape:
-            has = f"as {tuple(own[name].shape)}" if name in own else "not"
-            raise UserError(f"'{folder}' holds '{name}' {has}; this model has it as {tuple(tensor.shape)}.")
+            has = f"has '{name}' as {tuple(own[name].shape)}" if name in own else f"has no '{name}'"
+            raise UserError(f"'{folder}' {has}; this model has it as {tuple(tensor.shape)}.")
     model.load_state_dict({name: own[name] for name in expected})
     return model
 
