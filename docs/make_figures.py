@@ -78,8 +78,8 @@ def products() -> None:
     full = lambda rows, columns: np.ones((rows, columns))  # noqa: E731
     lines = [
         ("forward", [("X", full(8, 14), BLUE), ("Wᵀ", mask.T, ORANGE), ("Y", full(8, 10), GREEN)]),
-        ("gradient of the input", [("dY", full(8, 10), BLUE), ("W", mask, ORANGE), ("dX", full(8, 14), GREEN)]),
-        ("gradient of the weights", [("dYᵀ", full(10, 8), BLUE), ("X", full(8, 14), BLUE), ("dW", mask, GREEN)]),
+        ("grad_input", [("grad_output", full(8, 10), BLUE), ("W", mask, ORANGE), ("grad_input", full(8, 14), GREEN)]),
+        ("grad_values", [("grad_outputᵀ", full(10, 8), BLUE), ("X", full(8, 14), BLUE), ("grad_values", mask, GREEN)]),
     ]
     figure, axes = plt.subplots(1, 3, figsize=(8.6, 2.1))
     for axis, (name, parts) in zip(axes, lines, strict=True):
@@ -89,7 +89,7 @@ def products() -> None:
             image = np.ma.masked_equal(cells, 0)
             axis.imshow(image, cmap=ListedColormap([colour]), extent=(left, left + columns, -rows, 0))
             axis.add_patch(plt.Rectangle((left, -rows), columns, rows, fill=False, ec=GREY, lw=0.8))
-            axis.text(left + columns / 2, 1.1, label, ha="center")
+            axis.text(left + columns / 2, 1.1, label, ha="center", fontsize=7.5)
             axis.text(left + columns + 2.5, -rows / 2, sign, ha="center", va="center", fontsize=12)
             left += columns + 5
         axis.set(xlim=(-1, left), ylim=(-15, 4), title=name)

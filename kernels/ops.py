@@ -111,18 +111,23 @@ def _check_gradient(pattern: Pattern, grad_output: Tensor, x: Tensor) -> None:
 _library = torch.library.Library("vspdf", "DEF")
 
 
+def _shaped(y: Tensor, *shape: int) -> Tensor:
+    """A result in the shape of its input; not as a view, which nobody could edit in place (``relu_``) as a Linear's."""
+    return torch.ops.aten._unsafe_view.default(y, shape)
+
+
 def _linear(x: Tensor, values: Tensor, bias: Tensor | None, pattern: str, backend: str) -> Tensor:
     found = Pattern.find(pattern)
     _check_product(found, "x", x, found.in_features, values, bias)
     y = _run("forward", found, backend, _tokens(x), values, bias)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], found.out_features)
+    return y if x.dim() == 2 else _shaped(y, *x.shape[:-1], found.out_features)
 
 
 def _grad_input(grad_output: Tensor, values: Tensor, pattern: str, backend: str) -> Tensor:
     found = Pattern.find(pattern)
     _check_product(found, "grad_output", grad_output, found.out_features, values)
     grad = _run("grad_input", found, backend, _tokens(grad_output), values)
-    return grad if grad_output.dim() == 2 else grad.view(*grad_output.shape[:-1], found.in_features)
+    return grad if grad_output.dim() == 2 else _shaped(grad, *grad_output.shape[:-1], found.in_features)
 
 
 def _grad_values(

@@ -159,7 +159,7 @@ def _parse(path: Path) -> dict[str, Parameter]:
     except RecursionError:
         raise UserError(f"{path} nests too deep.") from None
     except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}.") from None
+        raise UserError(f"{path} cannot be read as YAML: {str(error).splitlines()[0].rstrip('.')}.") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected parameters, each with value, unit, source and grade.")
     parameters = {}

@@ -58,10 +58,14 @@ def near_path(path: Path, keywords: Iterable[str] = ()) -> str:
     return ""
 
 
-def check_sparsity(key: str, value: float) -> None:
-    """Refuses what is no sparsity, a number in [0, 1); where a percentage was given, the message says it as one."""
+def check_sparsity(key: str, value: float, *, all_masked: bool = False) -> None:
+    """Refuses what is no sparsity, a number in [0, 1), or 1 too; of a percentage the message says what was meant."""
+    end = "]" if all_masked else ")"
+    if isinstance(value, str | bool) or not hasattr(value, "__float__"):
+        meant = percent_meant(value) if isinstance(value, str) else ""
+        raise UserError(f"{key} must be a number in [0, 1{end}, not {value!r}.{meant}")
     meant = f" Did you mean {value / 100:g}?" if 2 <= value < 100 else ""
-    require(0 <= value < 1, f"{key} must lie in [0, 1), not {value}.{meant}")
+    require(0 <= value < 1 or (all_masked and value == 1), f"{key} must lie in [0, 1{end}, not {value}.{meant}")
 
 
 def percent_meant(text: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from vspdf.errors import UserError, did_you_mean
+from vspdf.errors import UserError, check_sparsity, did_you_mean
 from vspdf.shapes import Shape, named_shape
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,8 +65,7 @@ def flops_per_token(
     """
     if convention not in CONVENTIONS:
         raise UserError(f"unknown FLOP convention '{convention}'.{did_you_mean(convention, CONVENTIONS)}")
-    if not 0 <= sparsity <= 1:
-        raise UserError(f"sparsity must lie in [0, 1], not {sparsity}.")
+    check_sparsity("sparsity", sparsity, all_masked=True)
     rule = CONVENTIONS[convention]
     attention = shape.attention * (0.5 if causal else 1.0)
     softmax = rule.softmax * shape.n_layer * shape.n_head * shape.sequence_length / 2  # FLOPs -> multiply-adds

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from vspdf import mask_forms
-from vspdf.errors import UserError
+from vspdf.errors import UserError, check_sparsity
 
 log = logging.getLogger("vspdf")
 _alive: weakref.WeakValueDictionary[str, Pattern] = weakref.WeakValueDictionary()
@@ -36,8 +36,7 @@ def kept_count(numel: int, sparsity: float, truncate: bool = False) -> int:
     UserError
         If `sparsity` is outside [0, 1].
     """
-    if not 0 <= sparsity <= 1:
-        raise UserError(f"sparsity must lie in [0, 1], not {sparsity}.")
+    check_sparsity("sparsity", sparsity, all_masked=True)
     if truncate:
         return int((1 - sparsity) * numel)
     # The decimal as written (0.9), not its binary neighbour, so that ties round as on paper.

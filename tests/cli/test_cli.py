@@ -137,6 +137,20 @@ BAD_RUNS = {
 }
 
 
+@pytest.mark.parametrize(
+    "argument, message",
+    [("phases.0.steps=1000000", "has at most"), ("init_from={folder}/none", "none'")],
+    ids=["too many steps", "nothing to begin from"],
+)
+def test_what_a_text_cannot_give_is_said_before_it_is_tokenised(vspdf, tiny, tmp_path, argument, message):
+    (tmp_path / "none").mkdir()
+    words = " ".join(f"word{i}" for i in range(3000))
+    (tmp_path / "text.txt").write_text("\n\n".join([words, words[1:], words[2:]]))
+    text = [f"data.corpus={tmp_path}/text.txt", "data.tokenizer=bpe:300", f"data.cache_dir={tmp_path}/cache"]
+    status, _, err = vspdf("train", tiny, *text, argument.format(folder=tmp_path))
+    assert status == 2 and len(err.splitlines()) == 1 and message in err and not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize("argument, message", BAD_RUNS.values(), ids=BAD_RUNS)
 def test_a_run_that_cannot_start_says_so_in_one_line_and_writes_nothing(vspdf, tiny, tmp_path, argument, message):
     (tmp_path / "text.txt").write_text("words " * 1000)

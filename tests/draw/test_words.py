@@ -22,7 +22,7 @@ from vspdf.draw import words
         (words.power, -3.0, "10⁻³"), (words.power, 0.5, ""),
         (words.listed, [1, 2], "1, 2"), (words.listed, "avx2", "avx2"),
     ],
-    ids=str,
+    ids=lambda found: getattr(found, "__name__", str(found)),
 )  # fmt: skip
 def test_words(say, value, said):
     assert say(value) == said
@@ -36,3 +36,7 @@ def test_words(say, value, said):
 )  # fmt: skip
 def test_axes(value, unit, expected):
     assert words.scale(value, unit) == expected
+
+
+def test_a_speedup_above_the_ideal_is_marked():
+    assert (words.speedup(2.0, 2.49), words.speedup(2.5, 2.49)) == ("2.00x", "2.50x*")

@@ -11,7 +11,7 @@ from vspdf.config.settings import ModelConfig
 from vspdf.data.text import prepare
 from vspdf.errors import UserError
 from vspdf.interop import checkpoints, load_config
-from vspdf.interop.cerebras_sparsity import sparsity
+from vspdf.interop.cerebras_sparsity import _check_regex, sparsity
 from vspdf.model import GPT
 from vspdf.pattern import kept_count
 from vspdf.shapes import MODELS, PUBLISHED, Shape
@@ -393,3 +393,18 @@ def test_the_three_files_are_the_published_recipe():
         ):
             assert getattr(theirs, key) == getattr(phase, key), key
         assert theirs.lr == pytest.approx(phase.lr * phase.lr_multiple) and file.data.length in (None, 512)
+
+
+SLOW = ["(a+)+$", "(.*)*x", "(a?){60}", "(a|a)*b", "(?:x|[a-z])+y", ".*a.*b.*c.*d.*e", "(((a)*b)*c)*"]
+SWIFT = [r".*\.layers\.\d+\.ffn\..*weight", r".*proj_(q|k|v)_dense_layer.*", r".*ffn.*|.*self_attn.*", r"[(+*]{2}\(*.*"]
+
+
+@pytest.mark.parametrize("text", SLOW)
+def test_a_regex_that_may_take_hours_is_refused(text):
+    with pytest.raises(UserError, match=r"param_name_patterns: '.*' could take too long: expected at most 4 repeats"):
+        _check_regex(text, "here")
+
+
+@pytest.mark.parametrize("text", SWIFT)
+def test_ordinary_regexes_are_taken(text):
+    _check_regex(text, "here")

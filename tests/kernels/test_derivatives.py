@@ -1,5 +1,7 @@
 """Derivatives of the three products beyond backward: any order, forward mode, and torch.func, against masked dense."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -71,3 +73,17 @@ def test_a_whole_model_under_functional_call_and_forward_mode():
         dual = torch.autograd.forward_ad.make_dual(x, tangent)
         found = torch.autograd.forward_ad.unpack_dual(model(dual)).tangent
     torch.testing.assert_close(found, tangent @ model[0].weight.detach().T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6)], ids=["one token", "tokens", "batch of tokens"])
+def test_the_output_may_be_edited_in_place_as_that_of_a_linear(shape):
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True))
+    vspdf.sparsify(model, 0.5)
+    plain = copy.deepcopy(model)
+    plain[1].inplace = False
+    x = torch.randn(shape)
+    for one in (model, plain):
+        y = one[0](x)
+        y += 1
+        one[1](y).square().sum().backward()
+    assert torch.equal(model[0].values.grad, plain[0].values.grad)

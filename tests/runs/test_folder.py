@@ -191,3 +191,13 @@ def test_a_bent_summary_is_named(tmp_path, bent, why):
     (tmp_path / "summary.json").write_text(bent if isinstance(bent, str) else json.dumps(bent))
     with pytest.raises(UserError, match=rf"summary.json .*{why}"):
         _ = Run(tmp_path).summary
+
+
+def test_a_bent_evaluation_is_named(tmp_path):
+    body = {"val_loss": 2.5, "val_bits_per_byte": 3.6}
+    Writer(tmp_path).evaluation(body)
+    assert Run(tmp_path).evaluation == body
+    path = tmp_path / "evaluation.json"
+    path.write_text(path.read_text().replace("2.5", "2.4"))
+    with pytest.raises(UserError, match=r"evaluation.json is damaged: without it, `vspdf compare` measures it again"):
+        _ = Run(tmp_path).evaluation

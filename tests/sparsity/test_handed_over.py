@@ -88,14 +88,26 @@ def test_a_hook_on_the_weight_itself_is_named(caplog):
     assert "'0': hooks on the weight itself are gone" in caplog.text
 
 
+def test_hooks_around_load_state_dict_get_the_layer_that_is_there():
+    model, seen = one(), []
+    model[0].register_load_state_dict_pre_hook(lambda module, *a: seen.append(module))
+    model[0].register_load_state_dict_post_hook(lambda module, *a: seen.append(module))
+    for change in (lambda: vspdf.sparsify(model, 0.5), lambda: vspdf.densify(model)):
+        change()
+        seen.clear()
+        model.load_state_dict(model.state_dict())
+        assert seen == [model[0], model[0]]
+
+
 class Listed(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
         self.plain, self.nested, self.fixed = [self.a, self.b], {"x": [self.a]}, (self.a, self.b)
+        self.method, self.methods = self.b.forward, (self.a.forward,)
 
     def forward(self, x):
-        for layer in (*self.plain, *self.nested["x"], *self.fixed):
+        for layer in (*self.plain, *self.nested["x"], *self.fixed, self.method, *self.methods):
             x = layer(x)
         return x
 
@@ -105,6 +117,7 @@ def test_lists_dicts_and_tuples_of_a_model_follow():
     for change, kind in ((lambda: vspdf.sparsify(model, 0.5), SparseLinear), (lambda: vspdf.densify(model), nn.Linear)):
         change()
         assert model.plain[0] is model.nested["x"][0] is model.fixed[0] is model.a and type(model.a) is kind
+        assert model.method.__self__ is model.b and model.methods[0].__self__ is model.a
     model(torch.randn(2, 8)).sum().backward()
     assert model.a.weight.grad is not None
 
@@ -118,6 +131,20 @@ def test_an_optimizer_that_was_forgotten_is_named(verb, caplog):
         getattr(vspdf, verb)(model, *change)
     assert f"{verb}: an optimizer made before still holds 1 of the parameters" in caplog.text
     del optimizer
+
+
+def test_another_optimizer_than_the_one_handed_over_is_named(caplog):
+    model = sparse_one()
+    forgotten, given = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    with caplog.at_level(logging.WARNING, "vspdf"):
+        vspdf.set_sparsity(model, 0.5, given)
+    assert "set_sparsity: an optimizer made before still holds 1" in caplog.text
+    caplog.clear()
+    elsewhere = torch.optim.SGD(one().parameters(), lr=0.1)
+    del forgotten, given
+    with caplog.at_level(logging.WARNING, "vspdf"):
+        vspdf.densify(model, elsewhere)
+    assert "densify: the optimizer holds none of the 1 parameters that were replaced" in caplog.text
 
 
 def test_no_optimizer_no_word(caplog):
@@ -138,6 +165,7 @@ EDITS = {
     "transposed": lambda layer: layer.weight.data.T.fill_(3.0),
     "copy_": lambda layer: layer.weight.data.copy_(torch.full((96, 48), 3.0)),
     "out=": lambda layer: torch.full((96, 48), 3.0, out=layer.weight.detach()),
+    "assigned": lambda layer: setattr(layer, "weight", nn.Parameter(torch.full((96, 48), 3.0))),
     "foreach": lambda layer: torch._foreach_copy_([layer.weight.detach()], [torch.full((96, 48), 3.0)]),
 }  # fmt: skip
 
@@ -148,6 +176,24 @@ def test_an_edit_in_place_reaches_the_values(edit):
     edit(layer)
     assert (layer.values == 3).all()
     assert torch.equal(layer.weight != 0, layer.pattern.mask())
+
+
+def test_its_own_weight_may_be_assigned_and_frozen(caplog):
+    layer = sparse_one()[0]
+    before = layer.values.detach().clone()
+    with caplog.at_level(logging.WARNING, "vspdf"):
+        layer.weight = layer.weight
+        assert torch.equal(layer.values, before) and not caplog.records
+        layer.weight.requires_grad = False
+        assert not layer.values.requires_grad and not layer.weight.requires_grad
+        layer.weight.requires_grad_(True)
+        assert layer.values.requires_grad and layer.weight.detach().requires_grad_().is_leaf
+        layer.weight = nn.Parameter(torch.zeros(96, 48))
+    assert "the parameter itself is no part of the layer" in caplog.text and "weight" not in dict(
+        layer.named_parameters()
+    )
+    with pytest.raises(UserError, match=r"a weight of shape \(3, 3\) does not fit a sparse layer of Pattern\(96x48"):
+        layer.weight = torch.zeros(3, 3)
 
 
 def test_what_lies_outside_the_mask_is_dropped_and_said_once(caplog):
@@ -198,6 +244,54 @@ def test_adafactor_goes_on_after_a_switch_with_a_word(make, caplog):
     assert [r for r in caplog.records if "Adafactor keeps state that is not element by element" in r.getMessage()]
 
 
+class Own(torch.optim.Optimizer):
+    """Gradient descent with state of a form of its own, which must fit the parameter at every step."""
+
+    def __init__(self, params, make):
+        super().__init__(params, {"make": make})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["own"] = group["make"](p)
+                for like, tensor in zip(group["make"](p), state["own"], strict=True):
+                    tensor.add_(like)
+                p.sub_(p.grad, alpha=1e-2)
+
+
+# What the state of a weight holds, and whether it can follow the weight into another form.
+FORMS = {
+    "a tuple of moments": (lambda p: (torch.ones_like(p), torch.ones_like(p)), True),
+    "a matrix a side": (lambda p: [torch.eye(side) for side in p.shape], False),
+    "a flat vector": (lambda p: [torch.ones(p.numel())], False),
+    "blocks": (lambda p: [torch.ones(-(-p.numel() // 64))], False),
+}
+
+
+@pytest.mark.parametrize("make, follows", FORMS.values(), ids=FORMS)
+def test_state_of_any_form_follows_or_starts_anew_with_a_word(make, follows, caplog):
+    model = one()
+    optimizer = Own(model.parameters(), make)
+    with caplog.at_level(logging.WARNING, "vspdf"):
+        for change in (
+            lambda: None,
+            lambda: vspdf.sparsify(model, 0.5, optimizer=optimizer),
+            lambda: vspdf.set_sparsity(model, 0.3, optimizer),
+            lambda: vspdf.densify(model, optimizer),
+        ):
+            change()
+            model(torch.randn(4, 48)).sum().backward()
+            optimizer.step(), optimizer.zero_grad()
+    said = "Own keeps state that is not element by element (own)" in caplog.text
+    assert said is not follows
+    if follows:
+        mask = model[0].weight != 0
+        assert (optimizer.state[model[0].weight]["own"][0][mask] >= 2).any()
+
+
 def test_lbfgs_history_is_reset_with_a_word(caplog):
     model = sparse_one()
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
@@ -238,6 +332,18 @@ def test_values_without_their_pattern_are_refused(strict):
         b.load_state_dict(stripped, strict=strict)
     b.load_state_dict(a.state_dict())
     assert torch.equal(a(torch.ones(1, 48)), b(torch.ones(1, 48)))
+
+
+@pytest.mark.parametrize(
+    "state, said",
+    [({"0._extra_state"}, "pattern that comes without its '0.values'"), (set(), "is dense, the layer sparse")],
+    ids=["a pattern without values", "a dense weight"],
+)
+def test_half_of_a_state_is_refused_though_not_strict(state, said):
+    given = sparse_one(seed=1).state_dict()
+    given = {key: value for key, value in given.items() if key in state} or one().state_dict()
+    with pytest.raises(RuntimeError, match=said):
+        sparse_one(seed=2).load_state_dict(given, strict=False)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "GPT-2 (Conv1D)"])
@@ -320,6 +426,12 @@ def test_subclasses_that_compute_the_same_are_taken(caplog):
 def test_heads_and_experts(caplog):
     head = transformers.LlamaForSequenceClassification(llama().config)
     assert not any("score" in name for name in vspdf.sparsify(head, 0.5))
+    bert = transformers.BertConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    assert "cls.seq_relationship" not in vspdf.sparsify(transformers.BertForPreTraining(bert), 0.5)
+    named = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("head", "output", "up")})  # timm's, torchtune's
+    assert list(vspdf.sparsify(named, 0.5)) == ["up"]
     model = nn.ModuleDict({"up": nn.Linear(8, 8), "experts": nn.ParameterList([nn.Parameter(torch.zeros(2, 3, 4))])})
     with caplog.at_level(logging.WARNING, "vspdf"):
         assert set(vspdf.sparsify(model, 0.5)) == {"up"}
@@ -338,9 +450,46 @@ def test_compiled_models_get_the_same_masks():
     assert list(vspdf.sparsify(torch.compile(one()), 0.8).values()) == list(vspdf.sparsify(one(), 0.8).values())
 
 
+def test_globs_match_the_names_of_a_compiled_model_as_they_were_before():
+    phases = [vspdf.Phase(sparsity=0.9, steps=2, layers={"0": 0.5}), vspdf.Phase(sparsity=0.2, steps=2)]
+    found = []
+    for wrap in (lambda model: model, torch.compile):
+        model, engine = wrap(nn.Sequential(nn.Linear(48, 96), nn.Linear(96, 48))), vspdf.Phases(phases)
+        engine.start(model)
+        first = [layer.pattern for layer in sparse_layers(model).values()]
+        vspdf.set_sparsity(model, {"1": 0.4})
+        engine.at(2, model)
+        found.append([*first, *(layer.pattern for layer in sparse_layers(model).values())])
+    assert found[0] == found[1] and [round(p.sparsity, 1) for p in found[0]] == [0.5, 0.9, 0.2, 0.2]
+
+
 def test_a_percentage_is_asked_about():
     with pytest.raises(UserError, match=r"not 90. Did you mean 0.9\?"):
         vspdf.sparsify(one(), 90)
+    for call in (
+        lambda: vspdf.sparsify(one(), "90%"),
+        lambda: vspdf.sparsify(one(), {"*": "90%"}),
+        lambda: vspdf.set_sparsity(sparse_one(0.95), "90%"),
+        lambda: vspdf.Pattern.random((8, 8), "90%"),
+        lambda: vspdf.Phases([("90%", 10)]),
+        lambda: vspdf.training_flops("gpt2-small", tokens=1e9, sparsity="90%"),
+    ):
+        with pytest.raises(UserError, match=r"must be a number in \[0, 1.*, not '90%'. Did you mean 0.9\?"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "phase, said",
+    [
+        ((0.9, 1.5), "steps must be a whole number"),
+        ((0.9, 10, "fast"), "rate must be a number"),
+        (0.9, "must be .sparsity, steps"),
+    ],
+    ids=str,
+)
+def test_a_phase_that_is_none_is_named(phase, said):
+    with pytest.raises(UserError, match=f"phases.0.*{said}"):
+        vspdf.Phases([phase])
 
 
 def test_a_model_on_the_meta_device():
@@ -380,6 +529,18 @@ def test_lora_adapters_stay_dense_and_the_frozen_base_is_taken():
     assert not any(layer.values.requires_grad for layer in sparse_layers(model).values())
     model(TOKENS, labels=TOKENS).loss.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["IA3", "LoHa", "AdaLora", "Vera"])
+def test_other_adapters_on_a_sparse_model_merge_within_the_mask(kind):
+    options = {"IA3": {"feedforward_modules": []}, "AdaLora": {"init_r": 6, "total_step": 10}}.get(kind, {})
+    model = llama()
+    patterns = vspdf.sparsify(model, 0.9)
+    tuned = peft.get_peft_model(model, getattr(peft, f"{kind}Config")(target_modules=["q_proj"], **options))
+    tuned(TOKENS, labels=TOKENS).loss.backward()
+    merged = tuned.merge_and_unload()
+    assert {key: layer.pattern for key, layer in sparse_layers(merged).items()} == patterns
 
 
 @pytest.mark.filterwarnings("ignore")

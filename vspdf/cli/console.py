@@ -51,6 +51,11 @@ def number(text: str | float) -> float:
         raise typer.BadParameter(f"'{text}' is not a number.{percent_meant(str(text))}") from None
 
 
+def percentage(text: str | float) -> float:
+    """A number of percent as an option takes it, with or without the sign."""
+    return number(text.strip().removesuffix("%") if isinstance(text, str) else text)
+
+
 def only(ok: bool, where: str, context: typer.Context, *names: str) -> None:
     """Refuses options that were given where they would change nothing; `where` is what they are for."""
     for name in names if not ok else ():

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from vspdf.cli.console import Json, MachineName, Settings, emit, murmur, say, show, tell
+from vspdf.cli.console import Json, MachineName, Settings, emit, murmur, percentage, say, show, tell
 from vspdf.draw import words
 
 Level = Annotated[
@@ -21,10 +21,12 @@ Plot = Annotated[Path | None, typer.Option(help="Draw heat maps per PE and a tim
 Seed = Annotated[int | None, typer.Option(min=0, help="Of matrices and positions.")]
 
 
-def _run(program: str, as_json: bool, trace: Path | None, plot: Path | None, **arguments: Any) -> None:
+def _run(program: str, options: dict[str, Any]) -> None:
+    """Simulates a program with the options of its verb, which bear the names of `simulate`'s arguments, and prints."""
     from vspdf.simulator.simulate import simulate
 
-    result = simulate(program, trace=trace, plot=plot, **arguments)
+    as_json, trace, plot = options.pop("as_json"), options["trace"], options["plot"]
+    result = simulate(program, **options | {"settings": options["settings"] or ()})
     for path in (trace, plot):
         if path is not None:
             say(f"wrote {path}")
@@ -53,7 +55,7 @@ def spmm(
     n: Annotated[int, typer.Option(help="Rows of A and C; the grid's height splits them.")],
     k: Annotated[int, typer.Option(help="Columns of A, rows of B; the grid's width splits them.")],
     m: Annotated[int, typer.Option(help="Columns of B and C, padding included.")],
-    density: Annotated[float | None, typer.Option(help="Of A, in percent; default 100.")] = None,
+    density: Annotated[float | None, typer.Option(parser=percentage, help="Of A, in percent; default 100.")] = None,
     nnz_per_pe: Annotated[int | None, typer.Option(help="Stored non-zeros of the fullest PE after padding.")] = None,
     seed: Seed = None,
     trace: Trace = None,
@@ -67,10 +69,7 @@ def spmm(
 
     `vspdf simulate spmm --format coo --grid 48x6 --n 768 --k 768 --m 68 --density 5 --nnz-per-pe 127`
     """
-    _run(
-        "spmm", as_json, trace, plot, format=format, grid=grid, n=n, k=k, m=m, density=density, nnz_per_pe=nnz_per_pe,
-        seed=seed, machine=machine, settings=settings or (), level=level,
-    )  # fmt: skip
+    _run("spmm", locals())
 
 
 def gemm(
@@ -90,10 +89,7 @@ def gemm(
 
     `vspdf simulate gemm --algorithm meshgemm --grid 750x750 --n 33000 --dtype fp16`
     """
-    _run(
-        "gemm", as_json, trace, plot, algorithm=algorithm, grid=grid, n=n, dtype=dtype, seed=seed, machine=machine,
-        settings=settings or (), level=level,
-    )  # fmt: skip
+    _run("gemm", locals())
 
 
 def gemv(
@@ -113,10 +109,7 @@ def gemv(
 
     `vspdf simulate gemv --grid 720x720 --n 16384 --dtype fp16`
     """
-    _run(
-        "gemv", as_json, trace, plot, algorithm=algorithm, grid=grid, n=n, dtype=dtype, seed=seed, machine=machine,
-        settings=settings or (), level=level,
-    )  # fmt: skip
+    _run("gemv", locals())
 
 
 def reduce(
@@ -135,10 +128,7 @@ def reduce(
 
     `vspdf simulate reduce --pes 512 --elements 4096 --group 32`
     """
-    _run(
-        "reduce", as_json, trace, plot, pes=pes, elements=elements, group=group, everywhere=everywhere,
-        machine=machine, settings=settings or (), level=level,
-    )  # fmt: skip
+    _run("reduce", locals())
 
 
 PROGRAMS = (spmm, gemm, gemv, reduce)

@@ -232,12 +232,15 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> Table:
     ):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for row in rows:
-        measured = "{median:.2f}x".format(**row["cpu"]) if row["cpu"] else "-"
+        measured = words.speedup(row["cpu"]["median"], row["ideal"]) if row["cpu"] else "-"
         band = f"{row['cs2']['low']:.2f}-{row['cs2']['high']:.2f}x"
         table.add_row(
             row["phase"], f"{row['sparsity']:.4g}", measured, f"{row['ideal']:.2f}x",
             f"{row['cs2']['central']:.2f}x", band,
         )  # fmt: skip
+    if any(row["cpu"] and row["cpu"]["median"] > row["ideal"] for row in rows):
+        table.caption = words.ABOVE_IDEAL
+        table.caption_justify = "left"
     return table
 
 

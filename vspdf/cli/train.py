@@ -67,6 +67,11 @@ def _draw(folder: Path) -> None:
     refresh(folder)
 
 
+def _ideal(phase: dict[str, Any]) -> float:
+    """How many times faster a phase would be if time followed the FLOPs that its masks leave."""
+    return phase["flops"]["dense"] / phase["flops"]["useful"]
+
+
 def _print_summary(summary: dict[str, Any]) -> None:
     phases = summary["phases"]
     table = Table(
@@ -92,7 +97,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
         ("median pair: dense step beside it",
          lambda p: f"{p['dense_step_seconds_median']:.4g}" if "speedup" in p else "-"),
         ("median pair: times faster",
-         lambda p: f"{p['speedup']['median']:.2f}x" if "speedup" in p else "-"),
+         lambda p: words.speedup(p["speedup"]["median"], _ideal(p)) if "speedup" in p else "-"),
         ("slowest and fastest pair",
          lambda p: "{low:.2f}x-{high:.2f}x".format(**p["speedup"]) if "speedup" in p else "-"),
     ]  # fmt: skip
@@ -102,6 +107,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
     for part in sorted(parts, key=lambda part: -phases[0]["time_fractions"].get(part, 0)):
         table.add_row(f"time in {part}", *(f"{phase['time_fractions'].get(part, 0):.0%}" for phase in phases))
     show(table)
+    if any("speedup" in phase and phase["speedup"]["median"] > _ideal(phase) for phase in phases):
+        tell(words.ABOVE_IDEAL)
     if summary.get("comparison"):
         show(simulate.comparison_table(summary["comparison"]))
     flops = summary["flops"]

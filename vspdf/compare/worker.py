@@ -95,8 +95,8 @@ def _answered(loaded: Loaded, data: ResolvedTask, task: dict[str, Any], folder: 
     examples = pairs.parts(data)["test"]
     prompts = answers.Prompts([example.context for example in examples], answering=True)
     lines = answers.answer(loaded.model, loaded.tokenizer, prompts, Decoding(**task["decoding"])).lines
-    Writer(folder).answers(lines)
-    return answers.scored(lines, examples, task["protocol"])
+    digest = Writer(folder).answers(lines)
+    return answers.scored(lines, examples, task["protocol"]) | {"answers_sha256": digest}
 
 
 def _drawn(config: ResolvedConfig, folder: Path) -> Loaded:

@@ -33,7 +33,7 @@ from vspdf.files import user_cache
 log = logging.getLogger("vspdf")
 
 
-def prepare(config: ResolvedData, sequence_length: int, seed: int) -> Dataset:
+def prepare(config: ResolvedData, sequence_length: int, seed: int, samples: int = 0) -> Dataset:
     """Tokenise the corpus, or find its tokens in the cache, and fix the order of samples.
 
     Parameters
@@ -43,6 +43,8 @@ def prepare(config: ResolvedData, sequence_length: int, seed: int) -> Dataset:
         Targets a sample.
     seed : int
         Of the order alone: all seeds share tokenizer and held-out documents.
+    samples : int
+        What a run wants at least: where the text cannot have as many, that is said before it is tokenised.
 
     Raises
     ------
@@ -67,6 +69,10 @@ def prepare(config: ResolvedData, sequence_length: int, seed: int) -> Dataset:
     if n_bytes + len(survey.sizes) <= sequence_length:  # no tokenizer makes more tokens than bytes
         raise _too_short(corpus.name, f"{n_bytes} bytes", sequence_length)
     parts = _parts(survey, corpus.name, config)
+    trained = survey.sizes[parts == TRAIN]
+    at_most = (int(trained.sum()) + len(trained)) // sequence_length
+    has = f"Corpus '{corpus.name}' has at most {at_most} samples of {sequence_length} tokens"
+    Samples(has, at_most, seed, config.repeat).check(samples)
 
     def batches() -> Iterator[tuple[list[str], list[int]]]:
         return _batches(corpus, survey.keys, parts)

@@ -85,6 +85,17 @@ def between(body: dict[str, Any], form: str = ".4f") -> str:
     return "–" if body["low"] is None else f"{body['low']:{form}} to {body['high']:{form}}"
 
 
+ABOVE_IDEAL = (
+    "* Above the ideal, which counts FLOPs alone: weights that are not there need no loading and no update either, or "
+    "other programs disturbed the dense steps."
+)
+
+
+def speedup(times: float, ideal: float) -> str:
+    """How many times faster something was, with a mark where that is more than its FLOPs allow (`ABOVE_IDEAL`)."""
+    return f"{times:.2f}x{'*' if times > ideal else ''}"
+
+
 def listed(value: Any) -> str:
     """A value, or the values of a list with commas between."""
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,6 +27,7 @@ _NEVER_SPARSE = (
 )
 _SPARSITY_KEYS = ("algorithm", "type", "sparsity", "schedule", "init_method", "param_filter", "param_name_patterns",
                   "seed", "drop_fraction", "update")  # fmt: skip
+_REPEATS = 4  # in one alternative of a regex: more could take hours on a name that does not match
 _DYNAMIC = ("gmp", "set", "rigl", "dynamic")
 
 
@@ -104,8 +106,49 @@ def _rule(entry: Any, where: str) -> dict[str, Any]:
         if not isinstance(filters, list) or not all(isinstance(f, str) for f in filters):
             key = "param_filter" if regex is None else "param_name_patterns"
             raise UserError(f"{where}: sparsity.{key} must be a text or a list of texts, not {filters!r}.")
+        for text in filters if regex is not None else ():
+            _check_regex(text, where)
     return {"sparsity": float(amount), "init_method": method, "filters": filters, "regex": regex is not None,
             "seed": entry.get("seed")}  # fmt: skip
+
+
+@dataclass
+class _Group:
+    """A group of a regex: repeats in its longest alternative so far and in this one, and whether there are several."""
+
+    longest: int = 0
+    here: int = 0
+    branches: bool = False
+
+
+def _check_regex(text: str, where: str) -> None:
+    """Refuses what is no regex, and one that backtracking could keep busy: repeats of repeats, or many in a row."""
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{where}: sparsity.param_name_patterns: '{text}' is no regex: {error}.") from None
+    bare = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", text)  # escapes and classes: a character each
+    groups, closed, before = [_Group()], _Group(), ""
+    for char in bare:
+        group = groups[-1]
+        if char == "(":
+            groups.append(_Group())
+        elif char == ")":
+            closed = groups.pop()
+            groups[-1].here += max(closed.longest, closed.here)
+        elif char == "|":
+            group.longest, group.here, group.branches = max(group.longest, group.here), 0, True
+        elif char in "*+{":
+            many = before == ")" and (closed.branches or closed.longest or closed.here)
+            group.here += _REPEATS + 1 if many else 1
+        elif char == "?" and before not in ("(", "*", "+", "?", "}"):
+            group.here += 1
+        before = char
+    if max(groups[0].longest, groups[0].here) > _REPEATS:
+        raise UserError(
+            f"{where}: sparsity.param_name_patterns: '{text}' could take too long: expected at most {_REPEATS} "
+            "repeats (*, +, ?, {}), and none of a group that holds one or has alternatives."
+        )
 
 
 def _matches(name: str, rule: Mapping[str, Any], where: str) -> bool:
@@ -114,10 +157,7 @@ def _matches(name: str, rule: Mapping[str, Any], where: str) -> bool:
         return not any(name.endswith(never) for never in _NEVER_SPARSE)
     for text in rule["filters"]:
         if rule["regex"]:
-            try:
-                hit = any(re.match(text, prefix + name) for prefix in ("", "model."))
-            except re.error as error:
-                raise UserError(f"{where}: sparsity.param_name_patterns: '{text}' is no regex: {error}.") from None
+            hit = any(re.match(text, prefix + name) for prefix in ("", "model."))
         else:
             hit = any(fnmatchcase(prefix + name, text) for prefix in ("", "model."))
         if hit:

@@ -245,7 +245,11 @@ class Run:
     @property
     def evaluation(self) -> dict[str, Any]:
         """Of a study's run, losses on all of the held-out text, or why it diverged; empty where not known yet."""
-        return _json(self.folder / EVALUATION, forms.EVALUATION, needed=False)
+        body = _json(self.folder / EVALUATION, forms.EVALUATION, needed=False)
+        stated = body.pop("sha256", None)
+        if stated not in (None, digests.of_body(body)):
+            raise UserError(f"{self.folder / EVALUATION} is damaged: without it, `vspdf compare` measures it again.")
+        return body
 
     def masks(self, phase: int) -> Masks:
         """Masks by layer at the start of a phase; none where it was dense, or where an older run did not keep them."""

@@ -184,11 +184,12 @@ class Writer:
 
     def evaluation(self, body: Mapping[str, Any]) -> None:
         """Writes what a study measures on a run that is finished, or why it diverged."""
-        self._write(names.EVALUATION, json.dumps(body))
+        self._write(names.EVALUATION, json.dumps({**body, "sha256": of_body(json.loads(json.dumps(body)))}))
 
-    def answers(self, lines: Sequence[str]) -> None:
-        """Writes what a study's fine-tuned model answered to the test part of its task."""
+    def answers(self, lines: Sequence[str]) -> str:
+        """Writes what a study's fine-tuned model answered to the test part of its task; returns the file's digest."""
         self._write(names.ANSWERS, "".join(f"{line}\n" for line in lines))
+        return self._files[names.ANSWERS].to_json()["sha256"]
 
     def _write(self, name: str, content: str | bytes) -> None:
         content = content.encode() if isinstance(content, str) else content

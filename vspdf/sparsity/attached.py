@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,6 +33,10 @@ def hand_over(old: nn.Module, new: nn.Module) -> None:
     for table in _HOOKS:
         if vars(old)[table]:
             vars(new)[table] = vars(old)[table]  # the very table, which handles refer to
+    hook: Any
+    for hook in new._load_state_dict_pre_hooks.values():
+        if getattr(hook, "module", None) is not None:  # torch's wrapper, which hands the hook its module
+            hook.module = weakref.ref(new)
     new._is_full_backward_hook = old._is_full_backward_hook
     for name, value in vars(old).items():
         if name not in _OWN and name not in vars(new):
@@ -67,13 +73,15 @@ def place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def _swapped(value: Any, old: nn.Module, new: nn.Module) -> Any:
-    """`value` with `new` for `old`: lists and dicts in place, tuples made anew."""
+    """`value` with `new` for `old`: lists and dicts in place, tuples and bound methods made anew."""
     if value is old:
         return new
+    if type(value) is MethodType and value.__self__ is old:
+        return getattr(new, value.__name__, value)
     if type(value) is list:
         value[:] = [_swapped(item, old, new) for item in value]
     elif type(value) is dict:
         value.update({key: _swapped(item, old, new) for key, item in value.items()})
-    elif type(value) is tuple and any(type(item) in (list, dict, tuple) or item is old for item in value):
+    elif type(value) is tuple and any(type(item) in (list, dict, tuple, MethodType) or item is old for item in value):
         return tuple(_swapped(item, old, new) for item in value)
     return value

@@ -18,7 +18,7 @@ class DenseView(Tensor):
 
     Differentiable, with zeros at masked positions. An edit in place under `torch.no_grad` (``nn.init``, ``copy_``,
     ``weight.data += delta``, an edit of a row) is written through to the layer's `values`; what it would put at masked
-    positions is dropped, and said once a layer.
+    positions is dropped, and said once a layer. Its `requires_grad` is that of `values`.
 
     Raises
     ------
@@ -28,6 +28,7 @@ class DenseView(Tensor):
 
     _layer: Any
     _whole: Tensor
+    _direct = False  # whether it is what `layer.weight` gave, no view or copy of it
     _is_param = True  # to isinstance, so that it compares with a dense layer's weight
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -38,7 +39,9 @@ class DenseView(Tensor):
     @staticmethod
     def of(dense: Tensor, layer: Any) -> DenseView:
         """`dense`, made by `layer`, so that its edits reach the layer."""
-        return _linked(dense, layer, dense)
+        view = _linked(dense, layer, dense)
+        view._direct = True
+        return view
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -48,6 +51,9 @@ class DenseView(Tensor):
             if link is None:
                 return func(*args, **kwargs)
             base, layer = link._whole, link._layer
+            if func in _FREEZE and args[0] is link and link._direct:
+                layer.values.requires_grad_(*args[1:], **kwargs)
+                return link
             root = base if base._base is None else base._base  # a view's own grad_fn is made anew after any edit
             before, made_by = base._version, root.grad_fn
             if func == Tensor.data.__get__:  # type: ignore[attr-defined]
@@ -67,6 +73,9 @@ class DenseView(Tensor):
                 )
             layer.write(base)
             return _relinked(result, link)
+
+
+_FREEZE = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 
 
 def _linked(tensor: Tensor, layer: Any, base: Tensor) -> DenseView:

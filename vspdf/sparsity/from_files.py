@@ -7,19 +7,15 @@ from importlib import import_module
 from os import PathLike
 from typing import TypeAlias
 
-from vspdf.errors import UserError, check_sparsity
+from vspdf.errors import UserError, check_sparsity, percent_meant
 from vspdf.pattern import Pattern
+from vspdf.sparsity.schedule import plain_name
 
 Amount: TypeAlias = "float | Pattern | str | PathLike[str]"  # a sparsity, a mask, or a file of masks by layer
 
 
-def plain_name(name: str) -> str:
-    """A module's name without what torch.compile puts before it."""
-    return name.replace("_orig_mod.", "")
-
-
 class MaskFile:
-    """MaskFile of a file, by layer."""
+    """The masks of a file, by layer."""
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.files = import_module("vspdf.interop.mask_files")
@@ -51,7 +47,7 @@ def read_amounts(sparsity: Amount | Mapping[str, Amount]) -> dict[str, float | P
     """Amounts by glob, each checked; files are read."""
     rules: dict[str, float | Pattern | MaskFile] = {}
     for glob, amount in (sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}).items():
-        if isinstance(amount, (str, PathLike)):
+        if isinstance(amount, (str, PathLike)) and not percent_meant(str(amount)):
             rules[glob] = MaskFile(amount)
             continue
         if not isinstance(amount, Pattern):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,14 +121,27 @@ class SparseLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """Dense weight [out_features, in_features], zeros at masked positions, for code that reads a layer's weight.
 
-        Made anew at every access and differentiable. Edits in place under ``torch.no_grad()`` reach `values`; what they
-        would put at masked positions is dropped.
+        Made anew at every access and differentiable. Edits in place under ``torch.no_grad()`` and assignments reach
+        `values`; what they would put at masked positions is dropped.
         """
         require_whole(self.values)
         return DenseView.of(scatter(self.values, self.pattern), self)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "weight" or not isinstance(value, Tensor):
+            return super().__setattr__(name, value)
+        self.write(value)
+        if isinstance(value, nn.Parameter) and type(value) is not DenseView:
+            log.warning(
+                "a parameter was assigned as the weight of a sparse %d x %d layer: its values at kept positions were "
+                "taken, and learn as layer.values; the parameter itself is no part of the layer.",
+                self.out_features, self.in_features,
+            )  # fmt: skip
+
     def write(self, dense: Tensor) -> None:
         """Takes the kept weights of a dense matrix [out_features, in_features]; drops the others, and says so once."""
+        if dense.shape != self.pattern.shape:
+            raise UserError(f"a weight of shape {tuple(dense.shape)} does not fit a sparse layer of {self.pattern}.")
         with torch.no_grad():
             dense = dense.detach()
             self.values.copy_(reference.sample(dense, self.pattern))
@@ -186,6 +200,12 @@ class SparseLinear(nn.Linear):
                 "it belongs to this layer's mask cannot be checked. Where it is known to, add layer.get_extra_state() "
                 "under that name."
             )
+            return
+        if f"{prefix}values" not in state_dict and f"{prefix}_extra_state" in state_dict:
+            errors.append(f"'{prefix}_extra_state' is a pattern that comes without its '{prefix}values'.")
+            return
+        if f"{prefix}values" not in state_dict and f"{prefix}weight" in state_dict:
+            errors.append(f"'{prefix}weight' is dense, the layer sparse: load it before sparsify, or after densify.")
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 

@@ -50,17 +50,31 @@ def carry(
     odd = [
         key
         for key, value in state.items()
-        if isinstance(value, Tensor) and value.shape != old.shape and value.numel() > 1
+        if any(tensor.shape != old.shape and tensor.numel() > 1 for tensor in _tensors(value))
     ]
     if not odd and not _ELEMENTWISE.issuperset(state) and _kind(optimizer) == "by shape":
         odd = sorted(key for key in state if key not in _ELEMENTWISE)
     if odd:
         _say_once(optimizer, odd)
         return
-    optimizer.state[new] = {
-        key: move(value).contiguous() if isinstance(value, Tensor) and value.shape == old.shape else value
-        for key, value in state.items()
-    }
+    optimizer.state[new] = {key: _moved(value, old.shape, move) for key, value in state.items()}
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Tensors of an entry of an optimizer's state, also those in lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for item in inside for tensor in _tensors(item)]
+
+
+def _moved(value: Any, shape: torch.Size, move: Callable[[Tensor], Tensor]) -> Any:
+    """An entry of an optimizer's state with its tensors of `shape` in the new form."""
+    if isinstance(value, Tensor):
+        return move(value).contiguous() if value.shape == shape else value
+    if type(value) is dict:
+        return {key: _moved(item, shape, move) for key, item in value.items()}
+    return type(value)(_moved(item, shape, move) for item in value) if type(value) in (list, tuple) else value
 
 
 _told: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -86,12 +100,12 @@ def _kind(optimizer: torch.optim.Optimizer) -> str:
     known = signature(type(optimizer).__init__).parameters
     options = {key: value for key, value in optimizer.defaults.items() if key in known}
 
-    def tried(*shape: int) -> set[str]:
+    def tried(*shape: int) -> dict[str, list[bool]]:
         tiny = nn.Parameter(torch.ones(shape))
         trial = type(optimizer)([tiny], **options)
         tiny.grad = torch.ones(shape)
         trial.step()
-        return set(trial.state[tiny])
+        return {key: [t.shape == tiny.shape for t in _tensors(value)] for key, value in trial.state[tiny].items()}
 
     try:
         matrix = tried(4, 3)
@@ -130,13 +144,29 @@ def check_moments(moments: str) -> None:
         raise UserError(f"moments = '{moments}' is not known.{did_you_mean(moments, ('keep', 'reset'))}")
 
 
-def warn_of_stale(verb: str, replaced: Sequence[object]) -> None:
-    """Says so where a living optimizer still holds parameters that were replaced: it would train nothing."""
-    if not replaced:
+def warn_of_stale(
+    verb: str, exchanged: Sequence[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Says so where an optimizer would train nothing.
+
+    Parameters
+    ----------
+    verb : str
+        What was called.
+    exchanged : sequence of (Tensor, Tensor)
+        Parameters that were replaced, and those in their place. A living optimizer that holds the former was forgotten.
+    optimizer : torch.optim.Optimizer or None
+        The one that was handed over; it holds the latter, or is another model's.
+    """
+    if not exchanged:
         return
+    replaced, new = zip(*exchanged, strict=True)
+    ours = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
+    if optimizer is not None and any(p.requires_grad for p in new) and not ours & {id(p) for p in new}:
+        log.warning("%s: the optimizer holds none of the %d parameters that were replaced.", verb, len(new))
     held = set()
     for holder in gc.get_referrers(*replaced):
-        if type(holder) is list and holder is not replaced:
+        if type(holder) is list:
             groups = [
                 g for g in gc.get_referrers(holder) if type(g) is dict and g.get("params") is holder and len(g) > 1
             ]

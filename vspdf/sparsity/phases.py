@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vspdf.errors import UserError, require
+from vspdf.errors import UserError, check_sparsity, require
 from vspdf.pattern import Pattern, kept_count
 from vspdf.sparsity.from_files import MaskFile
 from vspdf.sparsity.layer import sparse_layers
@@ -91,7 +91,7 @@ class Phases:
         start = 0
         for i, phase in enumerate(phases):
             if not isinstance(phase, (Phase, Amounts)):
-                phase = Phase(sparsity=phase[0], steps=int(phase[1]), lr=phase[2] if len(phase) == 3 else None)
+                phase = _phase_of(f"phases.{i}", phase)
             phase = replace(phase, **given)
             if isinstance(phase, Phase):
                 phase = phase.resolved(f"phases.{i}", self.phases[-1] if i else None)
@@ -346,3 +346,16 @@ class Phases:
                 wanted[name] = amount
         seed = self.seed + stretch.phase + 1_000_003 * stretch.stage
         return set_sparsity(model, wanted, optimizer, seed=seed) if wanted else {}
+
+
+def _phase_of(key: str, given: Any) -> Phase:
+    """A phase given as (sparsity, steps) or (sparsity, steps, lr)."""
+    if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
+        raise UserError(f"{key} must be (sparsity, steps), (sparsity, steps, lr) or a vspdf.Phase, not {given!r}.")
+    sparsity, steps, *rate = given
+    check_sparsity(f"{key}.sparsity", sparsity)
+    if isinstance(steps, bool) or not isinstance(steps, int | float) or steps != int(steps):
+        raise UserError(f"{key}: the steps must be a whole number, not {steps!r}.")
+    if rate and (isinstance(rate[0], bool) or not isinstance(rate[0], int | float)):
+        raise UserError(f"{key}: the learning rate must be a number, not {rate[0]!r}.")
+    return Phase(sparsity=sparsity, steps=int(steps), lr=rate[0] if rate else None)

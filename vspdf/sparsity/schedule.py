@@ -18,6 +18,11 @@ SCHEDULES = ("constant", "linear", "exp", "power", "cosine", "cycling")
 DECAYS = ("linear", "cosine", "constant")  # of the learning rate
 
 
+def plain_name(name: str) -> str:
+    """A module's name without what torch.compile puts before it: what globs match, and what masks are drawn by."""
+    return name.replace("_orig_mod.", "")
+
+
 def check_init_method(what: str, method: str) -> None:
     """Raises UserError unless `method` is one of INIT_METHODS, or "random:" and a form, e.g. "random:2:4"."""
     kind, _, form = method.partition(":")
@@ -131,7 +136,8 @@ class Amounts:
         """Sparsity of each layer by its name, where the phase's own is `sparsity` (default: that of its start)."""
         amount = self.sparsity if sparsity is None else sparsity
         return {
-            name: next((s for glob, s in self.layers.items() if fnmatchcase(name, glob)), amount) for name in layers
+            name: next((s for glob, s in self.layers.items() if fnmatchcase(plain_name(name), glob)), amount)
+            for name in layers
         }
 
     def mean(self, layers: Mapping[str, int], sparsity: float | None = None) -> float:
@@ -151,8 +157,8 @@ class Amounts:
         """
         for glob in self.layers:
             require(
-                any(fnmatchcase(name, glob) for name in layers),
-                f"{key}.layers: '{glob}' matches no layer.{did_you_mean(glob, layers)}",
+                any(fnmatchcase(plain_name(name), glob) for name in layers),
+                f"{key}.layers: '{glob}' matches no layer.{did_you_mean(glob, map(plain_name, layers))}",
             )
         if previous and (self.layers or previous.layers):
             old = previous.of_layers(layers, previous.end)

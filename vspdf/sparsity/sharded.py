@@ -62,7 +62,7 @@ def gathered(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     _drop_gradients(model)
     _replace(model, {p: nn.Parameter(_whole(p), p.requires_grad) for p in before if p not in left}, optimizer)
     if optimizer is None:
-        warn_of_stale("gathered", before)
+        warn_of_stale("gathered", [(p, p) for p in before if p not in left], None)
     try:
         yield model
     finally:

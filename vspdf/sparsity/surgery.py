@@ -19,27 +19,19 @@ from vspdf.errors import UserError, did_you_mean
 from vspdf.kernels import reference
 from vspdf.pattern import Pattern
 from vspdf.sparsity.attached import hand_over, mark, place
-from vspdf.sparsity.from_files import Amount, MaskFile, plain_name, read_amounts
+from vspdf.sparsity.from_files import Amount, MaskFile, read_amounts
 from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, scatter, sparse_layers
 from vspdf.sparsity.optimizer import carry, check_moments, check_takes_vectors, warn_of_stale
 from vspdf.sparsity.pretrained import teach_save_pretrained
-from vspdf.sparsity.schedule import check_init_method
+from vspdf.sparsity.schedule import check_init_method, plain_name
 from vspdf.sparsity.wrapped import warn_of_reducers
 
 log = logging.getLogger("vspdf")
 
 # Output heads of the common architectures, unembeddings and those of classification: never sparsified, tied or not.
-HEADS = (
-    "lm_head",
-    "embed_out",
-    "output_projection",
-    "unembed",
-    "score",
-    "classifier",
-    "qa_outputs",
-    "classification_head",
-)
-UNEMBEDDINGS = tuple(glob for head in HEADS for glob in (head, f"*.{head}", f"{head}.*", f"*.{head}.*"))
+HEADS = ("lm_head", "embed_out", "output_projection", "unembed", "score", "classifier", "qa_outputs", "head",
+         "classification_head", "seq_relationship", "vocab_projector", "output_layer")  # fmt: skip
+UNEMBEDDINGS = ("output", *(glob for head in HEADS for glob in (head, f"*.{head}", f"{head}.*", f"*.{head}.*")))
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -95,7 +87,7 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
 
 
 def _layer_seed(seed: int, name: str) -> int:
-    """MaskFile of different layers are independent, and a layer's does not depend on the others."""
+    """Masks of different layers are independent, and a layer's does not depend on the others."""
     return (seed << 32) | zlib.crc32(plain_name(name).encode())
 
 
@@ -142,8 +134,8 @@ def sparsify(
         only just initialised.
     backend : {"auto", "cpu", "reference", "triton"}
     optimizer : torch.optim.Optimizer, optional
-        Its state of the replaced weights is carried over at kept positions. Without it a line is logged where a living
-        optimizer still holds weights that were replaced.
+        Its state of the replaced weights is carried over at kept positions. A line is logged where another living
+        optimizer still holds weights that were replaced, or this one held none of them.
 
     Returns
     -------
@@ -195,8 +187,8 @@ def sparsify(
             with torch.no_grad():
                 layer.values.mul_(1 / math.sqrt(layer.pattern.density))
         _put_sparse(model, name, linears[name], layer, optimizer)
-    if optimizer is None:
-        warn_of_stale("sparsify", [linears[name].weight for name in layers])
+    exchanged = [(linears[name].weight, layer.values) for name, layer in layers.items()]
+    warn_of_stale("sparsify", exchanged, optimizer)  # type: ignore[arg-type]
     teach_save_pretrained(model)
     return {name: layer.pattern for name, layer in layers.items()}
 
@@ -352,14 +344,14 @@ def set_sparsity(
         raise UserError("set_sparsity found no sparse layer: call vspdf.sparsify(model, ...) first.")
     rules = sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}
     for glob in rules:
-        if not any(fnmatchcase(name, glob) for name in layers):
-            raise UserError(f"'{glob}' matches no sparse layer.{did_you_mean(glob, layers)}")
-    grown = {
-        name: layer.pattern.grow(amount, seed=_layer_seed(seed, name))
-        for name, layer in layers.items()
-        if (amount := next((rule for glob, rule in rules.items() if fnmatchcase(name, glob)), None)) is not None
-    }
-    before, replaced = {}, []
+        if not any(fnmatchcase(plain_name(name), plain_name(glob)) for name in layers):
+            raise UserError(f"'{glob}' matches no sparse layer.{did_you_mean(glob, map(plain_name, layers))}")
+    grown = {}
+    for name, layer in layers.items():
+        amount = next((rule for glob, rule in rules.items() if fnmatchcase(plain_name(name), plain_name(glob))), None)
+        if amount is not None:
+            grown[name] = layer.pattern.grow(amount, seed=_layer_seed(seed, name))
+    before, exchanged = {}, []
     for name in grown:
         layer = layers[name]
         old, old_values = layer.pattern, layer.values
@@ -369,9 +361,8 @@ def set_sparsity(
         carry(optimizer, old_values, values, spread, moments)
         mark(old_values, values, name)
         before[name] = old
-        replaced.append(old_values)
-    if optimizer is None:
-        warn_of_stale("set_sparsity", replaced)
+        exchanged.append((old_values, values))
+    warn_of_stale("set_sparsity", exchanged, optimizer)
     warn_of_reducers("set_sparsity", model)
     return before
 
@@ -404,6 +395,7 @@ def densify(
     layers = sparse_layers(model)
     for layer in layers.values():
         require_whole(layer.values)
+    exchanged = []
     for name, layer in layers.items():
         dense = layer.to_original()
         assert isinstance(dense.weight, nn.Parameter)
@@ -414,8 +406,8 @@ def densify(
         mark(layer.values, dense.weight, name)
         hand_over(layer, dense)
         place(model, layer, dense)
-    if optimizer is None:
-        warn_of_stale("densify", [layer.values for layer in layers.values()])
+        exchanged.append((layer.values, dense.weight))
+    warn_of_stale("densify", exchanged, optimizer)
     warn_of_reducers("densify", model)
     return {name: layer.pattern for name, layer in layers.items()}
 

@@ -47,11 +47,15 @@ def begin(config: ResolvedConfig, device: torch.device, say: Callable[[str], Non
     goes_on = bool(run.checkpoints)
     model: GPT | None = None
     data: text.Dataset | pairs.Pairs
+    wanted = position(config.phases, config.steps).samples
+    source = None if goes_on else config.init_from
+    told = source and checkpoints.kind(Path(source)) != "sharded"  # which does not say what model it is of
+    older = checkpoints.load(source, config.train.backend) if source and told else None
     if config.task and config.start:
         model, tokenizer = _form_of(run) if goes_on else _to_tune(config.task, config.start, say)
         data = pairs.prepare(config.task, config.seed, tokenizer)
     else:
-        data = text.prepare(config.data, config.model.sequence_length, config.seed)
+        data = text.prepare(config.data, config.model.sequence_length, config.seed, wanted)
     config = config.with_data(data.vocab_size)
     shape = resolve.model_shape(config.model)
     if shape.vocab_size < data.vocab_size:
@@ -66,11 +70,12 @@ def begin(config: ResolvedConfig, device: torch.device, say: Callable[[str], Non
     records = [PhaseRecord() for _ in config.phases]
     state = State(config, device, data, shape, model.to(device), engine, records=records, world=world)
     if not goes_on:
-        if config.init_from:
-            _take_over(state, config.init_from, say)
+        if source:
+            form = (shape, drawn.activation)
+            _take_over(state, source, older or checkpoints.load(source, config.train.backend, form=form), say)
         engine.check(state.model)
     state.config = state.config.with_data(first_sequence=0)
-    data.check(state.first_sample + position(config.phases, config.steps).samples)
+    data.check(state.first_sample + wanted)
     if goes_on:
         state.restore()
         say(f"resumed at step {state.step} of {config.steps}")
@@ -104,11 +109,9 @@ def _to_tune(task: ResolvedTask, source: str, say: Callable[[str], None]) -> tup
     return model, tokenizer
 
 
-def _take_over(state: State, source: str, say: Callable[[str], None]) -> None:
+def _take_over(state: State, source: str, loaded: checkpoints.Loaded, say: Callable[[str], None]) -> None:
     """Takes weights, masks, moments and the place in the data from another run, or the weights of a folder."""
-    config, corpus = state.config, state.data.manifest["corpus"]
-    loaded = checkpoints.load(source, config.train.backend, form=(state.shape, config.model.activation))
-    old = loaded.state
+    config, corpus, old = state.config, state.data.manifest["corpus"], loaded.state
     if loaded.tokenizer is None:
         log.warning("init_from '%s' has no tokenizer: data.tokenizer is taken to be its own.", source)
     elif not loaded.tokenizer.same_vocabulary(state.data.tokenizer):

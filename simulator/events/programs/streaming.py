@@ -172,7 +172,7 @@ def stream_code(machine: Machine, s: Stream, at_acc: int, at_y: int, colour: int
 def stream_gradient(
     machine: Machine, mask: np.ndarray, dy: np.ndarray, x: np.ndarray, columns: int, rows: int
 ) -> Outcome:
-    """dW = dy·xᵀ at kept positions only, in fp32 sums of fp16 products, streamed out at the south.
+    """grad_values: dy·xᵀ at kept positions only, in fp32 sums of fp16 products, streamed out at the south.
 
     dy [outputs, tokens] lies where the forward product left it; each of its rows is sent along the PEs' rows, the
     positions of kept weights come in like weights do, each triggers a dot over the local tokens, and at the end of a

@@ -61,7 +61,7 @@ def assert_close(found, exact, dtype):
 
 
 def assert_exact(pattern, x, values, bias, grad):
-    """Output and all gradients of `sparse_linear` on the gather kernels, and dW of the sampled GEMM."""
+    """Output and all gradients of `sparse_linear` on the gather kernels, and grad_values of the sampled GEMM."""
     dtype = x.dtype
     leaves = [None if t is None else t.requires_grad_() for t in (x, values, bias)]
     y = vspdf.sparse_linear(x, values, pattern, bias, backend="triton")
