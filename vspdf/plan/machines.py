@@ -34,8 +34,8 @@ class Machines:
             0 < self.network < float("inf"), f"`network` must be positive, in gigabits a second, not {self.network}."
         )
 
-    def check(self, batch_size: int) -> None:
-        """Whether they can share a step.
+    def sharing(self, batch_size: int) -> Machines:
+        """Themselves, if they can share a step.
 
         Raises
         ------
@@ -47,6 +47,7 @@ class Machines:
                 f"{self.count} machines cannot share the {batch_size} sequences of a step evenly: `machines` "
                 f"{divisors(batch_size)}."
             )
+        return self
 
     def bytes_per_step(self, shape: Shape, sparsity: float) -> int:
         """That a machine sends, and receives, in a step."""

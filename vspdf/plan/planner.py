@@ -254,9 +254,7 @@ def plan(
         multiple = LR_MULTIPLE if any(s for s, _ in stages) else 1.0
         settings.phases = [PhaseConfig(sparsity=s, steps=n, lr_multiple=multiple) for s, n in stages if n]
     config = resolve.resolve(settings)
-    if machines is not None:
-        machines.check(settings.train.batch_size)
-    if time or machines is not None:
+    if time or (machines is not None and machines.sharing(settings.train.batch_size)):
         run.measure([sparsity for sparsity, _ in resolve.amounts(config)])
 
     def stage(name: str, s: float, steps: int, tokens: int) -> PlannedPhase:
