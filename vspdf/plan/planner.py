@@ -254,7 +254,7 @@ def plan(
         multiple = LR_MULTIPLE if any(s for s, _ in stages) else 1.0
         settings.phases = [PhaseConfig(sparsity=s, steps=n, lr_multiple=multiple) for s, n in stages if n]
     config = resolve.resolve(settings)
-    if time or (machines is not None and machines.sharing(settings.train.batch_size)):
+    if (machines is not None and machines.sharing(settings.train.batch_size)) or time:
         run.measure([sparsity for sparsity, _ in resolve.amounts(config)])
 
     def stage(name: str, s: float, steps: int, tokens: int) -> PlannedPhase:
