@@ -5,7 +5,7 @@
 Each product of each layer is called once (which tunes it), then timed in rounds on the sparse path, the dense path and
 `auto`, in a new random order each round: whoever follows a dense product finds the caches cold. Two figures come out.
 *Choice*: the time of the path that `auto` took against the better path. *Door*: `auto` itself, the operator's and
-autograd's Python included, against the better path called bare.
+autograd's Python included, against the better path called bare, of products that take it at least 100 us.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from vspdf.kernels import dense, dispatch
 from vspdf.kernels.hardware import keep_freed_memory
 
 LIMIT = 0.05
+LEAST = 1e-4  # seconds of the better path, from which on the operator's own time must not count
 
 
 def measure(problem: Problem, product: str, draw: random.Random, seconds: float) -> dict[str, float]:
@@ -69,7 +70,7 @@ def main() -> None:
     cores = torch.get_num_threads()
     rows = []
     for i in range(arguments.problems):
-        tokens, n_in, n_out = (round(2 ** draw.uniform(a, b)) for a, b in ((6, 12), (7, 12), (7, 12)))
+        tokens, n_in, n_out = (round(2 ** draw.uniform(a, b)) for a, b in ((4, 12), (5, 12), (5, 12)))
         sparsity, threads = draw.uniform(0.3, 0.99), draw.choice((1, cores))
         torch.set_num_threads(threads)
         problem = Problem.random(tokens, n_in, n_out, sparsity, seed=i)
@@ -91,10 +92,11 @@ def main() -> None:
             writer = csv.DictWriter(stream, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-    for figure in ("choice", "door"):
-        within = sum(row[figure] <= LIMIT for row in rows)
-        print(f"{figure}: within {LIMIT:.0%} of the better path in {within} of {len(rows)} products; the worst:")
-        for row in sorted(rows, key=lambda row: -row[figure])[:6]:
+    for figure, least in (("choice", 0.0), ("door", LEAST)):
+        judged = [row for row in rows if min(row["sparse"], row["dense"]) >= least]
+        within = sum(row[figure] <= LIMIT for row in judged)
+        print(f"{figure}: within {LIMIT:.0%} of the better path in {within} of {len(judged)} products; the worst:")
+        for row in sorted(judged, key=lambda row: -row[figure])[:6]:
             print(
                 f"  {row[figure]:+.1%}  {row['tokens']}x{row['in_features']}x{row['out_features']} "
                 f"{row['sparsity']:.2f} {row['threads']} threads {row['product']}: {row['path']}  "

@@ -21,7 +21,7 @@ template <class T>
 using Array = py::array_t<T, py::array::c_style>;  // no forcecast: another dtype is an error
 
 std::unique_ptr<Plan> make_plan(int64_t out_features, int64_t in_features, const Array<uint8_t>& bits,
-                                const std::string& isa) {
+                                const std::string& isa, bool code) {
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
     if (out_features < 1 || in_features < 1 || out_features > kMost || in_features > kMost) {
         throw std::invalid_argument("a plan needs 1 to 2^31 - 1 features on each side, not " +
@@ -37,7 +37,7 @@ std::unique_ptr<Plan> make_plan(int64_t out_features, int64_t in_features, const
         throw std::invalid_argument("bits behind the last position must be zero.");
     }
     const Isa chosen = choose_isa(isa);
-    const bool jit = jit_wanted(chosen);
+    const bool jit = code && jit_wanted(chosen);
     py::gil_scoped_release release;
     return std::make_unique<Plan>(int(out_features), int(in_features), bits.data(), chosen, jit);
 }
@@ -98,7 +98,7 @@ PYBIND11_MODULE(_C, m) {
     const auto release = py::call_guard<py::gil_scoped_release>();
     py::class_<Plan>(m, "Plan")
         .def(py::init(&make_plan), py::arg("out_features"), py::arg("in_features"), py::arg("bits"),
-             py::arg("isa") = "", py::keep_alive<1, 4>())
+             py::arg("isa") = "", py::arg("code") = true, py::keep_alive<1, 4>())
         .def(
             "forward",
             [](const Plan& plan, uintptr_t y, uintptr_t x, int64_t x_stride, uintptr_t values, uintptr_t bias,

@@ -125,11 +125,12 @@ void bind_fabric(py::module_& module) {
         py::arg("colour"));
     py::class_<Vector>(m, "Vector")
         .def(py::init([](Arith arith, int dst, int src0, int src1, int scalar, bool chained, bool async, bool pair,
-                         int activate, int unblock) {
-                 return Vector{arith, dst, src0, src1, scalar, chained, async, pair, activate, unblock};
+                         bool low, int activate, int unblock) {
+                 return Vector{arith, dst, src0, src1, scalar, chained, async, pair, low, activate, unblock};
              }),
              py::arg("arith"), py::arg("dst"), py::arg("src0"), py::arg("src1"), py::arg("scalar"), py::arg("chained"),
-             py::arg("asynchronous"), py::arg("pair"), py::arg("then_activate"), py::arg("then_unblock"));
+             py::arg("asynchronous"), py::arg("pair"), py::arg("low"), py::arg("then_activate"),
+             py::arg("then_unblock"));
 
     m.def(
         "vector_cycles",
@@ -152,6 +153,7 @@ void bind_fabric(py::module_& module) {
                  for (auto [rx, tx] : positions) list.push_back({uint8_t(rx), uint8_t(tx)});
                  f.route(x, y, colour, list);
              })
+        .def("filter", &Fabric::filter)
         .def("queue", &Fabric::queue)
         .def("bind", &Fabric::bind)
         .def("add_code",
@@ -215,5 +217,6 @@ void bind_fabric(py::module_& module) {
         .def_property_readonly("cycles", &Fabric::cycles)
         .def_property_readonly("events", &Fabric::events)
         .def_property_readonly("sent", &Fabric::sent)
-        .def_property_readonly("delivered", &Fabric::delivered);
+        .def_property_readonly("delivered", &Fabric::delivered)
+        .def_property_readonly("due", &Fabric::due);
 }

@@ -37,6 +37,9 @@ struct Bits {
         return kept;
     }
 
+    // The next `count` positions, at most 57, the first in the lowest bit.
+    uint64_t word(int64_t at, int count) const { return load(at / 8) >> at % 8 & ((uint64_t(1) << count) - 1); }
+
   private:
     uint64_t load(int64_t byte) const {
         uint64_t word = 0;
@@ -63,22 +66,40 @@ struct Csr {
 
 Csr transpose(const Csr& csr);
 
-// The kept weights of each row, cut into blocks of columns; a column is counted from the first of its block.
-template <class Column>
+// The kept weights of each row, cut into blocks of columns; a column is counted from the first of its block. Their
+// order is row-major.
 struct RowBlocks {
     RowBlocks(const Csr& csr, int block_cols);
 
     int rows, cols;
     int block, blocks;           // columns in a block, and how many
     std::vector<uint32_t> edge;  // block b of row r is [edge[b * rows + r], edge[(b + 1) * rows + r]) of the weights
-    std::vector<Column> col;     // nnz
+    std::vector<uint16_t> col;   // nnz
 
     const uint32_t* lo(int b) const { return edge.data() + int64_t(b) * rows; }
     const uint32_t* hi(int b) const { return lo(b + 1); }
-    size_t nbytes() const { return edge.size() * sizeof(uint32_t) + col.size() * sizeof(Column); }
+    size_t nbytes() const { return edge.size() * sizeof(uint32_t) + col.size() * sizeof(uint16_t); }
 };
 
-extern template struct RowBlocks<uint8_t>;
-extern template struct RowBlocks<uint16_t>;
+// The same in the order in which loops over many tokens read it: by bands of rows, then by blocks of columns, then by
+// rows, those with most weights first, so that the processor foresees how long the next one is.
+struct SortedBlocks {
+    static constexpr int kBand = 256;  // rows
+
+    SortedBlocks(const Csr& csr, int block_cols);
+
+    int rows, cols;
+    int block, blocks, bands;
+    std::vector<uint32_t> start;  // [band][block]: its first weight; one more entry ends the last
+    std::vector<uint8_t> order;   // [band][block][i]: the i-th row, inside the band
+    std::vector<uint8_t> count;   // [band][block][i]: its weights
+    std::vector<uint8_t> col;     // nnz: column inside the block
+
+    int band_rows(int band) const { return std::min(rows - band * kBand, kBand); }
+    // Where a block's rows begin in `order` and `count`.
+    size_t at(int band, int b) const { return size_t(band) * kBand * blocks + size_t(b) * band_rows(band); }
+    uint32_t first(int band, int b) const { return start[size_t(band) * blocks + b]; }
+    size_t nbytes() const { return start.size() * sizeof(uint32_t) + order.size() + count.size() + col.size(); }
+};
 
 }  // namespace vspdf

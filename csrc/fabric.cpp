@@ -129,6 +129,14 @@ void Fabric::route(int x, int y, int colour, const std::vector<SwitchPosition>& 
     r.channels.push_back(std::move(channel));
 }
 
+void Fabric::filter(int x, int y, int colour, int ports, int low, int high) {
+    const int p = at(x, y);
+    const int index = colour >= 0 && colour < m_.colours ? routers_[p].index[colour] : -1;
+    if (index < 0) throw std::invalid_argument(name(p) + ": colour " + std::to_string(colour) + " has no route.");
+    Channel& c = routers_[p].channels[index];
+    c.filtered = uint8_t(ports), c.low = low, c.high = high;
+}
+
 void Fabric::queue(int x, int y, int colour, int in_queue) {
     const int p = at(x, y);
     if (in_queue < 0 || in_queue >= int(pes_[p].in.size())) {
@@ -412,7 +420,7 @@ void Fabric::step_router(int p) {
         --e.outgoing;
         c.fifo.push({w.value, w.control, now_ + m_.ramp_cycles});
         schedule_router(p, now_ + m_.ramp_cycles);
-        ++sent_[c.colour];
+        ++sent_[c.colour], ++due_[c.colour];
         ++e.stats.sent;
         e.next_out = o + 1 == queues ? 0 : o + 1;
         schedule_pe(p, now_ + 1);
@@ -436,7 +444,7 @@ void Fabric::step_router(int p) {
         c.fifo.push(
             {source.values[source.next], !source.control.empty() && source.control[source.next], now_ + m_.hop_cycles});
         ++source.next;
-        ++sent_[source.colour];
+        ++sent_[source.colour], ++due_[source.colour];
         source.ready = now_ + source.interval;
         fed |= uint8_t(1 << source.port);
         again = true;
@@ -471,7 +479,9 @@ void Fabric::step_router(int p) {
         }
         if (!c.head_open) {
             c.head_open = true;
-            c.pending = c.positions[c.position].tx;
+            c.pending = c.ways(c.fifo.slots[c.fifo.head]);
+            for (uint32_t left = c.pending; left; left &= left - 1) ++due_[c.colour];
+            --due_[c.colour];
         }
         open |= uint64_t(1) << i;
         uint32_t held = 0;
@@ -527,22 +537,21 @@ bool Fabric::can_step(const Pe& e, const MicroThread& t, int& reason) const {
     return true;
 }
 
-// One element (one wavelet's worth) of one micro-thread; they take turns by priority. True if the datapath was used.
-bool Fabric::step_thread(int p, Pe& e) {
+// One element (one wavelet's worth) of one micro-thread; they take turns. `contended`: the task wants the datapath too.
+// True if the datapath was used.
+bool Fabric::step_thread(int p, Pe& e, bool contended) {
     const int n = int(e.threads.size());
     int best = -1;
     for (int i = 0; i < n; ++i) {
         const int k = (e.next_thread + i) % n;
         MicroThread& t = e.threads[k];
         int reason = 0;
-        if (t.start > now_) {
-            continue;
-        }
+        if (t.start > now_ || (contended && t.vector.low)) continue;
         if (!can_step(e, t, reason)) {
             if (e.reason != 2) e.reason = reason;
             continue;
         }
-        if (best < 0 || t.priority < e.threads[best].priority) best = k;
+        if (best < 0 || (e.threads[best].vector.low && !t.vector.low)) best = k;
     }
     if (best < 0) return false;
     element(p, e, e.threads[best]);
@@ -766,8 +775,7 @@ void Fabric::start_vector(int p, Pe& e, const Vector& v, int issue) {
     compute(p, e, v);
     const bool half = dst.half || src0.half;
     const int startup = v.chained ? 0 : v.pair ? m_.pair_startup : m_.vector_startup;
-    const int64_t fill = v.chained && v.arith == Arith::kFmac ? m_.accumulator_delay : 0;
-    const int64_t cycles = std::max<int64_t>(0, timed(v, dst, src0, src1, length, half) - fill);
+    const int64_t cycles = timed(v, dst, src0, src1, length, half);
     const int64_t datapath = std::min(cycles, datapath_cycles(v, length, half));
     note(p, now_, now_ + issue + startup + cycles, 1, int(v.arith));
     e.busy_until = now_ + issue + startup + cycles;
@@ -916,13 +924,16 @@ void Fabric::step_pe(int p) {
     const bool main = has_work(e);
     // Task and micro-threads take turns where both want the datapath.
     bool streamed = false;
-    const bool was_working = e.busy_until > now_;
-    if (!(main && e.streamed_at == now_ - 1)) {
-        if (!e.threads.empty()) streamed = step_thread(p, e);
+    const bool was_working = e.busy_until > now_, starting = now_ < e.starting_until;
+    const bool contended = main && !starting;
+    if (!(contended && e.streamed_at == now_ - 1)) {
+        if (!e.threads.empty()) streamed = step_thread(p, e, contended);
     }
     if (streamed) {
         e.streamed_at = now_;
-        if (was_working) {
+        if (starting) {
+            --e.stats.task_switch;  // a cycle of the start-up that was put to use
+        } else if (was_working) {
             ++e.busy_until;
         } else {
             e.stream_until = now_ + 1;
@@ -955,14 +966,19 @@ void Fabric::step_pe(int p) {
             const int own = codes_[e.code].entry_cycles[task];
             const int cycles = own >= 0 ? own : m_.task_switch;
             e.busy_until = now_ + cycles;
+            if (own >= 0) e.starting_until = e.busy_until;
             e.stats.task_switch += cycles;
             note(p, now_, e.busy_until, 0, task);
         }
     }
     if (e.busy_until > now_ && e.busy_until != now_ + 1) schedule_pe(p, e.busy_until);
-    if (streamed || e.busy_until == now_ + 1 || (main && e.streamed_at == now_ - 1 && !e.threads.empty())) {
-        schedule_pe(p, now_ + 1);
+    // A micro-thread that stood back goes on in the next start-up, or when the task has nothing left to do.
+    bool stood_back = false;
+    if (!streamed && (e.starting_until > now_ || e.busy_until <= now_)) {
+        int reason = 0;
+        for (const MicroThread& t : e.threads) stood_back |= t.start <= now_ && can_step(e, t, reason);
     }
+    if (streamed || stood_back || e.busy_until == now_ + 1) schedule_pe(p, now_ + 1);
 }
 
 // ---- when nothing moves
@@ -1033,7 +1049,7 @@ std::string Fabric::explain_deadlock() const {
         for (const Channel& c : routers_[p].channels) {
             if (!c.fifo.count) continue;
             std::string to;
-            const uint8_t left = c.head_open ? c.pending : c.positions[c.position].tx;
+            const uint8_t left = c.head_open ? c.pending : c.ways(c.fifo.slots[c.fifo.head]);
             for (int port = 0; port < kPorts; ++port) {
                 if (left & 1 << port) to += (to.empty() ? "" : ", ") + std::string(kPortNames[port]);
             }

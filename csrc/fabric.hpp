@@ -35,7 +35,7 @@ struct Machine {
     int bank_bytes = 4;         // consecutive bytes in one bank
     int port_bytes = 8;         // of one access
     int accumulator_delay = 5;  // cycles from reading an FMAC's multiplicand to reading what it adds to
-    int write_delay = 2;        // cycles from an operation's last read to the write of its result
+    int write_delay = 3;        // cycles from an operation's last read to the write of its result
     int vector_startup = 6;
     int pair_startup = 35;      // of the two-per-cycle mode
     double pair_rate = 2;       // fp32 multiplications or additions per cycle in that mode
@@ -94,6 +94,7 @@ struct Vector {
     bool chained = false;             // follows its like without a gap: no start-up, the pipeline stays full
     bool async = false;               // as a micro-thread beside the task
     bool pair = false;                // two fp32 per cycle
+    bool low = false;                 // priority of a micro-thread: only where the datapath is idle
     int then_activate = -1, then_unblock = -1;
 };
 
@@ -110,10 +111,9 @@ struct Code {
 struct Access {
     Arith arith = Arith::kMove;
     int64_t base[3] = {0, 0, 0}, advance[3] = {0, 0, 0};  // bytes
-    int bytes = 4;                                        // of one access
 };
 
-// Cycles until the last operand of `length` elements has been read, by datapath or banks, without start-up.
+// Cycles until the last of `length` elements has entered the pipeline, by datapath or banks, without start-up.
 int64_t vector_cycles(const Machine& m, Access x, int64_t length, bool half, bool pair, const int64_t* strides);
 
 struct Wavelet {
@@ -148,6 +148,15 @@ struct Channel {
     Fifo fifo;
     uint8_t pending = 0;  // ports that the head still has to leave by
     bool head_open = false;
+    uint8_t filtered = 0;  // ports that take only data whose index (low 16 bits) lies in [low, high)
+    int low = 0, high = 0;
+
+    // Ports that a wavelet leaves by.
+    uint8_t ways(const Wavelet& w) const {
+        const int index = int(w.value & 0xffffu);
+        const uint8_t tx = positions[position].tx;
+        return w.control || (low <= index && index < high) ? tx : uint8_t(tx & ~filtered);
+    }
 };
 
 struct MicroThread {
@@ -157,7 +166,6 @@ struct MicroThread {
     int64_t start = 0;
     float scalar = 0;
     bool sync = false;
-    int priority = 0;
 };
 
 struct PeStats {
@@ -185,7 +193,8 @@ class Fabric {
     // Set-up; errors name the PE and colour. `positions`: up to 4 (rx, tx) masks; a control wavelet that leaves a
     // router moves on to the next, the last goes back to the first.
     void route(int x, int y, int colour, const std::vector<SwitchPosition>& positions);
-    void queue(int x, int y, int colour, int in_queue);  // deliver this colour to that in-queue
+    void filter(int x, int y, int colour, int ports, int low, int high);  // data by index; control wavelets pass
+    void queue(int x, int y, int colour, int in_queue);                   // deliver this colour to that in-queue
     void bind(int x, int y, int colour, int task, bool control);
     int add_code(Code code);
     void load(int x, int y, int code);
@@ -210,6 +219,8 @@ class Fabric {
     int64_t stamp(int p, int slot) const { return pes_[p].stamps[slot]; }
     const std::array<int64_t, 64>& sent() const { return sent_; }
     const std::array<int64_t, 64>& delivered() const { return delivered_; }
+    // What `sent` wavelets had to become: each counted once, plus copies at forks, less those that a filter kept.
+    const std::array<int64_t, 64>& due() const { return due_; }
     int64_t events() const { return events_; }
     void trace(size_t most) { trace_limit_ = most; }  // events to note; 0: none
     const std::vector<TraceEvent>& trace_events() const { return trace_; }
@@ -233,7 +244,8 @@ class Fabric {
         int outgoing = 0;  // wavelets in all out-queues
         int task = -1, pc = 0;
         Wavelet argument{};
-        bool waiting = false;  // for its synchronous streaming operation
+        bool waiting = false;        // for its synchronous streaming operation
+        int64_t starting_until = 0;  // a hardware-triggered task's start-up: the datapath is idle
         int64_t busy_until = 0, stream_until = 0, counted_to = 0, visited = -1, streamed_at = -2;
         int reason = 0;  // of not being busy: 0 idle, 1 data, 2 back-pressure
         std::array<int64_t, kStamps> stamps{};
@@ -284,7 +296,7 @@ class Fabric {
     bool send(int p, Channel& channel, int port, const Wavelet& wavelet);
     void wake_feeders(int p, const Channel& channel);
     bool has_work(const Pe& e) const;
-    bool step_thread(int p, Pe& e);
+    bool step_thread(int p, Pe& e, bool contended);
     bool can_step(const Pe& e, const MicroThread& t, int& reason) const;
     void element(int p, Pe& e, MicroThread& t);
     void finish(Pe& e, const Vector& v);
@@ -312,7 +324,7 @@ class Fabric {
     std::vector<std::vector<int>> sources_of_;
     std::map<std::array<int, 3>, std::vector<std::pair<int64_t, uint32_t>>> sinks_;
     int64_t now_ = 0, events_ = 0;
-    std::array<int64_t, 64> sent_{}, delivered_{};
+    std::array<int64_t, 64> sent_{}, delivered_{}, due_{};
     std::unordered_map<Timing, int64_t, Hash> timings_;
     size_t trace_limit_ = 0;
     std::vector<TraceEvent> trace_;

@@ -11,67 +11,61 @@ namespace vspdf::fabric {
 namespace {
 
 // Cycle by cycle, oldest access first: writes, accumulator reads, operand reads. Elements stay in order; a stage that
-// is held up lets the ones ahead of it go on, so that a stall travels down the pipeline as a gap.
+// is held up lets the ones ahead of it go on, so that a stall travels down the pipeline as a gap. Two operands of one
+// element in one bank group take the two read ports' cycle each, whenever the second is read. The operation ends when
+// its last element has entered: the pipeline drains beside the next instruction.
 int64_t memory_cycles(const Machine& m, const Access& x, int64_t steps) {
     const bool reads0 = x.arith != Arith::kFill;
     const bool reads1 = x.arith != Arith::kFill && x.arith != Arith::kMove;
     const bool writes = x.arith != Arith::kDot;
     const int delay = x.arith == Arith::kFmac ? m.accumulator_delay : 0;  // from multiplicand to accumulator
-    auto banks = [&](int which, int64_t step, int* out) {                 // those one access touches
-        const int64_t begin = x.base[which] + step * x.advance[which];
-        const int64_t first = begin / m.bank_bytes, last = (begin + x.bytes - 1) / m.bank_bytes;
-        const int count = int(std::min<int64_t>({last - first + 1, m.banks, 64}));
-        for (int k = 0; k < count; ++k) out[k] = int((first + k) % m.banks);
-        return count;
+    auto bank = [&](int which, int64_t step) {                            // of an access: its first word's
+        return int((x.base[which] + step * x.advance[which]) / m.bank_bytes % m.banks);
     };
-    int write[64], late[64], first[64], second[64];
-    auto overlap = [](const int* a, int na, const int* b, int nb, int modulus) {
-        for (int i = 0; i < na; ++i) {
-            for (int k = 0; k < nb; ++k) {
-                if (a[i] % modulus == b[k] % modulus) return true;
-            }
-        }
-        return false;
-    };
+    auto same_group = [&](int a, int b) { return a % m.read_groups == b % m.read_groups; };
     std::vector<int64_t> ready(steps);    // when the last operand of a step was read
     std::vector<int64_t> entered(steps);  // when its first was
-    int64_t in = 0, accumulated = 0, written = 0, t = 0;
+    int64_t in = 0, accumulated = 0, written = 0, t = 0, gate = 0;
     bool half_in = false;  // one of two colliding operands is read
-    for (; (delay ? accumulated : in) < steps; ++t) {
+    for (; in < steps; ++t) {
         const int64_t complete = delay ? accumulated : in;
-        int n_write = 0, n_late = 0;
-        if (writes && written < complete && t >= ready[written] + m.write_delay) n_write = banks(0, written++, write);
-        const int64_t gone = accumulated;
-        if (delay && accumulated < in && t >= entered[accumulated] + delay) {
-            n_late = banks(1, accumulated, late);
-            if (overlap(late, n_late, write, n_write, m.banks)) {
-                n_late = 0;
-            } else {
+        int write = -1, late = -1;
+        if (writes && written < complete && t >= ready[written] + m.write_delay) write = bank(0, written++);
+        if (delay) {
+            const int64_t gone = accumulated;
+            if (accumulated < in && t >= entered[accumulated] + delay && bank(1, accumulated) != write) {
+                late = bank(1, accumulated);
                 ready[accumulated++] = t;
             }
-        }
-        if (delay) {
-            if (in == steps || in - gone > delay) continue;  // all are on their way, or no room before the adder
-            const int n = banks(2, in, first);
-            if (overlap(first, n, write, n_write, m.banks) || overlap(first, n, late, n_late, m.read_groups)) continue;
+            if (t < gate || in - gone > delay) continue;  // its predecessor still reads, or no room before the adder
+            const int first = bank(2, in);
+            if (first == write || (late >= 0 && same_group(first, late))) continue;
+            gate = t + 1 + same_group(first, bank(1, in));
             entered[in++] = t;
             continue;
         }
-        const int n0 = reads0 ? banks(1, in, first) : 0, n1 = reads1 ? banks(2, in, second) : 0;
-        const bool collide = overlap(first, n0, second, n1, m.read_groups);
-        if (!half_in && overlap(first, n0, write, n_write, m.banks)) continue;
+        const int first = reads0 ? bank(1, in) : -1, second = reads1 ? bank(2, in) : -1;
+        const bool collide = reads0 && reads1 && same_group(first, second);
+        if (!half_in && reads0 && first == write) continue;
         if (collide && !half_in) {
             half_in = true;
             continue;
         }
-        if (overlap(second, n1, write, n_write, m.banks)) {
-            half_in |= n0 > 0 && collide;
+        if (reads1 && second == write) {
+            half_in |= collide;
             continue;
         }
         half_in = false;
         ready[in++] = t;
     }
-    return t;
+    return std::max(t, gate);
+}
+
+// Elements a cycle that a stride allows of `full`: the table of the CSL language's appendix, in 16-bit words.
+int simd_width(int64_t stride, int full) {
+    if (stride == 0 || stride == 1) return full;
+    constexpr int most[8] = {1, 2, 8, 8, 2, 8, 8, 2};
+    return std::min(full, most[(stride % 8 + 8) % 8]);
 }
 
 }  // namespace
@@ -79,15 +73,15 @@ int64_t memory_cycles(const Machine& m, const Access& x, int64_t steps) {
 int64_t vector_cycles(const Machine& m, Access x, int64_t length, bool half, bool pair, const int64_t* strides) {
     const int size = half ? 2 : 4;
     const bool reads1 = x.arith != Arith::kFill && x.arith != Arith::kMove;
-    const bool dense = (x.arith == Arith::kDot || strides[0] == 1) && (x.arith == Arith::kFill || strides[1] == 1) &&
-                       (!reads1 || strides[2] == 1);
     const bool fmac = x.arith == Arith::kFmac || x.arith == Arith::kDot;
     const double per_cycle = half ? m.fmac_fp16_rate : fmac ? m.fmac_fp32_rate : pair ? m.pair_rate : 1;
-    const int lanes = dense ? std::max(1, std::min(int(per_cycle), m.port_bytes / size)) : 1;
-    x.bytes = lanes * size;
+    int lanes = std::max(1, std::min(int(per_cycle), m.port_bytes / size));
+    if (x.arith != Arith::kDot) lanes = simd_width(strides[0], lanes);
+    if (x.arith != Arith::kFill) lanes = simd_width(strides[1], lanes);
+    if (reads1) lanes = simd_width(strides[2], lanes);
     const int64_t period = int64_t(m.banks) * m.bank_bytes;
     for (int k = 0; k < 3; ++k) {
-        x.advance[k] = (strides[k] * x.bytes % period + period) % period;
+        x.advance[k] = (strides[k] * lanes * size % period + period) % period;
         x.base[k] = (x.base[k] % period + period) % period;
     }
     const int64_t steps = (length + lanes - 1) / lanes;

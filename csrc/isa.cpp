@@ -1,13 +1,23 @@
 #include "isa.hpp"
 
+#include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 #endif
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 namespace vspdf {
+
+#if defined(__linux__)
+static std::string capacity_of(int core) {
+    return "/sys/devices/system/cpu/cpu" + std::to_string(core) + "/cpu_capacity";
+}
+#endif
 
 const char* isa_name(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "plain"; }
 
@@ -56,6 +66,29 @@ bool fast_bf16_pairs() {
 #else
     return false;
 #endif
+}
+
+int tasks_for(int threads) {
+    static const int each = [] {
+        constexpr int kEven = 1, kUneven = 3;
+#if defined(__APPLE__)
+        int levels = 0;
+        size_t size = sizeof levels;
+        if (sysctlbyname("hw.nperflevels", &levels, &size, nullptr, 0) == 0 && levels > 1) return kUneven;
+#elif defined(__linux__)
+        if (access("/sys/devices/cpu_atom", F_OK) == 0) return kUneven;
+        long first = 0;
+        for (int core = 0; std::FILE* file = std::fopen(capacity_of(core).c_str(), "r"); ++core) {
+            long capacity = 0;
+            const bool read = std::fscanf(file, "%ld", &capacity) == 1;
+            std::fclose(file);
+            if (core == 0) first = capacity;
+            if (read && capacity != first) return kUneven;
+        }
+#endif
+        return kEven;
+    }();
+    return threads == 1 ? 1 : threads * each;
 }
 
 int64_t second_level_bytes() {

@@ -24,6 +24,10 @@ bool jit_wanted(Isa isa);
 // long.
 bool fast_bf16_pairs();
 
+// Tasks of one size to cut for so many threads: one each, or some more where cores differ in speed (Intel's hybrids,
+// most of Arm's), so that the slow ones do not hold up the fast.
+int tasks_for(int threads);
+
 // Bytes of the second-level cache of one core; 1 MiB where the system does not say.
 int64_t second_level_bytes();
 

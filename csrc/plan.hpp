@@ -42,7 +42,7 @@ class SddmmPart;
 class Plan;
 
 // Columns as few tokens read them: in the row-major order of the values.
-struct RowColumns : RowBlocks<uint16_t> {
+struct RowColumns : RowBlocks {
     explicit RowColumns(const Plan& plan);
 };
 

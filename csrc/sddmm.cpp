@@ -109,13 +109,14 @@ class Product {
 
     int64_t run(int threads) const {
         // The cut of the grid that packs least in all.
-        const auto packed = [&](int parts) { return double(rows_) / parts + double(cols_) * parts / threads; };
+        const int tasks = tasks_for(threads);
+        const auto packed = [&](int parts) { return double(rows_) / parts + double(cols_) * parts / tasks; };
         int row_parts = 1;
-        for (int parts = 2; parts <= threads; ++parts) {
-            if (threads % parts == 0 && packed(parts) < packed(row_parts)) row_parts = parts;
+        for (int parts = 2; parts <= tasks; ++parts) {
+            if (tasks % parts == 0 && packed(parts) < packed(row_parts)) row_parts = parts;
         }
         row_parts = std::min(row_parts, part_.row_tiles);
-        const int col_parts = std::min(threads / row_parts, part_.col_tiles);
+        const int col_parts = std::min(tasks / row_parts, part_.col_tiles);
         std::atomic<int64_t> macs{0};
         parallel_for(int64_t(row_parts) * col_parts, threads, [&](int64_t task) {
             const int r = int(task) / col_parts, c = int(task) % col_parts;

@@ -5,6 +5,7 @@
 #include "parallel.hpp"
 #include "scratch.hpp"
 #include "spmm_run.hpp"
+#include "spmv.hpp"
 
 namespace vspdf {
 namespace {
@@ -16,21 +17,14 @@ constexpr int kFewTokens = 64;        // up to here values are read in row-major
 template <class T>
 int64_t run_part(const SpmmKernels& kernels, const Plan& plan, const SpmmPart& part, const Target& y, const Source& x,
                  const T* values, int64_t tokens, int threads) {
+    const Scratch packed(sizeof(float) * plan.nnz());
     if (const auto* program = std::get_if<SpmmProgram>(&part.work)) {
-        const Scratch packed(sizeof(float) * plan.nnz());
-        program->refresh(packed.floats(), values, plan.start().data(), threads);
+        program->refresh(packed.floats(), values, plan.bits(), plan.start().data(), threads);
         return run_program(kernels, *program, y, x, packed.floats(), tokens, threads);
     }
     const SpmmLoops& loops = std::get<SpmmLoops>(part.work);
-    const bool own = loops.row_major() && sizeof(T) == sizeof(float);
-    const Scratch packed(own ? 0 : sizeof(float) * plan.nnz());
-    const float* floats = packed.floats();
-    if (!loops.row_major()) {
-        loops.refresh(packed.floats(), values, threads);
-    } else {
-        floats = as_floats(packed.floats(), values, plan.nnz(), sizeof(T) == 4 ? Dtype::f32 : Dtype::bf16, threads);
-    }
-    return run_rows(kernels, loops.blocks(), y, x, floats, tokens, threads);
+    loops.refresh(packed.floats(), values, plan.start().data(), threads);
+    return run_rows(kernels, loops.blocks(), y, x, packed.floats(), tokens, threads);
 }
 
 int64_t run_part(const SpmmKernels& kernels, const Plan& plan, const SpmmPart& part, const Target& y, const Source& x,
@@ -49,7 +43,7 @@ std::variant<SpmmLoops, SpmmProgram> make_work(const Plan& plan, bool transposed
     } else {
         why = plan.isa() == Isa::plain  ? "generated code needs avx512 or avx2"
               : plan.isa() == Isa::avx2 ? "VSPDF_JIT=1 generates code"
-                                        : "VSPDF_JIT=0";
+                                        : "memory='low' or VSPDF_JIT=0";
     }
     return SpmmLoops(csr, transposed, spmm_kernels(plan.isa()).tile);
 }
@@ -87,6 +81,14 @@ size_t SpmmPart::nbytes() const {
     return std::visit([](const auto& way) { return way.nbytes(); }, work);
 }
 
+bool by_bits(const Plan& plan, int64_t tokens, Dtype values_dtype) {
+    // Measured on Zen 4: below these densities a weight by its position takes less time than the expansion. bfloat16
+    // values would have to be converted for that.
+    const double least = values_dtype == Dtype::bf16 ? 0.06 : tokens == 1 ? 0.13 : 0.25;
+    return plan.isa() == Isa::avx512 && tokens <= kSpmvTokens && plan.cols() % 8 == 0 &&
+           double(plan.nnz()) >= least * double(plan.rows()) * plan.cols();
+}
+
 int64_t spmm_forward(const Plan& plan, const Lazy<SpmmPart>& part, void* y, const void* x, int64_t x_stride,
                      const void* values, const void* bias, int64_t tokens, Dtype dtype, Dtype values_dtype,
                      int threads) {
@@ -99,10 +101,11 @@ int64_t spmm_forward(const Plan& plan, const Lazy<SpmmPart>& part, void* y, cons
     if (tokens > kFewTokens) {
         return run_part(kernels, plan, part.get(plan, false), out, in, values, values_dtype, tokens, threads);
     }
+    if (by_bits(plan, tokens, values_dtype)) return run_bits(plan, out, in, values, values_dtype, tokens, threads);
     const Scratch scratch(values_dtype != Dtype::f32 ? sizeof(float) * plan.nnz() : 0);
     const float* floats = as_floats(scratch.floats(), values, plan.nnz(), values_dtype, threads);
     if (tokens == 1) return run_dots(kernels, plan.columns(), out, in, floats, threads);
-    return run_rows<uint16_t>(kernels, plan.columns(), out, in, floats, tokens, threads);
+    return run_rows(kernels, static_cast<const RowBlocks&>(plan.columns()), out, in, floats, tokens, threads);
 }
 
 int64_t spmm_grad_input(const Plan& plan, const Lazy<SpmmPart>& part, void* dx, const void* dy, int64_t dy_stride,
@@ -121,6 +124,8 @@ int64_t spmm_grad_input(const Plan& plan, const Lazy<SpmmPart>& part, void* dx, 
 
 std::string spmm_describe(const Plan& plan, bool transposed, const Lazy<SpmmPart>& part, int64_t tokens) {
     const SpmmKernels& kernels = spmm_kernels(plan.isa());
+    if (!transposed && by_bits(plan, tokens, Dtype::f32))
+        return "rows in row-major order, by the bits of the mask (few tokens)";
     if (tokens == 1) return std::string(transposed ? "scattered" : "gathered") + " rows in row-major order (one token)";
     if (tokens <= kFewTokens) {
         return std::string(transposed ? "scattered" : "gathered") + " rows in row-major order, lines of " +

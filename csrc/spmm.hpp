@@ -14,16 +14,21 @@ class SpmmLoops {
     // `csr` is that of the product, the transpose of the weight's if `transposed`.
     SpmmLoops(const Csr& csr, bool transposed, int tile);
 
-    const RowBlocks<uint8_t>& blocks() const { return blocks_; }
-    // Whether the values are wanted in row-major order as they are.
-    bool row_major() const { return bands_.empty(); }
+    const SortedBlocks& blocks() const { return blocks_; }
+    // out[i] = values in the order of the blocks; `start`: where each row of the weight begins in `values`.
     template <class T>
-    void refresh(float* out, const T* values, int threads) const;
-    size_t nbytes() const { return blocks_.nbytes() + bands_.size() * sizeof(uint32_t); }
+    void refresh(float* out, const T* values, const uint32_t* start, int threads) const;
+    size_t nbytes() const { return blocks_.nbytes() + columns_.size() * sizeof(uint32_t); }
 
   private:
-    RowBlocks<uint8_t> blocks_;
-    std::vector<uint32_t> bands_;  // [band][col]: where in row-major order a column's values of a band of rows begin
+    template <class T>
+    void refresh_rows(float* out, const T* values, const uint32_t* start, int band) const;
+    template <class T>
+    void refresh_columns(float* out, const T* values, int band) const;
+
+    SortedBlocks blocks_;
+    std::vector<uint32_t> columns_;  // [band][col]: where in row-major order a column's values of the band begin; of
+                                     // the transpose only
 };
 
 // What one of the two products knows of a pattern, whose rows are the product's outputs.

@@ -7,6 +7,13 @@
 #include "bf16.hpp"
 #include "parallel.hpp"
 
+// Programs run where AVX2 does, and there every processor counts bits.
+#if defined(__x86_64__)
+#define VSPDF_POPCNT __attribute__((target("popcnt")))
+#else
+#define VSPDF_POPCNT
+#endif
+
 namespace vspdf {
 namespace {
 
@@ -14,6 +21,7 @@ constexpr int kLine = 64;        // bytes of a line of x and of a row's sums
 constexpr double kThin = 0.03;   // density below which a longer block pays: the sums then cost more than the lines
 constexpr int kThinBlock = 512;  // features
 constexpr int kBlock = 256;
+constexpr int kRowBits = 5;  // of a row in a panel
 
 struct Entry {
     uint32_t col;
@@ -39,7 +47,8 @@ std::vector<Entry> by_feature(const Csr& csr, int row, int end, std::vector<uint
 // the middle of what they reach and move seldom.
 class Avx512Writer {
   public:
-    static constexpr int kPanel = 31;       // rows, one register each; the 32nd holds the line of x
+    static constexpr int kPanel = 31;  // rows, one register each; the 32nd holds the line of x
+    static_assert(kPanel <= 1 << kRowBits, "a row in a panel fits its bits");
     static constexpr int kCode = 15 << 10;  // bytes of code in a piece: with its values and lines, near any core
     static double bytes(double weights, double lines, double rows) { return 7 * (weights + lines + 2 * rows); }
 
@@ -179,7 +188,7 @@ void SpmmProgram::write(const Csr& csr, std::string& why) {
 
     Writer writer;
     writer.a.code.reserve(size_t(bytes * panels_ * blocks_ * 1.1) + 4096);
-    order_.reserve(transposed_ ? size_t(panels_) * cols_ : size_t(csr.nnz()));
+    if (!transposed_) order_.resize(size_t(csr.nnz()) * kRowBits / 8 + sizeof(uint64_t), 0);
     uint32_t values = 0;
     std::vector<uint32_t> next;
     for (int c = 0; c < chains(); ++c) {
@@ -197,14 +206,12 @@ void SpmmProgram::write(const Csr& csr, std::string& why) {
             for (int p = first; p < last; ++p) {
                 const Entry *begin = done[p - first], *stop = begin;
                 const Entry* list_end = entries[p - first].data() + entries[p - first].size();
-                if (transposed_) order_.resize(order_.size() + (end - feature), 0);
-                uint8_t* counts = order_.data() + order_.size() - (transposed_ ? end - feature : 0);
-                for (; stop < list_end && stop->col < end; ++stop) {
-                    if (transposed_) {
-                        ++counts[stop->col - feature];
-                    } else {
-                        order_.push_back(stop->row);
-                    }
+                for (uint32_t i = values; stop < list_end && stop->col < end; ++stop, ++i) {
+                    if (transposed_) continue;
+                    const size_t bit = size_t(i) * kRowBits;
+                    const unsigned row = unsigned(stop->row) << bit % 8;
+                    order_[bit / 8] |= uint8_t(row);
+                    order_[bit / 8 + 1] |= uint8_t(row >> 8);
                 }
                 if (!transposed_) segment_.push_back(values);
                 writer.panel(panel_row(p + 1) - panel_row(p), b == 0, begin, stop, feature);
@@ -226,19 +233,19 @@ size_t SpmmProgram::nbytes() const {
 }
 
 template <class T>
-void SpmmProgram::refresh(float* out, const T* values, const uint32_t* start, int threads) const {
+void SpmmProgram::refresh(float* out, const T* values, const Bits& bits, const uint32_t* start, int threads) const {
     if (!transposed_) {
         parallel_for(chains(), threads, [&](int64_t chain) { refresh_rows(out, values, start, int(chain)); });
         return;
     }
     const int tasks = std::min(threads, chains());
-    const bool few = nnz() < 4 * int64_t(order_.size());  // values in a run, on average
+    const bool few = nnz() < 4 * int64_t(panels_) * cols_;  // values in a run, on average
     parallel_for(tasks, threads, [&](int64_t task) {
         const int first = int(chains() * task / tasks), last = int(chains() * (task + 1) / tasks);
         if (few) {
-            refresh_runs<8>(out, values, start, first, last);
+            refresh_runs<8>(out, values, bits, start, first, last);
         } else {
-            refresh_runs<16>(out, values, start, first, last);
+            refresh_runs<16>(out, values, bits, start, first, last);
         }
     });
 }
@@ -251,66 +258,59 @@ void SpmmProgram::refresh_rows(float* out, const T* values, const uint32_t* star
     // The chain's values lie together, but are read from as many places at once as it has rows.
     constexpr uint32_t kStep = kLine / sizeof(T);
     for (uint32_t i = start[row_[chain]]; i < start[row_[chain + 1]]; i += kStep) __builtin_prefetch(values + i);
+    constexpr uint64_t kMask = (1 << kRowBits) - 1;
+    const auto rows_from = [&](size_t bit) {
+        uint64_t word;
+        std::memcpy(&word, order_.data() + bit / 8, sizeof word);
+        return word >> bit % 8;
+    };
     for (int b = 0; b < blocks_; ++b) {
         for (int p = first; p < last; ++p, ++segment) {
             uint32_t* row = next.data() + (panel_row(p) - row_[chain]);
-            for (uint32_t i = segment[0]; i < segment[1]; ++i) out[i] = to_float(values[row[order_[i]]++]);
-        }
-    }
-}
-
-// fn(f, count[f]) for every count that is not 0, eight at a glance: most are 0 in sparse patterns.
-template <class Fn>
-inline void each_count(const uint8_t* count, int features, const Fn& fn) {
-    int f = 0;
-    for (; f + 8 <= features; f += 8) {
-        uint64_t eight;
-        std::memcpy(&eight, count + f, sizeof eight);
-        while (eight) {
-            const int j = __builtin_ctzll(eight) & ~7;
-            fn(f + j / 8, int(eight >> j & 0xFF));
-            eight &= ~(uint64_t(0xFF) << j);
-        }
-    }
-    for (; f < features; ++f) {
-        if (count[f]) fn(f, count[f]);
-    }
-}
-
-// Runs move as whole vectors where neither side has an end: what is written too far is written again.
-template <int Run, class T>
-void SpmmProgram::refresh_runs(float* out, const T* values, const uint32_t* start, int first_chain,
-                               int last_chain) const {
-    std::vector<uint32_t> next(start, start + cols_);  // by row of W, which is a feature here
-    const int64_t nnz = value_.back(), end = value_[size_t(last_chain) * blocks_];
-    const uint8_t* count = order_.data();
-    int64_t i = 0;
-    for (int c = 0; c < last_chain; ++c) {
-        const int panels = chain_panel(c + 1) - chain_panel(c);
-        if (c == first_chain) i = value_[size_t(c) * blocks_];
-        for (int b = 0; b < blocks_; ++b) {
-            const int feature = b * block_, features = std::min(block_, cols_ - feature);
-            uint32_t* from = next.data() + feature;
-            for (int p = 0; p < panels; ++p, count += features) {
-                if (c < first_chain) {
-                    for (int f = 0; f < features; ++f) from[f] += count[f];
-                    continue;
-                }
-                each_count(count, features, [&](int f, int left) {
-                    int64_t at = from[f];
-                    from[f] += uint32_t(left);
-                    for (; left > 0 && at + Run <= nnz && i + Run <= end; left -= Run, at += Run, i += Run) {
-                        for (int j = 0; j < Run; ++j) out[i + j] = to_float(values[at + j]);
-                    }
-                    if (left < 0) i += left;  // so much of the last vector did not belong to the run
-                    for (; left > 0; --left) out[i++] = to_float(values[at++]);
-                });
+            uint32_t i = segment[0];
+            for (; i + 8 <= segment[1]; i += 8) {
+                uint64_t rows = rows_from(size_t(i) * kRowBits);
+                for (int j = 0; j < 8; ++j, rows >>= kRowBits) out[i + j] = to_float(values[row[rows & kMask]++]);
+            }
+            for (; i < segment[1]; ++i) {
+                out[i] = to_float(values[row[rows_from(size_t(i) * kRowBits) & kMask]++]);
             }
         }
     }
 }
 
-template void SpmmProgram::refresh(float*, const float*, const uint32_t*, int) const;
-template void SpmmProgram::refresh(float*, const bf16*, const uint32_t*, int) const;
+// Runs move as whole vectors where neither side has an end: what is written too far is written again.
+template <int Run, class T>
+VSPDF_POPCNT void SpmmProgram::refresh_runs(float* out, const T* values, const Bits& bits, const uint32_t* start,
+                                            int first_chain, int last_chain) const {
+    std::vector<uint32_t> next(start, start + cols_);  // by row of W, which is a feature here
+    for (int f = 0; first_chain > 0 && f < cols_; ++f) {
+        const int64_t row = int64_t(f) * rows_;
+        next[f] += uint32_t(bits.count(row, row + row_[first_chain]));
+    }
+    const int64_t nnz = value_.back(), end = value_[size_t(last_chain) * blocks_];
+    int64_t i = value_[size_t(first_chain) * blocks_];
+    for (int c = first_chain; c < last_chain; ++c) {
+        for (int b = 0; b < blocks_; ++b) {
+            const int last = std::min((b + 1) * block_, cols_);
+            for (int p = chain_panel(c); p < chain_panel(c + 1); ++p) {
+                const int first_row = panel_row(p), rows = panel_row(p + 1) - first_row;
+                for (int f = b * block_; f < last; ++f) {
+                    int left = __builtin_popcountll(bits.word(int64_t(f) * rows_ + first_row, rows));
+                    int64_t at = next[f];
+                    next[f] += uint32_t(left);
+                    for (; left > 0 && at + Run <= nnz && i + Run <= end; left -= Run, at += Run, i += Run) {
+                        for (int j = 0; j < Run; ++j) out[i + j] = to_float(values[at + j]);
+                    }
+                    if (left < 0) i += left;  // so much of the last vector did not belong to the run
+                    for (; left > 0; --left) out[i++] = to_float(values[at++]);
+                }
+            }
+        }
+    }
+}
+
+template void SpmmProgram::refresh(float*, const float*, const Bits&, const uint32_t*, int) const;
+template void SpmmProgram::refresh(float*, const bf16*, const Bits&, const uint32_t*, int) const;
 
 }  // namespace vspdf

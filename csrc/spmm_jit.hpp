@@ -44,9 +44,9 @@ class SpmmProgram {
     }  // where its values begin; one more entry ends the last
     size_t nbytes() const;
 
-    // out[i] = values in the order the code reads them; `start`: where each row of the weight begins in `values`.
+    // out[i] = values in the order the code reads them; `bits` and `start` are the weight's: where its rows begin.
     template <class T>
-    void refresh(float* out, const T* values, const uint32_t* start, int threads) const;
+    void refresh(float* out, const T* values, const Bits& bits, const uint32_t* start, int threads) const;
 
   private:
     template <class Writer>
@@ -56,7 +56,8 @@ class SpmmProgram {
     template <class T>
     void refresh_rows(float* out, const T* values, const uint32_t* start, int chain) const;
     template <int Run, class T>
-    void refresh_runs(float* out, const T* values, const uint32_t* start, int first_chain, int last_chain) const;
+    void refresh_runs(float* out, const T* values, const Bits& bits, const uint32_t* start, int first_chain,
+                      int last_chain) const;
 
     int rows_, cols_;
     bool transposed_;
@@ -66,8 +67,8 @@ class SpmmProgram {
     std::vector<size_t> at_;  // where each piece begins in the code; one more entry ends the last
     std::vector<uint32_t> value_;
     // The order of the values, in that of the code (chain, block, panel, feature, row). Of W itself a row's values come
-    // as they are stored: the row in the panel of each value says which is next. Of the transpose, a feature is a row
-    // of W, whose values for one panel are neighbours: how many says it.
+    // as they are stored: the row in the panel of each value, in five bits, says which is next. Of the transpose, a
+    // feature is a row of W, whose values for one panel are neighbours: the weight's bits say how many.
     std::vector<uint8_t> order_;
     std::vector<uint32_t> segment_;  // where each panel's part of each piece begins; only if not transposed
 };

@@ -29,11 +29,13 @@ struct SpmmKernels {
 
     // y[r][:] (+)= sum over i in [lo[r], hi[r]) of values[i] x[col[i]][:], for `n` rows; `first` overwrites y.
     // Indexed by log2 of the vectors in a line. Returns the multiply-adds executed.
-    template <class Column>
-    using Rows = int64_t (*)(float* y, const float* x, const float* values, const Column* col, const uint32_t* lo,
+    using Rows = int64_t (*)(float* y, const float* x, const float* values, const uint16_t* col, const uint32_t* lo,
                              const uint32_t* hi, int n, bool first);
-    Rows<uint16_t> rows[4];
-    Rows<uint8_t> rows_near[4];  // columns of a block
+    Rows rows[4];
+    // The same for a block of columns, whose values come row after row in the order of `row`, `count` for each.
+    using Sorted = int64_t (*)(float* y, const float* x, const float* values, const uint8_t* col, const uint8_t* row,
+                               const uint8_t* count, int n, bool first);
+    Sorted sorted[4];
     // dx[col[i]][:] += values[i] dy[r][:] for i in [lo[r], hi[r]), for `n` rows.
     using Scatter = int64_t (*)(float* dx, const float* dy, const float* values, const uint16_t* col,
                                 const uint32_t* lo, const uint32_t* hi, int n);

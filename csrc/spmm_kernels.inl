@@ -63,12 +63,30 @@ inline void transpose4(__m256* out, const float* block, int64_t stride, int c) {
 }
 inline void stream(float* p, V v) { _mm256_stream_ps(p, v); }
 #else
+// a[0] b[0] a[1] b[1] and a[2] b[2] a[3] b[3]: one instruction of NEON and of SSE each.
+inline V zip_low(V a, V b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#else
+    typedef int32_t Lanes __attribute__((vector_size(16)));
+    return __builtin_shuffle(a, b, Lanes{0, 4, 1, 5});
+#endif
+}
+inline V zip_high(V a, V b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#else
+    typedef int32_t Lanes __attribute__((vector_size(16)));
+    return __builtin_shuffle(a, b, Lanes{2, 6, 3, 7});
+#endif
+}
 inline void transpose4(V* out, const float* block, int64_t stride, int) {
-    for (int j = 0; j < W; ++j) {
-        float column[W];
-        for (int i = 0; i < W; ++i) column[i] = block[i * stride + j];
-        out[j] = load(column);
-    }
+    const V a = load(block), b = load(block + stride), c = load(block + 2 * stride), d = load(block + 3 * stride);
+    const V ac = zip_low(a, c), bd = zip_low(b, d), ca = zip_high(a, c), db = zip_high(b, d);
+    out[0] = zip_low(ac, bd);
+    out[1] = zip_high(ac, bd);
+    out[2] = zip_low(ca, db);
+    out[3] = zip_high(ca, db);
 }
 inline void stream(float* p, V v) { store(p, v); }
 #endif
@@ -225,45 +243,63 @@ void unpack(T* out, int64_t stride, const float* y, int lanes, int tokens, int f
 
 // ---- Row loops --------------------------------------------------------------------------------------------------
 
-// S vectors make a line; U kept weights at a time have sums of their own, to hide the latency of the multiply-add.
+// One row: S vectors make a line; U kept weights at a time have sums of their own, to hide the latency of the
+// multiply-add.
 template <int S, int U, class Column>
-int64_t rows(float* y, const float* x, const float* values, const Column* col, const uint32_t* lo, const uint32_t* hi,
-             int n, bool first) {
+inline void row(float* y, const float* x, const float* values, const Column* col, uint32_t count, bool first) {
     constexpr int L = S * W;
-    int64_t macs = 0;
-    for (int r = 0; r < n; ++r, y += L) {
-        V sum[U][S];
+    V sum[U][S];
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) {
+#pragma GCC unroll 8
+        for (int s = 0; s < S; ++s) sum[u][s] = u == 0 && !first ? load(y + s * W) : V{};
+    }
+    uint32_t i = 0;
+    for (; i + U <= count; i += U) {
 #pragma GCC unroll 8
         for (int u = 0; u < U; ++u) {
+            const float* line = x + size_t(col[i + u]) * L;
+            const V value = splat(values[i + u]);
 #pragma GCC unroll 8
-            for (int s = 0; s < S; ++s) sum[u][s] = u == 0 && !first ? load(y + s * W) : V{};
-        }
-        uint32_t i = lo[r];
-        const uint32_t end = hi[r];
-        macs += int64_t(end - i) * L;
-        for (; i + U <= end; i += U) {
-#pragma GCC unroll 8
-            for (int u = 0; u < U; ++u) {
-                const float* line = x + size_t(col[i + u]) * L;
-                const V value = splat(values[i + u]);
-#pragma GCC unroll 8
-                for (int s = 0; s < S; ++s) sum[u][s] += value * load(line + s * W);
-            }
-        }
-        for (; U > 1 && i < end; ++i) {
-            const float* line = x + size_t(col[i]) * L;
-            const V value = splat(values[i]);
-#pragma GCC unroll 8
-            for (int s = 0; s < S; ++s) sum[0][s] += value * load(line + s * W);
-        }
-#pragma GCC unroll 8
-        for (int s = 0; s < S; ++s) {
-#pragma GCC unroll 8
-            for (int u = 1; u < U; ++u) sum[0][s] += sum[u][s];
-            store(y + s * W, sum[0][s]);
+            for (int s = 0; s < S; ++s) sum[u][s] += value * load(line + s * W);
         }
     }
-    return macs;
+    for (; U > 1 && i < count; ++i) {
+        const float* line = x + size_t(col[i]) * L;
+        const V value = splat(values[i]);
+#pragma GCC unroll 8
+        for (int s = 0; s < S; ++s) sum[0][s] += value * load(line + s * W);
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < S; ++s) {
+#pragma GCC unroll 8
+        for (int u = 1; u < U; ++u) sum[0][s] += sum[u][s];
+        store(y + s * W, sum[0][s]);
+    }
+}
+
+template <int S, int U>
+int64_t rows(float* y, const float* x, const float* values, const uint16_t* col, const uint32_t* lo,
+             const uint32_t* hi, int n, bool first) {
+    constexpr int L = S * W;
+    int64_t done = 0;
+    for (int r = 0; r < n; ++r) {
+        row<S, U>(y + r * L, x, values + lo[r], col + lo[r], hi[r] - lo[r], first);
+        done += hi[r] - lo[r];
+    }
+    return done * L;
+}
+
+template <int S, int U>
+int64_t sorted(float* y, const float* x, const float* values, const uint8_t* col, const uint8_t* at,
+               const uint8_t* count, int n, bool first) {
+    constexpr int L = S * W;
+    int64_t done = 0;
+    for (int r = 0; r < n; ++r) {
+        row<S, U>(y + at[r] * L, x, values + done, col + done, count[r], first);
+        done += count[r];
+    }
+    return done * L;
 }
 
 template <int S>
@@ -366,7 +402,7 @@ const SpmmKernels VSPDF_TABLE = {
     unpack<float>,
     unpack<bf16>,
     {rows<1, 4>, rows<2, 4>, rows<4, 2>, rows<8, 1>},
-    {rows<1, 4>, rows<2, 4>, rows<4, 2>, rows<8, 1>},
+    {sorted<1, 4>, sorted<2, 4>, sorted<4, 2>, sorted<8, 1>},
     {scatter<1>, scatter<2>, scatter<4>, scatter<8>},
     dots,
     scatter_one,

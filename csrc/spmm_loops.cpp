@@ -1,33 +1,43 @@
 // SpMM without generated code: loops over blocks of features, and what few tokens run.
 #include <algorithm>
 #include <atomic>
+#include <type_traits>
 
 #include "parallel.hpp"
 #include "scratch.hpp"
 #include "spmm_run.hpp"
+#include "spmv.hpp"
 
 namespace vspdf {
 namespace {
 
-constexpr int kRowsAtOnce = 256;  // rows whose sums stay near while the blocks of features pass
-constexpr int kBand = 256;        // rows of a transpose between two notes of where its columns' values begin
-constexpr int kLines = 32 << 10;  // bytes of packed x that stay in the first-level cache
+constexpr int kBand = SortedBlocks::kBand;  // rows whose sums stay near while the blocks of features pass
+constexpr int kLines = 32 << 10;            // bytes of packed x that stay in the first-level cache
 
 int log2_of(int n) { return n == 1 ? 0 : n == 2 ? 1 : n == 4 ? 2 : 3; }
 
-// Columns fit a byte, and a block of more would not stay in the cache.
+// A row's weights in a block are counted in a byte, and a block of more would not stay in the cache.
 int block_columns(int cols, int tile) {
-    const int most = std::min(kLines / int(sizeof(float)) / tile, 256);
+    const int most = std::min(kLines / int(sizeof(float)) / tile, 255);
     const int blocks = int(ceil_div(cols, most));
     return int(ceil_div(cols, blocks));
 }
 
-template <class Column>
-SpmmKernels::Rows<Column> rows_kernel(const SpmmKernels& kernels, int vectors) {
-    if constexpr (sizeof(Column) == 1)
-        return kernels.rows_near[log2_of(vectors)];
-    else
-        return kernels.rows[log2_of(vectors)];
+constexpr int unit_rows(const RowBlocks&) { return kSlice; }  // what threads may share out
+constexpr int unit_rows(const SortedBlocks&) { return kBand; }
+
+// Adds a block of features to the sums of rows [r, r + n), which lie in one band.
+int64_t add_block(const SpmmKernels& kernels, const RowBlocks& blocks, int vectors, int b, int r, int n, float* sums,
+                  const float* lines, const float* values) {
+    return kernels.rows[log2_of(vectors)](sums, lines, values, blocks.col.data(), blocks.lo(b) + r, blocks.hi(b) + r, n,
+                                          b == 0);
+}
+
+int64_t add_block(const SpmmKernels& kernels, const SortedBlocks& blocks, int vectors, int b, int r, int n, float* sums,
+                  const float* lines, const float* values) {
+    const size_t at = blocks.at(r / kBand, b), first = blocks.first(r / kBand, b);
+    return kernels.sorted[log2_of(vectors)](sums, lines, values + first, blocks.col.data() + first,
+                                            blocks.order.data() + at, blocks.count.data() + at, n, b == 0);
 }
 
 void store_one(const Target& y, const float* sums, int features) {
@@ -49,31 +59,29 @@ int line_vectors(const SpmmKernels& kernels, int64_t tokens) {
     return vectors;
 }
 
-template <class Column>
-int64_t run_rows(const SpmmKernels& kernels, const RowBlocks<Column>& blocks, const Target& y, const Source& x,
+template <class Blocks>
+int64_t run_rows(const SpmmKernels& kernels, const Blocks& blocks, const Target& y, const Source& x,
                  const float* values, int64_t tokens, int threads) {
-    const int vectors = line_vectors(kernels, tokens), lanes = vectors * kernels.width;
-    const auto kernel = rows_kernel<Column>(kernels, vectors);
-    const Cut work = cut(ceil_div(tokens, lanes), 1, 1, threads, ceil_div(blocks.rows, kSlice));
+    const int vectors = line_vectors(kernels, tokens), lanes = vectors * kernels.width, unit = unit_rows(blocks);
+    const Cut work = cut(ceil_div(tokens, lanes), 1, 1, tasks_for(threads), ceil_div(blocks.rows, unit));
     std::atomic<int64_t> macs{0};
 
     parallel_for(work.blocks * work.parts, threads, [&](int64_t task) {
         const int64_t token = task / work.parts * lanes;
         const int count = int(std::min<int64_t>(lanes, tokens - token));
         const auto part_row = [&](int64_t part) {
-            return part == work.parts ? blocks.rows : int(blocks.rows * part / work.parts / kSlice * kSlice);
+            return int(std::min<int64_t>(blocks.rows, ceil_div(blocks.rows, unit) * part / work.parts * unit));
         };
         const int row0 = part_row(task % work.parts), row1 = part_row(task % work.parts + 1);
         const Scratch packed(sizeof(float) * lanes * blocks.cols);
-        const Scratch sums(sizeof(float) * lanes * std::min(blocks.rows, kRowsAtOnce));
+        const Scratch sums(sizeof(float) * lanes * std::min(blocks.rows, kBand));
         x.pack(kernels, packed.floats(), lanes, token, count, 0, blocks.cols);
         int64_t done = 0;
-        for (int r = row0; r < row1; r += kRowsAtOnce) {
-            const int n = std::min(kRowsAtOnce, row1 - r);
+        for (int r = row0; r < row1; r += kBand) {
+            const int n = std::min(kBand, row1 - r);
             for (int b = 0; b < blocks.blocks; ++b) {
                 const float* lines = packed.floats() + int64_t(b) * blocks.block * lanes;
-                done += kernel(sums.floats(), lines, values, blocks.col.data(), blocks.lo(b) + r, blocks.hi(b) + r, n,
-                               b == 0);
+                done += add_block(kernels, blocks, vectors, b, r, n, sums.floats(), lines, values);
             }
             y.unpack(kernels, sums.floats(), lanes, token, count, r, n);
         }
@@ -83,45 +91,76 @@ int64_t run_rows(const SpmmKernels& kernels, const RowBlocks<Column>& blocks, co
     return macs;
 }
 
-template int64_t run_rows(const SpmmKernels&, const RowBlocks<uint8_t>&, const Target&, const Source&, const float*,
-                          int64_t, int);
-template int64_t run_rows(const SpmmKernels&, const RowBlocks<uint16_t>&, const Target&, const Source&, const float*,
-                          int64_t, int);
+template int64_t run_rows(const SpmmKernels&, const RowBlocks&, const Target&, const Source&, const float*, int64_t,
+                          int);
+template int64_t run_rows(const SpmmKernels&, const SortedBlocks&, const Target&, const Source&, const float*, int64_t,
+                          int);
 
 SpmmLoops::SpmmLoops(const Csr& csr, bool transposed, int tile) : blocks_(csr, block_columns(csr.cols, tile)) {
     if (!transposed) return;
     std::vector<uint32_t> count(csr.cols, 0);  // kept weights of each row of W, a column here, before the band
-    bands_.reserve(size_t(ceil_div(csr.rows, kBand)) * csr.cols);
+    columns_.reserve(size_t(blocks_.bands) * csr.cols);
     for (int row = 0; row < csr.rows; row += kBand) {
-        bands_.insert(bands_.end(), count.begin(), count.end());
+        columns_.insert(columns_.end(), count.begin(), count.end());
         const uint32_t end = csr.start[std::min(row + kBand, csr.rows)];
         for (uint32_t i = csr.start[row]; i < end; ++i) ++count[csr.col[i]];
     }
     uint32_t start = 0;  // in row-major order, of each row of W
     for (int col = 0; col < csr.cols; start += count[col++]) {
-        for (size_t at = size_t(col); at < bands_.size(); at += size_t(csr.cols)) bands_[at] += start;
+        for (size_t at = size_t(col); at < columns_.size(); at += size_t(csr.cols)) columns_[at] += start;
     }
 }
 
 template <class T>
-void SpmmLoops::refresh(float* out, const T* values, int threads) const {
-    const RowBlocks<uint8_t>& blocks = blocks_;
-    parallel_for(ceil_div(blocks.rows, kBand), threads, [&](int64_t band) {
-        const uint32_t* begin = bands_.data() + band * blocks.cols;
-        std::vector<uint32_t> next(begin, begin + blocks.cols);
-        for (int r = int(band) * kBand; r < std::min<int64_t>((band + 1) * kBand, blocks.rows); ++r) {
-            for (int b = 0; b < blocks.blocks; ++b) {
-                uint32_t* from = next.data() + b * blocks.block;
-                for (uint32_t i = blocks.lo(b)[r]; i < blocks.hi(b)[r]; ++i) {
-                    out[i] = to_float(values[from[blocks.col[i]]++]);
-                }
-            }
+void SpmmLoops::refresh(float* out, const T* values, const uint32_t* start, int threads) const {
+    parallel_for(blocks_.bands, threads, [&](int64_t band) {
+        if (columns_.empty()) {
+            refresh_rows(out, values, start, int(band));
+        } else {
+            refresh_columns(out, values, int(band));
         }
     });
 }
 
-template void SpmmLoops::refresh(float*, const float*, int) const;
-template void SpmmLoops::refresh(float*, const bf16*, int) const;
+// A row's values for the next block follow those for the last one.
+template <class T>
+void SpmmLoops::refresh_rows(float* out, const T* values, const uint32_t* start, int band) const {
+    const int n = blocks_.band_rows(band);
+    std::vector<uint32_t> next(start + band * kBand, start + band * kBand + n);
+    out += blocks_.first(band, 0);
+    for (int b = 0; b < blocks_.blocks; ++b) {
+        const size_t at = blocks_.at(band, b);
+        for (size_t i = at; i < at + n; ++i) {
+            uint32_t& from = next[blocks_.order[i]];
+            for (int j = 0; j < blocks_.count[i]; ++j) *out++ = to_float(values[from++]);
+        }
+    }
+}
+
+// A column, which is a row of W, has its values in the order of the rows, which are not in theirs.
+template <class T>
+void SpmmLoops::refresh_columns(float* out, const T* values, int band) const {
+    const int n = blocks_.band_rows(band);
+    const uint32_t* begin = columns_.data() + size_t(band) * blocks_.cols;
+    std::vector<uint32_t> next(begin, begin + blocks_.cols);
+    uint32_t lo[kBand], hi[kBand];  // by row: its values in this block
+    for (int b = 0; b < blocks_.blocks; ++b) {
+        const size_t at = blocks_.at(band, b);
+        uint32_t end = blocks_.first(band, b);
+        for (int i = 0; i < n; ++i) {
+            const int row = blocks_.order[at + i];
+            lo[row] = end;
+            hi[row] = end += blocks_.count[at + i];
+        }
+        uint32_t* from = next.data() + b * blocks_.block;
+        for (int row = 0; row < n; ++row) {
+            for (uint32_t i = lo[row]; i < hi[row]; ++i) out[i] = to_float(values[from[blocks_.col[i]]++]);
+        }
+    }
+}
+
+template void SpmmLoops::refresh(float*, const float*, const uint32_t*, int) const;
+template void SpmmLoops::refresh(float*, const bf16*, const uint32_t*, int) const;
 
 int64_t run_dots(const SpmmKernels& kernels, const RowColumns& columns, const Target& y, const Source& x,
                  const float* values, int threads) {
@@ -138,6 +177,50 @@ int64_t run_dots(const SpmmKernels& kernels, const RowColumns& columns, const Ta
     });
     store_one(y, sums.floats(), columns.rows);
     return int64_t(columns.col.size());
+}
+
+#if defined(__x86_64__)
+template <class Value>
+static void rows_by_bits(const Spmv<Value>& work, int threads) {
+    const int64_t parts = std::min<int64_t>(threads, ceil_div(work.rows, kSlice));
+    parallel_for(parts, threads, [&](int64_t part) {
+        spmv_avx512(work, int(work.rows * part / parts), int(work.rows * (part + 1) / parts));
+    });
+}
+#endif
+
+int64_t run_bits(const Plan& plan, const Target& y, const Source& x, const void* values, Dtype values_dtype,
+                 int64_t tokens, int threads) {
+#if defined(__x86_64__)
+    const int rows = plan.rows(), cols = plan.cols();
+    const bool ready = x.dtype == Dtype::f32 && (tokens == 1 || x.stride == cols);
+    const Scratch floats(ready ? 0 : sizeof(float) * cols * tokens), sums(sizeof(float) * rows * tokens);
+    const float* from = static_cast<const float*>(x.data);
+    for (int64_t t = 0; t < tokens && !ready; ++t) {
+        float* to = floats.floats() + t * cols;
+        for (int c = 0; c < cols; ++c) {
+            const int64_t at = t * x.stride + c;
+            to[c] = x.dtype == Dtype::f32 ? static_cast<const float*>(x.data)[at]
+                                          : to_float(static_cast<const bf16*>(x.data)[at]);
+        }
+        from = floats.floats();
+    }
+    const auto run = [&](const auto* mine) {
+        rows_by_bits(Spmv<std::decay_t<decltype(*mine)>>{sums.floats(), rows, from, cols, int(tokens), mine,
+                                                         mine + plan.nnz(), plan.start().data(), plan.bits().data},
+                     threads);
+    };
+    values_dtype == Dtype::f32 ? run(static_cast<const float*>(values)) : run(static_cast<const bf16*>(values));
+    for (int64_t t = 0; t < tokens; ++t) {
+        const int64_t at = t * y.stride * (y.dtype == Dtype::f32 ? 4 : 2);
+        store_one(Target{static_cast<char*>(y.data) + at, y.stride, y.dtype, y.bias, false}, sums.floats() + t * rows,
+                  rows);
+    }
+    return int64_t(rows) * cols * tokens;  // lanes of masked positions are multiplied too, by zero
+#else
+    (void)plan, (void)y, (void)x, (void)values, (void)values_dtype, (void)tokens, (void)threads;
+    return 0;
+#endif
 }
 
 // Row-major values added into dx, a private copy for each thread.

@@ -95,7 +95,7 @@ int64_t run_program(const SpmmKernels& kernels, const SpmmProgram& program, cons
     const int64_t slices = ceil_div(tokens, kSlice);
     const Pass pass = choose_pass(program);
     const int group = pass.group;
-    const Cut work = cut(slices, pass.slices, kFewSlices, threads, program.chains());
+    const Cut work = cut(slices, pass.slices, kFewSlices, tasks_for(threads), program.chains());
     std::atomic<int64_t> macs{0};
 
     parallel_for(work.blocks * work.parts, threads, [&](int64_t task) {

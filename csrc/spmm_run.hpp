@@ -74,8 +74,8 @@ Cut cut(int64_t units, int64_t most, int64_t few, int threads, int64_t row_units
 // Values are float32, in the order that the program or the blocks read them. All return the multiply-adds executed.
 int64_t run_program(const SpmmKernels& kernels, const SpmmProgram& program, const Target& y, const Source& x,
                     const float* values, int64_t tokens, int threads);
-template <class Column>
-int64_t run_rows(const SpmmKernels& kernels, const RowBlocks<Column>& blocks, const Target& y, const Source& x,
+template <class Blocks>
+int64_t run_rows(const SpmmKernels& kernels, const Blocks& blocks, const Target& y, const Source& x,
                  const float* values, int64_t tokens, int threads);
 
 // For few tokens, values in row-major order: y = x W^T for one token, dx = dy W for some.
@@ -83,6 +83,11 @@ int64_t run_dots(const SpmmKernels& kernels, const RowColumns& columns, const Ta
                  const float* values, int threads);
 int64_t run_scatter(const SpmmKernels& kernels, const RowColumns& columns, const Target& dx, const Source& dy,
                     const float* values, int64_t tokens, int threads);
+
+// The same by the bits of the mask, where `by_bits`; values of either type.
+bool by_bits(const Plan& plan, int64_t tokens, Dtype values_dtype);
+int64_t run_bits(const Plan& plan, const Target& y, const Source& x, const void* values, Dtype values_dtype,
+                 int64_t tokens, int threads);
 
 // Vectors of the narrowest line that holds so many tokens, up to the widest line.
 int line_vectors(const SpmmKernels& kernels, int64_t tokens);

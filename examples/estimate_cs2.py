@@ -12,17 +12,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from vspdf.plan.models import model_and_batch
+from vspdf.plan.wafer_models import transformer
 from vspdf.simulator import machine
 from vspdf.simulator.aggregate.estimates import simulate_step
-from vspdf.simulator.aggregate.step import Model
+from vspdf.simulator.aggregate.model import Model
 
 OPT = """{"model_type": "opt", "hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
           "vocab_size": 50272, "max_position_embeddings": 2048}"""
 
 with tempfile.TemporaryDirectory() as described:
     Path(described, "config.json").write_text(OPT)
-    shape, _ = model_and_batch(sys.argv[1] if len(sys.argv) > 1 else described)
+    shape, _ = transformer(sys.argv[1] if len(sys.argv) > 1 else described)
 batch = int(sys.argv[2]) if len(sys.argv) > 2 else 512
 cs2 = machine.load("cs2")
 print(
@@ -32,5 +32,5 @@ for sparsity in (0.75, 0.9):
     found = simulate_step(cs2, Model.uniform(shape, batch, sparsity), sensitivity=False)
     rate, faster, bound = found["tokens_per_second"], found["speedup"], found["bound_by"]
     print(f"at {sparsity:.0%} sparsity: {rate['sparse']['central']:,.0f} tokens a second, dense {rate['dense']:,.0f}")
-    print(f"    {faster['central']:.2f}x faster ({faster['low']:.2f} to {faster['high']:.2f}), bound by {bound}")
+    print(f"    {faster['central']:.2f}x faster (90 %: {faster['low']:.2f} to {faster['high']:.2f}), bound by {bound}")
     print(f"    if time followed FLOPs: {faster['ideal']:.2f}x")

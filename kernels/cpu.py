@@ -25,6 +25,7 @@ except ImportError as error:
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ISAS = ("avx512", "avx2", "plain")
+MEMORY = ("normal", "low")
 
 
 def unavailable() -> str | None:
@@ -101,8 +102,14 @@ def packed(pattern: Pattern) -> Any:
     """A pattern packed for the CPU kernels: built once, kept with the pattern, holds no weights."""
     found = pattern.packed.get("cpu")
     if found is None:
-        found = pattern.packed.setdefault("cpu", extension().Plan(*pattern.shape, pattern.bits, isa()))
+        plan = extension().Plan(*pattern.shape, pattern.bits, isa(), memory(pattern) == "normal")
+        found = pattern.packed.setdefault("cpu", plan)
     return found
+
+
+def memory(pattern: Pattern) -> str:
+    """ "normal": the plan may hold generated code, where that is faster; "low": none, a quarter of the bytes."""
+    return pattern.packed.get("memory", "normal")
 
 
 def prepare(patterns: Iterable[Pattern]) -> None:

@@ -7,7 +7,6 @@ The operators themselves are defined in `ops`; here is what autograd knows of th
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,34 +15,74 @@ from torch import Tensor
 
 from vspdf.pattern import Pattern
 
+# The operators as Python functions, by name: `ops` defines them, and enters them here.
+RUN: dict[str, Callable[..., Tensor]] = {}
+
+# What the dispatcher would look at in a plain tensor on a CPU, in normal and in inference mode.
+with torch.inference_mode():
+    _PLAIN = {torch._C._dispatch_keys(torch.empty(0)).raw_repr()}
+_PLAIN.add(torch._C._dispatch_keys(torch.empty(0)).raw_repr())
+
 
 def _watched() -> bool:
     """Whether a transform of `torch.func` (grad, vmap, jvp) looks on, which must meet a Function and no operator."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def _spared() -> contextlib.AbstractContextManager[Any]:
-    """Within a backward pass that nobody differentiates again, products need not go past autograd: some 5 us each."""
-    looked_at = torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0 or _watched()
-    return contextlib.nullcontext() if looked_at else torch._C._AutoDispatchBelowAutograd()
+def _alone(inputs: tuple[Any, ...]) -> bool:
+    """Whether nobody looks on: no compiler, tracer, mode, transform or profiler, and plain CPU tensors.
+
+    The dispatcher, which goes through Python and back for operators like these, would then only take 5 us, as long as a
+    small product.
+    """
+    keys, a, b, bias = torch._C._dispatch_keys, *inputs[:3]
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+        or keys(a).raw_repr() not in _PLAIN
+        or keys(b).raw_repr() not in _PLAIN
+        or (isinstance(bias, Tensor) and keys(bias).raw_repr() not in _PLAIN)
+    )
+
+
+def _recording(inputs: tuple[Any, ...]) -> bool:
+    """Whether autograd must see the product; tensors among its inputs are the first two and perhaps the third."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    a, b, bias = inputs[:3]
+    return a.requires_grad or b.requires_grad or (isinstance(bias, Tensor) and bias.requires_grad)
+
+
+def _operate(name: str, inputs: tuple[Any, ...], alone: bool) -> Tensor:
+    """The product itself, no derivative asked for."""
+    with torch._C._AutoDispatchBelowAutograd():  # so that a view of the result is none to autograd
+        return (RUN[name] if alone else getattr(torch.ops.vspdf, name).default)(*inputs)
+
+
+def _call(function: type[_Product], operator: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    if _alone(inputs):
+        return function.apply(*inputs) if _recording(inputs) else _operate(function.name, inputs, True)
+    return function.apply(*inputs) if _watched() else operator(*inputs)
 
 
 def linear(x: Tensor, values: Tensor, bias: Tensor | None, key: str, backend: str) -> Tensor:
     """``x @ W.T + bias`` of the pattern with digest `key`; differentiable in x, values and bias."""
-    operator = Linear.apply if _watched() else torch.ops.vspdf.linear
-    return operator(x, values, bias, key, backend)
+    return _call(Linear, torch.ops.vspdf.linear, x, values, bias, key, backend)
 
 
 def grad_input(grad: Tensor, values: Tensor, key: str, backend: str) -> Tensor:
     """``grad @ W``; differentiable in both."""
-    operator = GradInput.apply if _watched() else torch.ops.vspdf.grad_input
-    return operator(grad, values, key, backend)
+    return _call(GradInput, torch.ops.vspdf.grad_input, grad, values, key, backend)
 
 
 def grad_values(grad: Tensor, x: Tensor, key: str, backend: str, dtype: torch.dtype | None = None) -> Tensor:
     """``grad.T @ x`` at kept positions, shape (nnz,), of `dtype` or that of x; differentiable in both."""
-    operator = GradValues.apply if _watched() else torch.ops.vspdf.grad_values
-    return operator(grad, x, key, backend, dtype)
+    return _call(GradValues, torch.ops.vspdf.grad_values, grad, x, key, backend, dtype)
 
 
 def differentiable(name: str) -> Callable[..., Tensor]:
@@ -51,11 +90,7 @@ def differentiable(name: str) -> Callable[..., Tensor]:
     function = {"linear": Linear, "grad_input": GradInput, "grad_values": GradValues}[name]
 
     def run(*inputs: Any) -> Tensor:
-        recording = torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in inputs)
-        if recording or torch.autograd.forward_ad._current_level >= 0:
-            return function.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.vspdf, name).default(*inputs)
+        return function.apply(*inputs) if _recording(inputs) else _operate(name, inputs, False)
 
     return run
 
@@ -66,9 +101,10 @@ class _Product(torch.autograd.Function):
     name: str
 
     @classmethod
-    def operate(cls, *inputs: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.vspdf, cls.name).default(*inputs)
+    def apply(cls, *inputs: Any) -> Any:
+        """Torch's own looks for defaults by the signature of `forward`, which takes 15 us; here there are none."""
+        outer = torch.autograd.Function
+        return super().apply(*inputs) if _watched() else super(outer, cls).apply(*inputs)  # type: ignore[misc]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -91,15 +127,14 @@ class Linear(_Product):
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        return Linear.operate(*inputs)
+        return _operate("linear", inputs, _alone(inputs))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, values = ctx.saved_tensors
         key, needs = ctx.pattern.digest, ctx.needs_input_grad
-        with _spared():
-            grad_x = grad_input(grad, values, key, ctx.backend) if needs[0] else None
-            grad_v = grad_values(grad, x, key, ctx.backend, values.dtype) if needs[1] else None
+        grad_x = grad_input(grad, values, key, ctx.backend) if needs[0] else None
+        grad_v = grad_values(grad, x, key, ctx.backend, values.dtype) if needs[1] else None
         grad_b = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=values.dtype) if needs[2] else None
         return grad_x, grad_v, grad_b, None, None
 
@@ -132,7 +167,7 @@ class GradInput(_Product):
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        return GradInput.operate(*inputs)
+        return _operate("grad_input", inputs, _alone(inputs))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -165,7 +200,7 @@ class GradValues(_Product):
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        return GradValues.operate(*inputs)
+        return _operate("grad_values", inputs, _alone(inputs))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

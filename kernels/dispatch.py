@@ -63,12 +63,28 @@ def choose(
     if device.type != "cpu" or tune is None:
         return _choose(product, pattern, tokens, dtype, device, backend, tune, wide)
     made = tuning.MADE.setdefault(pattern, {})
-    small = tokens * pattern.numel < SMALL
-    known = (product, tuning.bucket(tokens), small, dtype, wide, backend, torch.get_num_threads())
+    bucket = tuning.bucket(tokens) if tokens * pattern.numel >= SMALL else 0
+    known = (product, bucket, dtype, wide, backend, torch.get_num_threads())
     choice = made.get(known)
     if choice is None:
         choice = made[known] = _choose(product, pattern, tokens, dtype, device, backend, tune, wide)
     return choice
+
+
+def set_memory(pattern: Pattern, memory: str) -> None:
+    """Builds the pattern's plan for the CPU anew, at its next use, if it was for another choice of `cpu.MEMORY`.
+
+    Raises
+    ------
+    UserError
+        If there is no such choice.
+    """
+    if memory not in cpu.MEMORY:
+        raise UserError(f"unknown memory '{memory}'.{did_you_mean(memory, cpu.MEMORY)}")
+    if memory != cpu.memory(pattern):
+        pattern.packed["memory"] = memory
+        pattern.packed.pop("cpu", None)
+        tuning.MADE.pop(pattern, None)
 
 
 def _choose(

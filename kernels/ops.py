@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from vspdf import ledger
 from vspdf.errors import UserError
 from vspdf.kernels import cpu, dense, reference
-from vspdf.kernels.derivatives import differentiable, grad_input, grad_values, linear
+from vspdf.kernels.derivatives import RUN, differentiable, grad_input, grad_values, linear
 from vspdf.kernels.dispatch import choose
 from vspdf.kernels.gpu import launch, two_four
 from vspdf.pattern import Pattern
@@ -45,7 +45,7 @@ def _run(product: str, pattern: Pattern, backend: str, *tensors: Tensor | None, 
     result = run(choice.path)
     result, macs = result if isinstance(result, tuple) else (result, tokens * pattern.numel)
     # A GPU works on while the clock is read: its seconds are not known here.
-    seconds = time.perf_counter() - start if x.device.type == "cpu" else 0.0
+    seconds = time.perf_counter() - start if x.is_cpu else 0.0
     ledger.record(product, 2 * tokens * pattern.numel, 2 * tokens * pattern.nnz, 2 * macs, seconds)
     return result
 
@@ -161,6 +161,7 @@ def _fake_grad_values(grad_output, x, pattern, backend, dtype=None):
 def _define(name: str, arguments: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
     """Defines ``vspdf::name`` for every device, with its autograd."""
     _library.define(f"{name}({arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+    RUN[name] = run
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vspdf::{name}", fake, lib=_library)
     _library.impl(name, differentiable(name), "Autograd")

@@ -190,7 +190,7 @@ def cpu_key(product: str, pattern: Pattern, tokens: int, dtype: torch.dtype, wid
     return (
         f"{product} T={bucket(tokens)} in={pattern.in_features} out={pattern.out_features} "
         f"sparsity={pattern.sparsity:.2f} {str(dtype).removeprefix('torch.')}{'+float32' if wide else ''} "
-        f"threads={torch.get_num_threads()}"
+        f"threads={torch.get_num_threads()}{' memory=low' if cpu.memory(pattern) == 'low' else ''}"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from yaml import YAMLError
 from vspdf.errors import UserError, did_you_mean
 
 FOLDER = Path(__file__).parent / "machines"
+FIRST = "cs2"  # what a file starts from unless it says otherwise
 FIELDS = {"value", "unit", "source", "grade"}
+OPTIONAL = {"range"}
 # What must not be 0.
 POSITIVE = {
     "width", "height", "clock_sdk", "clock_hot_chips", "colours", "switch_positions",
     "router_buffer", "micro_threads", "sram_bytes", "banks", "read_groups", "bank_bytes", "port_bytes", "pair_rate",
-    "fmac_fp32_rate", "fmac_fp16_rate", "host_bandwidth",
+    "fmac_fp32_rate", "fmac_fp16_rate", "host_bandwidth", "memory_bandwidth", "edge_links", "swarm_fanout", "sum_bytes",
 }  # fmt: skip
 GRADES = {"A", "B", "D", "M"}
 MOST = 1e15  # of any number
@@ -33,12 +35,16 @@ CORE = (
 
 @dataclass(frozen=True)
 class Parameter:
-    """One number of a machine. Grade: A primary, B quoted, D derived, M unverified, "set" by the user."""
+    """One number of a machine. Grade: A primary, B quoted, D derived, M unverified, "set" by the user.
+
+    `range` is what is thought possible, of what a training step's band spans; None where nothing is sampled.
+    """
 
     value: Any
     unit: str
     source: str
     grade: str
+    range: tuple[float, float] | None = None
 
 
 class Machine:
@@ -47,10 +53,13 @@ class Machine:
     Parameters
     ----------
     parameters : mapping of str to Parameter
+    note : str
+        What a reader of its results must know; empty for a machine held against measurements.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter]):
+    def __init__(self, parameters: Mapping[str, Parameter], note: str = ""):
         self.parameters = dict(parameters)
+        self.note = note
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -71,8 +80,8 @@ class Machine:
             if key not in parameters:
                 raise UserError(f"unknown machine parameter '{key}'.{did_you_mean(key, parameters)}")
             old = parameters[key]
-            parameters[key] = Parameter(_like(key, value, old.value), old.unit, "set by the user", "set")
-        return Machine(parameters)
+            parameters[key] = Parameter(_like(key, value, old.value), old.unit, "set by the user", "set", old.range)
+        return Machine(parameters, self.note)
 
     # What follows are quantities that several programs derive in the same way.
 
@@ -112,7 +121,8 @@ def _like(key: str, value: Any, old: Any) -> Any:
 def load(machine: str | Path | Machine = "cs2", settings: Iterable[str] | Mapping[str, Any] = ()) -> Machine:
     """A machine by name or YAML file, with ``key=value`` settings on top.
 
-    A file of the user's own gives the parameters that differ from the CS-2's, each with value, unit, source and grade.
+    A file of the user's own gives the parameters that differ from those of the machine it names as its `base` (without
+    one the CS-2's), each with value, unit, source and grade.
 
     Raises
     ------
@@ -135,25 +145,49 @@ def load(machine: str | Path | Machine = "cs2", settings: Iterable[str] | Mappin
     return machine.override(settings) if settings else machine
 
 
-def _read(machine: str | Path) -> Machine:
-    base = _parse(FOLDER / "cs2.yaml")
-    if str(machine) == "cs2":
-        return Machine(base)
+def names() -> list[str]:
+    """Machines that ship with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def _read(machine: str | Path, deriving: tuple[Path, ...] = ()) -> Machine:
     path = Path(machine)
     if not path.is_file():
         path = FOLDER / f"{machine}.yaml"
     if not path.is_file():
-        known = sorted(p.stem for p in FOLDER.glob("*.yaml"))
-        raise UserError(f"no machine '{machine}': neither a YAML file nor a name.{did_you_mean(str(machine), known)}")
-    parameters = _parse(path)
-    for key in parameters:
-        if key not in base:
-            raise UserError(f"{path}: unknown machine parameter '{key}'.{did_you_mean(key, base)}")
-        _like(key, parameters[key].value, base[key].value)
-    return Machine(base | parameters)
+        raise UserError(f"no machine '{machine}': neither a YAML file nor a name.{did_you_mean(str(machine), names())}")
+    if path.resolve() in deriving:
+        raise UserError(f"{path}: a machine cannot start from itself, not even by way of others.")
+    own, base, note = _parse(path)
+    if base is None and path.parent == FOLDER and path.stem == FIRST:
+        return Machine(own)
+    start = _read(_beside(path, base or FIRST), (*deriving, path.resolve()))
+    for key in own:
+        if key not in start.parameters:
+            raise UserError(f"{path}: unknown machine parameter '{key}'.{did_you_mean(key, start.parameters)}")
+        _like(key, own[key].value, start.parameters[key].value)
+    kept = {
+        key: replace(parameter, grade=_taken_over(parameter.grade), source=f"as {start.name}: {parameter.source}")
+        for key, parameter in start.parameters.items()
+    }
+    return Machine(
+        kept | own, note or f"{path.stem} is held against no measurement: it is {start.name} with other numbers."
+    )
 
 
-def _parse(path: Path) -> dict[str, Parameter]:
+def _beside(path: Path, base: str) -> str:
+    """Where a machine that another starts from lies: a name, or a file beside the one that names it."""
+    near = path.parent / base
+    return str(near) if near.is_file() else base
+
+
+def _taken_over(grade: str) -> str:
+    """Facts of one machine are assumptions about another."""
+    return "M" if grade in GRADES else grade
+
+
+def _parse(path: Path) -> tuple[dict[str, Parameter], str | None, str]:
+    """Parameters, the machine that they change (`base`), and what results must say (`note`)."""
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path))
     except RecursionError:
@@ -162,13 +196,17 @@ def _parse(path: Path) -> dict[str, Parameter]:
         raise UserError(f"{path} cannot be read as YAML: {str(error).splitlines()[0].rstrip('.')}.") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected parameters, each with value, unit, source and grade.")
+    base, note = tree.pop("base", None), tree.pop("note", "")
+    for key, text in (("base", base), ("note", note)):
+        if not isinstance(text, str | None):
+            raise UserError(f"{path}: '{key}' needs words, not {text!r}.")
     parameters = {}
     for name, entry in tree.items():
         key = str(name)
         if not isinstance(entry, dict):
             raise UserError(f"{path}: '{key}' needs value, unit, source and grade, not a bare {entry!r}.")
         for field in entry:
-            if field not in FIELDS:
+            if field not in FIELDS | OPTIONAL:
                 raise UserError(f"{path}: '{key}' has an unknown field '{field}'.{did_you_mean(field, FIELDS)}")
         if missing := FIELDS - set(entry):
             raise UserError(f"{path}: '{key}' lacks {', '.join(sorted(missing))}.")
@@ -178,5 +216,17 @@ def _parse(path: Path) -> dict[str, Parameter]:
             raise UserError(
                 f"{path}: '{key}' has grade '{entry['grade']}'; expected one of {', '.join(sorted(GRADES))}."
             )
-        parameters[key] = Parameter(**entry)
-    return parameters
+        parameters[key] = Parameter(**{**entry, "range": _range(path, key, entry)})
+    return parameters, base, note
+
+
+def _range(path: Path, key: str, entry: dict[str, Any]) -> tuple[float, float] | None:
+    """Low and high around the value, where a parameter is sampled."""
+    if "range" not in entry:
+        return None
+    ends, numbers = entry["range"], (int, float)
+    if not isinstance(ends, list) or len(ends) != 2 or not all(type(end) in numbers for end in (*ends, entry["value"])):
+        raise UserError(f"{path}: '{key}' needs two numbers as its range, e.g. [0, 21], not {ends!r}.")
+    if not ends[0] <= entry["value"] <= ends[1]:
+        raise UserError(f"{path}: '{key}' = {entry['value']} lies outside its range of {ends[0]} to {ends[1]}.")
+    return float(ends[0]), float(ends[1])

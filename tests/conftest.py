@@ -38,32 +38,6 @@ TINY_RUN = """
 """
 
 
-@pytest.fixture(autouse=True, scope="session")
-def conservation():
-    """On every region that a test runs in this process: no cycle and no wavelet is lost."""
-    from vspdf.errors import BackendUnavailable
-
-    try:
-        from vspdf.simulator.events.fabric import Region
-    except BackendUnavailable:
-        yield
-        return
-    plain = Region.run
-
-    def run(region, *arguments, **how):
-        cycles = plain(region, *arguments, **how)
-        stats = region.stats
-        assert (stats["busy"] + stats["wait_data"] + stats["back_pressure"] + stats["idle"] == cycles).all()
-        assert (stats["vector"] + stats["bank_stall"] + stats["scalar"] + stats["task_switch"] == stats["busy"]).all()
-        sent, delivered = (sum(column) for column in zip(*map(region.wavelets, range(64)), strict=True))
-        assert stats["sent"].sum() <= sent <= delivered and stats["received"].sum() <= delivered
-        return cycles
-
-    Region.run = run
-    yield
-    Region.run = plain
-
-
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A text file of some ten thousand words."""

@@ -170,6 +170,11 @@ def test_sparsify_gpt2_is_better_after_its_last_phase_than_before_the_switch(exa
     )
 
 
+def test_the_pruned_model_says_the_same(example):
+    out = example("generate_pruned.py")
+    assert "28 sparse layers keep 30% of 11,010,048 weights" in out and "the same 32 tokens: True" in out
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/own-model.md"])
 def test_the_loop_that_people_copy_makes_the_model_better_after_the_switch(page, capsys):
     """Its code as it stands, with a model and batches put in. At the sparse stage's rate it ends worse."""

@@ -1,7 +1,8 @@
-"""A plain dense GPT-2-shaped GPT with Cerebras-GPT's conventions (arXiv:2304.03208). It knows nothing of sparsity.
+"""A plain dense GPT in the few forms that people train: GPT-2's, Llama's, and mixtures. It knows nothing of sparsity.
 
-Pre-LN, GELU (exact, or GPT-2's tanh form), biases, learnt positions, tied embeddings, no dropout. Module names are
-GPT-2's, so that conversion is renaming. Shape suffixes: B batch, T tokens, D d_model, H heads, F d_ff, V vocabulary.
+By default Cerebras-GPT's (arXiv:2304.03208): pre-LN, exact GELU, biases, learnt positions, tied embeddings. `Shape` has
+every choice. No dropout. Module names are GPT-2's, or Llama's where GPT-2 has no such matrix, so that conversion is
+renaming. Shape suffixes: B batch, T tokens, D d_model, H heads, K heads of keys, d width of a head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,58 +16,127 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vspdf.attention import causal_attention
-from vspdf.errors import UserError, did_you_mean
+from vspdf.cache import Cache as Cache
+from vspdf.errors import UserError
+from vspdf.rotary import Rotation, rotate, rotation
 from vspdf.shapes import Shape
 
-ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # names here, and torch's for the approximation
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu2": lambda x: F.relu(x).square(),
+}
+# From the keys and values of new tokens to those of all tokens, and which of them each new token sees.
+Past = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def norm(shape: Shape, width: int) -> nn.Module:
+    """The norm that a shape has, over `width` features."""
+    if shape.norm == "rms":
+        return nn.RMSNorm(width, eps=shape.norm_eps)
+    return nn.LayerNorm(width, eps=shape.norm_eps, bias=shape.bias is True)
+
+
+def linear(shape: Shape, name: str) -> nn.Linear:
+    """The matrix of a block that `Shape.block` has under a name."""
+    out, into = shape.block[name]
+    return nn.Linear(into, out, bias=shape.biased(name))
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention; Q, K and V are one matrix of 3·D rows."""
+    """Causal self-attention; queries, keys and values come from one matrix where they are alike (`Shape.fused`)."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.n_head = shape.n_head
-        self.c_attn = nn.Linear(shape.d_model, 3 * shape.d_model)
-        self.c_proj = nn.Linear(shape.d_model, shape.d_model)
+        self.heads, self.kv_heads, self.fused = shape.n_head, shape.n_kv_head, shape.fused
+        if self.fused:
+            self.c_attn = linear(shape, "attn.c_attn")
+            self.c_proj = linear(shape, "attn.c_proj")
+        else:
+            self.q_proj = linear(shape, "attn.q_proj")
+            self.k_proj = linear(shape, "attn.k_proj")
+            self.v_proj = linear(shape, "attn.v_proj")
+            self.o_proj = linear(shape, "attn.o_proj")
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else nn.Identity() for _ in "qk"
+        )
         self.attend = causal_attention  # a benchmark puts torch's in its place
 
-    def forward(self, x_BTD: Tensor, past: Past | None = None) -> Tensor:
-        B, T, D = x_BTD.shape
-        q, k, v = (
-            part.view(B, T, self.n_head, D // self.n_head).transpose(1, 2)
-            for part in self.c_attn(x_BTD).split(D, dim=2)
-        )
-        if past is None:
-            y_BHTd = self.attend(q, k, v)
+    def forward(self, x_BTD: Tensor, by: Rotation | None = None, past: Past | None = None) -> Tensor:
+        B, T, _ = x_BTD.shape
+        if self.fused:
+            q_BTd, k_BTd, v_BTd = self.c_attn(x_BTD).chunk(3, dim=2)
         else:
-            k, v, visible = past(k, v)
-            y_BHTd = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        return self.c_proj(y_BHTd.transpose(1, 2).reshape(B, T, D))
+            q_BTd, k_BTd, v_BTd = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        q, k, v = (
+            part.view(B, T, heads, -1).transpose(1, 2)
+            for part, heads in ((q_BTd, self.heads), (k_BTd, self.kv_heads), (v_BTd, self.kv_heads))
+        )
+        q, k = rotate(self.q_norm(q), by), rotate(self.k_norm(k), by)
+        shared = self.heads // self.kv_heads
+        if past is not None:
+            y_BHTd = _seen(q, *past(k, v))
+        elif shared > 1:
+            y_BHTd = self.attend(q, k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1))
+        else:
+            y_BHTd = self.attend(q, k, v)
+        y_BTD = y_BHTd.transpose(1, 2).reshape(B, T, -1)
+        return self.c_proj(y_BTD) if self.fused else self.o_proj(y_BTD)
+
+
+def _seen(q_BHTd: Tensor, k_BKLd: Tensor, v_BKLd: Tensor, visible_B1TL: Tensor) -> Tensor:
+    """Attention of new tokens to all L that each sees; queries that share a head of keys are rows beside each other."""
+    B, H, T, d = q_BHTd.shape
+    shared = H // k_BKLd.shape[1]
+    if shared > 1:
+        q_BHTd = q_BHTd.reshape(B, H // shared, shared * T, d)
+        visible_B1TL = visible_B1TL.repeat(1, 1, shared, 1)
+    return F.scaled_dot_product_attention(q_BHTd, k_BKLd, v_BKLd, attn_mask=visible_B1TL).reshape(B, H, T, d)
 
 
 class MLP(nn.Module):
-    def __init__(self, shape: Shape, approximate: str = "none") -> None:
+    """Two matrices with an activation between."""
+
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.approximate = approximate
-        self.c_fc = nn.Linear(shape.d_model, shape.d_ff)
-        self.c_proj = nn.Linear(shape.d_ff, shape.d_model)
+        self.activation = ACTIVATIONS[shape.mlp]
+        self.c_fc = linear(shape, "mlp.c_fc")
+        self.c_proj = linear(shape, "mlp.c_proj")
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x_BTD), approximate=self.approximate))
+        return self.c_proj(self.activation(self.c_fc(x_BTD)))
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202): three matrices, of which one gates another."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.gate_proj = linear(shape, "mlp.gate_proj")
+        self.up_proj = linear(shape, "mlp.up_proj")
+        self.down_proj = linear(shape, "mlp.down_proj")
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
 class Block(nn.Module):
-    def __init__(self, shape: Shape, approximate: str = "none") -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(shape.d_model)
-        self.attn = Attention(shape)
-        self.ln_2 = nn.LayerNorm(shape.d_model)
-        self.mlp = MLP(shape, approximate)
+    """Attention and an MLP, each after a norm and added to what came in."""
 
-    def forward(self, x_BTD: Tensor, past: Past | None = None) -> Tensor:
-        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), past)
-        return x_BTD + self.mlp(self.ln_2(x_BTD))
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.parallel = shape.parallel
+        self.ln_1 = norm(shape, shape.d_model)
+        self.attn = Attention(shape)
+        self.ln_2 = norm(shape, shape.d_model)
+        self.mlp = GatedMLP(shape) if shape.gated else MLP(shape)
+
+    def forward(self, x_BTD: Tensor, by: Rotation | None = None, past: Past | None = None) -> Tensor:
+        attended = x_BTD + self.attn(self.ln_1(x_BTD), by, past)
+        return attended + self.mlp(self.ln_2(x_BTD if self.parallel else attended))
+
+
+_WRITES = ("c_proj.weight", "o_proj.weight", "down_proj.weight")  # matrices that write to the residual stream
 
 
 class GPT(nn.Module):
@@ -75,40 +145,25 @@ class GPT(nn.Module):
     Parameters
     ----------
     shape : Shape
-        Layers, widths, heads, vocabulary and longest sequence.
+        Sizes, and what the blocks are made of.
     init_std : float
         Weights are drawn from a normal of this deviation cut at two deviations; the two matrices that write to the
         residual stream get ``init_std / sqrt(2 · n_layer)``. Biases are zero.
     seed : int
-    activation : {"gelu", "gelu_tanh"}
-        The exact one (Cerebras-GPT), or its approximation by tanh (GPT-2).
     output_init_std : float, optional
         Of the two matrices that write to the residual stream, instead.
-
-    Raises
-    ------
-    UserError
-        If the heads do not divide the width, or the activation is unknown.
     """
 
     def __init__(
-        self,
-        shape: Shape,
-        init_std: float = 0.02,
-        seed: int = 0,
-        activation: str = "gelu",
-        output_init_std: float | None = None,
+        self, shape: Shape, init_std: float = 0.02, seed: int = 0, output_init_std: float | None = None
     ) -> None:
         super().__init__()
-        if shape.d_model % shape.n_head:
-            raise UserError(f"model.n_head = {shape.n_head} does not divide model.d_model = {shape.d_model}.")
-        if activation not in ACTIVATIONS:
-            raise UserError(f"activation '{activation}' is not known.{did_you_mean(activation, ACTIVATIONS)}")
-        self.shape, self.activation = shape, activation
+        self.shape = shape
         self.wte = nn.Embedding(shape.vocab_size, shape.d_model)
-        self.wpe = nn.Embedding(shape.sequence_length, shape.d_model)
-        self.h = nn.ModuleList(Block(shape, ACTIVATIONS[activation]) for _ in range(shape.n_layer))
-        self.ln_f = nn.LayerNorm(shape.d_model)
+        self.wpe = nn.Embedding(shape.sequence_length, shape.d_model) if shape.position == "learned" else None
+        self.h = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
+        self.ln_f = norm(shape, shape.d_model)
+        self.lm_head = None if shape.tie else nn.Linear(shape.d_model, shape.vocab_size, bias=False)
         output = init_std / math.sqrt(2 * shape.n_layer) if output_init_std is None else output_init_std
         self._init_weights(init_std, output, seed)
 
@@ -119,7 +174,7 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 parameter.zero_()
             elif parameter.dim() == 2:
-                s = output if name.endswith("c_proj.weight") else std
+                s = output if name.endswith(_WRITES) else std
                 nn.init.trunc_normal_(parameter, 0.0, s, -2 * s, 2 * s, generator=generator)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
@@ -146,71 +201,21 @@ class GPT(nn.Module):
             raise UserError(
                 f"{longest} tokens are more than the model's sequence_length of {self.shape.sequence_length}."
             )
-        x_BTD = self.wte(tokens_BT) + self.wpe(positions)
+        x_BTD = self.wte(tokens_BT)
+        if self.wpe is not None:
+            x_BTD = x_BTD + self.wpe(positions)
+        by = rotation(self.shape, positions)
         if cache is not None:
             cache.begin(T)
         for i, block in enumerate(self.h):
-            x_BTD = block(x_BTD, None if cache is None else partial(cache.extend, i))
+            x_BTD = block(x_BTD, by, None if cache is None else partial(cache.extend, i))
         return self.ln_f(x_BTD)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Scores of every token of the vocabulary, from `hidden`."""
-        return F.linear(x_BTD, self.wte.weight)
+        return F.linear(x_BTD, self.unembedding)
 
-
-# From the keys and values of new tokens to those of all tokens, and which of them each new token sees.
-Past = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-
-
-class Cache:
-    """Keys and values of the tokens that a model has seen, so that one more token costs one token's work.
-
-    Rows end together and may begin apart: the first `padding_B[b]` columns of row b are filler that no token sees.
-
-    Parameters
-    ----------
-    model : GPT
-    padding_B : Tensor, shape (B,), int64
-    capacity : int
-        Columns at most.
-    """
-
-    def __init__(self, model: GPT, padding_B: Tensor, capacity: int) -> None:
-        shape, weight = model.shape, model.wte.weight
-        size = (len(padding_B), shape.n_head, capacity, shape.d_model // shape.n_head)
-        self.padding_B = padding_B
-        self.length = 0  # columns held
-        self._keys = [weight.new_zeros(size) for _ in range(shape.n_layer)]
-        self._values = [weight.new_zeros(size) for _ in range(shape.n_layer)]
-        self._visible = torch.empty(0)
-
-    def begin(self, count: int) -> None:
-        """Makes room for `count` columns, which `extend` then fills layer by layer."""
-        columns = torch.arange(self.length + count, device=self.padding_B.device)
-        mine = columns[self.length :, None]
-        # Filler sees itself: with nothing to see it would be NaN, and NaN times zero reaches the others.
-        visible = (columns <= mine) & (columns >= self.padding_B[:, None, None]) | (columns == mine)
-        self._visible = visible[:, None]  # [B, 1, count, length]
-        self.length += count
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A layer's keys and values with those of the newest tokens, and which columns these see."""
-        begin = self.length - k.shape[2]
-        self._keys[layer][:, :, begin : self.length] = k
-        self._values[layer][:, :, begin : self.length] = v
-        return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length], self._visible
-
-    def repeat(self, times: int) -> None:
-        """Each row `times` times, beside itself."""
-        self.select(torch.arange(len(self.padding_B)).repeat_interleave(times))
-
-    def select(self, rows: Tensor, begin: int = 0) -> None:
-        """Row b becomes what row ``rows[b]`` was, from column `begin` on (other than 0: as many rows as before)."""
-        for tensors in (self._keys, self._values):
-            for i, tensor in enumerate(tensors):
-                if begin:
-                    tensor[:, :, begin : self.length] = tensor[rows, :, begin : self.length]
-                else:
-                    tensors[i] = tensor[rows]
-        if not begin:
-            self.padding_B = self.padding_B[rows]
+    @property
+    def unembedding(self) -> Tensor:
+        """Weights of the output head [V, D]: the embeddings' own where the two are tied."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight

@@ -1,4 +1,4 @@
-"""What users see of layers and steps: speed-ups as a band, what moves them, both clocks."""
+"""What users see of layers and steps: speed-ups with their distribution, what bounds them, seconds, energy."""
 
 from __future__ import annotations
 
@@ -9,27 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from vspdf.errors import UserError
-from vspdf.simulator.aggregate import layer, step
-from vspdf.simulator.aggregate.layer import Assumption, Cost, Weights
+from vspdf.simulator.aggregate import band, layer, step
+from vspdf.simulator.aggregate.layer import Cost, Weights
+from vspdf.simulator.aggregate.model import Model
 from vspdf.simulator.machine import Machine
 
-CENTRAL = "c0 = {start_up:g}, slack = queue depth"
-SENSITIVITY: dict[str, tuple[float, float]] = {  # unknowns of grade M or B, with factors to try
-    "reduce_startup": (0.5, 2.0),
-    "router_buffer": (0.5, 4.0),
-    "activation_share": (0.5, 1.5),
-    "dense_weight_bytes": (1.0, 2.0),
-    "gradient_bytes": (1.0, 2.0),
-    "host_bandwidth": (0.5, 2.0),
-    "elementwise_passes": (0.5, 4.0),
-}
+CENTRAL = "c0 = {trigger_cycles:g}, slack = queue depth"
 
 
 @dataclass(frozen=True)
 class Case:
-    """Dense and sparse under one assumption."""
+    """Dense and sparse on one machine."""
 
-    assumption: Assumption
     dense: Any  # layer.Estimate or step.Estimate
     sparse: Any
 
@@ -38,39 +29,48 @@ class Case:
         return self.dense.total.cycles / self.sparse.total.cycles
 
 
-Solve = Callable[[Machine, float, Assumption], Case]
+Solve = Callable[[Machine, float], Case]
 
 
-def _band(cases: Sequence[Case]) -> dict[str, float]:
-    """Over all cases; the first is the central one."""
-    speedups = [case.speedup for case in cases]
-    return {"low": min(speedups), "central": speedups[0], "high": max(speedups)}
+def central(machine: Machine) -> str:
+    """Names the central case: the machine as its file has it."""
+    return CENTRAL.format(trigger_cycles=machine.trigger_cycles)
 
 
-def _report(machine: Machine, solve: Solve, sensitivity: bool) -> tuple[list[Case], dict[str, Any]]:
-    """Cases at the first clock, and what layers and steps have in common."""
+def _report(machine: Machine, solve: Solve, found: band.Band | None, ideal: float) -> tuple[Case, dict[str, Any]]:
+    """The central case at the first clock, and what layers and steps have in common; no `found`: dense, 1."""
     label, clock = next(iter(machine.clocks.items()))
-    cases = [solve(machine, clock, assumption) for assumption in layer.band(machine)]
-    middle, speedup = cases[0], _band(cases)
+    middle = solve(machine, clock)
+    one: dict[str, Any] = {
+        "low": 1.0,
+        "central": 1.0,
+        "high": 1.0,
+        "ideal": 1.0,
+        "median": 1.0,
+        "interval50": [1.0, 1.0],
+    }
+    speedup = found.summary(middle.speedup, ideal) if found else one
+    three = {key: speedup[key] for key in ("low", "central", "high")}
     dense = middle.dense.total
-    cycles = {"dense": round(dense.cycles), "sparse": {k: round(dense.cycles / v) for k, v in speedup.items()}}
     seconds = {}
     for name, hz in machine.clocks.items():
-        case = middle if hz == clock else solve(machine, hz, middle.assumption)
+        case = middle if hz == clock else solve(machine, hz)
         whole = case.dense.total.cycles / hz
-        at = speedup["central"] if hz == clock else case.speedup
         seconds[name] = {
             "dense": whole,
-            "sparse": {k: whole / (v * at / speedup["central"]) for k, v in speedup.items()},
+            "sparse": {k: whole / (v * case.speedup / speedup["central"]) for k, v in three.items()},
         }
     body: dict[str, Any] = {
         "machine": machine.name,
         "level": "aggregate",
-        "central": CENTRAL.format(start_up=middle.assumption.start_up),
+        "central": central(machine),
         "clock": label,
-        "cycles": cycles,
+        "cycles": {"dense": round(dense.cycles), "sparse": {k: round(dense.cycles / v) for k, v in three.items()}},
         "seconds": seconds,
         "speedup": speedup,
+        "parts": found.parts if found else {},
+        "tornado": found.tornado if found else [],
+        "samples": len(found.values) if found else 0,
         "bound_by": middle.sparse.total.bound_by,
         "bound_by_dense": dense.bound_by,
         "overhead": {"dense": dense.overhead, "sparse": middle.sparse.total.overhead},
@@ -79,49 +79,8 @@ def _report(machine: Machine, solve: Solve, sensitivity: bool) -> tuple[list[Cas
             / (estimate.total.cycles * machine.width * machine.height * machine.fmac_fp16_rate)
             for kind, estimate in (("dense", middle.dense), ("sparse", middle.sparse))
         },
-        "cases": [
-            {
-                "start_up": case.assumption.start_up,
-                "policy": case.assumption.policy,
-                "cycles": {"dense": round(case.dense.total.cycles), "sparse": round(case.sparse.total.cycles)},
-                "speedup": case.speedup,
-            }
-            for case in cases
-        ],
     }
-    if sensitivity:
-        body["sensitivity"] = _sensitivity(machine, solve, clock, cases)
-    return cases, body
-
-
-def _sensitivity(machine: Machine, solve: Solve, clock: float, cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Speed-ups with one unknown moved at a time, the one that moves them most first."""
-    middle = cases[0].assumption
-    of = lambda keep: [c for c in cases if keep(c.assumption)]  # noqa: E731
-    rows = [
-        ("start-up c0", of(lambda a: a.policy == middle.policy), lambda a: f"{a.start_up:g}"),
-        ("synchronisation", of(lambda a: a.start_up == middle.start_up), lambda a: a.policy),
-    ]
-    table: list[dict[str, Any]] = []
-    for name, members, word in rows:
-        values = {word(c.assumption): c.speedup for c in sorted(members, key=lambda c: c.assumption.start_up)}
-        table.append({"unknown": name, "speedup": values})
-    for name, factors in SENSITIVITY.items():
-        values = {}
-        for factor in factors:
-            value = type(getattr(machine, name))(getattr(machine, name) * factor)
-            if factor == 1.0:
-                values[f"{value:g}"] = cases[0].speedup
-                continue
-            try:
-                values[f"{value:g}"] = solve(machine.override({name: value}), clock, middle).speedup
-            except UserError:  # it does not fit there
-                continue
-        table.append({"unknown": name, "speedup": values})
-    for row in table:
-        found = [*row["speedup"].values(), cases[0].speedup]
-        row["span"] = max(found) / min(found) - 1
-    return sorted(table, key=lambda row: -row["span"])
+    return middle, body
 
 
 def _cost(cost: Cost) -> dict[str, Any]:
@@ -136,7 +95,9 @@ def _cost(cost: Cost) -> dict[str, Any]:
 # ---- a layer ---------------------------------------------------------------------------------------------------------
 
 
-def simulate_layer(machine: Machine, weights: Weights, tokens: int, *, sensitivity: bool = True) -> dict[str, Any]:
+def simulate_layer(
+    machine: Machine, weights: Weights, tokens: int, *, sensitivity: bool = True, samples: int = band.SAMPLES
+) -> dict[str, Any]:
     """Forward product and both gradients of one linear layer, dense against sparse.
 
     Parameters
@@ -145,12 +106,16 @@ def simulate_layer(machine: Machine, weights: Weights, tokens: int, *, sensitivi
         With a real mask or a density.
     tokens : int
         On the wafer at once.
+    sensitivity : bool
+        Also move one parameter at a time (``tornado``).
+    samples : int
+        Of the band.
 
     Returns
     -------
     dict
-        ``cycles`` (at the first clock; ``sparse`` as dense over the band of speed-ups), ``speedup`` with ``ideal``,
-        ``products``, ``mapping``, ``cases``, ``sensitivity``.
+        ``cycles`` (at the first clock; ``sparse`` as dense over the speed-ups), ``speedup`` (90 % interval, central
+        case, ideal, median, 50 % interval), ``parts`` of its variance, ``products``, ``mapping``.
 
     Raises
     ------
@@ -160,14 +125,25 @@ def simulate_layer(machine: Machine, weights: Weights, tokens: int, *, sensitivi
     if not 0 < weights.nnz:
         raise UserError("a layer without a single weight has nothing to simulate: sparsity must be below 1.")
     whole = Weights(weights.out_features, weights.in_features)
+    chance = Weights(weights.out_features, weights.in_features, weights.density)
+    sparse_one = weights.density < 1
 
-    def solve(machine: Machine, clock: float, assumption: Assumption) -> Case:
-        dense = layer.estimate_layer(machine, clock, whole, tokens, assumption)
-        sparse = dense if weights.density >= 1 else layer.estimate_layer(machine, clock, weights, tokens, assumption)
-        return Case(assumption, dense, sparse)
+    def solve(machine: Machine, clock: float) -> Case:
+        dense = layer.estimate_layer(machine, clock, whole, tokens)
+        return Case(dense, layer.estimate_layer(machine, clock, weights, tokens) if sparse_one else dense)
 
-    cases, body = _report(machine, solve, sensitivity and weights.density < 1)
-    middle = cases[0]
+    found = None
+    if sparse_one:
+        clock = next(iter(machine.clocks.values()))
+        middle = solve(machine, clock)
+        near = _near(machine, middle.dense.mapping.columns, middle.sparse.mapping.columns)
+
+        def by_chance(machine: Machine) -> float:
+            dense = layer.estimate_layer(machine, clock, whole, tokens, near)
+            return dense.total.cycles / layer.estimate_layer(machine, clock, chance, tokens, near).total.cycles
+
+        found = _scaled(band.band(machine, by_chance, samples, tornado=sensitivity), middle.speedup, by_chance(machine))
+    middle, body = _report(machine, solve, found, weights.numel / weights.nnz)
     return {
         "tokens": tokens,
         "in_features": weights.in_features,
@@ -175,7 +151,6 @@ def simulate_layer(machine: Machine, weights: Weights, tokens: int, *, sensitivi
         "sparsity": 1 - weights.density,
         "mask": "real" if weights.mask is not None else "binomial",
         **body,
-        "speedup": {**body["speedup"], "ideal": weights.numel / weights.nnz},
         "mapping": {"dense": asdict(middle.dense.mapping), "sparse": asdict(middle.sparse.mapping)},
         "products": {
             name: {"dense": _cost(middle.dense.products[name]), "sparse": _cost(middle.sparse.products[name])}
@@ -184,6 +159,18 @@ def simulate_layer(machine: Machine, weights: Weights, tokens: int, *, sensitivi
     }
 
 
+def _near(machine: Machine, *columns: int) -> tuple[int, ...]:
+    """Ring widths around those of the central case: what a sample's search looks at."""
+    widths = {max(2, round(c * f)) for c in columns for f in (0.5, 1, 2)}
+    return tuple(sorted({w for w in widths if w <= machine.width} | set(columns)))
+
+
+def _scaled(found: band.Band, measured: float, chance: float) -> band.Band:
+    """A band by chance, moved to where the real positions are."""
+    return band.Band(found.values * (measured / chance), found.parts, found.tornado)
+
+
+SWEPT = 48  # samples of each point of a sweep
 SWEEP = (
     0.1,
     0.25,
@@ -212,7 +199,7 @@ def sweep_layer(
 ) -> list[dict[str, Any]]:
     """`simulate_layer` over sparsities."""
     return [
-        simulate_layer(machine, Weights(out_features, in_features, 1 - s), tokens, sensitivity=False)
+        simulate_layer(machine, Weights(out_features, in_features, 1 - s), tokens, sensitivity=False, samples=SWEPT)
         for s in sparsities
     ]
 
@@ -250,9 +237,7 @@ def plot_layer(machine: Machine, rows: Sequence[dict[str, Any]], path: Path) -> 
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     speed = {key: [row["speedup"][key] for row in rows] for key in ("low", "central", "high", "ideal")}
-    left.fill_between(
-        x, speed["low"], speed["high"], alpha=0.25, color="C0", linewidth=0, label="band: c0 0 to 10, policies"
-    )
+    left.fill_between(x, speed["low"], speed["high"], alpha=0.25, color="C0", linewidth=0, label="90 % of the samples")
     left.plot(x, speed["central"], color="C0", marker="o", markersize=3, label=f"central: {first['central']}")
     left.plot(x, speed["ideal"], color="0.4", linestyle="--", label="ideal, 1 / (1 − sparsity)")
     left.set_yscale("log")
@@ -296,32 +281,49 @@ def _share(row: dict[str, Any], part: str) -> float:
 # ---- a step ----------------------------------------------------------------------------------------------------------
 
 
-def simulate_step(machine: Machine, model: step.Model, *, sensitivity: bool = True) -> dict[str, Any]:
+def simulate_step(
+    machine: Machine, model: Model, *, sensitivity: bool = True, samples: int = band.SAMPLES
+) -> dict[str, Any]:
     """One training step, dense against sparse.
+
+    Parameters
+    ----------
+    model : Model
+    sensitivity, samples
+        As `simulate_layer` has them.
 
     Returns
     -------
     dict
         As `simulate_layer`, and ``samples_per_second``, ``tokens_per_second`` (at the first clock, and
-        ``..._by_clock``), ``products``, ``parts`` of the model, ``energy``.
+        ``..._by_clock``), ``products``, ``breakdown`` of the model, ``energy``.
 
     Raises
     ------
     UserError
         If the model does not fit, or systems have nothing to do.
     """
-    whole = model.dense
+    whole, chance, sparse_one = model.dense, model.grouped(), model.kept < 1
 
-    def solve(machine: Machine, clock: float, assumption: Assumption) -> Case:
-        dense = step.search(machine, clock, whole, assumption)
-        sparse = dense if model.kept >= 1 else step.search(machine, clock, model, assumption)
-        return Case(assumption, dense, sparse)
+    def solve(machine: Machine, clock: float) -> Case:
+        dense = step.search(machine, clock, whole)
+        return Case(dense, step.search(machine, clock, model) if sparse_one else dense)
 
-    cases, body = _report(machine, solve, sensitivity and model.kept < 1)
-    middle = cases[0]
-    s = model.shape
+    found = None
+    if sparse_one:
+        clock = next(iter(machine.clocks.values()))
+        middle = solve(machine, clock)
+        near = _near(machine, middle.dense.placement.ring.columns, middle.sparse.placement.ring.columns)
+
+        def by_chance(machine: Machine) -> float:
+            dense = step.search(machine, clock, whole, near)
+            return dense.total.cycles / step.search(machine, clock, chance, near).total.cycles
+
+        sampled = band.band(machine, by_chance, samples, tornado=sensitivity)
+        found = _scaled(sampled, middle.speedup, by_chance(machine))
     flops = {"dense": model.flops(dense=True), "sparse": model.flops()}
-    clock = machine.clocks[body["clock"]]
+    middle, body = _report(machine, solve, found, flops["dense"] / flops["sparse"])
+    s, clock = model.shape, machine.clocks[body["clock"]]
     peak = machine.width * machine.height * machine.fmac_fp16_rate * 2 * model.systems
     for kind in ("dense", "sparse"):
         seconds = body["seconds"][body["clock"]][kind]
@@ -334,9 +336,8 @@ def simulate_step(machine: Machine, model: step.Model, *, sensitivity: bool = Tr
         "sequence_length": s.sequence_length,
         "systems": model.systems,
         "sparsity": 1 - model.kept,
-        "mask": "real" if any(w.mask is not None for w, _ in model.layers) else "binomial",
+        "mask": "real" if model.measured else "binomial",
         **body,
-        "speedup": {**body["speedup"], "ideal": flops["dense"] / flops["sparse"]},
         "flops": flops,
         "samples_per_second": rates(model.batch, body["clock"]),
         "tokens_per_second": rates(model.tokens, body["clock"]),
@@ -344,7 +345,7 @@ def simulate_step(machine: Machine, model: step.Model, *, sensitivity: bool = Tr
         "tokens_per_second_by_clock": {label: rates(model.tokens, label) for label in machine.clocks},
         "energy": _energy(machine, model, body["seconds"][body["clock"]]),
         "mapping": {"dense": _placement(middle.dense), "sparse": _placement(middle.sparse)},
-        "parts": {
+        "breakdown": {
             name: {"dense": _cost(middle.dense.parts[name]), "sparse": _cost(middle.sparse.parts[name])}
             for name in middle.dense.parts
         },
@@ -360,7 +361,7 @@ def _rates(per_step: float, seconds: dict[str, Any]) -> dict[str, Any]:
     return {"dense": per_step / seconds["dense"], "sparse": {k: per_step / v for k, v in seconds["sparse"].items()}}
 
 
-def _energy(machine: Machine, model: step.Model, seconds: dict[str, Any]) -> dict[str, Any]:
+def _energy(machine: Machine, model: Model, seconds: dict[str, Any]) -> dict[str, Any]:
     """Joules a step and a token between the machine's lowest and highest power."""
     powers = (machine.power_low * model.systems, machine.power_high * model.systems)
     return {

@@ -1,21 +1,14 @@
-"""The weight-streaming dataflow, one linear layer: what three products cost, dense and sparse, and how sure that is.
+"""The weight-streaming dataflow, one linear layer: what three products cost, dense and sparse.
 
 Activations lie on the wafer: `columns` PEs along x share the features (a ring), the rows of the wafer and `replicas` of
 the ring side by side share the tokens. Weights come in row by row; each one triggers an AXPY on the local tokens of its
 feature; a command at the end of an output row sends the row's partial sums around the ring beside the next row's AXPYs.
-For an output row that brings z weights to a column, with L tokens a PE::
-
-    t = max(z · (c0 + v),  z · v + words,  z + 1) + c_r,    v = ceil(L / simd), words = ceil(L / 2)
-
-AXPYs with their start-ups; or the one datapath, which the sums' micro-thread shares (it fits into start-ups, beyond
-them it is exposed); or one wavelet a cycle on the link. The command's own task c_r runs alone: tasks are not preempted.
-What z is, columns settle between them: the fullest one's in lock-step, the mean when decoupled (`pace`).
-docs/simulator.md tells it at length, with the assumptions.
+The law is that of the event level's program, mechanism by mechanism, with the same parameters (`law`);
+tests/simulator/test_law.py holds it against the events' recurrences, docs/simulator.md tells it at length.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -24,149 +17,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from vspdf.errors import UserError, did_you_mean
+from vspdf.errors import UserError
+from vspdf.simulator.aggregate.law import law, measured_pace, pace
 from vspdf.simulator.machine import Machine
 
-POLICIES = ("lock-step", "slack", "decoupled")
-START_UPS = (0, 2, 5, 10)  # c0 of the published band
 PRODUCTS = ("forward", "grad_input", "grad_values")
-PARTS = ("multiply-add", "start-up", "imbalance", "reduction", "broadcast", "fill", "I/O")
-
-
-@dataclass(frozen=True)
-class Assumption:
-    """The two properties that nobody has published and that decide a speed-up.
-
-    Attributes
-    ----------
-    start_up : float
-        c0, cycles between a weight's arrival and its first multiply-add.
-    policy : {"lock-step", "slack", "decoupled"}
-        How far the columns of a ring may drift apart: not at all, as far as the weights' queues reach, at will.
-    """
-
-    start_up: float
-    policy: str
-
-    def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise UserError(f"unknown synchronisation policy '{self.policy}'.{did_you_mean(self.policy, POLICIES)}")
-
-
-def central(machine: Machine) -> Assumption:
-    return Assumption(machine.trigger_cycles, "slack")
-
-
-def band(machine: Machine) -> list[Assumption]:
-    """All cases of the published band, the central one first."""
-    middle = central(machine)
-    others = [Assumption(c0, policy) for c0 in START_UPS for policy in POLICIES]
-    return [middle, *(case for case in others if case != middle)]
-
-
-# ---- one product -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Law:
-    """Cycles of an output row on one column; see the module's text.
-
-    `sums`: words per weight that pass by on their way down a column and are added up (1 in the gradient).
-    """
-
-    start_up: float
-    vector: int
-    words: int
-    command: float
-    sums: int = 0
-
-    def __call__(self, z: float) -> float:
-        triggered, shared = z * (self.start_up + self.vector), z * (self.vector + self.sums) + self.words
-        return max(triggered, shared, z + 1) + self.command
-
-    def attribute(self, z: float, rows: float) -> dict[str, float]:
-        """Splits the cycles of `rows` rows of z weights into the parts that they go to."""
-        triggered, shared = z * (self.start_up + self.vector), z * (self.vector + self.sums) + self.words
-        work = max(triggered, shared)
-        return {
-            "multiply-add": rows * z * self.vector,
-            "start-up": rows * z * self.start_up,
-            "reduction": rows * (work - triggered + self.command),
-            "broadcast": rows * (max(work, z + 1) - work),
-        }
-
-
-# What columns wait for each other: the weights a row costs, between the mean and the fullest column's.
-
-
-@lru_cache(maxsize=4096)
-def pace(policy: str, queue: int, block: int, density: float, columns: int, rows: int) -> float:
-    """Weights that a row costs when each of `columns` gets Binomial(block, density) of them, in `rows` rows.
-
-    lock-step
-        The expected largest count, exactly.
-    decoupled
-        The expected largest total over all rows, by its normal limit.
-    slack
-        A column may lag behind the stream by `queue` weights. The slowest way through rows stays with one column or
-        jumps to another, which takes back `queue` weights. The expected number of such ways through many rows bounds
-        the pace: the least over θ of (ln E exp(θ z) + ln(1 + (columns − 1) exp(−θ queue))) / θ. It lies 0 to 20 %
-        above a simulation of the queues (tests/test_simulator_layer.py).
-    """
-    fullest = _expected_most(block, density, columns)
-    sigma = math.sqrt(block * density * (1 - density) / rows)
-    slowest = min(fullest, block * density + sigma * _normal_most(columns))
-    if policy == "slack":
-        return min(fullest, max(slowest, _path(block * np.log1p(density * np.expm1(_THETA)), columns, queue)))
-    return fullest if policy == "lock-step" else slowest
-
-
-def measured_pace(policy: str, queue: int, counts: np.ndarray) -> float:
-    """`pace` of real counts [row, column]."""
-    rows, columns = counts.shape
-    slowest, fullest = float(counts.sum(0).max()) / rows, float(counts.max(1).mean())
-    if policy != "slack":
-        return fullest if policy == "lock-step" else slowest
-    histogram = np.bincount(counts.ravel()) / counts.size
-    grow = np.exp(_THETA[:, None] * (np.arange(len(histogram)) - len(histogram) + 1)) @ histogram
-    return min(fullest, max(slowest, _path(np.log(grow) + _THETA * (len(histogram) - 1), columns, queue)))
-
-
-_THETA = np.exp(np.linspace(math.log(1e-3), math.log(20.0), 300))
-
-
-def _path(log_growth: np.ndarray, columns: int, queue: int) -> float:
-    return float(((log_growth + np.log1p((columns - 1) * np.exp(-_THETA * queue))) / _THETA).min())
-
-
-def _expected_most(trials: int, density: float, columns: int) -> float:
-    """Of `columns` binomial counts."""
-    mean, sigma = trials * density, math.sqrt(trials * density * (1 - density))
-    low, high = max(0, int(mean - 12 * sigma - 12)), min(trials, int(mean + 12 * sigma + 24))
-    k = np.arange(low, high + 1)
-    logs = _log_factorial(trials)
-    log_pmf = logs[trials] - logs[k] - logs[trials - k] + k * math.log(density) + (trials - k) * math.log1p(-density)
-    below = np.minimum(np.cumsum(np.exp(log_pmf)), 1.0) ** columns
-    return float(k[-1] - below[:-1].sum())
-
-
-@lru_cache(maxsize=64)
-def _normal_most(columns: int) -> float:
-    x = np.linspace(-9, 9, 4001)
-    below = np.cumsum(np.exp(-x * x / 2)) * (x[1] - x[0]) / math.sqrt(2 * math.pi)
-    return float((x * np.diff(np.minimum(below, 1.0) ** columns, prepend=0.0)).sum())
-
-
-@lru_cache(maxsize=1)
-def _factorials() -> list[np.ndarray]:
-    return [np.zeros(1)]
-
-
-def _log_factorial(n: int) -> np.ndarray:
-    table = _factorials()
-    if len(table[0]) <= n:
-        table[0] = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, max(n, 1024) + 1)))])
-    return table[0]
+PARTS = ("multiply-add", "start-up", "imbalance", "reduction", "broadcast", "edge", "fill", "I/O")
 
 
 @dataclass(frozen=True)
@@ -232,7 +88,8 @@ class Cost:
 
     @property
     def bound_by(self) -> str:
-        """Names what bounds most of the time: compute, reduction, broadcast, I/O, or latency (filling and draining)."""
+        """Names what bounds most of the time: compute, reduction, broadcast, I/O, memory (the service's), latency
+        (filling and draining), or fixed."""
         return max(self.bounds, key=lambda name: self.bounds[name])
 
     @property
@@ -241,16 +98,18 @@ class Cost:
         return 1 - self.parts.get("multiply-add", 0.0) / self.cycles if self.cycles else 0.0
 
 
-def bounded(parts: dict[str, float], macs: float, io: float = 0.0) -> Cost:
-    """A product's cost from its parts without I/O, and the cycles that its stream takes beside it."""
+def bounded(parts: dict[str, float], macs: float, io: float = 0.0, source: str = "I/O") -> Cost:
+    """A product's cost from its parts without I/O, and the cycles that its stream takes beside it, bound by
+    `source`."""
     work = sum(parts.values())
     groups = {
         "compute": sum(parts.get(name, 0.0) for name in ("multiply-add", "start-up", "imbalance", "elementwise")),
         "reduction": parts.get("reduction", 0.0),
         "broadcast": parts.get("broadcast", 0.0),
+        "I/O": parts.get("edge", 0.0),
         "latency": parts.get("fill", 0.0),
     }
-    bound = "I/O" if io > work else max(groups, key=lambda name: groups[name])
+    bound = source if io > work else max(groups, key=lambda name: groups[name])
     cycles = max(work, io)
     return Cost(cycles, parts | {"I/O": cycles - work}, {bound: cycles}, macs, io)
 
@@ -286,18 +145,7 @@ def candidates(machine: Machine, features: int) -> list[int]:
     return sorted(found, reverse=True)
 
 
-@lru_cache(maxsize=4096)
-def law(machine: Machine, start_up: float, tokens: int, product: str) -> Law:
-    return Law(
-        start_up,
-        ceil(tokens / machine.fmac_fp16_rate),
-        ceil(tokens / 2),
-        machine.reduce_startup,
-        product == "grad_values",
-    )
-
-
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=65536)
 def fill(machine: Machine, mapping: Mapping) -> float:
     """Cycles from a first weight at the edge to all PEs at work, and from a last weight to the last sum at home."""
     spread = (machine.width + mapping.rows) * machine.hop_cycles + 2 * machine.ramp_cycles
@@ -305,9 +153,8 @@ def fill(machine: Machine, mapping: Mapping) -> float:
 
 
 def product_cost(
-    machine: Machine, clock: float, weights: Weights, mapping: Mapping, product: str, assumption: Assumption,
-    *, exact: bool = True,
-) -> Cost:  # fmt: skip
+    machine: Machine, clock: float, weights: Weights, mapping: Mapping, product: str, *, exact: bool = True
+) -> Cost:
     """One product of one layer.
 
     Parameters
@@ -322,47 +169,50 @@ def product_cost(
     transposed = product != "forward"
     rows, features = weights.sides(transposed)
     block = -(-features // mapping.columns)
-    rule = law(machine, assumption.start_up, mapping.local, product)
+    rule = law(machine, mapping.columns, mapping.local, product, _wire(machine, weights) / 4)
     z = block * weights.density
     parts = rule.attribute(z, rows)
-    if exact and 0 < weights.density < 1:
+    if exact:
         queue = machine.in_queue_depth[0] + machine.router_buffer
-        if weights.mask is None:
-            slowest = pace(assumption.policy, queue, block, weights.density, mapping.columns, rows)
+        if weights.mask is None or weights.density >= 1:
+            row = pace(rule, queue, block, min(1.0, weights.density), mapping.columns, rows)
         else:
-            slowest = measured_pace(assumption.policy, queue, weights.counts(mapping.columns, transposed))
-        parts["imbalance"] = rows * max(0.0, rule(slowest) - rule(z))
+            row = measured_pace(rule, queue, weights.counts(mapping.columns, transposed))
+        parts["imbalance"] = rows * max(0.0, row - rule(z))
     parts["fill"] = fill(machine, mapping)
     if product == "grad_values":  # the last sums come down the columns
         parts["fill"] += (mapping.rows - 1) * machine.relay_cycles
-    io = _bytes(machine, weights, product) / machine.host_bandwidth * clock
-    return bounded(parts, weights.nnz * mapping.tokens, io)
+    rate = min(machine.host_bandwidth, machine.memory_bandwidth)
+    io = _bytes(machine, weights, product) / rate * clock
+    source = "I/O" if rate == machine.host_bandwidth else "memory"
+    return bounded(parts, weights.nnz * mapping.tokens, io, source)
+
+
+def _wire(machine: Machine, weights: Weights) -> float:
+    """Bytes of a weight on a link."""
+    return machine.dense_weight_bytes if weights.density >= 1 else machine.sparse_weight_bytes
 
 
 def _bytes(machine: Machine, weights: Weights, product: str) -> float:
-    if product == "grad_values":
-        return weights.nnz * machine.gradient_bytes
-    return weights.nnz * (machine.dense_weight_bytes if weights.density >= 1 else machine.sparse_weight_bytes)
+    return weights.nnz * (machine.gradient_bytes if product == "grad_values" else _wire(machine, weights))
 
 
 # ---- a layer ---------------------------------------------------------------------------------------------------------
 
 
 def product_costs(
-    machine: Machine, clock: float, weights: Weights, mapping: Mapping, assumption: Assumption, exact: bool = True
+    machine: Machine, clock: float, weights: Weights, mapping: Mapping, exact: bool = True
 ) -> dict[str, Cost]:
     """The three products. Where sending a sparse matrix with its zeros is cheaper, it is sent so."""
     costs = {}
     for product in PRODUCTS:
-        cost = product_cost(machine, clock, weights, mapping, product, assumption, exact=exact)
+        cost = product_cost(machine, clock, weights, mapping, product, exact=exact)
         if weights.density < 1:
             rows, features = weights.sides(product != "forward")
-            least = (
-                rows * -(-features // mapping.columns) * (assumption.start_up + mapping.local / machine.fmac_fp16_rate)
-            )
-            if least < cost.cycles:
+            dense = law(machine, mapping.columns, mapping.local, product, 0.0)(-(-features // mapping.columns))
+            if rows * dense < cost.cycles:
                 whole = Weights(weights.out_features, weights.in_features)
-                with_zeros = product_cost(machine, clock, whole, mapping, product, assumption, exact=exact)
+                with_zeros = product_cost(machine, clock, whole, mapping, product, exact=exact)
                 cost = min(cost, with_zeros, key=lambda c: c.cycles)
         cost.macs = weights.nnz * mapping.tokens  # zeros sent are not work asked for
         costs[product] = cost
@@ -408,8 +258,10 @@ class Estimate:
         return total
 
 
-def estimate_layer(machine: Machine, clock: float, weights: Weights, tokens: int, assumption: Assumption) -> Estimate:
-    """The three products of a layer under the best mapping that fits.
+def estimate_layer(
+    machine: Machine, clock: float, weights: Weights, tokens: int, among: tuple[int, ...] | None = None
+) -> Estimate:
+    """The three products of a layer under the best mapping that fits, of all ring widths or of those `among`.
 
     Raises
     ------
@@ -418,7 +270,7 @@ def estimate_layer(machine: Machine, clock: float, weights: Weights, tokens: int
     """
     limit = machine.activation_share * machine.sram_bytes
     narrow = min(weights.in_features, weights.out_features)
-    options = [Mapping.of(machine, columns, tokens) for columns in candidates(machine, narrow)]
+    options = [Mapping.of(machine, columns, tokens) for columns in among or candidates(machine, narrow)]
     fitting = [option for option in options if layer_bytes(option, weights) <= limit]
     if not fitting:
         most = max(_most_tokens(machine, weights, option.columns, limit) for option in options)
@@ -430,10 +282,10 @@ def estimate_layer(machine: Machine, clock: float, weights: Weights, tokens: int
         )
 
     def lower(option: Mapping) -> float:
-        return sum(c.cycles for c in product_costs(machine, clock, weights, option, assumption, exact=False).values())
+        return sum(c.cycles for c in product_costs(machine, clock, weights, option, exact=False).values())
 
     def exact(option: Mapping) -> tuple[float, dict[str, Cost]]:
-        costs = product_costs(machine, clock, weights, option, assumption)
+        costs = product_costs(machine, clock, weights, option)
         return sum(cost.cycles for cost in costs.values()), costs
 
     return Estimate(*best(fitting, lower, exact))

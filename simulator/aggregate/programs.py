@@ -11,6 +11,7 @@ from math import ceil
 import numpy as np
 
 from vspdf.errors import UserError
+from vspdf.simulator.aggregate.law import GAPS
 from vspdf.simulator.events import programs
 from vspdf.simulator.events.fabric import Code, vector_cycles
 from vspdf.simulator.events.programs import streaming
@@ -193,10 +194,12 @@ def gemv(machine: Machine, pes: int, n: int, half: bool) -> dict[str, float]:
         raise UserError(
             f"a grid of {pes}x{pes} PEs does not fit: 2 to {min(machine.width, machine.height)} on {machine.name}."
         )
+    if n < pes:
+        raise UserError(f"`n` {n} is smaller than the grid's side {pes}: some PEs would have nothing to do.")
     t = -(-n // pes)
     size = 2 if half else 4
     column = programs.align(t * size)
-    at_y = programs.align(column * t + column)
+    at_y = programs.gemv_sum(t, column)
     programs.check_memory(machine, at_y + column, "a larger `grid` or a smaller `n`")
     code = Code(machine)
     programs.emit_gemv(code, t, column, column * t, at_y, half)
@@ -210,9 +213,9 @@ def gemv(machine: Machine, pes: int, n: int, half: bool) -> dict[str, float]:
         if members > 1:
             sides = 2 if members > 2 else 1
             chain = (members // 2) * (machine.relay_cycles + (spread - 1) * machine.hop_cycles)
-            cycles += machine.alu_cycles + start(machine) + chain + sides * words + (sides - 1) * machine.vector_startup
+            cycles += chain + sides * (words + machine.vector_startup)
     top = roots[len(roots) // 2]
-    cycles += machine.alu_cycles + machine.task_switch + _multicast(machine, words, max(top, pes - 1 - top))
+    cycles += _multicast(machine, words, max(top, pes - 1 - top))
     return {"cycles": cycles, "local": local}
 
 
@@ -260,46 +263,42 @@ def stream_layer(
     total, columns = rows or len(counts), counts.shape[1]
     words = -(-tokens // 2)
     stream = streaming.Stream(columns, height, block * columns, len(counts), tokens * height)
-    at_acc, at_y = streaming.stream_layout(stream)
-    code = streaming.stream_code(machine, stream, at_acc, at_y, 2)
-    test = machine.alu_cycles + machine.branch_cycles
+    at_acc, _ = streaming.stream_layout(machine, stream)
     axpy = machine.trigger_cycles + _mean_cycles(machine, "fmac", at_acc, at_acc, block, tokens)
-    axpy -= machine.accumulator_delay  # AXPYs into one sum follow each other: chained
     clear = machine.vector_startup + vector_cycles(machine, "fill", (at_acc, 1), length=tokens, half=True)
-    command = machine.reduce_startup + code.costs["command"] + clear
-    lead = machine.reduce_startup + 2 * machine.alu_cycles + 2 * test + machine.vector_startup
+    command = machine.reduce_startup + machine.command_cycles + clear
+    lead = machine.reduce_startup + machine.command_cycles + machine.vector_startup
     order = programs.ring_order(columns, True)
     work = counts[:, order] * axpy
     hops = np.array([abs(order[m] - order[m - 1]) for m in range(columns)])
     hop = 2 * machine.ramp_cycles + 1 + hops * machine.hop_cycles  # from member m to the next, m - 1
     depth = machine.out_queue_depth[2] + machine.in_queue_depth[1] + 2 * machine.ramp_cycles + 2 * machine.router_buffer
+    held_sums = streaming.sums_held(machine, stream) - 1
     free, gone = np.zeros(columns), np.zeros(columns)  # the datapath, and the column's last sum
+    left = [np.zeros(columns)] * held_sums  # when the sums before it had gone
     free = free + machine.hop_cycles + 1
     finished: list[float] = []
     place = np.arange(columns)
     for row in range(len(counts)):
         owner = -row % columns
         first = (owner - 1) % columns
-        ready = np.maximum(free + work[row], gone)
+        ready = np.maximum(free + work[row], left[row % held_sums])
         ring = (first - place) % columns  # members from the one that starts to the owner
-        launch = ready[ring] + lead
-        launch[-1] -= test - 2 * machine.alu_cycles
+        launch = np.maximum(ready + lead, gone)[ring]
         way = np.concatenate([[0.0], np.cumsum(hop[ring[:-1]])])
-        cost = np.full(columns, float(command))
-        cost[owner] -= test - 2 * machine.alu_cycles
-        cost[first] -= machine.branch_cycles
         arrive = np.maximum.accumulate(launch - way) + way
-        after = ready + cost + (work[row + 1] if row + 1 < len(counts) else 0.0)
-        left = np.clip(after[ring] - arrive, 0, words)  # words that the next row's AXPYs take turns with
-        leave = arrive + words + left
+        later = counts[row + 1, order] if row + 1 < len(counts) else np.zeros(columns)
+        # The sum's words pass in start-ups of the row that follows, and where these do not hold them beside all the
+        # rest.
+        exposed = np.maximum(0.0, words + machine.vector_startup - GAPS * later * machine.trigger_cycles)
+        leave = arrive + words
         leave = np.maximum.accumulate(leave - way) + way
         if words > depth:  # the rest goes as the next one takes words
             leave[:-1] = np.maximum(leave[:-1], arrive[1:] + words - depth)
         gone = np.empty(columns)
         gone[ring] = leave
-        stolen = np.empty(columns)
-        stolen[ring] = left
-        free = ready + cost + stolen
+        left[row % held_sums] = gone
+        free = ready + command + exposed
         finished.append(float(max(gone.max(), free.max())))
     return _steady(finished, total) + (height - 1) * machine.hop_cycles
 
@@ -315,16 +314,9 @@ def stream_gradient(
     words = -(-tokens // 2)
     stream = streaming.Stream(columns, height, block * columns, len(counts), tokens * height)
     address = streaming.gradient_layout(stream)
-    code = streaming.gradient_code(machine, stream, *address, 0, height > 1, False)
     at_buffer = address[0]
-    test = machine.alu_cycles + machine.branch_cycles
     dot = machine.trigger_cycles + _mean_cycles(machine, "dot", at_buffer, 0, block, tokens)
-    root_task = machine.task_switch + machine.load_cycles + test + 4 * machine.alu_cycles
-    row_task = machine.task_switch + code.costs["row"]  # both ways around: one switch more, one descriptor less
-    passed_task = row_task - machine.branch_cycles
-    ready_task = machine.task_switch + code.costs["ready"]
-    command = machine.reduce_startup + code.costs["command"] + machine.alu_cycles
-    tail = 2 * test + 3 * machine.alu_cycles - machine.vector_startup  # of the command, beside the sums' first words
+    command = machine.reduce_startup + machine.command_cycles + machine.vector_startup
     order = np.array(programs.ring_order(columns, True))
     queue = machine.in_queue_depth[1] + machine.ramp_cycles
     place = np.arange(columns)
@@ -334,14 +326,13 @@ def stream_gradient(
     waits: list[np.ndarray] = []  # when columns were ready for a row's dy
     for row, kept in enumerate(counts):
         root = int(order[-row % columns])
-        own = np.where(place < root, row_task, passed_task).astype(float)
-        own[root] = root_task
-        ready = begin + own + machine.vector_startup
+        turned = begin + machine.trigger_cycles
+        ready = turned + machine.vector_startup
         waits.append(ready)
         # What holds up the row's multicast: routers that have not turned yet (the old root's, and those that the root
         # has passed: they turn when their own PE begins the row), and columns whose queue is full of earlier rows.
         away, side = np.abs(place - root), np.sign(place - root)
-        gate = np.where(side != before, begin + own - machine.alu_cycles, -np.inf)
+        gate = np.where(side != before, turned, -np.inf)
         if (behind := queue // words) <= row:
             gate = np.maximum(gate, waits[row - behind] + behind * words - queue)
         gate[root], before = -np.inf, side
@@ -355,7 +346,7 @@ def stream_gradient(
         arrival = np.maximum(max(sent, stall) + machine.ramp_cycles + 1 + away * machine.hop_cycles, passed)
         there = np.maximum(ready, arrival + machine.ramp_cycles)
         there[root] = gone
-        begin = there + words + ready_task + kept * dot + command + kept + (kept > tail)
+        begin = there + words + machine.trigger_cycles + kept * dot + command + kept
         finished.append(float(begin.max()))
     last = (height - 1) * machine.relay_cycles if counts[-1].any() else 0
     return _steady(finished, total) + last

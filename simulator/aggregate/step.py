@@ -1,23 +1,21 @@
 """A training step of a GPT on one or several systems, from the law of one layer (`layer`).
 
-Per micro-batch: all blocks forward, then backward. The four matrices of a block and the unembedding are streamed;
-attention multiplies what lies on the wafer by the same law, keys and values in the place of weights; softmax, GELU and
-norms are vector passes. Weights come in and gradients go out once per micro-batch, the update happens in the memory
-service. The choices of a compiler (columns of a ring, whether a block is kept or computed again) are searched, for
-dense and sparse apart.
+Per micro-batch: all blocks forward, then backward. The matrices of a block and the unembedding are streamed; attention
+multiplies what lies on the wafer by the same law, keys and values in the place of weights; softmax, GELU and norms are
+vector passes. Weights come in and gradients go out once per micro-batch, the update happens in the memory service
+(`cluster`), and a step has a fixed cost beside all that. The choices of a compiler (columns of a ring, whether a block
+is kept or computed again) are searched, for dense and sparse apart.
 """
 
 from __future__ import annotations
 
-from collections import Counter, abc
 from dataclasses import dataclass
 
-import numpy as np
-
-from vspdf.errors import UserError, check_sparsity
-from vspdf.shapes import Shape
-from vspdf.simulator.aggregate import layer
-from vspdf.simulator.aggregate.layer import PRODUCTS, Assumption, Cost, Mapping, Weights, bounded
+from vspdf.errors import UserError
+from vspdf.simulator.aggregate import cluster, layer
+from vspdf.simulator.aggregate.law import law
+from vspdf.simulator.aggregate.layer import PRODUCTS, Cost, Mapping, Weights, bounded
+from vspdf.simulator.aggregate.model import Model, Transformer
 from vspdf.simulator.machine import Machine
 
 
@@ -38,7 +36,8 @@ class Estimate:
     Attributes
     ----------
     parts : dict of str to Cost
-        Per part of the model ("linear layers", "attention", "elementwise", "vocabulary", "update") over the step.
+        Per part of the model ("linear layers", "attention", "elementwise", "vocabulary", "between steps", "fixed") over
+        the step.
     products : dict of str to Cost
         The three products of the projections and the FFN; forward includes what is computed again.
     seconds : float
@@ -62,93 +61,25 @@ class Estimate:
         return self.total.cycles / self.clock
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model in training: a shape, its sparsified matrices with how often each occurs, a batch of sequences."""
-
-    shape: Shape
-    layers: tuple[tuple[Weights, int], ...]
-    batch: int  # sequences of a step, all systems
-    systems: int = 1
-
-    @classmethod
-    def uniform(cls, shape: Shape, batch: int, sparsity: float = 0.0, systems: int = 1) -> Model:
-        """All projection and FFN matrices at one sparsity, positions by chance."""
-        check_sparsity("`sparsity`", sparsity)
-        layers = tuple((Weights(o, i, 1 - sparsity), n) for (o, i), n in matrices(shape).items())
-        return cls(shape, layers, batch, systems)
-
-    @classmethod
-    def of_patterns(cls, shape: Shape, patterns: abc.Mapping[str, np.ndarray], batch: int, systems: int = 1) -> Model:
-        """Real positions, bool [out_features, in_features] by layer; matrices without a pattern are dense."""
-        left, layers = Counter(matrices(shape)), []
-        for mask in patterns.values():
-            layers.append((Weights(mask.shape[0], mask.shape[1], float(mask.mean()), mask), 1))
-            left[mask.shape] -= 1
-        if sum(w.numel for w, _ in layers) < shape.linear:
-            layers += [(Weights(o, i), n) for (o, i), n in left.items() if n > 0]
-        return cls(shape, tuple(layers), batch, systems)
-
-    @property
-    def dense(self) -> Model:
-        counts: Counter[tuple[int, int]] = Counter()
-        for weights, n in self.layers:
-            counts[weights.out_features, weights.in_features] += n
-        return Model(self.shape, tuple((Weights(o, i), n) for (o, i), n in counts.items()), self.batch, self.systems)
-
-    @property
-    def kept(self) -> float:
-        """The fraction of projection and FFN weights that is kept."""
-        return sum(w.nnz * n for w, n in self.layers) / sum(w.numel * n for w, n in self.layers)
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.shape.sequence_length
-
-    def flops(self, dense: bool = False) -> float:
-        """Useful FLOPs of a step: kept weights, attention in full, vocabulary (convention `spdf`)."""
-        s = self.shape
-        linear = s.linear * (1.0 if dense else self.kept)
-        return 6 * self.tokens * (linear + s.attention + s.vocabulary)
-
-    def grouped(self) -> Model:
-        """Layers of a shape as one, at their mean density: for the search."""
-        groups: dict[tuple[int, int], list[tuple[Weights, int]]] = {}
-        for weights, n in self.layers:
-            groups.setdefault((weights.out_features, weights.in_features), []).append((weights, n))
-        layers = []
-        for (o, i), members in groups.items():
-            count = sum(n for _, n in members)
-            layers.append((Weights(o, i, sum(w.density * n for w, n in members) / count), count))
-        return Model(self.shape, tuple(layers), self.batch, self.systems)
-
-
-def matrices(shape: Shape) -> dict[tuple[int, int], int]:
-    """(out_features, in_features) of the sparsified matrices and how many there are: QKV as one, projection, FFN."""
-    d, f, n = shape.d_model, shape.d_ff, shape.n_layer
-    counts: Counter[tuple[int, int]] = Counter()
-    for sides in ((3 * d, d), (d, d), (f, d), (d, f)):
-        counts[sides] += n
-    return dict(counts)
-
-
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def token_bytes(shape: Shape, columns: int, recompute: bool) -> int:
+def token_bytes(shape: Transformer, columns: int, recompute: bool) -> int:
     """SRAM of a PE per local token, fp16: what the backward pass needs of every block, and one block at work.
 
-    Kept: a block's input, Q, K, V, attention's output, the FFN's input and inner values before GELU (norms, GELU
-    and scores are computed again); with `recompute` its input alone. At work: the gradients of these; or the logits.
+    Kept: a block's input, Q, K, V, attention's output, the FFN's input and inner values before its activation (norms,
+    activations and scores are computed again); with `recompute` its input alone. At work: the gradients of these; or
+    the logits.
     """
-    d, f, v = (-(-n // columns) for n in (shape.d_model, shape.d_ff, shape.vocab_size))
-    inside = 6 * d + f
+    inner = shape.d_ff * (2 if shape.gated else 1)
+    d, q, k, f, v = (-(-n // columns) for n in (shape.d_model, shape.d_attention, shape.d_kv, inner, shape.vocab_size))
+    inside = 2 * d + 2 * q + 2 * k + f
     at_work = 4 * d + 2 * f + (inside if recompute else 0)
     return 2 * (shape.n_layer * (d if recompute else inside) + max(at_work, v))
 
 
-def placements(machine: Machine, model: Model) -> list[Placement]:
-    """Lists for every ring width both ways to keep activations, with as many sequences at a time as fit.
+def placements(machine: Machine, model: Model, among: tuple[int, ...] | None = None) -> list[Placement]:
+    """Lists for every ring width (or those `among`) both ways to keep activations, with as many sequences as fit.
 
     Raises
     ------
@@ -163,7 +94,7 @@ def placements(machine: Machine, model: Model) -> list[Placement]:
     share = -(-model.batch // model.systems)
     limit = machine.activation_share * machine.sram_bytes
     found, least = [], float("inf")
-    for columns in layer.candidates(machine, min(shape.d_model, shape.d_ff)):
+    for columns in among or layer.candidates(machine, min(shape.d_model, shape.d_ff)):
         groups = machine.width // columns * machine.height
         for recompute in (False, True):
             per_token = token_bytes(shape, columns, recompute)
@@ -192,7 +123,7 @@ def _passes(machine: Machine, elements: float) -> Cost:
     return bounded({"elementwise": machine.elementwise_passes * elements / machine.fmac_fp16_rate}, 0.0)
 
 
-def attention(machine: Machine, model: Model, place: Placement, assumption: Assumption) -> Cost:
+def attention(machine: Machine, model: Model, place: Placement) -> Cost:
     """All heads of one block over one micro-batch, forward and backward.
 
     QKᵀ and AV, and the four products of their backward pass, and once more what is not kept; a key (or value) of a
@@ -201,14 +132,12 @@ def attention(machine: Machine, model: Model, place: Placement, assumption: Assu
     """
     s, ring = model.shape, place.ring
     local = min(ring.local, s.sequence_length)
-    rule = layer.law(machine, assumption.start_up, local, "forward")
-    heads = -(-s.n_head // ring.columns)
-    rule = layer.Law(rule.start_up, rule.vector, rule.words * heads, rule.command)
+    rule = law(machine, ring.columns, local, "forward", 0.0, -(-s.n_head // ring.columns))  # keys lie on the wafer
     rows = s.sequence_length * ring.local / local
     products = 8 if place.recompute else 7  # scores are never kept; AV again only with the whole block
-    parts = rule.attribute(-(-s.d_model // ring.columns), rows)
+    parts = rule.attribute(-(-s.d_attention // ring.columns), rows)
     parts["fill"] = layer.fill(machine, ring)
-    one = bounded(parts, float(s.sequence_length) * s.d_model * ring.tokens)
+    one = bounded(parts, float(s.sequence_length) * s.d_attention * ring.tokens)
     total = Cost()
     total.add(one, products)
     total.macs = 6 * one.macs
@@ -218,18 +147,28 @@ def attention(machine: Machine, model: Model, place: Placement, assumption: Assu
 def elementwise(machine: Machine, model: Model, place: Placement) -> Cost:
     """Scores' softmax, GELU, two norms and two residual sums of a block: forward, again, backward."""
     s, ring = model.shape, place.ring
-    elements = s.sequence_length * s.n_head + s.d_ff + 4 * s.d_model
+    elements = s.sequence_length * s.n_head + s.d_ff * (2 if s.gated else 1) + 4 * s.d_model
     return _passes(machine, 3 * ring.local * elements / ring.columns)
 
 
-def estimate(
-    machine: Machine, clock: float, model: Model, place: Placement, assumption: Assumption, exact: bool = True
-) -> Estimate:
+def vocabulary(machine: Machine, clock: float, model: Model, place: Placement, exact: bool) -> Cost:
+    """The unembedding and the softmax over its logits, for the positions that get any, over one micro-batch."""
+    s, ring = model.shape, place.ring
+    if s.predicted < 1:
+        ring = Mapping.of(machine, ring.columns, max(1, round(ring.tokens * s.predicted)))
+    total = Cost()
+    for cost in layer.product_costs(machine, clock, Weights(s.vocab_size, s.d_model), ring, exact).values():
+        total.add(cost)
+    total.add(_passes(machine, 2 * ring.local * s.vocab_size / ring.columns))
+    return total
+
+
+def estimate(machine: Machine, clock: float, model: Model, place: Placement, exact: bool = True) -> Estimate:
     """One step under a given placement. `exact`: with the waiting of columns for each other."""
     s, ring = model.shape, place.ring
     products = {name: Cost() for name in PRODUCTS}
     for weights, count in model.layers:
-        costs = layer.product_costs(machine, clock, weights, ring, assumption, exact)
+        costs = layer.product_costs(machine, clock, weights, ring, exact)
         again = 2 if place.recompute else 1
         for name, cost in costs.items():
             products[name].add(cost, place.passes * count * (again if name == "forward" else 1))
@@ -238,47 +177,51 @@ def estimate(
     for cost in products.values():
         linear.add(cost)
     parts = {"linear layers": linear}
-    per_block = {
-        "attention": attention(machine, model, place, assumption),
-        "elementwise": elementwise(machine, model, place),
+    once = {
+        "attention": (attention(machine, model, place), s.n_layer),
+        "elementwise": (elementwise(machine, model, place), s.n_layer),
+        "vocabulary": (vocabulary(machine, clock, model, place, exact), 1),
     }
-    for name, cost in per_block.items():
+    for name, (cost, count) in once.items():
         parts[name] = Cost()
-        parts[name].add(cost, place.passes * s.n_layer)
-    vocabulary = Cost()
-    for cost in layer.product_costs(machine, clock, Weights(s.vocab_size, s.d_model), ring, assumption, exact).values():
-        vocabulary.add(cost)
-    vocabulary.add(_passes(machine, 2 * ring.local * s.vocab_size / ring.columns))
-    parts["vocabulary"] = Cost()
-    parts["vocabulary"].add(vocabulary, place.passes)
-    parts["update"] = update(machine, clock, model)
+        parts[name].add(cost, place.passes * count)
+    parts["between steps"] = between_steps(machine, clock, model, place, products, parts)
+    fixed = machine.step_overhead * clock
+    parts["fixed"] = Cost(fixed, {"fixed": fixed}, {"fixed": fixed})
     return Estimate(place, parts, products, clock)
 
 
-def update(machine: Machine, clock: float, model: Model) -> Cost:
-    """Cycles of the update that show: the last gradient's way out and the first weights' way back, and of the rest a
-    fraction (`update_exposed`). Several systems add their gradients on the way, a tree of exchanges."""
-    last, _ = model.layers[0]
-    dense_form = last.numel * (machine.dense_weight_bytes + machine.gradient_bytes)
-    turn = min(dense_form, last.nnz * (machine.sparse_weight_bytes + machine.gradient_bytes))
-    kept = sum(w.nnz * n for w, n in model.layers) + model.shape.vocabulary
-    turn += machine.update_exposed * kept * machine.gradient_bytes
-    levels = (model.systems - 1).bit_length()
-    cycles = (turn / machine.host_bandwidth + 2 * levels * machine.exchange_latency) * clock
-    return Cost(cycles, {"I/O": cycles}, {"I/O": cycles}, 0.0, cycles)
+def between_steps(
+    machine: Machine, clock: float, model: Model, place: Placement, products: dict[str, Cost], parts: dict[str, Cost]
+) -> Cost:
+    """What of the chain gradients, tree, update, weights shows between two steps, and the wait for the slowest."""
+    joined = cluster.Cluster.of(machine, model.systems, clock)
+    s = model.shape
+    forward = products["forward"].cycles / (2 if place.recompute else 1)
+    inside = sum(cost.cycles for cost in products.values()) + parts["attention"].cycles + parts["elementwise"].cycles
+    forward += (parts["attention"].cycles + parts["elementwise"].cycles) / 3
+    blocks = place.passes * s.n_layer
+    one = cluster.Block(forward / blocks, (inside - forward) / blocks, (model.trained - s.vocabulary) / s.n_layer)
+    last = parts["vocabulary"].cycles / place.passes
+    found = cluster.exposed(
+        [*[one] * s.n_layer, cluster.Block(last / 3, last * 2 / 3, float(s.vocabulary))], model.layers[0][0].nnz, joined
+    )
+    found["waiting"] += joined.straggling * sum(cost.cycles for cost in parts.values())
+    cycles = sum(found.values())
+    bounds = {"I/O": found["streaming"], "tree": found["tree"], "memory": found["update"] + found["waiting"]}
+    return Cost(cycles, dict(found), bounds, 0.0, found["streaming"])
 
 
-def search(machine: Machine, clock: float, model: Model, assumption: Assumption) -> Estimate:
+def search(machine: Machine, clock: float, model: Model, among: tuple[int, ...] | None = None) -> Estimate:
     """The fastest placement that fits, by expectation; then what it costs with the real positions, where known."""
     grouped = model.grouped()
 
     def lower(place: Placement) -> float:
-        return estimate(machine, clock, grouped, place, assumption, exact=False).total.cycles
+        return estimate(machine, clock, grouped, place, exact=False).total.cycles
 
     def exact(place: Placement) -> tuple[float, Estimate]:
-        found = estimate(machine, clock, grouped, place, assumption)
+        found = estimate(machine, clock, grouped, place)
         return found.total.cycles, found
 
-    place, found = layer.best(placements(machine, model), lower, exact)
-    measured = any(weights.mask is not None for weights, _ in model.layers)
-    return estimate(machine, clock, model, place, assumption) if measured else found
+    place, found = layer.best(placements(machine, model, among), lower, exact)
+    return estimate(machine, clock, model, place) if model.measured else found

@@ -83,6 +83,7 @@ class Code:
         self.entry_cycles: list[int] = []
         self.costs: dict[str, int] = {}
         self._section: list[str] = []
+        self._free = False
 
     # -- descriptors --
 
@@ -116,11 +117,19 @@ class Code:
         yield
         self._section.pop()
 
+    @contextmanager
+    def free(self) -> Iterator[None]:
+        """Instructions inside cost nothing: a state machine does them, or `work` counted them in one sum."""
+        self._free = True
+        yield
+        self._free = False
+
     @property
     def here(self) -> int:
         return len(self.instrs)
 
     def _emit(self, op: Any, a: int = 0, b: int = 0, c: int = 0, imm: int = 0, cycles: int = 0) -> int:
+        cycles = 0 if self._free else cycles
         self.instrs.append([op, a, b, c, imm, cycles])
         if self._section:
             self.costs[self._section[-1]] += cycles
@@ -201,17 +210,30 @@ class Code:
 
     def vector(
         self, arith: str, dst: int, src0: int = 0, src1: int = 0, scalar: int = 0, *, asynchronous: bool = False,
-        pair: bool = False, activate: int = -1, unblock: int = -1, chained: bool = False, cycles: int = 0,
+        pair: bool = False, low: bool = False, activate: int = -1, unblock: int = -1, chained: bool = False, cycles: int
+        = 0,
     ) -> None:  # fmt: skip
         """dst = src0 (move), f (fill), src0 + src1, src0 · src1, src0 + src1 · f (fmac); f = src0 · src1 (dot).
 
         Operands are descriptor numbers, `scalar` an f register. With a fabric operand the operation streams:
-        `asynchronous` as a micro-thread beside the task, which at its end activates or unblocks a task. `chained`:
+        `asynchronous` as a micro-thread beside the task, which at its end activates or unblocks a task, and which takes
+        turns with the task on the datapath, or with `low` priority only what the task leaves idle. `chained`:
         follows its like without a gap, as data-triggered operations do: no start-up, the pipeline stays full.
         """
         kind = getattr(_ARITH, arith)
-        self.vectors.append(_core.Vector(kind, dst, src0, src1, scalar, chained, asynchronous, pair, activate, unblock))
+        self.vectors.append(
+            _core.Vector(kind, dst, src0, src1, scalar, chained, asynchronous, pair, low, activate, unblock)
+        )
         self._emit(_OP.vector, len(self.vectors) - 1, cycles=cycles)
+
+    @contextmanager
+    def map(self, r: int, limit: int, section: str) -> Iterator[None]:
+        """A loop whose descriptors advance by themselves, as `@map` runs them: a step costs its branch and its body."""
+        start = self.here
+        with self.section(section):
+            yield
+            self.add(r, r, imm=1, cycles=0)
+            self._emit(_OP.less, r, limit, imm=start, cycles=self.machine.branch_cycles)
 
     @contextmanager
     def loop(self, r: int, limit: int, wide: bool = False, section: str = "") -> Iterator[None]:
@@ -260,6 +282,10 @@ class Region:
     def route(self, x: int, y: int, colour: int, rx: str, tx: str, *more: tuple[str, str]) -> None:
         """Wavelets of `colour` that come in by a port of `rx` leave by all of `tx`; `more`: further switch places."""
         self._call("route", x, y, colour, [(_mask(r), _mask(t)) for r, t in ((rx, tx), *more)])
+
+    def filter(self, x: int, y: int, colour: int, ports: str, low: int, high: int) -> None:
+        """Data of `colour` leaves by `ports` only if its index (low 16 bits) lies in [low, high); control passes."""
+        self._call("filter", x, y, colour, _mask(ports), low, high)
 
     def queue(self, x: int, y: int, colour: int, queue: int) -> None:
         self._call("queue", x, y, colour, queue)
@@ -326,8 +352,36 @@ class Region:
         ------
         Deadlock
             If something is left but nothing can move; the message says who waits for whom.
+        RuntimeError
+            If a cycle or a wavelet was lost: the simulator would be wrong.
         """
-        return self._call("run", max_cycles)
+        cycles = self._call("run", max_cycles)
+        self._conserve(cycles)
+        return cycles
+
+    def _conserve(self, cycles: int) -> None:
+        """Counts from both ends: cycles by the clock and by what was issued, wavelets sent and delivered."""
+        s, core = self.stats, self._fabric
+        lost = {
+            "a cycle of a PE": s["busy"] + s["wait_data"] + s["back_pressure"] + s["idle"] - cycles,
+            "a busy cycle's cause": s["vector"] + s["bank_stall"] + s["scalar"] + s["task_switch"] - s["busy"],
+            "a wavelet (sent x fan-out is not what was delivered)": np.subtract(core.due, core.delivered),
+        }
+        for what, difference in lost.items():
+            if np.any(difference):
+                raise RuntimeError(f"the event simulator lost {what}: please report this program.")
+
+    def conserve_fmacs(self, expected: int) -> None:
+        """Every multiply-add that the operands ask for was done, and no other.
+
+        Raises
+        ------
+        RuntimeError
+            If not: the program, or the simulator, would be wrong.
+        """
+        done = int(self.stats["fmacs"].sum())
+        if done != expected:
+            raise RuntimeError(f"the event simulator did {done:,} multiply-adds, not {expected:,}.")
 
     def stamps(self, slot: int) -> np.ndarray:
         return self._fabric.stamps(slot)

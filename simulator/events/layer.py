@@ -1,30 +1,31 @@
-"""Small layers on level 1: our streaming programs on a region of the wafer, with real or random masks."""
+"""Small layers on level 1: the streaming programs on one row of the wafer's PEs, with real or random masks."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vspdf.errors import UserError
+from vspdf.errors import UserError, require
 from vspdf.simulator.aggregate import layer
-from vspdf.simulator.aggregate import programs as aggregate_programs
-from vspdf.simulator.aggregate.layer import Weights
+from vspdf.simulator.aggregate.layer import Mapping, Weights
 from vspdf.simulator.events import pictures, programs
 from vspdf.simulator.events.fabric import Region, tracing
 from vspdf.simulator.machine import Machine
 
-MOST_MACS = 3e8  # multiply-adds of a product that level 1 runs in a minute or so
-MOST_SIDE = 32  # columns and rows of its region, at most
+MOST_WEIGHTS = 2_500_000  # of a matrix that level 1 streams three times, dense and sparse, in half a minute or so
+DRAWN_ROWS = 4  # of a region that is drawn
 
 
 def event_layer(
     machine: Machine, weights: Weights, tokens: int, plot: Path | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """A small layer on level 1: our streaming programs on a region, dense and sparse, with level 2 beside each.
+    """A small layer on level 1, dense and sparse, under the mapping that level 2 chooses, with level 2 beside each.
+
+    All rows of PEs and all replicas of a ring do the same at a hop's delay, so one row of one ring runs, fed by as many
+    links as its columns have at the edge; the way to the others is added (``beyond_region``, cycles of each product).
 
     Parameters
     ----------
@@ -34,68 +35,86 @@ def event_layer(
     Raises
     ------
     UserError
-        If the layer is too large, or does not divide into a region; as `pictures.plot`.
+        If the layer is too large for level 1, or too narrow for a ring; as `pictures.plot`.
     """
     pictures.check_paths(None, plot)
-    rows_out, rows_in = weights.out_features, weights.in_features
-    if weights.numel * tokens > MOST_MACS:
+    if weights.numel > MOST_WEIGHTS:
         raise UserError(
-            f"`level` event runs layers of up to {MOST_MACS:.0e} multiply-adds, this one has "
-            f"{weights.numel * tokens:.1e}: take fewer features or tokens, or `level` aggregate."
+            f"`level` event streams layers of up to {MOST_WEIGHTS:,} weights, this one has {weights.numel:,}: take "
+            "fewer features, or `level` aggregate, which answers the same question in closed form."
         )
-    columns = _divisor(math.gcd(rows_in, rows_out))
-    rows = _divisor(tokens // 4) if tokens % 4 == 0 else 0
-    if columns < 2 or rows < 1:
-        raise UserError(
-            "`level` event needs `in_features` and `out_features` with a common divisor and `tokens` that are a "
-            f"multiple of 4, not {rows_in}, {rows_out} and {tokens}."
-        )
+    if min(weights.in_features, weights.out_features) < 2:
+        raise UserError("`level` event needs at least 2 features in and out: a ring has 2 columns.")
+    require(
+        machine.sum_bytes == 2, "`level` event adds up in fp16: sum_bytes must be 2 there, other sums are in the law."
+    )
+    clock = next(iter(machine.clocks.values()))
     random = np.random.default_rng(seed)
-    kept = random.random((rows_out, rows_in)) < weights.density if weights.mask is None else weights.mask
-    w = (random.standard_normal((rows_out, rows_in)) * 0.1).astype(np.float32)
-    x, dy = ((random.standard_normal((n, tokens)) * 0.1).astype(np.float32) for n in (rows_in, rows_out))
-    local = tokens // rows
+    shape = (weights.out_features, weights.in_features)
+    kept = random.random(shape) < weights.density if weights.mask is None else weights.mask
+    if not kept.any():
+        raise UserError("not a single weight is kept: there is nothing to stream.")
+    real = Weights(*shape, float(kept.mean()), kept)
     products: dict[str, Any] = {name: {} for name in layer.PRODUCTS}
-    for kind, mask in (("dense", np.ones_like(kept)), ("sparse", kept)):
-        counts, turned = (m.reshape(len(m), columns, -1).sum(2) for m in (mask, mask.T))
-        block, block_out = rows_in // columns, rows_out // columns
+    mappings, beyond = {}, {}
+    for kind, matrix in (("dense", Weights(*shape)), ("sparse", real)):
+        chosen = layer.estimate_layer(machine, clock, matrix, tokens)
+        mappings[kind] = mapping = _ring(chosen.mapping)
+        mask = np.ones(shape, bool) if kind == "dense" else kept
         drawn = plot if kind == "sparse" else None
-        with tracing(drawn is not None):
-            forward = programs.stream_layer(machine, w, mask, x, columns, rows)
-        if drawn:
-            pictures.plot(forward.region, drawn, f"forward, {rows_in} to {rows_out} features, {columns} x {rows} PEs")
-        events = {
-            "forward": forward.cycles,
-            "grad_input": programs.stream_layer(machine, w.T, mask.T, dy, columns, rows).cycles,
-            "grad_values": programs.stream_gradient(machine, mask, dy, x, columns, rows).cycles,
-        }
-        closed = {
-            "forward": aggregate_programs.stream_layer(machine, counts, block, local, rows),
-            "grad_input": aggregate_programs.stream_layer(machine, turned, block_out, local, rows),
-            "grad_values": aggregate_programs.stream_gradient(machine, counts, block, local, rows),
-        }
-        for name in layer.PRODUCTS:
-            products[name][kind] = {"cycles": int(events[name]), "aggregate": round(closed[name])}
+        closed = layer.product_costs(machine, clock, matrix, mapping)
+        beyond[kind] = (machine.width + mapping.rows) * machine.hop_cycles
+        for name, cycles in _products(machine, mask, mapping, random, drawn).items():
+            products[name][kind] = {"cycles": cycles + beyond[kind], "aggregate": round(closed[name].cycles)}
     total = {k: sum(products[name][k]["cycles"] for name in layer.PRODUCTS) for k in ("dense", "sparse")}
     speedup = total["dense"] / total["sparse"]
     three = ("low", "central", "high")
+    region = {"columns": mappings["sparse"].columns, "rows": DRAWN_ROWS if plot else 1}
     return {
         "tokens": tokens,
-        "in_features": rows_in,
-        "out_features": rows_out,
-        "sparsity": 1 - float(kept.mean()),
+        "in_features": weights.in_features,
+        "out_features": weights.out_features,
+        "sparsity": 1 - real.density,
         "machine": machine.name,
+        "note": machine.note,
         "level": "event",
-        "region": {"columns": columns, "rows": rows},
+        "region": region,
+        "why": f"one row of {region['columns']} PEs stands for the wafer's {machine.width} x {machine.height}: all "
+        "rows and replicas of a ring do the same a hop later",
+        "mapping": {kind: asdict(mapping) for kind, mapping in mappings.items()},
+        "beyond_region": beyond,
         "cycles": {"dense": total["dense"], "sparse": dict.fromkeys(three, total["sparse"])},
-        "speedup": {**dict.fromkeys(three, speedup), "ideal": kept.size / kept.sum()},
+        "speedup": {**dict.fromkeys(three, speedup), "ideal": 1 / real.density},
         "products": products,
     }
 
 
-def _divisor(n: int) -> int:
-    """The largest one that is a side of a region; 0 where there is none but 1, and n is not 1."""
-    return max((d for d in range(1, MOST_SIDE + 1) if n % d == 0), default=0)
+def _ring(mapping: Mapping) -> Mapping:
+    """The same with two columns at least, which a ring has."""
+    return mapping if mapping.columns > 1 else Mapping(2, *list(asdict(mapping).values())[1:])
+
+
+def _products(
+    machine: Machine, mask: np.ndarray, mapping: Mapping, random: np.random.Generator, plot: Path | None
+) -> dict[str, int]:
+    """Cycles of the three products on a row of a ring; features and tokens are padded to what the programs take."""
+    columns, rows = mapping.columns, DRAWN_ROWS if plot else 1
+    share = max(1, round(columns / machine.edge_links))
+    tokens = -(-mapping.local // 4) * 4 * rows
+    whole = np.zeros([-(-n // columns) * columns for n in mask.shape], bool)
+    whole[: mask.shape[0], : mask.shape[1]] = mask
+    w = (random.standard_normal(whole.shape) * 0.1).astype(np.float32)
+    x, dy = ((random.standard_normal((n, tokens)) * 0.1).astype(np.float32) for n in whole.shape[::-1])
+    n_out, n_in = mask.shape
+    with tracing(plot is not None):
+        forward = programs.stream_layer(machine, w[:n_out], whole[:n_out], x, columns, rows, share)
+    if plot:
+        pictures.plot(forward.region, plot, f"forward, {n_in} to {n_out} features, {columns} x {rows} PEs")
+    back = programs.stream_layer(machine, w.T[:n_in], whole.T[:n_in], dy, columns, rows, share)
+    values = programs.stream_gradient(
+        machine, whole.T[:n_in], x[:n_in], dy, columns, rows, share
+    )  # rides on back's stream
+    return {"forward": int(forward.cycles), "grad_input": int(back.cycles), "grad_values": int(values.cycles)}
 
 
 # What a report shows of a run's mask: a corner of it that level 1 runs in a moment.

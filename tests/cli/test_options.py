@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-from dataclasses import asdict
 from importlib.resources import files
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 import typer
 
 from vspdf.cli import app
+from vspdf.pattern import Pattern
 
 CONFIG = """
 name: one
@@ -144,6 +144,7 @@ CASES = {
             "--out": "--out 128",
             "--sparsity": "--sparsity 0.5",
             "--run": ("--layer h.0.mlp.c_fc", "--run {run}"),
+            "--mask": (LAYER, "--mask {mask}"),
             "--layer": ("--run {run} --layer h.0.mlp.c_fc", "--layer h.0.attn.c_proj"),
             "--plot": "--plot p.png",
             **MACHINE,
@@ -159,10 +160,29 @@ CASES = {
             "--sequence": "--sequence 512",
             "--systems": "--systems 2",
             "--sparsity": "--sparsity 0.5",
+            "--tokens": "--tokens 1e9",
+            "--sweep": "--sweep batch=8,16",
+            "--plot": ("--model gpt2-small --batch 8 --sweep batch=8,16", "--plot p.png"),
             **MACHINE,
             "--level": "--level event",
+            "--details": "--details",
         },
     ),
+    "simulate scale": (
+        "--model gpt2-small --batch 16 --systems 1,2",
+        {
+            "--model": "--model gpt3-xl",
+            "--run": ("", "--run {run} --systems 1,2"),
+            "--systems": "--systems 1,4",
+            "--batch": "--batch 32",
+            "--weak": "--weak",
+            "--sequence": "--sequence 512",
+            "--sparsity": "--sparsity 0.5",
+            "--plot": "--plot p.png",
+            **MACHINE,
+        },
+    ),
+    "simulate machines": ("", {}),
     "simulate spmm": (
         SPMM,
         {
@@ -232,6 +252,20 @@ CASES = {
             "--tune": "--tune",
         },
     ),
+    "bench decode": (
+        "--model {run} --sparsity 0.5 --rounds 1 --tokens 1 --context 4",
+        {
+            "--model": "--model {wordless}",
+            "--sparsity": "--sparsity 0.9",
+            "--dtype": "--dtype float32",
+            "--batch-size": "--batch-size 2",
+            "--context": "--context 5",
+            "--tokens": "--tokens 2",
+            "--threads": "--threads 2",
+            "--rounds": "--rounds 2",
+            "--csv": "--csv rows.csv",
+        },
+    ),
     "bench step": (
         SMALL_STEP,
         {
@@ -256,7 +290,7 @@ REFUSED = {
     "values unseen": (f"simulate gemm {SQUARE} --level aggregate --seed 1", "--seed draws the values that the event"),
     "a run's own mask": ("simulate layer --run {run} --layer h.0.mlp.c_fc --sparsity 0.5", "leave --sparsity away"),
     "a run's own size": ("simulate layer --run {run} --layer h.0.mlp.c_fc --in 3", "leave --in away"),
-    "no run": (f"simulate layer {LAYER} --layer h.0.mlp.c_fc", "--layer is one of a run"),
+    "no run": (f"simulate layer {LAYER} --layer h.0.mlp.c_fc", "--layer is one of a --run or of a --mask file"),
     "no tasks": ("eval {run} --limit 3", "--limit goes with --tasks"),
     "no input": ("generate {run} --batch-size 3", "--batch-size goes with --input"),
     "two prompts": ("generate {run} --input {lines} --prompt x", "--prompt is not read beside --input"),
@@ -318,13 +352,14 @@ def places(tmp_path_factory, corpus):
     for name, (file, text) in texts.items():
         found[name] = folder / file
         found[name].write_text(text)
+    found["mask"] = folder / "mask.smtx"
+    Pattern.random((96, 48), 0.7, seed=0).write(found["mask"])
     found["tasks"].mkdir()
     (found["tasks"] / "own.yaml").write_text(TASK)
     rows = [{"question": q, "choices": ["!", "?"], "answer": n % 2} for n, q in enumerate(("sky", "two", "water"))]
     (found["tasks"] / "questions.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train(loading.load(found["config"], [f"run_dir={found['run']}"]))
-    shape, activation = checkpoints.shape_of(found["run"])
-    start = (str(found["run"]), ModelConfig(**asdict(shape), activation=activation))
+    start = (str(found["run"]), ModelConfig(**vars(checkpoints.shape_of(found["run"]))))
     there = [f"data.path={found['pairs']}", f"run_dir={found['tuned']}"]
     train(loading.load(found["tuning"], there, start=start))
     convert.convert(found["run"], found["wordless"])

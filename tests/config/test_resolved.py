@@ -27,12 +27,14 @@ CASES = {
 # What None means in each is said in vspdf.config.resolved: there is no such thing, or the data tell.
 NONE_THERE = {
     "text": {"init_from", "start", "model.name", "model.vocab_size", "data.path", "data.validation_path", "data.length",
-             "data.first_sequence", "data.cache_dir", "train.threads", "phases.1.sparsity_end", "phases.1.update_every",
-             "phases.2.sparsity_end", "phases.2.update_every"},
-    "task": {"init_from", "model.name", "data.validation_path", "data.first_sequence", "data.cache_dir",
-             "train.threads", "phases.0.sparsity_end", "phases.0.update_every"},
-    "preset": {"init_from", "start", "data.path", "data.validation_path", "data.length", "data.first_sequence",
-               "data.cache_dir", "train.threads", "phases.0.sparsity_end", "phases.0.update_every"},
+             "data.first_sequence", "data.cache_dir", "train.threads", "model.rope_scaling", "phases.1.sparsity_end",
+             "phases.1.update_every", "phases.2.sparsity_end", "phases.2.update_every",
+             *(f"phases.{i}.init_file" for i in range(3))},
+    "task": {"init_from", "model.rope_scaling", "model.name", "data.validation_path", "data.first_sequence",
+             "data.cache_dir", "train.threads", "phases.0.sparsity_end", "phases.0.update_every", "phases.0.init_file"},
+    "preset": {"init_from", "model.rope_scaling", "start", "data.path", "data.validation_path", "data.length",
+               "data.first_sequence", "data.cache_dir", "train.threads", "phases.0.sparsity_end",
+               "phases.0.update_every", "phases.0.init_file"},
 }  # fmt: skip
 
 

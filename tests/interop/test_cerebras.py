@@ -2,11 +2,12 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
 
-from vspdf.config import loading
+from vspdf.config import loading, resolve
 from vspdf.config.settings import ModelConfig
 from vspdf.data.text import prepare
 from vspdf.errors import UserError
@@ -132,6 +133,48 @@ def test_names_of_earlier_releases_are_read_too(tmp_path):
     assert found.phases[0].warmup_steps == 2
 
 
+LLAMA = {
+    "position_embedding_type": "rotary", "norm_type": "rmsnorm", "nonlinearity": "swiglu", "use_ffn_bias": False,
+    "use_projection_bias_in_attention": False, "use_ffn_bias_in_attention": False, "initializer": None,
+    "output_layer_initializer": None, "initializer_range": 0.02, "embedding_dropout_rate": 0.0,
+}  # fmt: skip
+ZOO = {
+    "llama-3.2-1b": {
+        "vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 16, "num_heads": 32, "filter_size": 8192,
+        "max_position_embeddings": 8192, "attention_module": "multiquery_attention",
+        "extra_attention_params": {"num_kv_groups": 8}, "rope_theta": 500000.0, "rotary_dim": 64,
+        "pos_scaling_factor": 32.0, "pos_scaling_type": "llama3", "share_embedding_weights": True,
+        "pos_scaling_extra_args": {"high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                                   "original_max_position_embeddings": 8192},
+    },
+    "llama-350m": {
+        "vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 24, "num_heads": 16, "filter_size": 2736,
+        "max_position_embeddings": 1024, "rotary_dim": 64, "share_embedding_weights": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_llama_family_of_their_zoo(tmp_path, name, caplog):
+    found = loaded(current(**LLAMA | ZOO[name]), tmp_path)
+    expected = MODELS[name]
+    assert resolve.model_shape(found.model) == replace(expected, sequence_length=found.model.sequence_length)
+    assert "not read here" not in caplog.text and found.model.init_std == 0.02
+
+
+def test_filters_name_the_matrices_of_a_llama(tmp_path):
+    """Their linear_layer is what is gated, linear_layer_for_glu the gate."""
+    block = [{"sparsity": 0.9, "param_filter": ["*linear_layer.weight", "*proj_k_dense_layer.weight"]},
+             {"sparsity": 0.5, "param_filter": "*linear_layer_for_glu.weight"}]  # fmt: skip
+    found = loaded(current(block, **LLAMA), tmp_path)
+    phase = found.phases[0]
+    amounts = phase.of_layers(resolve.linear_layers(found.model))
+    assert {name.removeprefix("h.0."): s for name, s in amounts.items() if name.startswith("h.0.")} == {
+        "attn.q_proj": 0.0, "attn.k_proj": 0.9, "attn.v_proj": 0.0, "attn.o_proj": 0.0, "mlp.gate_proj": 0.5,
+        "mlp.up_proj": 0.9, "mlp.down_proj": 0.9,
+    }  # fmt: skip
+
+
 def edited(body, path, value):
     body = copy.deepcopy(body)
     *way, last = path.split(".")
@@ -148,8 +191,15 @@ def edited(body, path, value):
 UNLIKE = {
     "dropout": ("model.dropout_rate", 0.1, r"model.dropout_rate = 0.1 is not offered; expected 0.0"),
     "dropout left out": ("model.dropout_rate", None, r"model.dropout_rate is not set, which means 0.1 there"),
-    "rotary": ("model.position_embedding_type", "rotary", r"position_embedding_type = 'rotary' is not offered"),
-    "swiglu": ("model.nonlinearity", "swiglu", r"model.nonlinearity = 'swiglu' is not offered; expected 'gelu'"),
+    "alibi": ("model.position_embedding_type", "alibi", r"'alibi' is not offered; expected 'learned' or 'rotary'"),
+    "relu": ("model.nonlinearity", "relu", r"model.nonlinearity = 'relu' is not offered; expected 'gelu' or 'swiglu'"),
+    "some biases": ("model.use_ffn_bias", False, r"= \[True, True, False\] is not offered; expected all, none, or the"),
+    "a sliding window": ("model.attention_sliding_window_length", 8, r"sliding_window_length = 8 is not offered"),
+    "groups": (
+        "model.attention_inner_dim",
+        "all",
+        r"attention_inner_dim must be a whole number of at least 1, not",
+    ),
     "µP": ("model.embeddings_scale", 10.0, r"model.embeddings_scale is µP, which is not trained here"),
     "no size": ("model.hidden_size", "wide", r"model.hidden_size must be a whole number, not 'wide'"),
     "no initializer": ("model.output_layer_initializer", {"name": "uniform"}, r"must be a truncated_normal with a std"),

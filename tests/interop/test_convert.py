@@ -75,7 +75,7 @@ def test_there_and_back_every_bit_is_the_same(trained, tmp_path, vspdf):
     assert status == 0 and "a Hugging Face folder" in out and "wrote" in out
     ours, again = checkpoints.load(trained), checkpoints.load(tmp_path / "again")
     assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), again.model.parameters(), strict=True))
-    assert again.tokenizer.to_json() == ours.tokenizer.to_json() and again.state["activation"] == "gelu"
+    assert again.tokenizer.to_json() == ours.tokenizer.to_json() and again.model.shape.mlp == "gelu"
     direct = checkpoints.load(tmp_path / "hf")
     assert torch.equal(logits(direct.model, some_tokens()), logits(ours.model, some_tokens()))
 
@@ -119,11 +119,11 @@ def cerebras_configuration(name):
 @pytest.mark.parametrize("name", SEVEN)
 def test_cerebras_gpt_is_known_at_all_seven_sizes(name):
     assert len(SEVEN) == 7
-    shape, activation, scales = hugging_face.read_configuration(cerebras_configuration(name))
-    assert shape == MODELS[name] and activation == "gelu" and hugging_face.known_name(shape) == name
+    shape, scales = hugging_face.read_configuration(cerebras_configuration(name))
+    assert shape == MODELS[name] and hugging_face.known_name(shape) == name
     assert scales == hugging_face.Scales(1.0, 1.0, 1.0, by_layer=False)
     with torch.device("meta"):
-        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**hugging_face.configuration_of(shape)))
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**hugging_face.configuration_of(shape)[1]))
     turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     shapes = {
         n.removeprefix("transformer."): tuple(p.shape)[::-1] if n.endswith(turned) else tuple(p.shape)
@@ -216,9 +216,9 @@ def test_mup_scales_are_folded_into_the_weights(tmp_path, keys):
 
 
 REFUSED = {
-    "llama": ({"model_type": "llama"}, r"model_type 'llama' is not a GPT-2 layout"),
+    "bloom": ({"model_type": "bloom"}, r"model_type 'bloom' is not covered; expected one of gpt2, btlm, jais, llama, "),
     "relu": ({"activation_function": "relu"}, r"activation_function 'relu' is not supported; expected one of gelu, "),
-    "another eps": ({"layer_norm_epsilon": 1e-6}, r"layer_norm_epsilon = 1e-06 is not supported; expected 1e-05"),
+    "no eps": ({"layer_norm_epsilon": "small"}, r"layer_norm_epsilon must be a number, not 'small'"),
     "alibi": ({"position_embedding_type": "alibi"}, r"position_embedding_type = 'alibi' is not supported"),
     "cross-attention": ({"add_cross_attention": True}, r"add_cross_attention = True is not supported"),
     "quantised": ({"quantization_config": {"bits": 4}}, r"quantization_config = \{'bits': 4\} is not supported"),
@@ -264,10 +264,15 @@ NASTY = [None, True, "", "x", -1, 0, 1, 0.5, 10**9, 2**63, -(2**70), 1e308, floa
          [None], {"": 1}, "\0", "\ud800"]  # fmt: skip
 
 
-def test_an_output_head_of_its_own_is_refused(tmp_path):
+def test_an_output_head_of_its_own(tmp_path):
+    """Is taken over where the configuration says so, and refused where it says otherwise."""
     made = theirs(tmp_path, save=False, activation_function="gelu", tie_word_embeddings=False)
     made.lm_head.weight = torch.nn.Parameter(torch.randn(61, 32))
     made.save_pretrained(tmp_path)
+    model = checkpoints.load(tmp_path).model
+    assert torch.equal(model.lm_head.weight, made.lm_head.weight) and not model.shape.tie
+    body = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(body | {"tie_word_embeddings": True}))
     with pytest.raises(UserError, match=r"its output head differs from its embeddings"):
         checkpoints.load(tmp_path)
 

@@ -222,6 +222,22 @@ def test_compiles_without_graph_breaks(backend, dynamic):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_layer_is_no_constant():
+    layer = vspdf.SparseLinear.from_linear(torch.nn.Linear(8, 6), Pattern.random((6, 8), 0.5, seed=5))
+    traced = torch.jit.trace(layer, torch.randn(4, 8), check_trace=False)
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(traced(x), layer(x))
+
+
+def test_the_profiler_names_the_products():
+    layer = vspdf.SparseLinear.from_linear(torch.nn.Linear(8, 6), Pattern.random((6, 8), 0.5, seed=5))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        layer(torch.randn(4, 8, requires_grad=True)).sum().backward()
+    named = {event.key for event in profile.key_averages()}
+    assert {"vspdf::linear", "vspdf::grad_input", "vspdf::grad_values"} <= named
+
+
 def test_a_compiled_layer_follows_its_pattern():
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(40, 24))

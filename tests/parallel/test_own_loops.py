@@ -173,7 +173,7 @@ def test_what_needs_whole_weights_says_so(found, verb):
 
 
 def test_dcp_checkpoints_are_read_by_one_process(found, folder):
-    model = sharded.load_model(folder / "dcp", Shape(2, 32, 4, 128, 257, 16), "gelu")
+    model = sharded.load_model(folder / "dcp", Shape(2, 32, 4, 128, 257, 16))
     assert len(sparse_layers(model)) == 8
     whole, ours = load_file(folder / "whole.safetensors"), model_tensors(model)
     assert whole.keys() == ours.keys() and all(torch.equal(whole[name], ours[name]) for name in whole)

@@ -228,7 +228,7 @@ def test_a_hugging_face_folder_is_the_model_it_describes(tmp_path):
 
 def test_a_configuration_keeps_its_own_phases_and_budget():
     found = plan("quickstart")
-    assert steps(found) == [(0.9, 250), (0.0, 50)] and found.shape.vocab_size == 257
+    assert steps(found) == [(0.9, 250), (0.0, 50)] and found.shape.vocab_size == 1024
     assert found.effective_sparsity == pytest.approx(0.75) and found.dense.steps == 300
     assert steps(plan("quickstart", sparsity=0.8, effective=0.5, steps=100)) == [(0.8, 100), (0.0, 30)]
 
@@ -251,7 +251,7 @@ def test_what_is_written_loads_as_the_plan(tmp_path, model):
         (p.sparsity, p.steps, p.tokens) for p in found.phases
     ]
     assert {phase.lr_multiple for phase in loaded.phases} == {3.0} and loaded.name == "mine"
-    assert resolve.model_shape(loaded.model, 257) == found.shape
+    assert resolve.model_shape(loaded.model, found.shape.vocab_size) == found.shape
     lr = PUBLISHED[model].lr if model in PUBLISHED else found.config.optimizer.lr
     assert loaded.optimizer.lr == lr
     again = plan(tmp_path / "mine.yaml")
@@ -348,7 +348,7 @@ def test_bad_input_in_one_line(command, arguments, messages):
     "body, message",
     [
         ("{", "config.json is no JSON"),
-        ('{"model_type": "llama"}', "model_type 'llama' is not known"),
+        ('{"model_type": "mixtral"}', "model_type 'mixtral' are not known"),
         ('{"model_type": "gpt2", "n_embd": "x"}', "expected a whole number as n_layer"),
     ],
     ids=["broken", "another architecture", "missing sizes"],

@@ -5,6 +5,7 @@ import pytest
 
 from vspdf.errors import UserError
 from vspdf.simulator import machine
+from vspdf.simulator.events import programs
 from vspdf.simulator.events.fabric import Code, Deadlock, Region
 
 CS2 = machine.load("cs2")
@@ -294,3 +295,18 @@ def test_an_address_beyond_the_data_names_the_pe_and_the_cycle():
     place(region, 0, 0, (code, task), np.zeros(5))
     with pytest.raises(RuntimeError, match=r"PE \(0, 0\), cycle \d+: reads SRAM at byte 400"):
         region.run()
+
+
+def test_what_is_lost_is_noticed():
+    """Cycles, wavelets and multiply-adds are counted from both ends after every run."""
+    w, mask, x = np.ones((6, 8), np.float32), np.ones((6, 8), bool), np.ones((8, 8), np.float32)
+    region = programs.stream_layer(CS2, w, mask, x, 4, 2, 2).region
+    region._conserve(region.cycles)
+    region.conserve_fmacs(6 * 8 * 8)
+    with pytest.raises(RuntimeError, match="lost a cycle of a PE"):
+        region._conserve(region.cycles + 1)
+    with pytest.raises(RuntimeError, match="did 384 multiply-adds, not 385"):
+        region.conserve_fmacs(385)
+    assert region._fabric.due == region._fabric.delivered  # sent x fan-out, filters counted
+    sent, delivered = region.wavelets(0)
+    assert sent == 6 * 8 + 6 * 2 and delivered == 2 * 6 * 8 + 2 * 4 * 6  # to two rows; commands to all four columns

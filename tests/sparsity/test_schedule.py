@@ -5,7 +5,7 @@ import pytest
 
 from vspdf.config.settings import PhaseConfig
 from vspdf.errors import UserError
-from vspdf.shapes import linear_layers
+from vspdf.shapes import Shape, linear_layers
 from vspdf.sparsity import schedule
 from vspdf.sparsity.schedule import Phase
 from vspdf.train.schedule import Position, position
@@ -142,7 +142,7 @@ def test_cycling_takes_its_levels_in_turn_and_stretches_add_up():
 def test_what_is_left_out_follows_and_layers_have_amounts_of_their_own():
     found = Phase(schedule="exp", sparsity=0.9, steps=25).resolved("phase")
     assert (found.sparsity_end, found.update_every, found.name) == (0.0, 3, "sparse 0.9")
-    layers = linear_layers(2, 10, 40)
+    layers = linear_layers(Shape(2, 10, 1, 40, 5, 8))
     apart = Phase(sparsity=0.5, layers={"*.c_fc": 0.9, "h.0.*": 0.0}, steps=1).resolved("phase", None, layers)
     assert apart.of_layers(layers)["h.0.mlp.c_fc"] == 0.9 and apart.of_layers(layers)["h.1.attn.c_proj"] == 0.5
     assert apart.mean(layers) == pytest.approx((2 * 400 * 0.9 + (400 + 400) * 0.5) / 2400)

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import vspdf
 from vspdf.errors import UserError
+from vspdf.kernels import cpu
 from vspdf.pattern import Pattern, kept_count
 from vspdf.sparsity.layer import SparseLinear, build_plans, sparse_layers, training_state_bytes
 from vspdf.sparsity.optimizer import RevivedWarmup
@@ -521,6 +522,34 @@ def test_layers_densify_at_their_own_pace():
     assert model[2].pattern.sparsity == pytest.approx(0.5) and model[2].pattern.issuperset(before["2"])
     with pytest.raises(UserError, match=r"'3' matches no sparse layer"):
         vspdf.set_sparsity(model, {"3": 0.5})
+
+
+def test_low_memory_is_loops_with_a_quarter_of_the_bytes():
+    model = nn.Sequential(nn.Linear(256, 512))
+    sparsify(model, 0.75, memory="low", seed=17)
+    layer, x = model[0], torch.randn(80, 256)
+    wanted = layer(x)
+    assert "row loops" in vspdf.explain(model, 80)
+    build_plans(model)
+    assert layer.pattern.packed["cpu"].nbytes < 6 * layer.pattern.nnz
+    vspdf.set_sparsity(model, 0.5)
+    assert layer.memory == "low" and "row loops" in vspdf.explain(model, 80)
+    build_plans(model, "normal")
+    if cpu.isa() == "avx512":
+        assert "generated code" in vspdf.explain(model, 80)
+    torch.testing.assert_close(layer(x), wanted)
+    with pytest.raises(UserError, match=r"unknown memory 'lo'.*'low'"):
+        layer.memory = "lo"
+
+
+def test_training_state_of_layers_counts_their_code():
+    """The weights, gradients, moments, pattern and plan of sparse layers against the same dense."""
+    for sparsity, most in ((0.75, 0.55), (0.9, 0.25)):
+        model = nn.Sequential(nn.Linear(768, 3072))
+        sparsify(model, sparsity, seed=3)
+        build_plans(model)
+        layers = training_state_bytes(model)["sparsified"]
+        assert 0.1 < layers["sparse"] / layers["dense"] < most
 
 
 def test_build_plans_builds_every_plan_that_a_kernel_may_use():

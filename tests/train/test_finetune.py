@@ -62,8 +62,7 @@ def tuned(files):
     from vspdf.config.settings import ModelConfig
     from vspdf.train.trainer import train
 
-    shape, activation = checkpoints.shape_of(files / "run")
-    model = ModelConfig(**vars(shape), activation=activation)
+    model = ModelConfig(**vars(checkpoints.shape_of(files / "run")))
     said = []
     overrides = [f"data.path={files / 'pairs.jsonl'}", f"run_dir={files / 'fine'}"]
     settings = loading.load(files / "fine.yaml", overrides, start=(str(files / "run"), model))

@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_refused(tmp_path, tiny_config):
     other = changed(path, "other", phases=phases, init_from=str(one))
     for override, message in (
         ("model.d_ff=64", r"init_from '.*one': its model.d_ff is 128, here it is 64"),
-        ("model.activation=gelu_tanh", r"needs model.activation=gelu"),
+        ("model.mlp=gelu_tanh", r"its model.mlp is gelu, here it is gelu_tanh"),
         (
             "data.tokenizer=bpe:300",
             r"trained with the tokenizer bytes, whose vocabulary is not that of data.tokenizer = 'bpe:300'",

@@ -89,6 +89,7 @@ def _block(shape: Shape, sparsity: float, batch: int, sequence: int) -> Callable
     import torch
 
     from vspdf.model import Block
+    from vspdf.rotary import rotation
     from vspdf.sparsity.surgery import sparsify
 
     module = Block(shape)
@@ -96,9 +97,10 @@ def _block(shape: Shape, sparsity: float, batch: int, sequence: int) -> Callable
         sparsify(module, sparsity)
     x = torch.randn(batch, sequence, shape.d_model, requires_grad=True)
     grad = torch.randn(batch, sequence, shape.d_model)
+    by = rotation(shape, torch.arange(sequence))
 
     def call() -> None:
-        module(x).backward(grad)
+        module(x, by).backward(grad)
         module.zero_grad(set_to_none=True)
 
     return call
@@ -110,7 +112,7 @@ def _attention(shape: Shape, length: int) -> Callable[[], None]:
 
     from vspdf.attention import causal_attention
 
-    q, k, v = (torch.randn(1, shape.n_head, length, shape.d_model // shape.n_head, requires_grad=True) for _ in "qkv")
+    q, k, v = (torch.randn(1, shape.n_head, length, shape.head_dim, requires_grad=True) for _ in "qkv")
     return lambda: causal_attention(q, k, v).sum().backward()
 
 

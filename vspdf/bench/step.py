@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vspdf.attention import plain
 from vspdf.bench.rounds import Timed, compared, ideal, others_at_work, quartiles
-from vspdf.kernels import hardware
+from vspdf.kernels import cpu, hardware
 from vspdf.model import GPT, Attention
 from vspdf.shapes import Shape
 
@@ -38,7 +38,8 @@ def bench_step(
     dict
         ``rows`` with ``sparsity``, ``attention`` ("torch" or "blocks"), ``seconds_median`` and quartiles,
         ``ratio_to_dense`` (with torch's attention; of rounds, `compared`) and whether it is ``possible``, memory of the
-        training state; ``load``, ``hardware``, ``versions``.
+        training state; ``scratch_bytes`` that the sparse kernels keep for their next calls, of all models together;
+        ``load``, ``hardware``, ``versions``.
     """
     from vspdf.sparsity.layer import training_state_bytes
 
@@ -73,6 +74,7 @@ def bench_step(
     return {
         "model": {**asdict(shape), "batch_size": batch_size, "parameters": shape.parameters},
         "rows": rows,
+        "scratch_bytes": cpu.extension().scratch_nbytes(),
         "load": load,
         "hardware": hardware.hardware(),
         "versions": hardware.versions(),

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.logging import RichHandler
 
-from vspdf.cli import bench, plan, programs, runs, simulate, tasks, train
+from vspdf.cli import bench, plan, programs, runs, simulate, steps, tasks, train
 from vspdf.cli.console import Verb, err, tell
 from vspdf.errors import BackendUnavailable, Interrupted, UserError, did_you_mean
 
@@ -83,7 +83,7 @@ def _usage_error(error: Any) -> str:
     return " ".join((message[:1].lower() + message[1:]).split())
 
 
-for program in programs.PROGRAMS:
+for program in (*steps.STEPS, *programs.PROGRAMS):
     simulate.simulate.command(cls=Verb)(program)
 for verb in (
     train.train,

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from vspdf.cli.console import Json, Verb, emit, err, murmur, out, say, show, tell
 from vspdf.draw import words
-from vspdf.errors import UserError, percent_meant
+from vspdf.errors import UserError, one_of, percent_meant, require
 from vspdf.kernels.hardware import crowded, keep_freed_memory
 
 Positive = Annotated[int, typer.Option(min=1)]
@@ -268,4 +268,90 @@ def bench_step(
         )  # fmt: skip
     show(table)
     tell("Speed-up: median of the ratios of a round's steps, dense over sparse, and their quartiles.")
+    tell(f"Beside the state, the sparse kernels keep {result['scratch_bytes'] / 2**20:.0f} MiB of working memory.")
     _tell_of_quiet(result)
+
+
+@bench.command(name="decode", cls=Verb)
+def bench_decode(
+    model: Annotated[
+        str, typer.Option(help="A named model, or any checkpoint: a run, a Hugging Face folder.")
+    ] = "llama-130m",
+    sparsity: Annotated[
+        str, typer.Option(help="With commas between; zeros: those of a checkpoint that was pruned.")
+    ] = "0.5,0.75,0.9,0.95,0.99",
+    dtype: Annotated[str, typer.Option(help="With commas between.")] = "float32,bfloat16",
+    batch_size: Annotated[str, typer.Option(help="Sequences at a time, with commas between.")] = "1",
+    context: Annotated[int, typer.Option(min=1, help="Tokens before the first that is timed.")] = 64,
+    max_tokens: Annotated[int, typer.Option("--tokens", min=1, help="Timed in a round, one by one.")] = 8,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    csv: Annotated[Path | None, typer.Option(help="Write all rows here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Generation, a token at a time: sparse models beside the same one dense, in float32 and bfloat16.
+
+    `vspdf bench decode --model llama-130m`
+
+    `vspdf bench decode --model pruned/ --sparsity zeros`
+    """
+    from vspdf.bench import decode
+
+    _destination(csv, "--csv", (".csv",))
+    sparsities = [] if sparsity == "zeros" else _numbers(sparsity, float, "--sparsity", most=1)
+    batches, dtypes = _numbers(batch_size, int, "--batch-size", least=1), dtype.split(",")
+    for one in dtypes:
+        one_of("--dtype", one, decode.DTYPES)
+    _warn_of_crowds([threads] if threads else [])
+    keep_freed_memory()
+    result = decode.bench_decode(
+        _to_decode(model, context + max_tokens, sparsity == "zeros"), sparsities, dtypes, batches, context, max_tokens,
+        threads, rounds, progress=murmur,
+    )  # fmt: skip
+    _write_results(result, csv, as_json)
+    if as_json:
+        return
+    table = Table(
+        title=f"generation, {words.count(result['model']['parameters'])} parameters after {context} tokens, "
+        f"{result['rows'][0]['threads']} threads",
+        title_justify="left",
+    )
+    for column in (
+        "sparsity",
+        "dtype",
+        "batch",
+        "tokens/s",
+        "MB a token",
+        "of dense fp32",
+        "quartiles",
+        "of dense bf16",
+    ):
+        table.add_column(column, justify="left" if column == "dtype" else "right")
+    for row in result["rows"]:
+        other = row["ratio_to_bfloat16"]
+        table.add_row(
+            f"{row['sparsity']:.4g}", row["dtype"], str(row["batch_size"]), f"{row['tokens_per_second']:.1f}",
+            f"{row['bytes'] / 1e6:.0f}", f"{row['ratio_to_dense']:.2f}x",
+            f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}", "" if other is None else f"{other:.2f}x",
+        )  # fmt: skip
+    show(table)
+    tell("Medians of the ratios of interleaved rounds; the output head is dense everywhere.")
+
+
+def _to_decode(source: str, length: int, zeros: bool) -> Any:
+    """A dense model by name, with random weights, or out of a checkpoint."""
+    from dataclasses import replace
+
+    from vspdf.interop import checkpoints
+    from vspdf.model import GPT
+    from vspdf.shapes import MODELS
+    from vspdf.sparsity.surgery import densify
+
+    if source in MODELS:
+        require(not zeros, f"`sparsity` zeros is for a checkpoint that was pruned; {source} is a name.")
+        return GPT(replace(MODELS[source], sequence_length=length))
+    model = checkpoints.load(source).model
+    densify(model)
+    longest = model.shape.sequence_length
+    require(length <= longest, f"`context` and `tokens` make {length} tokens, the model has {longest} positions.")
+    return model

@@ -145,12 +145,12 @@ def validate(
 
     `vspdf validate`
 
-    `vspdf validate --case V2 --case V4`
+    `vspdf validate --case step-gpt-j-6b --case V13`
     """
     from vspdf.simulator.validate import validate as check
 
     result = check(
-        machine, settings or (), level, [name.upper() for name in case or ()] or None,
+        machine, settings or (), level, case,
         say=murmur,
     )  # fmt: skip
     if as_json:
@@ -177,8 +177,26 @@ def validate(
     roles = [c["role"] for c in result["cases"]]
     lines = [
         f"{sum(c['passed'] for c in result['cases'])} of {len(roles)} cases within their tolerance; "
-        f"{roles.count('predicted')} predicted, {roles.count('calibrated')} calibrated (they set a parameter).",
+        f"{roles.count('predicted')} predicted, {roles.count('calibrated')} calibrated (they set a parameter), "
+        f"{roles.count('repeated')} repeated (tile, columns and density of a calibrated row), "
+        f"{roles.count('definition')} definitions.",
+    ]
+    if steps := result["steps"]:
+        lines.append(
+            f"Training steps: mean error {steps['mean_error']:.0%}, largest {steps['largest_error']:.0%}, all at one "
+            "set of parameters; no sparse step has been published."
+        )
+    lines += [
+        f"Known miss, {c['id']} {c['case'].removeprefix(c['title']).lstrip(', ')}: {c['published']:g} published, "
+        f"{c['simulated']:.3g} simulated ({c['error']:+.0%})."
+        for c in result["known_misses"]
+    ]
+    views = {
+        name: view for name, view in result["chosen_in_view"].items() if any(c["id"] == name for c in result["cases"])
+    }
+    lines += [
         "Predicted: no number was set from this row. Mechanisms chosen with a table in view:",
-        *(f"  {name}: {view}." for name, view in result["chosen_in_view"].items()),
+        *(f"  {name}: {view}." for name, view in views.items()),
+        *([result["note"]] if result["note"] else []),
     ]
     tell(*lines)

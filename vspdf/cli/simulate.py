@@ -11,7 +11,6 @@ from rich.table import Table
 
 from vspdf.cli.console import Json, MachineName, Settings, Verb, emit, number, say, show, tell
 from vspdf.draw import words
-from vspdf.errors import UserError
 
 simulate = typer.Typer(
     help="A Cerebras CS-2 at work: programs on a grid, one layer, a whole training step.", no_args_is_help=True
@@ -20,7 +19,7 @@ simulate = typer.Typer(
 Level = Annotated[str, typer.Option(help="event (every wavelet) or aggregate (closed form).")]
 
 
-def _machine(name: str, settings: Sequence[str] | None) -> Any:
+def load_machine(name: str, settings: Sequence[str] | None) -> Any:
     from vspdf.simulator import machine
 
     return machine.load(name, settings or ())
@@ -59,7 +58,7 @@ def simulate_layer(
     """
     from vspdf.plan import cs2
 
-    wafer = _machine(machine, settings)
+    wafer = load_machine(machine, settings)
     asked = {"tokens": tokens, "in_features": in_features, "out_features": out_features, "sparsity": sparsity}
     result = cs2.layer_by_request(wafer, **asked, run=run, mask=mask, layer=layer, level=level, plot=plot)  # type: ignore[arg-type]
     if plot is not None:
@@ -79,9 +78,9 @@ def _print_layer(result: dict[str, Any]) -> None:
         f"sparsity {result['sparsity']:.4g} ({positions}); {result['central']}; cycles",
         title_justify="left",
     )
-    _cost_columns(table, "product")
+    cost_columns(table, "product")
     for name, pair in result["products"].items():
-        _cost_row(table, name, pair)
+        cost_row(table, name, pair)
     total = {
         "dense": {"cycles": result["cycles"]["dense"], "bound_by": result["bound_by_dense"]},
         "sparse": {
@@ -91,12 +90,12 @@ def _print_layer(result: dict[str, Any]) -> None:
         },
     }
     table.add_section()
-    _cost_row(table, "layer", total)
+    cost_row(table, "layer", total)
     show(table)
     tell(
         *[
-            _band(result),
-            _where(result["products"].values()),
+            band(result),
+            where(result["products"].values()),
             *(
                 f"{kind}: {m['columns']} columns share the features, {m['rows']} rows x {m['replicas']} replicas the "
                 f"tokens, {m['local']} a PE; {result['utilisation'][kind]:.1%} of peak."
@@ -105,14 +104,14 @@ def _print_layer(result: dict[str, Any]) -> None:
             _clocks(result),
         ]
     )
-    _print_sensitivity(result)
+    tornado_table(result, most=99)
 
 
 def _print_event_layer(result: dict[str, Any]) -> None:
     region = result["region"]
     table = Table(
         title=f"{result['in_features']} -> {result['out_features']}, {result['tokens']:,} tokens, sparsity "
-        f"{result['sparsity']:.4g}: level 1 on {region['columns']}x{region['rows']} PEs",
+        f"{result['sparsity']:.4g}: level 1 on {region['columns']}x{region['rows']} PEs of {result['machine']}",
         title_justify="left",
     )
     table.add_column("product")
@@ -124,95 +123,10 @@ def _print_event_layer(result: dict[str, Any]) -> None:
         table.add_row(name, *(f"{n:,}" for n in numbers), f"{dense['cycles'] / sparse['cycles']:.2f}x")
     show(table)
     s = result["speedup"]
-    tell(f"Speed-up {s['central']:.2f}x, ideal {s['ideal']:.2f}x.")
+    tell(f"Speed-up {s['central']:.2f}x, ideal {s['ideal']:.2f}x; {result['why']}.", *note(result))
 
 
-# ---- step ------------------------------------------------------------------------------------------------------------
-
-
-@simulate.command(name="step", cls=Verb)
-def simulate_step(
-    model: Annotated[str | None, typer.Option(help="A named model, a configuration, or a Hugging Face folder.")] = None,
-    run: Annotated[
-        Path | None, typer.Option(help="A finished run: its model, batch, masks and measured times.")
-    ] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences of a step, all systems together.")] = None,
-    sequence: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: the model's.")] = None,
-    systems: Annotated[int, typer.Option(help="Systems that share the batch.")] = 1,
-    sparsity: Annotated[
-        float | None, typer.Option(parser=number, help="Of projections and FFN; default: 0, or the run's.")
-    ] = None,
-    machine: MachineName = "cs2",
-    settings: Settings = None,
-    level: Level = "aggregate",
-    as_json: Json = False,
-) -> None:
-    """A training step of a GPT: samples and tokens a second, dense against sparse, and what bounds it.
-
-    `vspdf simulate step --model gpt3-xl --batch 121 --sparsity 0.75`
-
-    `vspdf simulate step --run runs/quickstart`
-    """
-    from vspdf.plan import cs2
-    from vspdf.plan.models import model_and_batch
-
-    wafer = _machine(machine, settings)
-    if (model is None) == (run is None):
-        raise UserError("expected `model` NAME or `run` RUN, one of them.")
-    shape, known = model_and_batch(model) if model else (None, None)
-    asked = {"sequence": sequence, "systems": systems, "sparsity": sparsity, "level": level}
-    result = cs2.step_by_request(wafer, model=shape, run=run, batch=known if batch is None else batch, **asked)  # type: ignore[arg-type]
-    result["name"] = model or str(run)
-    if as_json:
-        emit(result)
-    else:
-        _print_step(result)
-
-
-def _print_step(result: dict[str, Any]) -> None:
-    systems = f"{result['systems']} systems" if result["systems"] > 1 else "one system"
-    table = Table(
-        title=f"{result['name']} on {result['machine']}, {systems}: {result['batch']} sequences of "
-        f"{result['sequence_length']} tokens a step, sparsity {result['sparsity']:.4g}; {result['central']}; cycles",
-        title_justify="left",
-    )
-    _cost_columns(table, "part")
-    for name, pair in result["parts"].items():
-        _cost_row(table, name, pair)
-        if name == "linear layers":
-            for product, costs in result["products"].items():
-                _cost_row(table, f"  {product}", costs)
-    table.add_section()
-    total = {
-        "dense": {"cycles": result["cycles"]["dense"], "bound_by": result["bound_by_dense"]},
-        "sparse": {
-            "cycles": result["cycles"]["sparse"]["central"],
-            "bound_by": result["bound_by"],
-            "overhead": result["overhead"]["sparse"],
-        },
-    }
-    _cost_row(table, "step", total)
-    show(table)
-    lines = [_band(result), _where(result["parts"].values()), _clocks(result)]
-    for label, rate in result["tokens_per_second_by_clock"].items():
-        samples = result["samples_per_second_by_clock"][label]
-        lines += [
-            f"{label}: {per['dense']:,.{digits}} {unit}/s dense; {per['sparse']['central']:,.{digits}} sparse "
-            f"({per['sparse']['low']:,.{digits}} to {per['sparse']['high']:,.{digits}})."
-            for per, unit, digits in ((samples, "samples", "4g"), (rate, "tokens", "0f"))
-        ]
-    for kind, m in result["mapping"].items():
-        again = "blocks computed again in the backward pass" if m["recompute"] else "activations kept"
-        joules = result["energy"][kind]["joules_per_token"]
-        lines.append(
-            f"{kind}: {m['passes']} x {m['micro_batch']} sequences a system, {m['columns']} columns, {m['replicas']} "
-            f"replicas, {m['local']} tokens a PE, {again}; {result['utilisation'][kind]:.1%} of fp16 peak, "
-            f"{joules[0]:.3g} to {joules[1]:.3g} J a token."
-        )
-    tell(*lines)
-    _print_sensitivity(result)
-    if result["comparison"]:
-        show(comparison_table(result["comparison"]))
+# ---- shared ----------------------------------------------------------------------------------------------------------
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -244,16 +158,13 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-# ---- shared ----------------------------------------------------------------------------------------------------------
-
-
-def _cost_columns(table: Table, first: str) -> None:
+def cost_columns(table: Table, first: str) -> None:
     for column in (first, "dense", "bound by", "sparse", "bound by", "speed-up", "overhead"):
         left = column in (first, "bound by")
         table.add_column(column, justify="left" if left else "right", no_wrap=left)
 
 
-def _cost_row(table: Table, name: str, pair: dict[str, Any]) -> None:
+def cost_row(table: Table, name: str, pair: dict[str, Any]) -> None:
     dense, sparse = pair["dense"], pair["sparse"]
     ratio = f"{dense['cycles'] / sparse['cycles']:.2f}x" if sparse["cycles"] else "-"
     table.add_row(
@@ -262,15 +173,20 @@ def _cost_row(table: Table, name: str, pair: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
-def _band(result: dict[str, Any]) -> str:
+def band(result: dict[str, Any]) -> str:
     s = result["speedup"]
     return (
-        f"Speed-up {s['central']:.2f}x ({result['central']}); {s['low']:.2f}x to {s['high']:.2f}x over start-ups of 0 "
-        f"to 10 cycles and all synchronisation policies; ideal {s['ideal']:.2f}x."
+        f"Speed-up {s['central']:.2f}x; 90 % of {result['samples']} samples of all that is not known lie between "
+        f"{s['low']:.2f}x and {s['high']:.2f}x, half between {s['interval50'][0]:.2f}x and {s['interval50'][1]:.2f}x; "
+        f"median {s['median']:.2f}x, ideal {s['ideal']:.2f}x."
     )
 
 
-def _where(pairs: Any) -> str:
+def note(result: dict[str, Any]) -> list[str]:
+    return [result["note"]] if result.get("note") else []
+
+
+def where(pairs: Any) -> str:
     parts: dict[str, float] = {}
     for pair in pairs:
         for name, cycles in pair["sparse"]["parts"].items():
@@ -291,14 +207,16 @@ def _clocks(result: dict[str, Any]) -> str:
     ) + ". Cycles are at {clock}.".format(**result)  # fmt: skip
 
 
-def _print_sensitivity(result: dict[str, Any]) -> None:
-    rows = [row for row in result.get("sensitivity", ()) if row["span"] >= 0.001]
+def tornado_table(result: dict[str, Any], most: int) -> None:
+    rows = [row for row in result["tornado"] if abs(row["speedup"]["high"] / row["speedup"]["low"] - 1) >= 0.002][:most]
     if not rows:
         return
-    table = Table(title="which unknown moves the speed-up most (one at a time)", title_justify="left")
-    for column in ("unknown", "speed-up at", "span"):
-        table.add_column(column, justify="right" if column == "span" else "left")
+    table = Table(title="what moves the speed-up most, one at a time (5 % and 95 % of its range)", title_justify="left")
+    for column in ("unknown", "grade", "from", "to", "speed-up", "of the variance"):
+        table.add_column(column, justify="left" if column == "unknown" else "right")
     for row in rows:
-        values = ", ".join(f"{value}: {speedup:.2f}x" for value, speedup in row["speedup"].items())
-        table.add_row(row["unknown"], values, f"{row['span']:.1%}")
+        table.add_row(
+            row["parameter"], row["grade"], f"{row['from']:.4g}", f"{row['to']:.4g} {row['unit']}",
+            f"{row['speedup']['low']:.2f}x to {row['speedup']['high']:.2f}x", f"{row['share']:.0%}",
+        )  # fmt: skip
     show(table)

@@ -126,7 +126,7 @@ def evaluate(
     few_shot: Annotated[int | None, typer.Option(min=0, help="Examples first; default: what the task says.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Sequences at a time; default 8, or as many as the run took.")
+        int | None, typer.Option(min=1, help="Sequences at a time; default at most 8, or as many as the run took.")
     ] = None,
     device: Device = "cpu",
     as_json: Json = False,
@@ -164,7 +164,7 @@ def evaluate(
                 batch_size=batch_size or 8, say=tell, world=world,
             )  # fmt: skip
         elif text:
-            loss, body["text"] = held_out.on_text(model, tokenizer, text, batch_size or 8, progress, world)
+            loss, body["text"] = held_out.on_text(model, tokenizer, text, batch_size, progress, world)
         else:
             loaded, (folder, settings) = world.together(lambda: (checkpoints.load(path, device=device), _run_of(path)))
             body = {"checkpoint": str(folder), "step": loaded.state["step"]}
@@ -202,7 +202,9 @@ def _run_of(path: Path) -> tuple[Path, ResolvedConfig]:
 def _print_loss(body: dict[str, Any]) -> None:
     where = "all held-out text"
     if "text" in body:
-        where = "{name} ({bytes:,} bytes, {tokens:,} tokens; documents: {documents:,})".format(**body["text"])
+        where = "{name} ({bytes:,} bytes, {tokens:,} tokens in windows of {window:,}; documents: {documents:,})".format(
+            **body["text"]
+        )
     tell("{checkpoint}: {val_loss:.4f} nats/token, {val_bits_per_byte:.4f} bits/byte on ".format(**body) + where)
 
 

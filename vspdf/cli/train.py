@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -137,7 +136,7 @@ def finetune(
 
     `vspdf finetune cerebras-gpt-111m/ my.yaml data.path=pairs.jsonl`
     """
-    from vspdf.config import settings as configuration
+    from vspdf.config import resolve
     from vspdf.interop import checkpoints, load_config
     from vspdf.runs.folder import Run
     from vspdf.train.trainer import train
@@ -145,8 +144,7 @@ def finetune(
     keep_freed_memory()
 
     def loaded() -> ResolvedConfig:
-        shape, activation = checkpoints.shape_of(start)
-        model = configuration.ModelConfig(**asdict(shape), activation=activation)
+        model = resolve.settings_of(checkpoints.shape_of(start))
         return load_config(config, overrides or [], start=(start, model))
 
     with from_environment() as world:

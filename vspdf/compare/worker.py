@@ -104,7 +104,7 @@ def _drawn(config: ResolvedConfig, folder: Path) -> Loaded:
     if not folder.exists():
         data = prepare(config.data, config.model.sequence_length, config.seed)
         shape = resolve.model_shape(config.model, data.vocab_size)
-        model = GPT(shape, config.model.init_std, config.seed, config.model.activation, config.model.output_init_std)
+        model = GPT(shape, config.model.init_std, config.seed, config.model.output_init_std)
         with new_whole(folder) as whole:
             hugging_face.write_hugging_face(model, data.tokenizer, whole)
     return checkpoints.load(folder)

@@ -99,7 +99,8 @@ def build(
     if start is not None:
         config.start, model = start
         found = dataclasses.asdict(resolve_model(model))
-        for key, value in found.items():
+        others = {"activation": found["mlp"], "d_attention": found["n_head"] * found["head_dim"]}
+        for key, value in (found | others).items():
             mine = getattr(config.model, key)
             if key not in ("init_std", "output_init_std") and mine not in (None, value, getattr(ModelConfig(), key)):
                 raise UserError(f"model.{key} = {mine}, but the model to start from has {value}: leave it out.")

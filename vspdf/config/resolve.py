@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from dataclasses import asdict
+from typing import Any
 
 from vspdf import shapes
 from vspdf.config.resolved import (
@@ -74,43 +75,60 @@ def resolve_model(model: ModelConfig) -> ResolvedModel:
     UserError
         Naming the setting, its value and what was expected.
     """
-    sizes = {key: getattr(model, key) for key in ("n_layer", "d_model", "n_head", "sequence_length")}
-    d_ff, vocab_size = model.d_ff, model.vocab_size
-    if model.name is not None:
-        preset = asdict(shapes.named_shape(model.name))
-        sizes = {key: preset[key] if size is None else size for key, size in sizes.items()}
-        d_ff = preset["d_ff"] if d_ff is None else d_ff
-        vocab_size = preset["vocab_size"] if vocab_size is None else vocab_size
-    for key, size in sizes.items():
+    wished = _choices(model)
+    preset = asdict(shapes.named_shape(model.name)) if model.name is not None else {}
+    if preset and (wished["d_model"] or wished["n_head"]):  # what followed from these follows again
+        del preset["head_dim"]
+        if preset["n_kv_head"] == preset["n_head"]:
+            del preset["n_kv_head"]
+    sizes: dict[str, Any] = {key: preset.get(key) if value is None else value for key, value in wished.items()}
+    for key in ("n_layer", "d_model", "n_head", "sequence_length"):
         require(
-            size is not None,
+            sizes[key] is not None,
             f"model.{key} is not set; give it, or model.name for a preset "
             "(fine-tuning: vspdf finetune CHECKPOINT CONFIG).",
         )
-        require(size >= 1, f"model.{key} must be at least 1, not {size}.")
+    sizes["d_ff"] = 4 * sizes["d_model"] if sizes["d_ff"] is None else sizes["d_ff"]
+    for key in ("n_layer", "d_model", "n_head", "sequence_length", "d_ff", "vocab_size", "n_kv_head", "head_dim"):
+        require(sizes[key] is None or sizes[key] >= 1, f"model.{key} must be at least 1, not {sizes[key]}.")
     most = shapes.MOST_LAYERS
     require(sizes["n_layer"] <= most, f"model.n_layer must be at most {most:,}, not {sizes['n_layer']:,}.")
-    d_ff = 4 * sizes["d_model"] if d_ff is None else d_ff
-    require(d_ff >= 1, f"model.d_ff must be at least 1, not {d_ff}.")
-    require(vocab_size is None or vocab_size >= 1, f"model.vocab_size must be at least 1, not {vocab_size}.")
-    require(
-        sizes["d_model"] % sizes["n_head"] == 0,
-        f"model.n_head = {sizes['n_head']} does not divide model.d_model = {sizes['d_model']}.",
-    )
-    one_of("model.activation", model.activation, ("gelu", "gelu_tanh"))
+    made = shapes.Shape(**{k: v for k, v in sizes.items() if v is not None} | {"vocab_size": sizes["vocab_size"] or 1})
+    sizes = {key: getattr(made, key) for key in sizes} | {"vocab_size": sizes["vocab_size"]}
     output = model.output_init_std
-    output = model.init_std / math.sqrt(2 * sizes["n_layer"]) if output is None else output
+    output = model.init_std / math.sqrt(2 * made.n_layer) if output is None else output
     for key, std in (("init_std", model.init_std), ("output_init_std", output)):
         require(0 < std < math.inf, f"model.{key} must be positive, not {std}.")
-    return ResolvedModel(
-        name=model.name, **sizes, d_ff=d_ff, vocab_size=vocab_size, activation=model.activation,
-        init_std=model.init_std, output_init_std=output,
-    )  # fmt: skip
+    return ResolvedModel(name=model.name, **sizes, init_std=model.init_std, output_init_std=output)
+
+
+def _choices(model: ModelConfig) -> dict[str, Any]:
+    """What a configuration says of each attribute of a shape, None where nothing; other names for one thing agree."""
+    found = {field.name: getattr(model, field.name) for field in dataclasses.fields(shapes.Shape)}
+    if model.activation is not None:
+        require(
+            found["mlp"] in (None, model.activation),
+            f"model.activation = {model.activation} is the older name of model.mlp = {found['mlp']}: give one of them.",
+        )
+        found["mlp"] = model.activation
+    if (inner := model.d_attention) is not None:
+        heads = model.n_head or (shapes.named_shape(model.name).n_head if model.name else 0)
+        require(
+            inner >= 1 and bool(heads) and inner % heads == 0,
+            f"model.d_attention = {inner} must be a multiple of model.n_head = {heads or None}.",
+        )
+        require(
+            found["head_dim"] in (None, inner // heads),
+            f"model.d_attention = {inner} is not n_head · head_dim = {heads} · {found['head_dim']}: give one of them.",
+        )
+        found["head_dim"] = inner // heads
+    return found
 
 
 def _train(train: TrainConfig) -> ResolvedTrain:
     one_of("train.precision", train.precision, ("fp32", "bf16"))
     one_of("train.backend", train.backend, ("auto", "cpu", "reference", "triton"))
+    one_of("train.memory", train.memory, ("normal", "low"))
     check_device("train.device", train.device)
     for backend, device in (("cpu", "cuda"), ("triton", "cpu")):
         require(
@@ -259,12 +277,17 @@ def written(config: ResolvedConfig) -> Config:
         init_from=config.init_from,
         seed=config.seed,
         start=config.start,
-        model=ModelConfig(**asdict(config.model)),
+        model=settings_of(config.model),
         data=DataConfig(**asdict(config.data)),
         optimizer=OptimizerConfig(**asdict(config.optimizer)),
         train=TrainConfig(**asdict(config.train)),
         phases=[PhaseConfig(**{**asdict(phase), "levels": list(phase.levels)}) for phase in config.phases],
     )
+
+
+def settings_of(model: ResolvedModel | shapes.Shape) -> ModelConfig:
+    """A model as settings that say all of it."""
+    return ModelConfig(**asdict(model))
 
 
 def model_shape(model: ResolvedModel, vocab_size: int | None = None) -> shapes.Shape:
@@ -278,12 +301,13 @@ def model_shape(model: ResolvedModel, vocab_size: int | None = None) -> shapes.S
     vocab_size = vocab_size if model.vocab_size is None else model.vocab_size
     if vocab_size is None:
         raise UserError("model.vocab_size is not set, and no tokenizer tells it here: set it.")
-    return shapes.Shape(model.n_layer, model.d_model, model.n_head, model.d_ff, vocab_size, model.sequence_length)
+    found = {field.name: getattr(model, field.name) for field in dataclasses.fields(shapes.Shape)}
+    return shapes.Shape(**{**found, "vocab_size": vocab_size})
 
 
 def linear_layers(model: ResolvedModel) -> dict[str, int]:
     """The layers of a configured model that can be sparse, and how many weights each has."""
-    return shapes.linear_layers(model.n_layer, model.d_model, model.d_ff)
+    return shapes.linear_layers(model_shape(model, 1))
 
 
 def amounts(config: ResolvedConfig) -> list[tuple[float, float]]:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from vspdf.shapes import RopeScaling
 from vspdf.sparsity.schedule import Amounts
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A dense GPT-2-shaped GPT."""
+    """A dense GPT: a `vspdf.shapes.Shape`, but that the vocabulary may still be open, and how it is initialised."""
 
     name: str | None
     n_layer: int
@@ -25,9 +26,26 @@ class ResolvedModel:
     d_ff: int
     sequence_length: int
     vocab_size: int | None  # None: what the tokenizer needs, not known yet
-    activation: str
+    n_kv_head: int
+    head_dim: int
+    norm: str
+    position: str
+    mlp: str
+    bias: bool | str
+    tie: bool
+    qk_norm: bool
+    parallel: bool
+    rope_base: float
+    rope_fraction: float
+    rope_scaling: RopeScaling | None
+    norm_eps: float
     init_std: float
     output_init_std: float
+
+    @property
+    def d_attention(self) -> int:
+        """Width inside attention: of all queries together."""
+        return self.n_head * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -80,6 +98,7 @@ class ResolvedTrain:
     device: str
     threads: int | None
     backend: str
+    memory: str
     log_every: int
     eval_every: int
     eval_tokens: int

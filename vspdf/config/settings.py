@@ -7,13 +7,17 @@ switch from sparse to dense come from small-scale studies (see docs/method.md).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from vspdf.sparsity.schedule import Phase
 
 
 @dataclass
 class ModelConfig:
-    """A dense GPT-2-shaped GPT. `name` starts from a preset; other keys override it."""
+    """A dense GPT. `name` starts from a preset; other keys override it. What a choice means: `vspdf.shapes.Shape`.
+
+    Defaults of the choices are Cerebras-GPT's.
+    """
 
     name: str | None = None
     n_layer: int | None = None
@@ -22,7 +26,21 @@ class ModelConfig:
     d_ff: int | None = None  # default 4 · d_model
     sequence_length: int | None = None
     vocab_size: int | None = None  # default: what the tokenizer needs
-    activation: str = "gelu"  # exact, as in Cerebras-GPT; "gelu_tanh": GPT-2's
+    n_kv_head: int | None = None  # heads of keys and values, shared by groups of queries; default n_head
+    head_dim: int | None = None  # default d_model / n_head
+    d_attention: int | None = None  # or the width of all heads: n_head · head_dim
+    norm: str | None = None  # "layer" (default) or "rms"
+    position: str | None = None  # "learned" (default) or "rope"
+    mlp: str | None = None  # "gelu" (exact, the default), "gelu_tanh" (GPT-2's), "relu2" or "swiglu"
+    bias: bool | str | None = None  # true (default), false, or "qkv": of queries, keys and values alone
+    tie: bool | None = None  # true (default): the output head is the table of embeddings
+    qk_norm: bool | None = None  # false (default); true: RMSNorm of queries and keys
+    parallel: bool | None = None  # false (default); true: attention and MLP side by side, as in GPT-NeoX
+    rope_base: float | None = None  # default 10000
+    rope_fraction: float | None = None  # of a head that is rotated; default 1
+    rope_scaling: dict[str, Any] | None = None  # {type: "linear" or "llama3", factor: 8, ...}; default: none
+    norm_eps: float | None = None  # default 1e-5
+    activation: str | None = None  # what `mlp` was called
     init_std: float = 0.02  # published; narrow models want about 0.5 / sqrt(d_model)
     output_init_std: float | None = None  # of what writes to the residual stream; default init_std / sqrt(2 · n_layer)
 
@@ -90,6 +108,7 @@ class TrainConfig:
     device: str = "cpu"  # or "cuda", "cuda:1"
     threads: int | None = None  # default: what torch uses
     backend: str = "auto"  # of the sparse products: "auto", "cpu", "reference", "triton"
+    memory: str = "normal"  # of the sparse products on CPUs: "normal", or "low" for loops without generated code
     log_every: int = 10  # steps
     eval_every: int = 100  # steps; 0: only at the end of each phase
     eval_tokens: int = 65536  # of the validation text; 0: all of it

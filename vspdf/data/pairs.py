@@ -15,6 +15,8 @@ import torch
 
 from vspdf.config.resolved import ResolvedTask
 from vspdf.config.settings import DataConfig
+from vspdf.data import chat
+from vspdf.data.rows import said_in
 from vspdf.data.samples import Samples, ValidationBatch
 from vspdf.data.tasks import Example, read
 from vspdf.data.tokenizer import Tokenizer, tokenizer_maker
@@ -90,7 +92,7 @@ def prepare(config: ResolvedTask, seed: int, tokenizer: Tokenizer) -> Pairs:
             "documents": sum(map(len, sides.values())),
             "bytes": sum(len(text.encode()) for some in sides.values() for item in some for text in item.references),
         },
-        "tokenizer": {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size},
+        "tokenizer": tokenizer.about,
         **{
             side: {
                 "documents": len(sides[side]),
@@ -102,7 +104,8 @@ def prepare(config: ResolvedTask, seed: int, tokenizer: Tokenizer) -> Pairs:
         "samples": len(pairs["train"]),
         "order": order.hexdigest(),
     }
-    return Pairs(pairs, tokenizer, manifest, seed, config.repeat)
+    spoken = tokenizer.chat_template is not None and any(said_in(item.context) for item in sides["train"])
+    return Pairs(pairs, tokenizer, manifest, seed, config.repeat, spoken)
 
 
 def _digest(*paths: str | None) -> str:
@@ -131,25 +134,35 @@ def _usable(path: Path, config: ResolvedTask) -> list[Example]:
     return kept
 
 
-def _pairs(examples: Sequence[Example], config: ResolvedTask, tokenizer: Tokenizer, side: str) -> list[Pair]:
-    end = tokenizer.end_of_document
+def _encoded(examples: Sequence[Example], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Context, what stands between, and completion with its end, of every reference; a chat template says its own."""
+    end = np.array([tokenizer.end_of_document])
     contexts = tokenizer.encode_batch([example.context for example in examples])
     texts = [" " + text.strip() for example in examples for text in example.references]
     completions = iter(tokenizer.encode_batch(texts))
-    pairs, cut, dropped = [], 0, 0
     for example, context in zip(examples, contexts, strict=True):
-        for _ in example.references:
+        for text in example.references:
             completion = next(completions)
-            room = config.length - 1 - len(completion)  # the last token is a target alone
-            if len(context) > room:
-                if config.overlong == "cut" and room > 0:
-                    cut += 1
-                else:
-                    dropped += 1
-                    continue
-            kept = context[: max(0, room)]
-            pairs.append(Pair(np.concatenate((kept, [end], completion, [end])), len(kept) + 1))
-    total = len(texts)
+            if (said := said_in(example.context)) and tokenizer.chat_template is not None:
+                context, completion = chat.encode(tokenizer, said, text)
+                yield context, end[:0], completion
+            else:
+                yield context, end, np.append(completion, end)
+
+
+def _pairs(examples: Sequence[Example], config: ResolvedTask, tokenizer: Tokenizer, side: str) -> list[Pair]:
+    total, pairs, cut, dropped = 0, [], 0, 0
+    for context, begin, completion in _encoded(examples, tokenizer):
+        total += 1
+        room = config.length + 1 - len(begin) - len(completion)  # the last token is a target alone
+        if len(context) > room:
+            if config.overlong == "cut" and room > 0 and len(begin):  # a conversation cannot lose its end
+                cut += 1
+            else:
+                dropped += 1
+                continue
+        kept = context[: max(0, room)]
+        pairs.append(Pair(np.concatenate((kept, begin, completion)), len(kept) + len(begin)))
     if dropped and config.overlong == "refuse":
         raise UserError(
             f"{dropped} of {total} pairs for {side} are longer than data.length = {config.length} tokens: raise it, or "
@@ -196,13 +209,20 @@ class Pairs(Samples):
     """
 
     def __init__(
-        self, sides: dict[str, list[Pair]], tokenizer: Tokenizer, manifest: dict[str, Any], seed: int, repeat: bool
+        self,
+        sides: dict[str, list[Pair]],
+        tokenizer: Tokenizer,
+        manifest: dict[str, Any],
+        seed: int,
+        repeat: bool,
+        chat: bool = False,
     ) -> None:
         self._train, self._validation, self._test = (sides.get(side, []) for side in ("train", "validation", "test"))
         what = f"'{manifest['corpus']['name']}' has {len(self._train)} pairs"
         super().__init__(what, len(self._train), seed, repeat)
         self.tokenizer, self.vocab_size, self.manifest = tokenizer, tokenizer.vocab_size, manifest
         self.end: int | None = tokenizer.end_of_document
+        self.chat = chat  # whether they are written by the tokenizer's chat template
         self._cumulated: dict[int, np.ndarray] = {}
 
     def for_test(self) -> Pairs:

@@ -8,7 +8,26 @@ from vspdf.errors import UserError, did_you_mean
 
 # Names that others give the two, ours first.
 CONTEXTS = ("context", "prompt", "instruction", "question", "messages")
+Said = tuple[tuple[str, str], ...]  # role and content of the messages of a conversation
 ANSWERS = ("completion", "completions", "response", "output", "answer", "references")
+
+
+class Conversation(str):
+    """A context made of messages, which knows them still, for models that have a way of their own to write them."""
+
+    said: Said
+
+    @classmethod
+    def of(cls, context: str, said: Said) -> Conversation:
+        """A context and the messages before the answer."""
+        found = cls(context)
+        found.said = said
+        return found
+
+
+def said_in(context: str) -> Said:
+    """The messages that a context is made of; none where it is no conversation."""
+    return context.said if isinstance(context, Conversation) else ()
 
 
 def pair(row: Any, where: str) -> tuple[str, tuple[str, ...]]:
@@ -16,7 +35,8 @@ def pair(row: Any, where: str) -> tuple[str, tuple[str, ...]]:
 
     ``context``, ``prompt``, ``instruction`` (with ``input``) or ``question``; and ``completion``, ``response``,
     ``output`` or ``answer``, a text or a list of them, or none. Or ``messages``: what the assistant says last is the
-    completion, what comes before the context, by ``role: `` where it is more than a system's and a user's.
+    completion, what comes before the context, by ``role: `` where it is more than a system's and a user's; it is a
+    `Conversation` then.
 
     Raises
     ------
@@ -72,8 +92,10 @@ def _conversation(messages: Any, where: str) -> tuple[str, tuple[str, ...]]:
     said = [(text(message, "role", where), _content(message, where)) for message in messages]
     answer: tuple[str, ...] = (said.pop()[1],) if said[-1][0] == "assistant" else ()
     if {role for role, _ in said} <= {"system", "user"} and sum(role == "user" for role, _ in said) == 1:
-        return "\n".join(content for _, content in said), answer
-    return "\n".join(f"{role}: {content}" for role, content in said), answer
+        context = "\n".join(content for _, content in said)
+    else:
+        context = "\n".join(f"{role}: {content}" for role, content in said)
+    return Conversation.of(context, tuple(said)), answer
 
 
 def _content(message: dict[str, Any], where: str) -> str:

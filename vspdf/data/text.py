@@ -99,7 +99,7 @@ def prepare(config: ResolvedData, sequence_length: int, seed: int, samples: int 
 
     manifest: dict[str, Any] = {
         "corpus": {"name": corpus.name, "sha256": survey.sha256, "documents": len(parts), "bytes": n_bytes},
-        "tokenizer": {"name": tokens.tokenizer.name, "vocab_size": tokens.tokenizer.vocab_size},
+        "tokenizer": tokens.tokenizer.about,
         "train": side(TRAIN, tokens.train),
         "validation": side(VALIDATION, tokens.validation),
     }
@@ -260,7 +260,8 @@ class Text:
         end = [tokenizer.end_of_document]
         parts = [part for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True) for part in (ids, end)]
         stream, size = np.concatenate([end, *parts]), sum(len(text.encode()) for text in texts)
-        if int(tokenizer.bytes_per_token[stream].sum()) != size:
+        seen = sum(len(tokenizer.seen(text).encode()) for text in texts)
+        if int(tokenizer.bytes_per_token[stream].sum()) != seen:
             raise UserError(f"tokenizer {tokenizer.name} alters the text of '{source}': expected one that keeps it.")
         what = {"name": source, "sha256": _Survey.of(corpus).sha256, "documents": len(texts), "bytes": size}
         return cls(stream, tokenizer, sequence_length, what)

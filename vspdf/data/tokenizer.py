@@ -1,7 +1,8 @@
-"""Text to token ids and back: bytes, byte-level BPE learnt from the corpus, GPT-2's BPE, any byte-level tokenizer.json.
+"""Text to token ids and back: bytes, byte-level BPE learnt from the corpus, GPT-2's BPE, tokenizer.json of others.
 
-Every tokenizer here is byte-level and loses nothing, so each token stands for a known number of bytes of the text and
-bits per byte are exact whatever the vocabulary.
+Every tokenizer here loses nothing, so each token stands for a known number of bytes of the text and bits per byte are
+exact whatever the vocabulary. Some see a text a little otherwise than it is: in Unicode's form NFC (Qwen's), or with a
+space before it (Llama 2's, Mistral's); bytes are counted of what they see.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,14 @@ from vspdf.shapes import Shape
 END_OF_DOCUMENT = "<|endoftext|>"  # GPT-2's name for it, used by the tokenizers made here
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eot|>")
 _GAPS = 1 << 20  # ids that no token has
-_PROBE = "Naïve  café,\n\tdon't — 世界 \U0001f600 \x00 e\u0301"
+_PROBE = "Naïve  ½ café,\n\tdon't — 世界 \U0001f600 \x00 e\u0301"
+# What tokenizers see of a text, in the order in which it is tried.
+_SEEN: tuple[Callable[[str], str], ...] = (
+    lambda text: text,
+    lambda text: unicodedata.normalize("NFC", text),
+    lambda text: " " + text if text else "",
+    lambda text: text if text.startswith(" ") or not text else " " + text,
+)
 _EXPECTED = '"bytes", "bpe:VOCAB_SIZE", "gpt2:FOLDER" or the path of a tokenizer.json'
 
 
@@ -39,7 +49,7 @@ _BYTES = _byte_characters()
 
 
 class Tokenizer:
-    """A lossless byte-level tokenizer with an end-of-document token.
+    """A lossless tokenizer with an end-of-document token.
 
     Make one with `bytewise`, `train`, `gpt2` or `load`; `save` writes a tokenizer.json that `load` and Hugging Face
     libraries read. Names of special tokens inside a text are text: only `end_of_document` ends a document.
@@ -56,10 +66,14 @@ class Tokenizer:
         Its id.
     bytes_per_token : ndarray, shape (vocab_size,), int64
         Bytes of text that each id stands for; 0 for special tokens.
+    chat_template : str or None
+        Of the folder that it came from: how a conversation is written.
     """
 
-    def __init__(self, model: tokenizers.Tokenizer, name: str):
-        self.name = name
+    def __init__(
+        self, model: tokenizers.Tokenizer, name: str, end: str | None = None, chat_template: str | None = None
+    ) -> None:
+        self.name, self.chat_template, self._end = name, chat_template, end
         self._model = model
         model.no_padding()
         model.no_truncation()
@@ -72,26 +86,33 @@ class Tokenizer:
                 f"Tokenizer {name} numbers its {len(vocabulary):,} tokens up to {self.vocab_size - 1:,}: expected "
                 "numbers without gaps."
             )
-        ends = [end for end in _KNOWN_ENDS if end in vocabulary]
+        ends = [token for token in (end, *_KNOWN_ENDS) if token in vocabulary]
         if not ends:
             raise UserError(f"Tokenizer {name} has no end-of-document token: expected one of {', '.join(_KNOWN_ENDS)}.")
         self.end_token, self.end_of_document = ends[0], vocabulary[ends[0]]
 
         self.bytes_per_token = np.zeros(self.vocab_size, np.int64)
+        fallback = bool(getattr(model.model, "byte_fallback", False))  # of SentencePiece's kind
         for token, i in vocabulary.items():
-            self.bytes_per_token[i] = len(token)
+            self.bytes_per_token[i] = _bytes_of(token) if fallback else len(token)
         for i, added in model.get_added_tokens_decoder().items():
             self.bytes_per_token[i] = 0 if added.special else len(added.content.encode())
         self.bytes_per_token[self.end_of_document] = 0
         # Ids that are the bytes themselves need no library: 100 times faster.
         self._bytewise = self.vocab_size == 257 and all(vocabulary.get(char) == i for i, char in enumerate(_BYTES))
+        self.seen = self._sees()
 
-        ids = self.encode(_PROBE)
-        if self.decode(ids) != _PROBE or self.bytes_per_token[ids].sum() != len(_PROBE.encode()):
-            raise UserError(
-                f"Tokenizer {name} does not keep text exactly: expected a byte-level one without normalisation or "
-                "added spaces, as GPT-2's."
-            )
+    def _sees(self) -> Callable[[str], str]:
+        """What it makes of a text, found out by a probe."""
+        encoded = {text: self.encode(text) for text in (_PROBE, f" {_PROBE}")}
+        kept = all(self.decode(ids) in (text, _SEEN[1](text), text.lstrip(" ")) for text, ids in encoded.items())
+        for seen in _SEEN if kept else ():
+            if all(self.bytes_per_token[ids].sum() == len(seen(text).encode()) for text, ids in encoded.items()):
+                return seen
+        raise UserError(
+            f"Tokenizer {self.name} does not keep text exactly: expected one without normalisation (but NFC) or added "
+            "spaces (but one before a text), as those of GPT-2, Llama, Mistral and Qwen."
+        )
 
     @classmethod
     def bytewise(cls) -> Tokenizer:
@@ -130,8 +151,8 @@ class Tokenizer:
             return cls(_byte_level(models.BPE.from_file(str(vocabulary), str(merges))), "gpt2")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Read a tokenizer.json, from `save` or from elsewhere."""
+    def load(cls, path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> Tokenizer:
+        """Read a tokenizer.json, from `save` or from elsewhere; `about`: what is not in that file, see there."""
         path = Path(path)
         if path.is_dir():
             inside = path / "tokenizer.json"
@@ -140,12 +161,27 @@ class Tokenizer:
         if not path.is_file():
             raise UserError(f"Tokenizer '{path}' not found: expected {_EXPECTED}.{near_path(path)}")
         with _reading(str(path), "a tokenizer.json of Hugging Face tokenizers"):
-            return cls.from_json(path.read_text(encoding="utf-8"), path.name)
+            return cls.from_json(path.read_text(encoding="utf-8"), path.name, about)
 
     @classmethod
-    def from_json(cls, text: str, name: str) -> Tokenizer:
+    def from_json(cls, text: str, name: str, about: Mapping[str, Any] | None = None) -> Tokenizer:
         """The inverse of `to_json`."""
-        return cls(tokenizers.Tokenizer.from_str(text), name)
+        said = about or {}
+        return cls(tokenizers.Tokenizer.from_str(text), name, said.get("end_token"), said.get("chat_template"))
+
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """Tokens that stand for no text, by their ids."""
+        return {i: token.content for i, token in self._model.get_added_tokens_decoder().items() if token.special}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Name and size, and what a tokenizer.json does not tell: an end of document of a folder's choice, a template.
+
+        In a manifest, and `load` takes it.
+        """
+        said = {"end_token": self._end, "chat_template": self.chat_template}
+        return {"name": self.name, "vocab_size": self.vocab_size} | {k: v for k, v in said.items() if v is not None}
 
     def to_json(self) -> str:
         """The content of a tokenizer.json."""
@@ -163,6 +199,14 @@ class Tokenizer:
         """Ids of one text, int64, without an end of document."""
         return self.encode_batch([text])[0]
 
+    def encode_rendered(self, text: str) -> np.ndarray:
+        """Ids of a text in which names of special tokens are these tokens, as a chat template writes it."""
+        self._model.encode_special_tokens = False
+        try:
+            return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int64)
+        finally:
+            self._model.encode_special_tokens = True
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, on all cores."""
         if self._bytewise:
@@ -173,6 +217,11 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special tokens vanish, bytes that are no UTF-8 become U+FFFD."""
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def _bytes_of(token: str) -> int:
+    """Of text that a token of a vocabulary with byte fallback stands for."""
+    return 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("\u2581", " ").encode())
 
 
 def _byte_level(model: models.BPE, use_regex: bool = True) -> tokenizers.Tokenizer:

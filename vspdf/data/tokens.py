@@ -162,7 +162,7 @@ def _read_cache(path: Path, key: str) -> _Tokens:
     tokens = np.memmap(path, dtype, mode="r", shape=(int(ends[-1]),))
     if _sha256(tokens) != footer["sha256"]:
         raise _Damaged("is damaged")
-    tokenizer = Tokenizer.from_json(footer["tokenizer"], footer["tokenizer_name"])
+    tokenizer = Tokenizer.from_json(footer["tokenizer"], footer["tokenizer_name"], footer.get("tokenizer_about"))
     train, validation, test, _ = np.split(tokens, ends)
     return _Tokens(train, validation, test, tokenizer, footer["sha256"])
 
@@ -185,7 +185,7 @@ def _write_cache(path: Path, key: str, batches: Iterator[tuple[list[str], list[i
         file.write(end.tobytes())
         for texts, parts in batches:
             for text, part, ids in zip(texts, parts, tokenizer.encode_batch(texts), strict=True):
-                if tokenizer.bytes_per_token[ids].sum() != len(text.encode()):
+                if tokenizer.bytes_per_token[ids].sum() != len(tokenizer.seen(text).encode()):
                     raise UserError(
                         f"Tokenizer {tokenizer.name} alters the text {text[:40]!r}: expected one that keeps it."
                     )
@@ -207,6 +207,7 @@ def _write_cache(path: Path, key: str, batches: Iterator[tuple[list[str], list[i
             "test_tokens": sum(map(len, held[TEST])),
             "sha256": digest.hexdigest(),
             "tokenizer_name": tokenizer.name,
+            "tokenizer_about": tokenizer.about,
             "tokenizer": tokenizer.to_json(),
         }
         encoded = json.dumps(footer).encode()

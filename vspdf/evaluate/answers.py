@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vspdf.data import tasks
+from vspdf.data import chat, tasks
+from vspdf.data.rows import Conversation, said_in
 from vspdf.data.tokenizer import Tokenizer
 from vspdf.errors import Interrupted, UserError, one_of
 from vspdf.evaluate.bleu import corpus_bleu
@@ -23,6 +24,7 @@ class Prompts(NamedTuple):
     Attributes
     ----------
     texts : list of str
+        A `Conversation` goes through the model's chat template, if it has one.
     answering : bool
         Whether an end of document stands between text and answer, as in fine-tuning on tasks.
     name : str
@@ -85,6 +87,8 @@ def one_prompt(text: str | None, task: dict[str, Any] | None, say: Callable[[str
     if task and task["lower_relations"] and (lowered := tasks.lowered(text)) != text:
         say(_LOWERED)
         text = lowered
+    if task and task.get("chat"):
+        text = Conversation.of(text, (("user", text),))
     return Prompts([text], bool(task), "the prompt")
 
 
@@ -118,10 +122,10 @@ def answer(
     UserError
         If a text to go on from is empty, a prompt too long, or no prompt can leave room for an answer.
     """
-    ids = _encoded(tokenizer, prompts)
-    room = model.shape.sequence_length - decoding.max_tokens - prompts.answering
-    fitted = _fitted(ids, room, overlong, keep_end=not prompts.answering, say=say)
-    answers = _generated(model, tokenizer, fitted, prompts.answering, decoding, batch_size, progress)
+    ids, closed = _encoded(tokenizer, prompts)
+    room = model.shape.sequence_length - decoding.max_tokens - closed
+    fitted = _fitted(ids, room, overlong, keep_end=not closed, say=say)
+    answers = _generated(model, tokenizer, fitted, closed, decoding, batch_size, progress)
     return Answers([" ".join(tokenizer.decode(one).split()) for one in answers], sum(map(len, answers)))
 
 
@@ -146,31 +150,34 @@ def go_on(
     UserError
         As of `answer`.
     """
-    ids = _encoded(tokenizer, prompts)
+    ids, closed = _encoded(tokenizer, prompts)
     if decoding.beams > 1:
-        room = model.shape.sequence_length - decoding.max_tokens - prompts.answering
-        ids = _fitted(ids, room, overlong, keep_end=not prompts.answering, say=say)
-    (found,) = _generated(model, tokenizer, ids, prompts.answering, decoding, 1, lambda done: None)
+        room = model.shape.sequence_length - decoding.max_tokens - closed
+        ids = _fitted(ids, room, overlong, keep_end=not closed, say=say)
+    (found,) = _generated(model, tokenizer, ids, closed, decoding, 1, lambda done: None)
     begun, text = prompts.texts[0], tokenizer.decode(found)
     if prompts.answering and begun:
-        begun, text = begun + " ", text.lstrip(" ")
-    return Answers([begun + text], len(found))
+        return Answers([f"{begun} {text.lstrip(' ')}"], len(found))
+    return Answers([tokenizer.decode([*ids[0], *found]) if begun else text], len(found))
 
 
-def _encoded(tokenizer: Tokenizer, prompts: Prompts) -> list[list[int]]:
+def _encoded(tokenizer: Tokenizer, prompts: Prompts) -> tuple[list[list[int]], bool]:
+    """Ids of each prompt, and whether an end of document is to stand between it and its answer."""
+    if tokenizer.chat_template is not None and all(map(said_in, prompts.texts)):
+        return [chat.encode(tokenizer, said_in(text))[0].tolist() for text in prompts.texts], False
     ids = [tokenizer.encode(text).tolist() for text in prompts.texts]
     for number, one in enumerate(ids, 1):
         if not one and not prompts.answering:
             raise UserError(f"{prompts.name.format(number)} is empty: give at least one character.")
-    return ids
+    return ids, prompts.answering
 
 
 def _generated(
-    model: GPT, tokenizer: Tokenizer, ids: list[list[int]], answering: bool, decoding: Decoding, batch_size: int,
+    model: GPT, tokenizer: Tokenizer, ids: list[list[int]], closed: bool, decoding: Decoding, batch_size: int,
     progress: Callable[[int], None],
 ) -> list[list[int]]:  # fmt: skip
     end = tokenizer.end_of_document
-    prompts = [[*one, end] if answering else one for one in ids]
+    prompts = [[*one, end] if closed else one for one in ids]
     try:
         return generate(model, prompts, decoding, end, batch_size, progress)
     except KeyboardInterrupt:

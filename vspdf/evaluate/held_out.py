@@ -16,6 +16,8 @@ from vspdf.model import GPT
 from vspdf.parallel.world import ALONE, World
 
 Progress = Callable[[int], None]
+LONGEST = 2048  # tokens of a window of one's own text: models of 131,072 positions would make logits of gigabytes
+_LOGITS = 1 << 28  # at a time
 
 
 def on_run(
@@ -58,17 +60,17 @@ def on_run(
 
 
 def on_text(
-    model: GPT, tokenizer: Tokenizer, path: str, batch_size: int, progress: Callable[[int], Progress],
+    model: GPT, tokenizer: Tokenizer, path: str, batch_size: int | None, progress: Callable[[int], Progress],
     world: World = ALONE,
 ) -> tuple[Evaluation, dict[str, Any]]:  # fmt: skip
-    """Mean loss over a text of one's own, and what was read: name, bytes, documents, tokens.
+    """Mean loss over a text of one's own, and what was read: name, bytes, documents, tokens, and tokens of a window.
 
     Parameters
     ----------
     path : str
         A file, a folder, or ``FILE.jsonl``.
-    batch_size : int
-        Sequences at a time.
+    batch_size : int, optional
+        Windows at a time; default: 8, fewer where their logits would be too large.
     progress : callable
         As of `on_run`.
     world : World
@@ -79,6 +81,9 @@ def on_text(
     UserError
         If the text is missing or empty.
     """
-    own = world.together(lambda: Text.read(path, tokenizer, model.shape.sequence_length))
-    settle(world, lambda: evaluate(model, own, batch_size, 1))
-    return evaluate(model, own, batch_size, world=world, progress=progress(own.source["tokens"])), own.source
+    length = min(model.shape.sequence_length, LONGEST)
+    own = world.together(lambda: Text.read(path, tokenizer, length))
+    size = batch_size or max(1, min(8, _LOGITS // (length * model.shape.vocab_size)))
+    settle(world, lambda: evaluate(model, own, size, 1))
+    found = evaluate(model, own, size, world=world, progress=progress(own.source["tokens"]))
+    return found, own.source | {"window": length}

@@ -9,13 +9,17 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vspdf import shapes
+from vspdf.config.resolve import model_shape, resolve_model
+from vspdf.config.settings import ModelConfig
 from vspdf.errors import UserError, did_you_mean
-from vspdf.interop.cerebras_sparsity import sparsity
+from vspdf.interop.cerebras_forms import CHOICES, NUMBERS, forms
+from vspdf.interop.cerebras_sparsity import roles_of, sparsity
 
 log = logging.getLogger("vspdf")
 _SIZES = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "num_heads": "n_head", "filter_size": "d_ff",
@@ -81,7 +85,8 @@ def translate(body: Mapping[str, Any], where: str, fine_tuning: bool = False) ->
     optimizer, rates = _optimizer(init if now else body, now, where)
     ours = _model(model, where)
     block = init.get("sparsity") if now else body.get("sparsity")
-    found = sparsity(block, ours["n_layer"], where, older=not now)
+    roles = roles_of(model_shape(resolve_model(ModelConfig(**ours))).block)
+    found = sparsity(block, ours["n_layer"], where, older=not now, roles=roles)
     seed = found.pop("seed", None)
     phase = {"steps": steps, **_rates(rates, steps, where), **found}
     if not fine_tuning and length not in (None, ours["sequence_length"]):
@@ -133,11 +138,11 @@ def _model(model: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key in _DROPOUT:
         if model.get(key) not in (None, 0):
             raise UserError(f"{where}: model.{key} = {model[key]!r} is not offered; expected 0.0.")
-    found: dict[str, Any] = _sizes(model, where)
+    found: dict[str, Any] = _sizes(model, where, llama=True) | forms(model, where)
     _check_loss(model, found["sequence_length"], where)
     std, output = _std(model, "initializer", where), _std(model, "output_layer_initializer", where)
-    found |= {} if std is None else {"init_std": std}
-    std = _STD if std is None else std
+    std = (model.get("initializer_range") or _STD) if std is None else std
+    found |= {} if std == _STD else {"init_std": std}
     if (embedding := _std(model, "embedding_initializer", where)) not in (None, std):
         raise UserError(f"{where}: model.embedding_initializer.std = {embedding} is not offered; expected {std}.")
     if output is not None and not math.isclose(output, std / math.sqrt(2 * found["n_layer"]), rel_tol=1e-6):
@@ -152,9 +157,9 @@ def _check_batch(body: Mapping[str, Any], model: Mapping[str, Any], batch: int, 
     """
     if _mapping(body.get("runconfig"), "runconfig", where).get("num_csx") == 1:
         return
-    sizes = {key: value for key, value in model.items() if not key.endswith("init_std")}
+    mine = model_shape(resolve_model(ModelConfig(**model)))
     for name, (published, usual, _) in shapes.PUBLISHED.items():
-        if shapes.Shape(**sizes) != shapes.MODELS[name] or not math.isclose(steps, usual, rel_tol=0.05):
+        if mine != shapes.MODELS[name] or not math.isclose(steps, usual, rel_tol=0.05):
             continue
         systems = published * usual / (batch * steps)
         if round(systems) >= 2 and math.isclose(systems, round(systems), rel_tol=0.02):
@@ -168,12 +173,15 @@ def _check_batch(body: Mapping[str, Any], model: Mapping[str, Any], batch: int, 
         log.warning("%s: batch_size = %d is taken for the whole; release 1.8 wrote that of one system.", where, batch)
 
 
-def _sizes(model: Mapping[str, Any], where: str) -> dict[str, int]:
-    """Sizes of a model that computes what our GPT does."""
-    for key, allowed in _MODEL.items():
+def _sizes(model: Mapping[str, Any], where: str, llama: bool = False) -> dict[str, int]:
+    """Sizes of a model that computes what a GPT-2 does; with `llama`, whose other choices `forms` reads."""
+    read = (*CHOICES, *NUMBERS) if llama else ()
+    for key, allowed in ({k: v for k, v in _MODEL.items() if k not in read} | (CHOICES if llama else {})).items():
         value = model.get(key, allowed[0])
         if value is not None and value not in allowed:
-            raise UserError(f"{where}: model.{key} = {value!r} is not offered; expected {allowed[0]!r}.")
+            raise UserError(
+                f"{where}: model.{key} = {value!r} is not offered; expected {' or '.join(map(repr, allowed))}."
+            )
     found: dict[str, int] = {}
     for theirs, ours in _SIZES.items():
         value = model.get(theirs)
@@ -184,7 +192,7 @@ def _sizes(model: Mapping[str, Any], where: str) -> dict[str, int]:
             near = "" if theirs in model else did_you_mean(theirs, map(str, model))
             raise UserError(f"{where}: model.{theirs} must be a whole number, not {value!r}.{near}")
         found[ours] = value
-    known = (*_MODEL, *_DROPOUT, *_MUP, *_MODEL_BESIDE, *_SIZES)
+    known = (*_MODEL, *_DROPOUT, *_MUP, *_MODEL_BESIDE, *_SIZES, *read)
     _name_ignored("model", model, known, where)
     return found
 
@@ -346,6 +354,14 @@ def _whole(value: Any, key: str, where: str) -> int:
     return value
 
 
+def _block(settings: Mapping[str, Any]) -> Iterable[str]:
+    """Names of the matrices of a block of a model that settings of ours describe."""
+    forms = {key: settings[key] for key in ("position", "mlp", "qk_norm") if settings.get(key) is not None}
+    if settings.get("n_kv_head") not in (None, settings.get("n_head")):
+        forms["position"] = "rope"  # no more one matrix for all three
+    return replace(shapes.MODELS.get(str(settings.get("name")), shapes.Shape(1, 2, 1, 1, 1, 1)), **forms).block
+
+
 def translated(body: Any, where: str, fine_tuning: bool) -> Any:
     """A whole file of the Cerebras stack, or its ``sparsity`` block beside our settings, as settings of ours."""
     if is_cerebras(body):
@@ -361,6 +377,6 @@ def translated(body: Any, where: str, fine_tuning: bool) -> Any:
     n_layer = settings.get("n_layer") or named
     if not isinstance(n_layer, int) or not 0 <= n_layer <= _LARGEST["num_hidden_layers"]:
         raise UserError(f"{where}: model.n_layer must be a whole number of layers, not {n_layer!r}.")
-    found = sparsity(block, n_layer, where, older=True)
+    found = sparsity(block, n_layer, where, older=True, roles=roles_of(_block(settings)))
     seed = {"seed": found.pop("seed")} if "seed" in found else {}
     return body | seed | {"phases": [phases[0] | found, *phases[1:]]}

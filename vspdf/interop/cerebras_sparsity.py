@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -31,7 +31,21 @@ _REPEATS = 4  # in one alternative of a regex: more could take hours on a name t
 _DYNAMIC = ("gmp", "set", "rigl", "dynamic")
 
 
-def sparsity(block: Any, n_layer: int, where: str, older: bool = False) -> dict[str, Any]:
+def roles_of(block: Iterable[str]) -> dict[str, list[str]]:
+    """As `ROLES`, of a model whose blocks have matrices of these names (`vspdf.shapes.Shape.block`)."""
+    gated = {
+        **{f"attn.{x}_proj": [f"self_attn.proj_{x}_dense_layer"] for x in "qkv"},
+        "attn.o_proj": ROLES["attn.c_proj"],
+        "mlp.up_proj": ROLES["mlp.c_fc"],
+        "mlp.gate_proj": ["ffn.ffn.0.linear_layer_for_glu"],
+        "mlp.down_proj": ROLES["mlp.c_proj"],
+    }
+    return {name: (ROLES | gated)[name] for name in block}
+
+
+def sparsity(
+    block: Any, n_layer: int, where: str, older: bool = False, roles: Mapping[str, list[str]] = ROLES
+) -> dict[str, Any]:
     """Settings of a phase (`sparsity`, `layers`, `init_method`, `count`) and `seed` from a ``sparsity`` block.
 
     Parameters
@@ -43,6 +57,8 @@ def sparsity(block: Any, n_layer: int, where: str, older: bool = False) -> dict[
         For messages.
     older : bool
         Of the form that counts kept weights as ``numel − round(s · numel)``; the current one truncates.
+    roles : mapping
+        Our layers of a block, and the weights of theirs that make up each.
 
     Raises
     ------
@@ -53,7 +69,7 @@ def sparsity(block: Any, n_layer: int, where: str, older: bool = False) -> dict[
         return {}
     entries = block if isinstance(block, list) else [block]
     rules = [_rule(entry, where) for entry in entries]
-    chosen = _by_layer(rules, n_layer, where)
+    chosen = _by_layer(rules, n_layer, where, roles)
     methods = {rule["init_method"] for rule in rules if rule["sparsity"]} or {"random"}
     if len(methods) > 1:
         raise UserError(f"{where}: sparsity: init_method {' and '.join(sorted(methods))} in one run; one is offered.")
@@ -165,7 +181,9 @@ def _matches(name: str, rule: Mapping[str, Any], where: str) -> bool:
     return False
 
 
-def _by_layer(rules: list[dict[str, Any]], n_layer: int, where: str) -> dict[str, float]:
+def _by_layer(
+    rules: list[dict[str, Any]], n_layer: int, where: str, roles: Mapping[str, list[str]]
+) -> dict[str, float]:
     """Sparsity of each of our layers."""
     if n_layer > MOST_LAYERS:
         raise UserError(f"{where}: {n_layer:,} layers; expected at most {MOST_LAYERS:,}.")
@@ -179,7 +197,7 @@ def _by_layer(rules: list[dict[str, Any]], n_layer: int, where: str) -> dict[str
     chosen: dict[str, float] = {}
     used: set[int | None] = set()
     for i in range(n_layer):
-        for ours, parts in ROLES.items():
+        for ours, parts in roles.items():
             amounts = []
             for part in parts:
                 name = f"transformer_decoder.layers.{i}.{part}.weight"

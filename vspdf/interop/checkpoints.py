@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ class Loaded(NamedTuple):
     tokenizer : Tokenizer or None
         None where nothing beside the weights tells it.
     state : dict
-        At least `step` (0 for a Hugging Face folder), `model` (its shape) and `activation`; of a run also `corpus`.
+        At least `step` (0 for a Hugging Face folder) and `model` (its shape); of a run also `corpus`.
     """
 
     model: GPT
@@ -65,7 +66,7 @@ def kind(path: Path) -> str:
 
 def load(
     path: str | Path, backend: str = "auto", tokenizer: Tokenizer | None = None, device: str = "cpu",
-    form: tuple[Shape, str] | None = None,
+    shape: Shape | None = None,
 ) -> Loaded:  # fmt: skip
     """Model, tokenizer and state of any checkpoint: of ours, a Hugging Face GPT-2 folder, or the Cerebras stack's.
 
@@ -79,9 +80,9 @@ def load(
         Instead of the stored one.
     device : str
         "cpu", "cuda" or "cuda:1".
-    form : (Shape, str), optional
-        Shape and activation of the model, for a checkpoint of torch.distributed.checkpoint, which has neither; default:
-        of a run's configuration beside it.
+    shape : Shape, optional
+        Of the model, for a checkpoint of torch.distributed.checkpoint, which does not say it; default: that of a run's
+        configuration beside it.
 
     Raises
     ------
@@ -91,9 +92,8 @@ def load(
     """
     where, path = find_device(device), Path(path)
     if kind(path) == "sharded":
-        shape, activation = form or _configured(path)
-        model = sharded.load_model(path, shape, activation, backend)
-        return Loaded(model.to(where), tokenizer, sharded.state_of(shape, activation))
+        model = sharded.load_model(path, shape or _configured(path), backend)
+        return Loaded(model.to(where), tokenizer, {"step": 0, "model": asdict(model.shape)})
     if kind(path) != "checkpoint":
         model, tokenizer, state, masks = read_theirs(path, tokenizer)
         if masks:
@@ -103,30 +103,29 @@ def load(
     run, state = of_checkpoint(stored.folder), stored.state
     if stored.folder.parent.name == CHECKPOINTS:
         run.check(state)
-    state.setdefault("activation", "gelu")
-    model = GPT(Shape(**state["model"]), activation=state["activation"])
+    model = GPT(_shape_in(state))
     stored.restore(model, backend)
     file = run.tokenizer
     if tokenizer is None and file.is_file():
-        tokenizer = Tokenizer.load(file)
+        tokenizer = Tokenizer.load(file, state.get("tokenizer"))
     if tokenizer is not None and tokenizer.vocab_size > model.shape.vocab_size:
         raise _mismatch(tokenizer, f"the model of {stored.folder} has {model.shape.vocab_size}")
     return Loaded(model.to(where), tokenizer, state)
 
 
-def _configured(path: Path) -> tuple[Shape, str]:
-    """Shape and activation of a model, from a run's configuration in a folder or the one above."""
+def _configured(path: Path) -> Shape:
+    """Shape of a model, from a run's configuration in a folder or the one above."""
     for folder in (path, path.parent):
         if (run := Run(folder)).configured:
-            return run.shape, run.config.model.activation
+            return run.shape
     raise UserError(
         f"'{path}' is of torch.distributed.checkpoint and does not say what model it is of: put the {CONFIG} of a run "
         "of that model, or a Hugging Face config.json, beside it; init_from takes it as the configured model's."
     )
 
 
-def shape_of(path: str | Path) -> tuple[Shape, str]:
-    """Shape and activation of any checkpoint, without its weights.
+def shape_of(path: str | Path) -> Shape:
+    """Shape of any checkpoint, without its weights.
 
     Raises
     ------
@@ -137,6 +136,9 @@ def shape_of(path: str | Path) -> tuple[Shape, str]:
     if kind(path) == "sharded":
         return _configured(path)
     if kind(path) != "checkpoint":
-        return read_configuration(*_configuration(path))[:2]
-    state = checkpoint.read_state(checkpoint.resolve(path))
-    return Shape(**state["model"]), state.get("activation", "gelu")
+        return read_configuration(*_configuration(path))[0]
+    return _shape_in(checkpoint.read_state(checkpoint.resolve(path)))
+
+
+def _shape_in(state: dict[str, Any]) -> Shape:
+    return Shape.read(state["model"], state.get("activation"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def convert(
             _write_checkpoint(draft, model, words, {**state, "converted_from": str(source)})
     return {
         "source": str(source), "kind": kind, "to": to, "written": str(target), "step": state["step"],
-        "model": hugging_face.known_name(model.shape, model.activation), "parameters": model.shape.parameters,
+        "model": hugging_face.known_name(model.shape), "parameters": model.shape.parameters,
         "tokenizer": words.name if words else None,
         "layers": {name: pattern.sparsity for name, pattern in layers.items()},
     }  # fmt: skip
@@ -98,9 +99,9 @@ def _write_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer | None, sta
     folder.mkdir(parents=True)
     if tokenizer is not None:
         Run(folder).tokenizer.write_text(tokenizer.to_json(), encoding="utf-8")
-    kept = ("model", "activation", "tokenizer", "corpus", "validation_fraction", "seed", "sequences", "task",
-            "converted_from")  # fmt: skip
-    body = {key: state[key] for key in kept if key in state} | {"vspdf": hardware.versions()["vspdf"]}
+    kept = ("tokenizer", "corpus", "validation_fraction", "seed", "sequences", "task", "converted_from")
+    body = {key: state[key] for key in kept if key in state}
+    body |= {"model": asdict(model.shape), "vspdf": hardware.versions()["vspdf"]}
     checkpoint.save(folder, state["step"], model, None, body)
 
 

@@ -1,4 +1,4 @@
-"""Between our GPT and Hugging Face's GPT-2 layout, both ways.
+"""Between our GPT and folders of Hugging Face transformers, both ways: GPT-2 here, others by `architectures`.
 
 What GPT-2's configuration can say and our GPT cannot (scaled embeddings, scaled logits, attention divided by something
 else than the root of the head's width, as under µP) is folded into the weights, so that the function stays the same.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,9 @@ from vspdf.data.tokenizer import Tokenizer, check_tokenizer
 from vspdf.errors import UserError
 from vspdf.files import read_json
 from vspdf.interop import cerebras, cerebras_tensors
-from vspdf.interop.masks import canonical, finalize, name_zeros
+from vspdf.interop.architecture_tensors import to_ours, to_theirs
+from vspdf.interop.architectures import ACTIVATIONS, LAYOUTS, only, whole, written_as
+from vspdf.interop.masks import MASK, canonical, finalize, name_zeros
 from vspdf.interop.tensors import read_folder
 from vspdf.model import GPT
 from vspdf.pattern import Pattern
@@ -31,12 +33,13 @@ from vspdf.sparsity.layer import sparse_layers
 
 log = logging.getLogger("vspdf")
 
-# Activations of GPT-2's configuration that our GPT has; the three forms by tanh are one function.
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
-ARCHITECTURES = ("gpt2", "btlm", "jais")  # the latter two are GPT-2 with µP keys; what else they may ask for is refused
+GPT2 = ("gpt2", "btlm", "jais")  # the latter two are GPT-2 with µP keys; what else they may ask for is refused
+ARCHITECTURES = (*GPT2, *LAYOUTS)
 _LINEAR = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # [in, out] there
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
 _LARGEST = 1e30  # of scales
+_OTHER = {"add_cross_attention": False, "quantization_config": None, "sparsity_config": None,
+          "compression_config": None}  # fmt: skip
 _SIZES = {"n_layer": "n_layer", "d_model": "n_embd", "n_head": "n_head", "d_ff": "n_inner",
           "vocab_size": "vocab_size", "sequence_length": "n_positions"}  # fmt: skip
 
@@ -55,57 +58,72 @@ class Scales(NamedTuple):
     by_layer: bool  # scores of the layer i, counted from 0, are divided by i + 1 as well
 
 
-def configuration_of(shape: Shape, activation: str = "gelu", end_of_document: int | None = None) -> dict[str, Any]:
-    """Content of the config.json with which transformers' GPT-2 is our GPT."""
+def configuration_of(shape: Shape, end_of_document: int | None = None) -> tuple[str, dict[str, Any]]:
+    """The architecture of transformers that is our GPT of a shape, and the content of its config.json.
+
+    Raises
+    ------
+    UserError
+        If there is none.
+    """
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-    ends = {} if end_of_document is None else {"bos_token_id": end_of_document, "eos_token_id": end_of_document}
-    return {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **{_SIZES[k]: v for k, v in asdict(shape).items()},
-        "activation_function": names[activation], "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-        "scale_attn_weights": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-        "initializer_range": 0.02, "torch_dtype": "float32", **ends,
+    config: dict[str, Any] = {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
+        **{theirs: getattr(shape, ours) for ours, theirs in _SIZES.items()},
+        "activation_function": names.get(shape.mlp, ""), "layer_norm_epsilon": shape.norm_eps,
+        "tie_word_embeddings": shape.tie, "scale_attn_weights": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
     }  # fmt: skip
+    kind = "gpt2"
+    if shape.mlp not in names or _read_gpt2(config, "") != shape:
+        found = written_as(shape)
+        if found is None:
+            raise UserError(
+                f"no architecture of transformers that is written here (gpt2, {', '.join(LAYOUTS)}) is a model of "
+                f"norm {shape.norm}, position {shape.position}, mlp {shape.mlp}, bias {shape.bias}, qk_norm "
+                f"{shape.qk_norm} and {shape.n_head} heads of {shape.head_dim} in {shape.d_model}."
+            )
+        kind, config = found
+    ends = {} if end_of_document is None else {"bos_token_id": end_of_document, "eos_token_id": end_of_document}
+    return kind, config | {"initializer_range": 0.02, "torch_dtype": "float32", **ends}
 
 
-def read_configuration(config: Mapping[str, Any], where: str = "config.json") -> tuple[Shape, str, Scales]:
-    """Shape, activation and scales of a Hugging Face GPT-2 configuration, µP keys included.
+def read_configuration(config: Mapping[str, Any], where: str = "config.json") -> tuple[Shape, Scales | None]:
+    """Shape of a Hugging Face configuration; and of a GPT-2 its scales, µP keys included.
 
     Raises
     ------
     UserError
         Naming the key, if it asks for what our GPT does not have.
     """
-    if config.get("model_type") not in ARCHITECTURES:
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
         raise UserError(
-            f"{where}: model_type '{config.get('model_type')}' is not a GPT-2 layout; expected one of "
-            f"{', '.join(ARCHITECTURES)}. Other models train through vspdf.sparsify and vspdf.densify in place."
+            f"{where}: model_type '{kind}' is not covered; expected one of {', '.join(ARCHITECTURES)}. Other models "
+            "train through vspdf.sparsify and vspdf.densify in place."
         )
-    sizes = {ours: config.get(theirs) for ours, theirs in _SIZES.items()}
-    if sizes["d_ff"] is None and isinstance(sizes["d_model"], int):
-        sizes["d_ff"] = 4 * sizes["d_model"]
-    for ours, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{where}: {_SIZES[ours]} must be a whole number of at least 1, not {value!r}.")
-    shape = Shape(**sizes)  # type: ignore[arg-type]
-    expected: dict[str, tuple[Any, ...]] = {
-        "position_embedding_type": ("learned", "absolute", None),
-        "layer_norm_epsilon": (1e-5,),
-        "add_cross_attention": (False,),
-        "quantization_config": (None,),
-        "sparsity_config": (None,),
-        "compression_config": (None,),
-    }
-    for key, allowed in expected.items():
-        if (value := config.get(key, allowed[0])) not in allowed:
-            raise UserError(f"{where}: {key} = {value!r} is not supported; expected {allowed[0]!r}.")
+    if kind in LAYOUTS:
+        return LAYOUTS[kind].read(config, where), None
+    shape = _read_gpt2(config, where)
+    return shape, _scales(config, shape, where)
+
+
+def _read_gpt2(config: Mapping[str, Any], where: str) -> Shape:
+    sizes: dict[str, Any] = {ours: whole(config, theirs, where) for ours, theirs in _SIZES.items() if ours != "d_ff"}
+    sizes["d_ff"] = whole(config, "n_inner", where, 4 * sizes["d_model"])
+    if config.get("position_embedding_type") != "absolute":
+        only(config, {"position_embedding_type": "learned"}, where)
+    only(config, _OTHER, where)
     activation = config.get("activation_function", "gelu_new")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise UserError(
             f"{where}: activation_function '{activation}' is not supported; expected one of {', '.join(ACTIVATIONS)}."
         )
-    if config.get("tie_word_embeddings", True) is not True:
-        log.warning("%s does not tie the output head to the embeddings: the two must be equal here.", where)
-    return shape, ACTIVATIONS[activation], _scales(config, shape, where)
+    eps = config.get("layer_norm_epsilon", 1e-5)
+    if not isinstance(eps, float):
+        raise UserError(f"{where}: layer_norm_epsilon must be a number, not {eps!r}.")
+    tie = config.get("tie_word_embeddings", True) is True
+    return Shape(**sizes, mlp=ACTIVATIONS[activation], norm_eps=eps, tie=tie)
 
 
 def _configuration(folder: Path) -> tuple[dict[str, Any], str]:
@@ -154,12 +172,12 @@ def _scales(config: Mapping[str, Any], shape: Shape, where: str) -> Scales:
     return Scales(embeddings, logits, score, by_layer=bool(config.get("scale_attn_by_inverse_layer_idx")))
 
 
-def known_name(shape: Shape, activation: str = "gelu") -> str | None:
-    """Name of the model with this shape, e.g. cerebras-gpt-111m; Cerebras's have the exact GELU."""
-    return next(
-        (name for name, known in MODELS.items() if known == shape and (activation == "gelu") == ("cerebras" in name)),
-        None,
-    )
+def known_name(shape: Shape) -> str | None:
+    """Name of the model with this shape, e.g. cerebras-gpt-111m; of GPT-2's own, only with GELU by tanh."""
+    for name, known in MODELS.items():
+        if (replace(known, mlp="gelu_tanh") if name.startswith("gpt") else known) == shape:
+            return name
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,28 +196,47 @@ def read_theirs(
         As `load`.
     """
     config, where = _configuration(folder)
-    shape, activation, scales = read_configuration(config, where)
+    shape, scales = read_configuration(config, where)
+    ends = config.get("eos_token_id")
+    end = ends[0] if isinstance(ends, list) and ends else ends
     if tokenizer is None:
-        tokenizer = _tokenizer(folder)
+        tokenizer = _tokenizer(folder, end)
     if tokenizer is not None:
-        check_tokenizer(tokenizer, shape, str(folder), config.get("eos_token_id"))
-    found = canonical(read_folder(folder), str(folder)).tensors
+        check_tokenizer(tokenizer, shape, str(folder), end)
+    kind = config["model_type"]
+    found = canonical(_with_masks(read_folder(folder), turned=kind in GPT2), str(folder)).tensors
     tensors, masks = finalize(cerebras_tensors.from_cerebras(found, str(folder)), str(folder))
     name_zeros(tensors, masks, str(folder))
-    model, patterns = from_tensors(shape, activation, tensors, masks, scales, str(folder))
-    state = {"step": 0, "model": asdict(shape), "activation": activation}
+    if kind in LAYOUTS:
+        tensors, masks = to_ours(kind, shape, tensors), to_ours(kind, shape, masks)
+    model, patterns = from_tensors(shape, tensors, masks, scales, str(folder), gpt2=kind in GPT2)
+    state = {"step": 0, "model": asdict(shape)}
     return model, tokenizer, state, patterns
+
+
+def _with_masks(tensors: Mapping[str, Tensor], turned: bool) -> dict[str, Tensor]:
+    """What `save_pretrained` wrote of a sparse model, with a mask beside each weight in place of values and pattern."""
+    found = dict(tensors)
+    for name in [name.removesuffix("._extra_state") for name in tensors if name.endswith("._extra_state")]:
+        weight = tensors.get(f"{name}.weight")
+        if weight is None or f"{name}.values" not in tensors or weight.dim() != 2:
+            continue
+        out, into = reversed(weight.shape) if turned else weight.shape
+        mask = Pattern((out, into), tensors[f"{name}._extra_state"].numpy()).mask()
+        found[f"{name}.weight{MASK}"] = mask.T if turned else mask
+        del found[f"{name}._extra_state"], found[f"{name}.values"]
+    return found
 
 
 def from_tensors(
     shape: Shape,
-    activation: str,
     tensors: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
     scales: Scales | None = None,
     where: str = "the checkpoint",
+    gpt2: bool = True,
 ) -> tuple[GPT, dict[str, Pattern]]:
-    """Our dense GPT from tensors under GPT-2's names, and patterns from masks of them.
+    """Our dense GPT from tensors under our names, and patterns from masks of them; `gpt2`: in its layout and names.
 
     Raises
     ------
@@ -209,22 +246,27 @@ def from_tensors(
     given = {
         name.removeprefix("transformer."): tensor for name, tensor in tensors.items() if not name.endswith(_BUFFERS)
     }
-    head = given.pop("lm_head.weight", None)
+    head = given.get("lm_head.weight")
+    if shape.tie:
+        given.pop("lm_head.weight", None)
+    elif head is None and "wte.weight" in given:
+        given["lm_head.weight"] = given["wte.weight"]  # one tensor in the file, whatever the configuration says
     if shape.parameters > 2 * (held := sum(tensor.numel() for tensor in given.values())):  # nothing is built for it
         raise UserError(f"{where}: of a model of {shape.parameters:,} parameters, {held:,} are here.")
     with torch.device("meta"):
-        model = GPT(shape, activation=activation)
-    wanted = dict(model.named_parameters())
+        model = GPT(shape)
+    wanted, what = dict(model.named_parameters()), "GPT-2" if gpt2 else "model"
     if missing := [name for name in wanted if name not in given]:
         raise UserError(f"{where}: {len(missing)} tensors are missing, the first is '{missing[0]}'.")
     if extra := [name for name in given if name not in wanted]:
-        raise UserError(f"{where}: '{extra[0]}' is no tensor of a GPT-2 of {shape.n_layer} layers.")
-    if head is not None and not torch.equal(head, given["wte.weight"]):
+        raise UserError(f"{where}: '{extra[0]}' is no tensor of a {what} of {shape.n_layer} layers.")
+    if shape.tie and head is not None and not torch.equal(head, given["wte.weight"]):
         raise UserError(
-            f"{where}: its output head differs from its embeddings; here the two are one tensor (tied), so it cannot "
-            "be taken over."
+            f"{where}: its output head differs from its embeddings, while its configuration says that the two are one "
+            "tensor (tie_word_embeddings)."
         )
-    turn = lambda name, t: t.T if name.endswith(_LINEAR) and t.dim() == 2 else t  # noqa: E731
+    turn = lambda name, t: t.T if gpt2 and name.endswith(_LINEAR) and t.dim() == 2 else t  # noqa: E731
+    may_be_masked = tuple(f"{name}.weight" for name in shape.block)
     for name, parameter in wanted.items():
         if turn(name, given[name]).shape != parameter.shape:
             raise UserError(
@@ -239,7 +281,7 @@ def from_tensors(
     patterns = {}
     for name, mask in masks.items():
         name = name.removeprefix("transformer.")
-        if not name.endswith(_LINEAR):
+        if not name.endswith(may_be_masked):
             if bool(mask.all()):
                 continue
             raise UserError(f"{where}: '{name}' is masked; only projections and FFN matrices are sparse here.")
@@ -250,20 +292,37 @@ def from_tensors(
 def _fold(model: GPT, scales: Scales) -> None:
     """Multiplies scales into weights: embeddings into both tables, scores into queries, logits into the last norm."""
     model.wte.weight.mul_(scales.embeddings)
-    model.wpe.weight.mul_(scales.embeddings)
-    for parameter in model.ln_f.parameters():  # the head is the table of embeddings, already scaled
-        parameter.mul_(scales.logits / scales.embeddings)
+    if model.wpe is not None:
+        model.wpe.weight.mul_(scales.embeddings)
+    for parameter in model.ln_f.parameters():  # a tied head is the table of embeddings, already scaled
+        parameter.mul_(scales.logits / (scales.embeddings if model.shape.tie else 1))
     for i, block in enumerate(model.h):
         for parameter in block.attn.c_attn.parameters():  # type: ignore[union-attr]
             parameter[: model.shape.d_model].mul_(scales.score / (i + 1 if scales.by_layer else 1))
 
 
-def _tokenizer(folder: Path) -> Tokenizer | None:
-    if (folder / "tokenizer.json").is_file():
-        return Tokenizer.load(folder / "tokenizer.json")
+def _tokenizer(folder: Path, end: Any) -> Tokenizer | None:
+    """A folder's tokenizer, with its chat template; documents end with the token of that id, if it is a special one."""
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        token = Tokenizer.load(file).special_tokens.get(end) if isinstance(end, int) else None
+        return Tokenizer.load(file, {"end_token": token, "chat_template": _chat_template(folder)})
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return Tokenizer.gpt2(folder)
     return None
+
+
+def _chat_template(folder: Path) -> str | None:
+    """How a folder says that a conversation is written: a file of its own, or in its tokenizer's configuration."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    file = folder / "tokenizer_config.json"
+    said = read_json(file).get("chat_template") if file.is_file() else None
+    if isinstance(said, list):  # several, by name
+        said = next(
+            (one.get("template") for one in said if isinstance(one, dict) and one.get("name") == "default"), None
+        )
+    return said if isinstance(said, str) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,13 +330,16 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def to_tensors(model: GPT) -> dict[str, Tensor]:
-    """A GPT's weights under GPT-2's names and in its layout; masked weights are zeros."""
+def to_tensors(model: GPT, kind: str = "gpt2") -> dict[str, Tensor]:
+    """A GPT's weights under the names of an architecture and in its layout; masked weights are zeros."""
     layers = sparse_layers(model)
     dense = {name: parameter.detach() for name, parameter in model.named_parameters() if not name.endswith(".values")}
     with torch.no_grad():
         dense |= {f"{name}.weight": layer.weight for name, layer in layers.items()}
-    return {
+    if kind in LAYOUTS:
+        return to_theirs(kind, model.shape, dense)
+    head = {} if model.lm_head is None else {"lm_head.weight": dense.pop("lm_head.weight")}
+    return head | {
         f"transformer.{name}": (tensor.T if name.endswith(_LINEAR) else tensor).contiguous()
         for name, tensor in dense.items()
     }
@@ -285,9 +347,9 @@ def to_tensors(model: GPT) -> dict[str, Tensor]:
 
 def write_hugging_face(model: GPT, tokenizer: Tokenizer | None, folder: Path) -> None:
     """Fills a folder that `AutoModelForCausalLM` and `AutoTokenizer` load."""
-    folder.mkdir(parents=True)
     end = None if tokenizer is None else tokenizer.end_of_document
-    config = configuration_of(model.shape, model.activation, end)
+    kind, config = configuration_of(model.shape, end)
+    folder.mkdir(parents=True)
     files = {"config.json": config}
     if tokenizer is not None:
         (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
@@ -298,7 +360,9 @@ def write_hugging_face(model: GPT, tokenizer: Tokenizer | None, folder: Path) ->
             "clean_up_tokenization_spaces": False,
             "model_max_length": model.shape.sequence_length,
         }
+        if tokenizer.chat_template is not None:
+            files["tokenizer_config.json"]["chat_template"] = tokenizer.chat_template
         files["generation_config.json"] = {"bos_token_id": end, "eos_token_id": end}
     for name, body in files.items():
         (folder / name).write_text(json.dumps(body, indent=2) + "\n")
-    save_file(to_tensors(model), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(to_tensors(model, kind), folder / "model.safetensors", metadata={"format": "pt"})

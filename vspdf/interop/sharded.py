@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -92,7 +91,7 @@ def read(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_model(folder: Path, shape: Shape, activation: str, backend: str = "auto") -> GPT:
+def load_model(folder: Path, shape: Shape, backend: str = "auto") -> GPT:
     """Our GPT of a shape with the weights of a folder: sparse where that holds masks, which are adopted first.
 
     Raises
@@ -100,7 +99,7 @@ def load_model(folder: Path, shape: Shape, activation: str, backend: str = "auto
     UserError
         If the folder holds no such model.
     """
-    tensors, model = read(folder), GPT(shape, activation=activation)
+    tensors, model = read(folder), GPT(shape)
     own = _model_of(tensors, folder)
     adopt(model, own, backend=backend)
     expected = model.state_dict()
@@ -144,8 +143,3 @@ def dense(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
             mask, weight = mask.T.contiguous(), weight.T.contiguous()
         found |= {f"{name}.weight": weight, f"{name}.weight_mask": mask}
     return found
-
-
-def state_of(shape: Shape, activation: str) -> dict[str, Any]:
-    """What is known of such a checkpoint beside its weights."""
-    return {"step": 0, "model": asdict(shape), "activation": activation}

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vspdf.errors import UserError, check_sparsity, did_you_mean, one_of, require
+from vspdf.plan import outlook
+from vspdf.plan.wafer_models import transformer
 from vspdf.runs.folder import Run
 from vspdf.runs.writer import Writer
-from vspdf.shapes import Shape, named_shape
+from vspdf.shapes import Shape
 from vspdf.simulator import machine as machines
 from vspdf.simulator.aggregate.estimates import check_picture, plot_layer, simulate_layer, simulate_step, sweep_layer
 from vspdf.simulator.aggregate.layer import Weights
-from vspdf.simulator.aggregate.step import Model
+from vspdf.simulator.aggregate.model import Model, Transformer
 from vspdf.simulator.machine import Machine
+
+SAMPLES = 64  # of the band of a plan
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
@@ -157,12 +160,16 @@ def layer_by_request(
 
 
 def step_by_request(
-    machine: Machine, *, model: str | Shape | None = None, run: str | Path | None = None, batch: int | None = None,
-    sequence: int | None = None, systems: int = 1, sparsity: float | None = None, level: str = "aggregate",
+    machine: Machine, *, model: str | Path | Shape | None = None, run: str | Path | None = None,
+    batch: int | None = None, sequence: int | None = None, systems: int = 1, sparsity: float | None = None,
+    tokens: float | None = None, sweep: str | None = None, level: str = "aggregate", plot: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """`simulate_step` of a model (a name of `ledger.MODELS` or a shape) or of a finished run.
+    """`simulate_step` of a model (a name, a configuration, a Hugging Face folder, a shape) or of a finished run.
 
-    Without a `sparsity`, a run's own masks count, and a model is dense. ``comparison`` of a run holds `compare_phases`.
+    Without a `sparsity`, a run's own masks count, and a model is dense. ``comparison`` of a run holds `compare_phases`,
+    ``better_batch`` the nearest batch that is faster, ``beside`` what a GPU and this CPU would take; with `tokens`
+    there are ``training_seconds`` and ``energy_kwh``, with `sweep` (``sparsity=0,0.5,0.9``; batch, systems) ``rows``.
+    `plot` draws the sweep, or without one what each unknown does to the speed-up.
 
     Raises
     ------
@@ -171,6 +178,64 @@ def step_by_request(
     """
     if level != "aggregate":
         raise UserError(f"`level` {level}: a training step is simulated at the aggregate level only.")
+    require(tokens is None or tokens >= 1, f"`tokens` must be at least 1, not {tokens}.")
+    swept = outlook.parse_sweep(sweep) if sweep is not None else None
+    if plot is not None:
+        check_picture(plot)
+    what, done, masks = _model(model, run, batch, sequence, systems, sparsity)
+    result = simulate_step(machine, what)
+    near = tuple({result["mapping"][kind]["columns"] for kind in ("dense", "sparse")})
+    result["comparison"] = compare_phases(machine, done.shape, masks, done.summary["phases"]) if done else []
+    result["note"] = machine.note
+    cut = result["mapping"]["sparse"]["passes"] > 1  # one micro-batch alone: the more sequences the better
+    result["better_batch"] = outlook.better_batch(machine, what.grouped(), near) if cut else None
+    result["beside"] = outlook.beside(result)
+    if tokens is not None:
+        result |= outlook.training(machine, result, tokens)
+    if swept:
+        name, values = swept
+        result["swept"], result["rows"] = name, outlook.sweep(machine, what, sparsity or 0.0, name, values)
+        if plot is not None:
+            outlook.plot_rows(result["rows"], name, f"{machine.name}: a training step over {name}", plot)
+    elif plot is not None:
+        title = f"{machine.name}: what is not known of a step at {result['sparsity']:.4g} sparsity"
+        outlook.plot_tornado(result, title, plot)
+    return result
+
+
+def scale_by_request(
+    machine: Machine, *, systems: Sequence[int], model: str | Path | Shape | None = None,
+    run: str | Path | None = None, batch: int | None = None, sequence: int | None = None,
+    sparsity: float | None = None, weak: bool = False, level: str = "aggregate", plot: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """`outlook.scale` of a model or a run over numbers of systems.
+
+    Raises
+    ------
+    UserError
+        For arguments that are missing or wrong, and as `outlook.scale` does.
+    """
+    if level != "aggregate":
+        raise UserError(f"`level` {level}: several systems are simulated at the aggregate level only.")
+    require(bool(systems) and min(systems) >= 1, "`systems` takes numbers of at least 1, e.g. 1,2,4,8,16.")
+    if plot is not None:
+        check_picture(plot)
+    what, _, _ = _model(model, run, batch, sequence, 1, sparsity)
+    rows = outlook.scale(machine, what, systems, weak)
+    if plot is not None:
+        kind = "so many sequences a system" if weak else "one batch for all"
+        outlook.plot_rows(rows, "systems", f"{machine.name}: {kind}", plot)
+    return {
+        "machine": machine.name, "note": machine.note, "batch": what.batch, "weak": weak, "sparsity": 1 - what.kept,
+        "sequence_length": what.shape.sequence_length, "rows": rows,
+    }  # fmt: skip
+
+
+def _model(
+    model: str | Path | Shape | None, run: str | Path | None, batch: int | None, sequence: int | None, systems: int,
+    sparsity: float | None,
+) -> tuple[Model, Run | None, list[Mapping[str, np.ndarray]]]:  # fmt: skip
+    """What is asked for, the run it comes from and that run's masks."""
     for name, value in (("batch", batch), ("sequence", sequence), ("systems", systems)):
         if value is not None and value < 1:
             raise UserError(f"`{name}` must be at least 1, not {value}.")
@@ -178,24 +243,27 @@ def step_by_request(
         raise UserError("expected `model` NAME or `run` RUN, one of them.")
     done = Run(Path(run)).require(finished=True).check(whole=False) if run is not None else None
     masks = _masks(done) if done else []
-    shape = done.shape if done else named_shape(model) if isinstance(model, str) else model
-    assert shape is not None
+    if done:
+        shape, known = Transformer.of(done.shape), _batch(done.summary["phases"][0], done.shape)
+    elif isinstance(model, Shape):
+        shape, known = Transformer.of(model), None
+    else:
+        shape, known = transformer(str(model))
     if sequence is not None:
-        shape = replace(shape, sequence_length=sequence)
-    if batch is None and done:
-        batch = _batch(done.summary["phases"][0], done.shape)
+        most = shape.sequence_length
+        require(sequence <= most, f"`sequence` {sequence}: this model has positions for {most} tokens.")
+        shape = shape.at(sequence)
+    batch = known if batch is None else batch
     if batch is None:
         raise UserError("`batch`: how many sequences does a step of this model have?")
     if done and sparsity is None and masks[0]:
-        what = Model.of_patterns(shape, masks[0], batch, systems)
-    else:
-        what = Model.uniform(shape, batch, sparsity or 0.0, systems)
-    result = simulate_step(machine, what)
-    result["comparison"] = compare_phases(machine, done.shape, masks, done.summary["phases"]) if done else []
-    return result
+        return Model.of_patterns(shape, masks[0], batch, systems), done, masks
+    return Model.uniform(shape, batch, sparsity or 0.0, systems), done, masks
 
 
-ESTIMATES: dict[str, Callable[..., dict[str, Any]]] = {"layer": layer_by_request, "step": step_by_request}
+ESTIMATES: dict[str, Callable[..., dict[str, Any]]] = {
+    "layer": layer_by_request, "step": step_by_request, "scale": scale_by_request,
+}  # fmt: skip
 
 
 def simulate(
@@ -206,7 +274,7 @@ def simulate(
 
     Parameters
     ----------
-    program : {"spmm", "gemm", "gemv", "reduce", "layer", "step"}
+    program : {"spmm", "gemm", "gemv", "reduce", "layer", "step", "scale"}
         Its arguments are those of `vspdf simulate PROGRAM` with underscores, e.g.
         ``simulate("reduce", pes=512, elements=4096, group=32)``; of a layer ``in_features`` and ``out_features``.
     machine : str or path
@@ -220,7 +288,7 @@ def simulate(
         Write a Chrome (Perfetto) trace here; takes the event level.
     plot : path, optional
         Draw heat maps per PE and a time line here (.html, .png); takes the event level. Of a layer at the aggregate
-        level: speed-up over sparsity (.png).
+        level: speed-up over sparsity (.png); of a step: its sweep, or what is not known.
 
     Returns
     -------
@@ -240,8 +308,8 @@ def simulate(
     if program in programs.PROGRAMS:
         return programs.simulate(program, machine=chosen, level=level, trace=trace, plot=plot, **arguments)
     programs.check_level(level)
-    if trace is not None or (plot is not None and program == "step"):
-        raise UserError(f"a {program} is not drawn so: leave trace{' and plot' if program == 'step' else ''} away.")
+    if trace is not None:
+        raise UserError(f"a {program} has no trace of events: leave trace away.")
     if plot is not None:
         arguments["plot"] = Path(plot)
     try:
@@ -279,7 +347,9 @@ def on_cs2(shape: Shape, batch: int, stages: Sequence[tuple[float, int]], dense_
     """
     wafer, steps = machines.load(), {}
     for sparsity in {sparsity for sparsity, _ in stages}:
-        steps[sparsity] = simulate_step(wafer, Model.uniform(shape, batch, sparsity), sensitivity=False)
+        steps[sparsity] = simulate_step(
+            wafer, Model.uniform(shape, batch, sparsity), sensitivity=False, samples=SAMPLES
+        )
     some = next(iter(steps.values()))
     second = lambda sparsity, key: steps[sparsity]["seconds"][some["clock"]]["sparse"][key]  # noqa: E731
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from vspdf.config.settings import Config, ModelConfig
 from vspdf.errors import UserError, did_you_mean, near_path
 from vspdf.files import read_json
 from vspdf.interop import load_config
+from vspdf.interop.architectures import LAYOUTS
 from vspdf.shapes import PUBLISHED, Shape, _nearest
 
 TOKENS_PER_PARAMETER = 20  # compute-optimal (arXiv:2203.15556), as Cerebras-GPT was trained
@@ -24,7 +24,7 @@ TOKENS_PER_PARAMETER = 20  # compute-optimal (arXiv:2203.15556), as Cerebras-GPT
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Hugging Face architectures whose blocks hold 4·d² + 2·d·d_ff weights, and what their configurations call things.
-HF_TYPES = ("gpt2", "gptj", "gpt_neo", "gpt_neox", "opt", "bert")
+HF_TYPES = ("gpt2", "gptj", "gpt_neo", "opt", "bert")
 HF_KEYS = {
     "n_layer": ("n_layer", "num_hidden_layers", "num_layers"),
     "d_model": ("n_embd", "hidden_size"),
@@ -85,17 +85,25 @@ def _from_hugging_face(folder: Path) -> Source:
     file = folder / "config.json"
     body = read_json(file)
     kind = body.get("model_type")
+    if kind in LAYOUTS:
+        model = resolve.settings_of(LAYOUTS[kind].read(body, str(file)))
+        return _of_folder(_template(model, _usable_name(folder)), folder)
     if kind not in HF_TYPES:
-        raise UserError(
-            f"{file}: model_type '{kind}' is not known to have blocks of 4·d² + 2·d·d_ff weights. "
-            f"Known: {', '.join(HF_TYPES)}."
-        )
+        known = [*HF_TYPES, *LAYOUTS]
+        raise UserError(f"{file}: the sizes of model_type '{kind}' are not known. Known: {', '.join(known)}.")
     sizes: dict[str, Any] = {}
     for key, names in HF_KEYS.items():
         sizes[key] = next((body[name] for name in names if body.get(name) is not None), None)
         if (sizes[key] is None and key != "d_ff") or not isinstance(sizes[key], int | None):
             raise UserError(f"{file}: expected a whole number as {' or '.join(names)}, not {sizes[key]}.")
-    source = _template(ModelConfig(**sizes), re.sub(r"[^\w.-]", "-", folder.resolve().name))
+    return _of_folder(_template(ModelConfig(**sizes), _usable_name(folder)), folder)
+
+
+def _usable_name(folder: Path) -> str:
+    return re.sub(r"[^\w.-]", "-", folder.resolve().name)
+
+
+def _of_folder(source: Source, folder: Path) -> Source:
     if (folder / "tokenizer.json").is_file():
         source.settings.data.tokenizer = str(folder / "tokenizer.json")
     return source
@@ -104,7 +112,7 @@ def _from_hugging_face(folder: Path) -> Source:
 def _template(model: ModelConfig, name: str) -> Source:
     """What a configuration of a model alone starts from; like gpt2-small-variable, it runs on the embedded corpus."""
     found = resolve.resolve_model(model)
-    config = Config(name=name, model=ModelConfig(**asdict(found)))
+    config = Config(name=name, model=resolve.settings_of(found))
     config.data.repeat = True
     config.train.eval_every = config.train.checkpoint_every = 500
     config.train.micro_batch_size = 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 log = logging.getLogger("vspdf")
 
 # What every module has of itself; the rest of a module's __dict__ was put there by somebody.
-_OWN = {*vars(nn.Linear(1, 1)), "nf", "nx", "backend", "origin", "_pattern", "_agreed", "_told"}
+_OWN = {*vars(nn.Linear(1, 1)), "nf", "nx", "backend", "origin", "_pattern", "_agreed", "_told", "_memory"}
 _HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vspdf.errors import UserError
-from vspdf.kernels import cpu, ops, reference
+from vspdf.kernels import cpu, dispatch, ops, reference
 from vspdf.kernels.ops import sparse_linear
 from vspdf.pattern import Pattern
 from vspdf.sparsity.attached import shell
@@ -36,6 +36,9 @@ class SparseLinear(nn.Linear):
     ----------
     pattern : Pattern, shape (out_features, in_features)
     backend : {"auto", "cpu", "reference", "triton"}
+    memory : {"normal", "low"}
+        Whether the CPU kernels may generate code for the pattern ("normal", where that is faster), or loop over it with
+        about a quarter of the bytes beside the weights. Layers of one pattern share its last choice.
     origin : nn.Module or None
         The layer it was made from, without tensors: what `densify` goes back to.
     """
@@ -43,11 +46,19 @@ class SparseLinear(nn.Linear):
     mask_digest: Tensor
     origin: nn.Module | None
 
-    def __init__(self, pattern: Pattern, values: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        pattern: Pattern,
+        values: Tensor,
+        bias: Tensor | None = None,
+        *,
+        backend: str = "auto",
+        memory: str = "normal",
+    ) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would draw a dense weight
         if values.shape != (pattern.nnz,):
             raise UserError(f"values of shape {tuple(values.shape)} do not fit a {pattern}: expected ({pattern.nnz},).")
-        self.backend = backend
+        self.backend, self._memory = backend, memory
         self.values = nn.Parameter(values)
         self.bias = None if bias is None else nn.Parameter(bias)  # type: ignore[assignment]
         self.__dict__["origin"] = None  # past nn.Module, which would make it a part
@@ -57,7 +68,9 @@ class SparseLinear(nn.Linear):
         self.pattern = pattern
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, pattern: Pattern, *, backend: str = "auto") -> SparseLinear:
+    def from_linear(
+        cls, linear: nn.Module, pattern: Pattern, *, backend: str = "auto", memory: str = "normal"
+    ) -> SparseLinear:
         """Sparse layer with the kept weights of an `nn.Linear` or transformers' Conv1D.
 
         Raises
@@ -72,7 +85,8 @@ class SparseLinear(nn.Linear):
         bias = linear.bias
         with torch.no_grad():
             values = reference.sample(weight.detach(), pattern)
-            layer = cls(pattern, values, None if bias is None else bias.detach().clone(), backend=backend)  # type: ignore[operator]
+            shift = None if bias is None else bias.detach().clone()  # type: ignore[operator]
+            layer = cls(pattern, values, shift, backend=backend, memory=memory)
         layer.__dict__["origin"] = shell(linear)
         layer.values.requires_grad_(weight.requires_grad)
         return layer.train(linear.training)
@@ -85,6 +99,7 @@ class SparseLinear(nn.Linear):
     @pattern.setter
     def pattern(self, pattern: Pattern) -> None:
         self._pattern, self._agreed = pattern, False
+        dispatch.set_memory(pattern, self._memory)
         if not self.mask_digest.is_meta:
             self.mask_digest = self._digest(self.mask_digest.device)
 
@@ -101,6 +116,16 @@ class SparseLinear(nn.Linear):
                 "and DistributedDataParallel gave it rank 0's values: sparsify with the same seed on every rank, and "
                 "for topk or from_zeros only after all have the same weights."
             )
+
+    @property
+    def memory(self) -> str:
+        """What the CPU kernels may keep beside the weights."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        dispatch.set_memory(self.pattern, memory)
+        self._memory = memory
 
     @property
     def conv1d(self) -> bool:
@@ -277,9 +302,15 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
 
 
-def build_plans(model: nn.Module) -> None:
-    """Builds the CPU kernels' plans of all sparse layers now, in parallel, instead of one by one at their first use."""
+def build_plans(model: nn.Module, memory: str | None = None) -> None:
+    """Builds the CPU kernels' plans of all sparse layers now, in parallel, instead of one by one at their first use.
+
+    With `memory`, all layers take that choice first.
+    """
     layers = [layer for layer in sparse_layers(model).values() if layer.backend in ("auto", "cpu")]
+    if memory is not None:
+        for layer in layers:
+            layer.memory = memory
     cpu.prepare({layer.pattern for layer in layers if cpu.takes(layer.values)})
 
 

@@ -50,7 +50,7 @@ class Phases:
     init_method : str, optional
         Of the first masks, as `vspdf.sparsify` has it. Default: as the first phase says.
     **options
-        Of `vspdf.sparsify`: `include`, `exclude`, `rescale`, `backend`.
+        Of `vspdf.sparsify`: `include`, `exclude`, `rescale`, `backend`, `memory`.
 
     Raises
     ------

@@ -102,6 +102,7 @@ def sparsify(
     truncate: bool = False,
     rescale: bool = False,
     backend: str = "auto",
+    memory: str = "normal",
     optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, Pattern]:
     """Replaces linear layers of any model, in place, by sparse ones with static masks.
@@ -133,6 +134,8 @@ def sparsify(
         Density-aware init (SµPar, arXiv:2405.15743): multiply kept weights by ``1/sqrt(density)``. For a model that was
         only just initialised.
     backend : {"auto", "cpu", "reference", "triton"}
+    memory : {"normal", "low"}
+        As `SparseLinear.memory`: on CPUs, generated code, or a quarter of its bytes and some less speed.
     optimizer : torch.optim.Optimizer, optional
         Its state of the replaced weights is carried over at kept positions. A line is logged where another living
         optimizer still holds weights that were replaced, or this one held none of them.
@@ -178,7 +181,7 @@ def sparsify(
             if init_method == "from_zeros" and amount.nnz == amount.numel:
                 log.warning("sparsify: '%s' stays dense: none of its weights is zero.", name)
                 continue
-        layers[name] = SparseLinear.from_linear(module, amount, backend=backend)
+        layers[name] = SparseLinear.from_linear(module, amount, backend=backend, memory=memory)
     for masks in {id(rule): rule for rule in rules.values() if isinstance(rule, MaskFile)}.values():
         masks.check_used(linears)
     check_takes_vectors(optimizer, [linears[name].weight for name in layers])

@@ -62,7 +62,7 @@ def begin(config: ResolvedConfig, device: torch.device, say: Callable[[str], Non
         raise UserError(f"model.vocab_size = {shape.vocab_size} is less than the tokenizer's {data.vocab_size}.")
     _check_memory(shape)
     drawn = config.model
-    model = model or GPT(shape, drawn.init_std, config.seed, drawn.activation, drawn.output_init_std)
+    model = model or GPT(shape, drawn.init_std, config.seed, drawn.output_init_std)
     engine = Phases(
         config.phases, seed=config.seed, backend=config.train.backend,
         rescale=config.phases[0].s_mu_par and not config.init_from,
@@ -71,8 +71,7 @@ def begin(config: ResolvedConfig, device: torch.device, say: Callable[[str], Non
     state = State(config, device, data, shape, model.to(device), engine, records=records, world=world)
     if not goes_on:
         if source:
-            form = (shape, drawn.activation)
-            _take_over(state, source, older or checkpoints.load(source, config.train.backend, form=form), say)
+            _take_over(state, source, older or checkpoints.load(source, config.train.backend, shape=shape), say)
         engine.check(state.model)
     state.config = state.config.with_data(first_sequence=0)
     data.check(state.first_sample + wanted)
@@ -93,7 +92,7 @@ def _check_memory(shape: Shape) -> None:
 
 def _form_of(run: Run) -> tuple[GPT, Tokenizer]:
     """Of a fine-tuning that goes on: a model of its form, whose weights a checkpoint holds, and its tokenizer."""
-    return GPT(run.shape, activation=run.config.model.activation), Tokenizer.load(run.tokenizer)
+    return GPT(run.shape), Tokenizer.load(run.tokenizer, run.manifest["tokenizer"])
 
 
 def _to_tune(task: ResolvedTask, source: str, say: Callable[[str], None]) -> tuple[GPT, Tokenizer]:
@@ -120,11 +119,10 @@ def _take_over(state: State, source: str, loaded: checkpoints.Loaded, say: Calla
             f"init_from '{source}' was trained with the tokenizer {name}, whose vocabulary is not that of "
             f"data.tokenizer = '{config.data.tokenizer}'."
         )
+    theirs = asdict(loaded.model.shape)
     for key, value in asdict(state.shape).items():
-        if (theirs := old["model"][key]) != value:
-            raise UserError(f"init_from '{source}': its model.{key} is {theirs}, here it is {value}.")
-    if old["activation"] != config.model.activation:
-        raise UserError(f"init_from '{source}' needs model.activation={old['activation']}.")
+        if theirs[key] != value:
+            raise UserError(f"init_from '{source}': its model.{key} is {theirs[key]}, here it is {value}.")
     state.model = loaded.model.to(state.device)
     if checkpoints.kind(Path(source)) == "checkpoint":
         stored = checkpoint.read(Path(source))

@@ -174,10 +174,9 @@ class State:
         body = {
             "vspdf": hardware.versions()["vspdf"],
             "model": asdict(self.shape),
-            "activation": config.model.activation,
             "tokenizer": self.data.manifest["tokenizer"],
             "corpus": self.data.manifest["corpus"],
-            "task": {"lower_relations": config.data.lower_relations} if config.task else None,
+            "task": self._task(),
             "phase": self.phases.now.phase,
             "seed": config.seed,
             "validation_fraction": config.data.validation_fraction,
@@ -195,6 +194,12 @@ class State:
         checkpoint.save(Path(config.run_dir), self.step, self.model, self.optimizer, body, self.phases.ramp[0])
         self.prune()
         self.saved_step = self.step
+
+    def _task(self) -> dict[str, Any] | None:
+        """What the model learns to answer: None in pre-training."""
+        if not isinstance(self.data, Pairs):
+            return None
+        return {"lower_relations": self.config.data.lower_relations, "chat": self.data.chat}
 
     def prune(self) -> None:
         """Removes the checkpoints that are not to be kept, and what a kill left of such."""
@@ -217,11 +222,11 @@ class State:
                 f"checkpoint {stored.folder} belongs to another corpus: sha256 was "
                 f"{body['corpus']['sha256'][:12]}..., is {corpus['sha256'][:12]}...."
             )
-        if body["model"] != shape:
-            wrong = next(key for key, value in shape.items() if body["model"].get(key) != value)
+        theirs = asdict(Shape.read(body["model"], body.get("activation")))
+        if wrong := [key for key, value in shape.items() if theirs[key] != value]:
+            key = wrong[0]
             raise UserError(
-                f"the checkpoint belongs to another model: its {wrong} is {body['model'].get(wrong)}, "
-                f"here it is {shape[wrong]}."
+                f"the checkpoint belongs to another model: its {key} is {theirs[key]}, here it is {shape[key]}."
             )
         Run(Path(self.config.run_dir)).check(body)
         threads = torch.get_num_threads()
@@ -232,7 +237,7 @@ class State:
             )  # fmt: skip
         stored.restore(self.model, self.config.train.backend)
         tuning.pin(body["kernel_choices"])
-        build_plans(self.model)
+        build_plans(self.model, self.config.train.memory)
         self.step = self.saved_step = body["step"]
         self.seconds, self.samples = body["seconds"], body["samples"]
         self.best = Best(**body["best"]) if body.get("best") else None  # none before it was kept

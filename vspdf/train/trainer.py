@@ -212,7 +212,7 @@ def _enter(state: State, phase: ResolvedPhase, tell: Log | Silent) -> bool:
     elif not engine.at(state.step, state.model, state.optimizer):
         return False
     state.renew_optimizer(phase)
-    build_plans(state.model)
+    build_plans(state.model, state.config.train.memory)
     if begun and engine.now.phase == old:
         tell.densified(state)
         return True

@@ -7,7 +7,7 @@ counted. Nothing here is fitted per program: all costs are the machine's.
 from vspdf.simulator.events.programs.collectives import VECTOR_MODES, broadcast, reduce, vector_op
 from vspdf.simulator.events.programs.common import Outcome, align, check_memory
 from vspdf.simulator.events.programs.matmul import Product, check_gemm, emit_product, ring_gemm, ring_order, summa
-from vspdf.simulator.events.programs.matvec import emit_gemv, mesh_gemv, tree
+from vspdf.simulator.events.programs.matvec import emit_gemv, gemv_sum, mesh_gemv, tree
 from vspdf.simulator.events.programs.spmm import (
     FORMATS,
     SMALLER,
@@ -24,7 +24,7 @@ from vspdf.simulator.events.programs.streaming import stream_gradient, stream_la
 
 __all__ = [
     "FORMATS", "SMALLER", "VECTOR_MODES", "Outcome", "Product", "align", "broadcast", "check_gemm", "check_memory",
-    "check_spmm", "dense", "dense_layout", "emit_dense", "emit_gemv", "emit_product", "emit_spmm", "mesh_gemv",
-    "reduce", "ring_gemm", "ring_order", "spmm", "stream_gradient", "stream_layer", "summa", "tile_counts",
+    "check_spmm", "dense", "dense_layout", "emit_dense", "emit_gemv", "emit_product", "emit_spmm", "gemv_sum",
+    "mesh_gemv", "reduce", "ring_gemm", "ring_order", "spmm", "stream_gradient", "stream_layer", "summa", "tile_counts",
     "tile_layout", "tree", "vector_op",
 ]  # fmt: skip

@@ -186,6 +186,7 @@ def summa(machine: Machine, a: np.ndarray, b: np.ndarray, pes: int, half: bool =
             region.write(x, y, layout.c, np.zeros(words, np.float32))
             region.activate(x, y, step)
     cycles = region.run()
+    region.conserve_fmacs((pes * t) ** 3)
     product = int((region.stamps(2) - region.stamps(1)).max())
     phases = {"compute": pes * product, "broadcast_step": int((region.stamps(1) - region.stamps(0)).max())}
     return Outcome(cycles, region.stamps(3), _collect(region, pes, layout, n, lambda i, j: (j, i)), region, phases)
@@ -267,6 +268,7 @@ def ring_gemm(
             region.write(x, y, layout.end, np.zeros(2, np.float32))
             region.activate(x, y, 0)
     cycles = region.run()
+    region.conserve_fmacs((pes * t) ** 3)
     product = int((region.stamps(2) - region.stamps(1)).max())
     result = _collect(region, pes, layout, n, lambda i, j: (order[j], order[i]))
     return Outcome(cycles, region.stamps(3), result, region, {"compute": pes * product})

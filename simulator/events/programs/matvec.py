@@ -29,7 +29,7 @@ def mesh_gemv(machine: Machine, a: np.ndarray, v: np.ndarray, pes: int, half: bo
     dtype = np.float16 if half else np.float32
     size = 2 if half else 4
     column = align(t * size)
-    at_v, at_y = column * t, align(column * t + column)
+    at_v, at_y = column * t, gemv_sum(t, column)
     check_memory(machine, at_y + column, "a larger `grid` or a smaller `n`")
     region = Region(machine, pes, pes)
     root_of, roots = tree(pes)
@@ -50,9 +50,6 @@ def mesh_gemv(machine: Machine, a: np.ndarray, v: np.ndarray, pes: int, half: bo
         ):
             if y not in members:
                 continue
-            code.activate(len(code.entry))
-            code.end()
-            code.task()
             north, south = code.fabric_in(2 * level, t, half), code.fabric_in(2 * level + 1, t, half)
             if y == center:
                 if members[0] < y:
@@ -66,9 +63,6 @@ def mesh_gemv(machine: Machine, a: np.ndarray, v: np.ndarray, pes: int, half: bo
                 code.vector(
                     "move" if end else "add", sending, *((acc,) if end else ((north if y < center else south), acc))
                 )
-        code.activate(len(code.entry))
-        code.end()
-        code.task()
         if y == top:
             code.vector("move", code.fabric_out(4, 8, t, half), acc)
         else:
@@ -104,6 +98,7 @@ def mesh_gemv(machine: Machine, a: np.ndarray, v: np.ndarray, pes: int, half: bo
             region.write(x, y, at_y, np.zeros(column // size, dtype))
             region.activate(x, y, 0)
     cycles = region.run()
+    region.conserve_fmacs((pes * t) ** 2)
     result = np.stack(
         [np.concatenate([region.read(x, y, at_y, t, dtype) for x in range(pes)])[:n] for y in (0, pes - 1)]
     )
@@ -112,15 +107,20 @@ def mesh_gemv(machine: Machine, a: np.ndarray, v: np.ndarray, pes: int, half: bo
     return Outcome(cycles, region.stamps(1), result[0], region)
 
 
+def gemv_sum(t: int, column: int) -> int:
+    """Byte address of the sums: a word off the columns' alignment, so that the two reads never meet."""
+    return align(column * t + column) + 4
+
+
 def emit_gemv(code: Code, t: int, column: int, at_v: int, at_y: int, half: bool) -> None:
     R_K, R_T, R_LIMIT = 1, 2, 3
     acc, column_a = code.memory(at_y, t, half=half), code.memory(0, t, half=half)
     code.li(R_LIMIT, t)
     code.li(R_K, 0)
-    with code.loop(R_K, R_LIMIT, section="line"):
+    with code.map(R_K, R_LIMIT, section="line"):
         code.load_f(0, at_v, R_K, half=half)
-        code.mul(R_T, R_K, column, cycles=2 * code.machine.alu_cycles)
-        code.set_base(column_a, 0, R_T)
+        code.mul(R_T, R_K, column, cycles=0)
+        code.set_base(column_a, 0, R_T, cycles=0)
         code.vector("fmac", acc, acc, column_a, 0)
 
 

@@ -255,6 +255,9 @@ def spmm(
             region.write(x, y, address["val"], tile.values)
 
     run = _grid(machine, width, height, nt, kt, m, address, b, kernel, fill)
+    processed = {"coo": stored * width * height, "ellpack": nt * slots * width * height}
+    kept = sum(len(tile.values) for line in tiles for tile in line)
+    run.region.conserve_fmacs(processed.get(fmt, kept) * m)
     # A row of C starts one word late; what lands beyond its end is 0 (B's padding).
     run.result = (run.result.reshape(n, m)[:, 1:], a, b[:, :-1])
     return run
@@ -280,6 +283,7 @@ def dense(machine: Machine, n: int, k: int, m: int, width: int, height: int, see
         emit_dense(code, address, nt, kt, m)
 
     run = _grid(machine, width, height, nt, kt, m, address, b, kernel, fill, forward=True)
+    run.region.conserve_fmacs(n * k * m)
     run.result = (run.result.reshape(n, m), a, b)
     return run
 

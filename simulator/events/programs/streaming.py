@@ -42,22 +42,61 @@ class Stream:
         return self.features // self.columns
 
 
-def _weights(w: np.ndarray, mask: np.ndarray, columns: slice) -> tuple[np.ndarray, np.ndarray]:
-    """Wavelets (16-bit value, 16-bit index) of a column's kept weights, a command wavelet at the end of every row."""
-    words, flags = [], []
-    for row, kept in zip(w[:, columns], mask[:, columns], strict=True):
-        index = np.flatnonzero(kept).astype(np.uint32)
-        words.append(
-            np.append(row[index].astype(np.float16).view(np.uint16).astype(np.uint32) << 16 | index, np.uint32(0))
-        )
-        flags.append(np.append(np.zeros(len(index), np.uint8), np.uint8(1)))
-    return np.concatenate(words), np.concatenate(flags)
+def _stream(w: np.ndarray, mask: np.ndarray, columns: range, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Wavelets (16-bit value, 16-bit index) of the kept weights of some columns, that share an edge link, and a command
+    wavelet at the end of every row. Columns take turns, so that no queue has to hold a column's whole row."""
+    features = np.arange(block)[:, None] + block * np.arange(len(columns))  # [turn, member]: the index on the wire
+    order = (block * columns[0] + features).ravel()
+    kept, index = mask[:, order], features.ravel().astype(np.uint32)
+    words = w[:, order].astype(np.float16).view(np.uint16).astype(np.uint32) << 16 | index
+    ends = np.zeros((len(mask), 1), np.uint32)
+    all_words, sent = np.hstack([words, ends]), np.hstack([kept, ends == 0])
+    control = np.zeros_like(all_words, np.uint8)
+    control[:, -1] = 1
+    return all_words[sent], control[sent]
 
 
-def stream_layout(s: Stream) -> tuple[int, int]:
-    """Byte addresses of both sums and of the outputs; features start at 0."""
-    at_acc = align(2 * s.block * s.local)
-    return at_acc, align(at_acc + 4 * s.local)
+def _feed(region: Region, s: Stream, w: np.ndarray, mask: np.ndarray, share: int) -> int:
+    """Streams enter at the north, one for `share` columns; returns the region's row in which the layer begins.
+
+    A shared stream runs east along a row of routers of its own and down every column, past a filter that lets through
+    the column's own indices: a column that is full holds up those that share its stream.
+    """
+    top = int(share > 1)
+    for px in range(s.columns):
+        member = px % share
+        for py in range(s.rows + top):
+            ways = ("R" if py >= top else "") + ("S" if py < s.rows + top - 1 else "")
+            if not py and member < share - 1 and px < s.columns - 1:
+                ways += "E"
+            region.route(px, py, 0, "W" if member and not py else "N", ways)
+            if py >= top:
+                region.queue(px, py, 0, 0)
+        if top:
+            region.filter(px, 0, 0, "S", member * s.block, (member + 1) * s.block)
+        if not member:
+            columns = range(px, min(px + share, s.columns))
+            region.source(px, 0, "N", 0, *_stream(w, mask, columns, s.block))
+    return top
+
+
+def _take_weight(code: Code, features: int, member: int, s: Stream, index: int = 1) -> None:
+    """The arriving weight to f0, and the descriptor to its feature's tokens: all of it hardware."""
+    with code.free():
+        code.unpack(0, index)
+        code.mul(index, index, 2 * s.local)
+        code.set_base(features, -2 * s.local * s.block * member, index)
+
+
+def sums_held(machine: Machine, s: Stream) -> int:
+    """Partial sums that a column holds: what the machine is said to, and no more than the layer has rows for."""
+    return max(2, min(machine.sums_held, s.outputs + 1))
+
+
+def stream_layout(machine: Machine, s: Stream) -> tuple[int, int]:
+    """Byte addresses of the sums and of the outputs; features start at 0."""
+    at_acc = align(2 * s.block * s.local) + 4  # a word off the features' alignment: the two reads never meet
+    return at_acc, align(at_acc + 2 * s.local * sums_held(machine, s))
 
 
 def gradient_layout(s: Stream) -> tuple[int, int, int, int]:
@@ -68,109 +107,146 @@ def gradient_layout(s: Stream) -> tuple[int, int, int, int]:
     return at_buffer, at_dy, at_sums, align(at_sums + 4 * s.block)
 
 
-def stream_layer(machine: Machine, w: np.ndarray, mask: np.ndarray, x: np.ndarray, columns: int, rows: int) -> Outcome:
+def stream_layer(
+    machine: Machine, w: np.ndarray, mask: np.ndarray, x: np.ndarray, columns: int, rows: int, share: int = 1
+) -> Outcome:
     """y = W·x in fp16: the kept weights of W [outputs, features] stream past the activations x [features, tokens].
 
     The forward product; with W transposed and x the output's gradient, grad_input. Every weight wavelet triggers an
-    on its feature's tokens; a row's command wavelet starts the sum around the ring of columns, beside the next row's
-    AXPYs; it ends in the column that owns the output.
+    AXPY on its feature's tokens; a row's command wavelet starts the sum around the ring of columns, beside the next
+    row's AXPYs; it ends in the column that owns the output. `share` columns are fed by one link of the edge.
     """
     outputs, features = w.shape
     s = Stream(columns, rows, features, outputs, x.shape[1])
     n = s.local
     per_owner = -(-outputs // columns)
-    at_acc, at_y = stream_layout(s)
+    at_acc, at_y = stream_layout(machine, s)
     check_memory(machine, at_y + 2 * per_owner * n, "fewer `tokens` or features")
     order = ring_order(columns, True)
     colours = [2 + c for c in ring_colours(order)]
-    region = Region(machine, columns, rows)
-    codes = {colour: region.add(stream_code(machine, s, at_acc, at_y, colour)) for colour in set(colours)}
-    _ring_routes(region, order, colours)
+    region = Region(machine, columns, rows + (share > 1))
+    codes: dict[tuple[int, int], int] = {}
     x16 = x.astype(np.float16)
+    top = _feed(region, s, w, mask, share)
+    lines = range(top, top + rows)
+    _ring_routes(region, lines, order, colours)
     for member, px in enumerate(order):
-        for py in range(rows):
-            region.route(px, py, 0, "N", "R" + ("S" if py < rows - 1 else ""))
-            region.queue(px, py, 0, 0)
+        role = (colours[member], px % share)
+        if role not in codes:
+            codes[role] = region.add(stream_code(machine, s, at_acc, at_y, *role))
+        for line, py in enumerate(lines):
             region.bind(px, py, 0, 0)
             region.bind(px, py, 0, 1, control=True)
-            region.load(px, py, codes[colours[member]], [(3, member), (5, columns - 1), (6, columns), (8, 2 * n)])
-            region.write(px, py, 0, x16[px * s.block : (px + 1) * s.block, py * n : (py + 1) * n])
-            region.write(px, py, at_acc, np.zeros(2 * n, np.float16))
+            region.load(px, py, codes[role], [(3, member), (5, columns - 1), (6, columns)])
+            region.write(px, py, 0, x16[px * s.block : (px + 1) * s.block, line * n : (line + 1) * n])
+            region.write(px, py, at_acc, np.zeros(n * sums_held(machine, s), np.float16))
             region.write(px, py, at_y, np.zeros(per_owner * n, np.float16))
-        values, control = _weights(w, mask, slice(px * s.block, (px + 1) * s.block))
-        region.source(px, 0, "N", 0, values, control)
     cycles = region.run()
+    region.conserve_fmacs(int(mask.sum()) * s.tokens)
     y = np.zeros((columns * per_owner, s.tokens), np.float16)
     for member, px in enumerate(order):
-        for py in range(rows):
-            y[-member % columns :: columns, py * n : (py + 1) * n] = region.read(
+        for line, py in enumerate(lines):
+            y[-member % columns :: columns, line * n : (line + 1) * n] = region.read(
                 px, py, at_y, per_owner * n, np.float16
             ).reshape(per_owner, n)
     return Outcome(cycles, region.stats["busy"], y[:outputs], region)
 
 
-def _ring_routes(region: Region, order: Sequence[int], colours: Sequence[int]) -> None:
+def _ring_routes(region: Region, lines: range, order: Sequence[int], colours: Sequence[int]) -> None:
     for member, u in enumerate(order):
         v = order[member - 1]
         way = range(u, v + (1 if v > u else -1), 1 if v > u else -1)
         back, toward = ("W", "E") if v > u else ("E", "W")
-        for py in range(region.height):
+        for py in lines:
             for px in way:
                 region.route(px, py, colours[member], "R" if px == u else back, "R" if px == v else toward)
             region.queue(v, py, colours[member], 1)
 
 
-def stream_code(machine: Machine, s: Stream, at_acc: int, at_y: int, colour: int) -> Code:
-    """Registers: r2 the row's owner, r3 this member, r5 the owner's predecessor (which starts), r7 and r8 offsets of
-    the sum in use and of the other one, r9 of the next own output."""
-    n = s.local
-    R_INDEX, R_OWNER, R_ME, R_FIRST, R_COLUMNS, R_HERE, R_OTHER, R_Y, R_T = 1, 2, 3, 5, 6, 7, 8, 9, 10
+def stream_code(machine: Machine, s: Stream, at_acc: int, at_y: int, colour: int, fed: int = 0) -> Code:
+    """`fed`: the column's place among those of its stream.
+
+    A column holds several sums: one is added to, the others wait for their turn in the ring, and only when all are
+    taken does the column wait. Registers: r2 the owner of the row to send next, r3 this member, r5 the owner's
+    predecessor (which starts), r7 and r8 offsets of the sum in use and of the next to send, r9 of the next own output.
+    """
+    n, slots = s.local, sums_held(machine, s)
+    R_OWNER, R_ME, R_FIRST, R_COLUMNS, R_HERE, R_NEXT, R_Y, R_WAITING, R_MOST, R_END = 2, 3, 5, 6, 7, 8, 9, 10, 11, 12
     code = Code(machine)
     features, acc = code.memory(0, n, half=True), code.memory(at_acc, n, half=True)
     out, arriving, y = code.fabric_out(2, colour, n, True), code.fabric_in(1, n, True), code.memory(at_y, n, half=True)
-    code.task(machine.trigger_cycles)  # a weight: all of it hardware, but for the AXPY's elements
-    code.unpack(0, R_INDEX)
-    code.mul(R_INDEX, R_INDEX, 2 * n, cycles=0)
-    code.set_base(features, 0, R_INDEX, cycles=0)
-    code.set_base(acc, at_acc, R_HERE, cycles=0)
-    code.vector("fmac", acc, acc, features, 0, chained=True)
-    code.end()
-    code.task(machine.reduce_startup)  # the command: this row's sum sets out, the next row begins
-    with code.section("command"):
-        code.block(1)
+    done = code.memory(at_acc, n, half=True)
+    code.task(machine.trigger_cycles)  # a weight
+    _take_weight(code, features, fed, s)
+    with code.free():
         code.set_base(acc, at_acc, R_HERE)
-        final = code.equal(R_OWNER, R_ME)
-        first = code.equal(R_FIRST, R_ME)
-        code.vector("add", out, arriving, acc, asynchronous=True, unblock=1)
-        on = [code.jump()]
-    code.patch(final)
-    code.set_base(y, at_y, R_Y)
-    code.add(R_Y, R_Y, imm=2 * n)
-    code.vector("add", y, arriving, acc, asynchronous=True, unblock=1)
-    on.append(code.jump())
-    code.patch(first)
-    code.vector("move", out, acc, asynchronous=True, unblock=1)
-    for jump in on:
-        code.patch(jump)
-    with code.section("command"):
-        code.add(R_T, R_HERE, 0)
-        code.add(R_HERE, R_OTHER, 0)
-        code.add(R_OTHER, R_T, 0)
+        code.vector("fmac", acc, acc, features, 0, chained=True)
+    code.end()
+    code.task(machine.reduce_startup)  # the command: this row's sum gets in line, the next row begins
+    code.work(machine.command_cycles)
+    with code.free():
+        code.li(R_END, 2 * n * slots)
+        code.li(R_MOST, slots - 1)
+        code.add(R_WAITING, R_WAITING, imm=1)
+        room = code.less(R_WAITING, R_MOST)
+        code.block(1)
+        code.patch(room)
+        code.activate(2)
+        _advance(code, R_HERE, 2 * n, R_END)
         code.set_base(acc, at_acc, R_HERE)
         code.vector("fill", acc, scalar=1)
-        # The ring's sums travel towards lower members, and so does ownership: the next row starts one place further on.
-        code.add(R_OWNER, R_FIRST, 0)
-        wraps = code.equal(R_FIRST, 0)
-        code.add(R_FIRST, R_FIRST, imm=-1)
     code.end()
-    code.patch(wraps)
-    code.add(R_FIRST, R_COLUMNS, imm=-1)
+    code.task(0)  # the oldest sum's turn
+    with code.free():
+        code.block(2)
+        code.set_base(done, at_acc, R_NEXT)
+        final = code.equal(R_OWNER, R_ME)
+        first = code.equal(R_FIRST, R_ME)
+        code.vector("add", out, arriving, done, asynchronous=True, low=True, activate=3)
+        code.end()
+        code.patch(final)
+        code.set_base(y, at_y, R_Y)
+        code.add(R_Y, R_Y, imm=2 * n)
+        code.vector("add", y, arriving, done, asynchronous=True, low=True, activate=3)
+        code.end()
+        code.patch(first)
+        code.vector("move", out, done, asynchronous=True, low=True, activate=3)
+        code.end()
+    code.task(0)  # it has left
+    with code.free():
+        _advance(code, R_NEXT, 2 * n, R_END)
+        code.unblock(1)
+        code.unblock(2)
+        _turn(code, R_OWNER, R_FIRST, R_COLUMNS)
+        code.add(R_WAITING, R_WAITING, imm=-1)
+        none = code.equal(R_WAITING, 0)
+        code.activate(2)
+        code.patch(none)
     code.end()
     return code
 
 
+def _turn(code: Code, owner: int, first: int, columns: int) -> None:
+    """The ring's sums travel towards lower members, and so does ownership: the next row starts one place further on."""
+    code.add(owner, first, 0)
+    wraps = code.equal(first, 0)
+    code.add(first, first, imm=-1)
+    on = code.jump()
+    code.patch(wraps)
+    code.add(first, columns, imm=-1)
+    code.patch(on)
+
+
+def _advance(code: Code, r: int, by: int, end: int) -> None:
+    """r += by, and back to 0 at r[end]."""
+    code.add(r, r, imm=by)
+    inside = code.less(r, end)
+    code.li(r, 0)
+    code.patch(inside)
+
+
 def stream_gradient(
-    machine: Machine, mask: np.ndarray, dy: np.ndarray, x: np.ndarray, columns: int, rows: int
+    machine: Machine, mask: np.ndarray, dy: np.ndarray, x: np.ndarray, columns: int, rows: int, share: int = 1
 ) -> Outcome:
     """grad_values: dy·xᵀ at kept positions only, in fp32 sums of fp16 products, streamed out at the south.
 
@@ -184,44 +260,42 @@ def stream_gradient(
     at_buffer, at_dy, at_sums, at_order = gradient_layout(s)
     check_memory(machine, at_order + 4 * columns, "fewer `tokens` or features")
     order = np.asarray(ring_order(columns, True), np.int32)
-    region = Region(machine, columns, rows)
-    codes = {}
+    region = Region(machine, columns, rows + (share > 1))
+    codes: dict[tuple[int, bool, bool, int], int] = {}
+    top = _feed(region, s, np.zeros_like(mask, np.float16), mask, share)
     x16, dy16 = x.astype(np.float16), np.zeros((columns * per_owner, s.tokens), np.float16)
     dy16[:outputs] = dy
     for member, px in enumerate(order.tolist()):
-        for py in range(rows):
-            role = (py % 2, py > 0, py < rows - 1)
+        for line, py in enumerate(range(top, top + rows)):
+            role = (line % 2, line > 0, line < rows - 1, px % share)
             if role not in codes:
                 codes[role] = region.add(gradient_code(machine, s, at_buffer, at_dy, at_sums, at_order, *role))
-            region.route(px, py, 0, "N", "R" + ("S" if py < rows - 1 else ""))
-            region.queue(px, py, 0, 0)
             region.bind(px, py, 0, 1)
             region.bind(px, py, 0, 2, control=True)
             west, east = ("W" if px else ""), ("E" if px < columns - 1 else "")
             root = ("R", west + east)
             region.route(px, py, 1, *(("W", "R" + east) if west else root), root, ("E", "R" + west) if east else root)
             region.queue(px, py, 1, 1)
-            region.route(px, py, 2 + py % 2, "R", "S")
-            if py:
-                region.route(px, py, 3 - py % 2, "N", "R")
-                region.queue(px, py, 3 - py % 2, 2)
+            region.route(px, py, 2 + line % 2, "R", "S")
+            if line:
+                region.route(px, py, 3 - line % 2, "N", "R")
+                region.queue(px, py, 3 - line % 2, 2)
             region.load(px, py, codes[role], [(3, px), (6, columns), (5, outputs)])
             region.block(px, py, 1)
             region.block(px, py, 2)
-            region.write(px, py, 0, x16[px * s.block : (px + 1) * s.block, py * n : (py + 1) * n])
+            region.write(px, py, 0, x16[px * s.block : (px + 1) * s.block, line * n : (line + 1) * n])
             region.write(px, py, at_buffer, np.zeros(n, np.float16))
-            region.write(px, py, at_dy, dy16[-member % columns :: columns, py * n : (py + 1) * n])
+            region.write(px, py, at_dy, dy16[-member % columns :: columns, line * n : (line + 1) * n])
             region.write(px, py, at_sums, np.zeros(s.block, np.float32))
             region.write(px, py, at_order, np.roll(order[::-1], 1))  # owners of rows 0, 1, ...
             region.activate(px, py, 0)
-        values, control = _weights(np.zeros_like(mask, np.float16), mask, slice(px * s.block, (px + 1) * s.block))
-        region.source(px, 0, "N", 0, values, control)
-        region.sink(px, rows - 1, "S", 2 + (rows - 1) % 2)
+        region.sink(px, top + rows - 1, "S", 2 + (rows - 1) % 2)
     cycles = region.run()
+    region.conserve_fmacs(int(mask.sum()) * s.tokens)
     gradient = np.zeros((outputs, features), np.float32)
     for px in range(columns):
         block = slice(px * s.block, (px + 1) * s.block)
-        _, words = region.sunk(px, rows - 1, "S", 2 + (rows - 1) % 2)
+        _, words = region.sunk(px, top + rows - 1, "S", 2 + (rows - 1) % 2)
         part = np.zeros((outputs, s.block), np.float32)
         part[mask[:, block]] = words.view(np.float32)
         gradient[:, block] = part
@@ -238,6 +312,7 @@ def gradient_code(
     odd: int,
     above: bool,
     below: bool,
+    fed: int = 0,
 ) -> Code:
     """Registers: r2 the row's owner, r3 this column, r9 offset of the next own row of dy, r11 rows, r12 sums done."""
     n = s.local
@@ -247,8 +322,8 @@ def gradient_code(
     own, dot_with = code.memory(at_dy, n, half=True), code.memory(at_buffer, n, half=True)
     sums, from_north = code.memory(at_sums, 0), code.fabric_in(2, 0)
     south = code.fabric_out(3, 2 + odd, 0)
-    code.task()  # a row: its dy arrives, or sets out from here
-    with code.section("row"):
+    code.task(machine.trigger_cycles)  # a row: its dy arrives, or sets out from here
+    with code.free():
         code.load(R_AT, at_order, R_OWNER)
         mine = code.equal(R_AT, R_ME)
         before = code.less(R_AT, R_ME)
@@ -257,26 +332,26 @@ def gradient_code(
         code.patch(before)
         code.switch(1, 0)
         code.patch(after)
-    code.set_base(dot_with, at_buffer, 0)
-    code.vector("move", buffer, code.fabric_in(1, n, True), asynchronous=True, activate=3)
-    code.end()
-    code.patch(mine)
-    code.switch(1, 1)
-    code.set_base(own, at_dy, R_Y)
-    code.set_base(dot_with, at_dy, R_Y)
-    code.add(R_Y, R_Y, imm=2 * n)
-    code.vector("move", code.fabric_out(2, 1, n, True), own, asynchronous=True, activate=3)
-    code.end()
+        code.set_base(dot_with, at_buffer, 0)
+        code.vector("move", buffer, code.fabric_in(1, n, True), asynchronous=True, activate=3)
+        code.end()
+        code.patch(mine)
+        code.switch(1, 1)
+        code.set_base(own, at_dy, R_Y)
+        code.set_base(dot_with, at_dy, R_Y)
+        code.add(R_Y, R_Y, imm=2 * n)
+        code.vector("move", code.fabric_out(2, 1, n, True), own, asynchronous=True, activate=3)
+        code.end()
     code.task(machine.trigger_cycles)  # a kept position
-    code.unpack(0, R_INDEX)
-    code.mul(R_INDEX, R_INDEX, 2 * n, cycles=0)
-    code.set_base(features, 0, R_INDEX, cycles=0)
-    code.vector("dot", features, features, dot_with, 1, chained=True)
-    code.store_f(1, at_sums, R_SUMS, cycles=0)
-    code.add(R_SUMS, R_SUMS, imm=1, cycles=0)
-    code.end()
+    _take_weight(code, features, fed, s, R_INDEX)
+    with code.free():
+        code.vector("dot", features, features, dot_with, 1, chained=True)
+        code.store_f(1, at_sums, R_SUMS)
+        code.add(R_SUMS, R_SUMS, imm=1)
+        code.end()
     code.task(machine.reduce_startup)  # the row's end: add up down the column, go on to the next row
-    with code.section("command"):
+    code.work(machine.command_cycles)
+    with code.free():
         for dsr in (sums, from_north, south):
             code.set_length(dsr, R_SUMS)
         code.li(R_SUMS, 0)
@@ -287,18 +362,17 @@ def gradient_code(
         )
         code.add(R_OWNER, R_OWNER, imm=1)
         wrapped = code.less(R_OWNER, R_COLUMNS)
-    code.li(R_OWNER, 0)
-    code.patch(wrapped)
-    with code.section("command"):
+        code.li(R_OWNER, 0)
+        code.patch(wrapped)
         code.add(R_DONE, R_DONE, imm=1)
         more = code.less(R_DONE, R_ROWS)
-    code.end()
-    code.patch(more)
-    code.activate(0)
-    code.end()
-    code.task()  # dy is here
-    with code.section("ready"):
+        code.end()
+        code.patch(more)
+        code.activate(0)
+        code.end()
+    code.task(machine.trigger_cycles)  # dy is here
+    with code.free():
         code.unblock(1)
         code.unblock(2)
-    code.end()
+        code.end()
     return code

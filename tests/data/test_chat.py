@@ -1,0 +1,146 @@
+"""Tokenizers of others' folders, and conversations by their chat templates: read, learnt and answered."""
+
+import json
+import unicodedata
+
+import pytest
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from vspdf.data import chat
+from vspdf.data.tokenizer import Tokenizer as Ours
+from vspdf.errors import UserError
+from vspdf.interop import checkpoints
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEXTS = ["Paris is the capital of France.", "Naïve cafés open at nine.", "2 + 2 = 4", "caf\u0065\u0301", "  indented"]
+
+
+def qwen():
+    """Byte-level with Unicode's NFC before it."""
+    made = Tokenizer(models.BPE())
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.train_from_iterator(TEXTS, trainers.BpeTrainer(
+        vocab_size=300, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))  # fmt: skip
+    return made
+
+
+def llama2(scheme):
+    """SentencePiece's kind: characters, bytes for those it lacks, spaces as ▁ and one more before the text."""
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyz"]
+    made = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True, unk_token="<unk>"))
+    if scheme == "normalizer":
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    made.add_special_tokens([AddedToken(name, special=True) for name in names[:3]])
+    return made
+
+
+@pytest.mark.parametrize(
+    "made, seen",
+    [(qwen(), lambda text: unicodedata.normalize("NFC", text)), (llama2("normalizer"), lambda text: " " + text),
+     (llama2("pre-tokenizer"), lambda text: text if text.startswith(" ") else " " + text)],
+    ids=["qwen's", "llama 2's", "mistral's"],
+)  # fmt: skip
+def test_bytes_are_those_that_a_tokenizer_sees(made, seen):
+    ours = Ours.from_json(made.to_str(), "theirs")
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert ids.tolist() == made.encode(text, add_special_tokens=False).ids
+        assert ours.seen(text) == seen(text)
+        assert ours.bytes_per_token[ids].sum() == len(seen(text).encode())
+
+
+def test_what_alters_text_more_is_refused():
+    lower = qwen()
+    lower.normalizer = normalizers.Lowercase()
+    with pytest.raises(UserError, match=r"does not keep text exactly: expected one without normalisation \(but NFC\)"):
+        Ours.from_json(lower.to_str(), "lower")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Qwen2 with tokenizer and chat template, as its instruction-tuned ones lie on the Hub."""
+    path, words = tmp_path_factory.mktemp("qwen"), qwen()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    ).save_pretrained(path)
+    torch.manual_seed(0)
+    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, eos_token_id=[2, 0], tie_word_embeddings=True,
+    )).save_pretrained(path)  # fmt: skip
+    return path
+
+
+def test_a_template_is_the_folders(folder):
+    words = checkpoints.load(folder).tokenizer
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert words.end_token == "<|im_end|>"
+    said = (("system", "Be brief."), ("user", "Capital of France? <|endoftext|>"))
+    messages = [{"role": role, "content": content} for role, content in said]
+    prompt, answer = chat.encode(words, said, "Paris.")
+    assert prompt.tolist() == theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert words.decode(answer) == "Paris." and answer[-1] == words.end_of_document
+    assert len(chat.encode(words, said)[1]) == 0
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [("{{ raise_exception('no system here') }}", "no system here"), ("{% if %}", "chat template of"),
+     ("{{ messages | length }}", "writes a conversation otherwise once it is answered"),
+     ("{{ ''.__class__.__mro__ }}", "unsafe")],
+    ids=["refuses", "no template", "rewrites", "runs code"],
+)  # fmt: skip
+def test_templates_that_cannot_be_used(template, message):
+    words = Ours.from_json(qwen().to_str(), "theirs", {"chat_template": template})
+    with pytest.raises(UserError, match=message):
+        chat.encode(words, (("user", "hello"),), "yes")
+
+
+def test_fine_tuning_learns_conversations_and_answers_them(folder, tmp_path, vspdf):
+    """From a folder through `finetune` to `generate` and back to a folder, with one template."""
+    facts = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo"}
+    ask = lambda land: {"role": "user", "content": f"Capital of {land}?"}  # noqa: E731
+    rows = [{"messages": [ask(land), {"role": "assistant", "content": city}]} for land, city in facts.items()]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "fine.yaml").write_text(
+        "data: {repeat: true}\noptimizer: {lr: 1.0e-2, weight_decay: 0.0}\n"
+        "train: {batch_size: 4, threads: 1, eval_every: 0, sample_tokens: 0}\nphases: [{steps: 150}]\n"
+    )
+    pairs, run = tmp_path / "pairs.jsonl", tmp_path / "run"
+    status, _, err = vspdf("finetune", folder, tmp_path / "fine.yaml", f"data.path={pairs}",
+                           f"data.validation_path={pairs}", f"run_dir={run}")  # fmt: skip
+    assert status == 0, err
+    for source in ("run", "again"):
+        status, out, err = vspdf("generate", tmp_path / source, "--input", pairs, "--beams", 1, "--temperature", 0,
+                                 "--tokens", 8)  # fmt: skip
+        assert status == 0 and out.split("\n")[:4] == list(facts.values()), (out, err)
+        if source == "run":
+            assert vspdf("convert", run, tmp_path / "again")[0] == 0
+    assert (
+        vspdf("generate", run, "--prompt", "Capital of Italy?", "--temperature", 0, "--tokens", 8)[1]
+        .strip()
+        .endswith("Rome")
+    )
+
+
+def test_verbs_take_a_folder(folder, vspdf, tmp_path):
+    (tmp_path / "text.txt").write_text(" ".join(TEXTS) * 4)
+    status, out, err = vspdf("eval", folder, "--text", tmp_path / "text.txt", "--json")
+    assert status == 0 and 0 < json.loads(out)["val_bits_per_byte"] < 20, err
+    status, out, err = vspdf("plan", "--model", folder, "--sparsity", 0.9, "--json")
+    assert status == 0 and 0 < json.loads(out)["flops_saved_fraction"] < 0.9, err
+    status, out, err = vspdf("simulate", "step", "--model", folder, "--batch", 64, "--sparsity", 0.75, "--json")
+    assert status == 0 and json.loads(out)["speedup"]["central"] > 0, err
