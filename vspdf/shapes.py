@@ -9,6 +9,13 @@ from typing import Any, NamedTuple
 
 from vspdf.errors import UserError, did_you_mean, one_of, require
 
+STATE_BYTES = 16  # a weight, its gradient and two AdamW moments, float32; in mixed precision they are no less
+# What a path of the kernels keeps beside them: bytes for every position of a sparse matrix, kept or not, and for every
+# kept weight. "cpu": a bit, and with AVX-512, all products run, 28 bytes at 50 %, 33 at 90 %, 48 at 99 %, measured
+# with `Plan.nbytes` on layers of 512² to 4096². On a GPU "dense" and "2:4" have bits and prefix sums, "triton" the
+# gathers' indices (sides of up to 65,536).
+PATH_BYTES = {"cpu": (1 / 8, 33.0), "dense": (3 / 16, 0.0), "2:4": (3 / 16, 0.0), "triton": (0.0, 10.0)}
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Model shapes
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,12 +272,12 @@ MODELS: dict[str, Shape] = {
     "llama-60m": _llama(8, 512, 8, 1376, sequence_length=1024),
     "llama-130m": _llama(12, 768, 12, 2048, sequence_length=1024),
     "llama-350m": _llama(24, 1024, 16, 2736, sequence_length=1024),
-    # As their config.json on the Hub says.
-    "smollm2-135m": _llama(30, 576, 9, 1536, 49_152, 8192, n_kv_head=3, tie=True, rope_base=1e5),
+    # As their config.json on the Hub says, but with the sequences of most of their pre-training.
+    "smollm2-135m": _llama(30, 576, 9, 1536, 49_152, 2048, n_kv_head=3, tie=True, rope_base=1e5),
     "tinyllama-1.1b": _llama(22, 2048, 32, 5632, n_kv_head=4),
-    "llama-3.2-1b": _llama(16, 2048, 32, 8192, 128_256, 131_072, n_kv_head=8, tie=True, rope_base=5e5,
+    "llama-3.2-1b": _llama(16, 2048, 32, 8192, 128_256, 8192, n_kv_head=8, tie=True, rope_base=5e5,
                            rope_scaling=RopeScaling(factor=32.0)),
-    "qwen2.5-0.5b": _llama(24, 896, 14, 4864, 151_936, 32_768, n_kv_head=2, tie=True, bias="qkv", rope_base=1e6,
+    "qwen2.5-0.5b": _llama(24, 896, 14, 4864, 151_936, 4096, n_kv_head=2, tie=True, bias="qkv", rope_base=1e6,
                            norm_eps=1e-6),
     # nanochat's depth 12; its norms have no weights and its logits are capped, which is not offered here.
     "nanochat-d12": _llama(12, 768, 6, 3072, 65_536, mlp="relu2", qk_norm=True, norm_eps=1e-6),

@@ -126,6 +126,7 @@ CASES = {
             "--phases": "--phases 0.9:100,0:10",
             "--steps": "--steps 1000",
             "--batch-size": "--batch-size 7",
+            "--sequence": "--sequence 512",
             "--convention": "--convention spdf",
             "--causal": "--causal",
             "--save": "--save 0.3",

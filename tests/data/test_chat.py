@@ -129,11 +129,10 @@ def test_fine_tuning_learns_conversations_and_answers_them(folder, tmp_path, vsp
         assert status == 0 and out.split("\n")[:4] == list(facts.values()), (out, err)
         if source == "run":
             assert vspdf("convert", run, tmp_path / "again")[0] == 0
-    assert (
-        vspdf("generate", run, "--prompt", "Capital of Italy?", "--temperature", 0, "--tokens", 8)[1]
-        .strip()
-        .endswith("Rome")
-    )
+    out = vspdf("generate", run, "--prompt", "Capital of Italy?", "--temperature", 0, "--tokens", 8)[1]
+    assert out.strip().endswith("Rome")
+    assert vspdf("convert", tmp_path / "again", tmp_path / "third")[0] == 0
+    assert checkpoints.load(tmp_path / "third").tokenizer.about == checkpoints.load(run).tokenizer.about
 
 
 def test_verbs_take_a_folder(folder, vspdf, tmp_path):

@@ -30,6 +30,7 @@ def plan(
     phases: Annotated[str, typer.Option(metavar="S:STEPS,...", help="Explicit stages, any number.")] = "",
     steps: Annotated[int | None, typer.Option(help="Of the dense run to compare with.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step, for models without a config.")] = None,
+    sequence: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: the model's.")] = None,
     convention: Annotated[str, typer.Option(help="linear, spdf, vspdf, chinchilla or cerebras-card.")] = "vspdf",
     causal: Annotated[bool, typer.Option("--causal", help="Count half of the attention products.")] = False,
     save: Annotated[float | None, typer.Option(parser=number, help="Wish: save this fraction of all FLOPs.")] = None,
@@ -63,8 +64,8 @@ def plan(
         keep_freed_memory()
     found = planner.plan(
         model, sparsity=sparsity, effective=effective, split=split, phases=_stages(phases) if phases else None,
-        steps=steps, batch_size=batch_size, convention=convention, causal=causal, save=save, memory=memory, hours=hours,
-        time=time, machines=several, progress=murmur,
+        steps=steps, batch_size=batch_size, sequence=sequence, convention=convention, causal=causal, save=save,
+        memory=memory, hours=hours, time=time, machines=several, progress=murmur,
     )  # fmt: skip
     if write:
         plan_write.write(found, write)
@@ -131,6 +132,7 @@ def _print_plan(found: Plan) -> None:
         )
     else:
         lines.append("Time on this machine: not measured (--time).")
+    lines[3:3] = _on_gpu(found)
     if (spread := found.on_machines()) is not None:
         lines.append(_on_machines(spread))
     lines.append(_on_cs2(found))
@@ -149,6 +151,18 @@ def _on_machines(spread: dict[str, Any]) -> str:
         f"On {spread['count']} machines like this one, {spread['network']:g} Gb/s between them, each sends in a step: "
         f"{'; '.join(each)} (nothing hidden behind compute; on the mean of all steps)."
     )
+
+
+def _on_gpu(found: Plan) -> list[str]:
+    """Memory of the sparsest stage there, where it is another than on a CPU."""
+    stage = max(found.phases, key=lambda phase: phase.sparsity)
+    if not stage.sparsity:
+        return []
+    paths, dense = stage.state_bytes_by_path, found.dense.state_bytes
+    return [
+        f"On a GPU '{stage.name}' has a state of {words.size(paths['dense'])} on the paths dense and 2:4 "
+        f"({paths['dense'] / dense:.0%}), {words.size(paths['triton'])} on triton ({paths['triton'] / dense:.0%})."
+    ]
 
 
 def _on_cs2(found: Plan) -> str:

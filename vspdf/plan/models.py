@@ -10,7 +10,7 @@ from vspdf import shapes
 from vspdf.config import loading, resolve
 from vspdf.config.resolved import ResolvedModel, ResolvedPhase
 from vspdf.config.settings import Config, ModelConfig
-from vspdf.errors import UserError, did_you_mean, near_path
+from vspdf.errors import UserError, did_you_mean, near_path, require
 from vspdf.files import read_json
 from vspdf.interop import load_config
 from vspdf.interop.architectures import LAYOUTS
@@ -50,6 +50,15 @@ class Source(NamedTuple):
     def shape(self) -> Shape:
         """Shape of the model; where the tokenizer decides on the vocabulary, by its name."""
         return _shape(self.model, self.settings.data.tokenizer)
+
+    def at(self, length: int | None) -> Source:
+        """The same with sequences of so many tokens; None: of its own."""
+        if length is None:
+            return self
+        require(not self.phases, f"`sequence` is for models: {self.name} has model.sequence_length.")
+        require(length >= 1, f"`sequence` must be at least 1, not {length}.")
+        self.settings.model.sequence_length = length
+        return self._replace(model=resolve.resolve_model(self.settings.model))
 
 
 def _source(model: str | Path) -> Source:

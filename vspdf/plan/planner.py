@@ -21,7 +21,7 @@ from vspdf.errors import UserError, check_sparsity, did_you_mean
 from vspdf.plan.cs2 import on_cs2
 from vspdf.plan.machines import Machines
 from vspdf.plan.models import _dense_run, _source
-from vspdf.plan.wish import SPLITS, _Wish, state_bytes
+from vspdf.plan.wish import SPLITS, _Wish, by_path, state_bytes
 from vspdf.shapes import Shape
 from vspdf.sparsity import schedule
 
@@ -35,7 +35,11 @@ LR_MULTIPLE = 3.0  # of both its stages: 3.6e-4 against the dense run's 1.2e-4
 
 @dataclass(frozen=True)
 class PlannedPhase:
-    """A phase, or the dense run. `state_bytes` is the whole model's, as the function of that name counts it."""
+    """A phase, or the dense run.
+
+    `state_bytes` is the whole model's, as the function of that name counts it, on a CPU; `state_bytes_by_path` is so
+    too by the paths that its layers may take on a GPU.
+    """
 
     name: str
     sparsity: float
@@ -43,6 +47,7 @@ class PlannedPhase:
     tokens: int
     flops: float
     state_bytes: float
+    state_bytes_by_path: dict[str, float]
     step_seconds: float | None  # None: not measured
 
     @property
@@ -181,6 +186,7 @@ def plan(
     phases: Sequence[tuple[float, int]] | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
+    sequence: int | None = None,
     convention: str = "vspdf",
     causal: bool = False,
     save: float | None = None,
@@ -209,6 +215,8 @@ def plan(
         Explicit stages, any number, each at most as sparse as the one before.
     steps, batch_size : int
         Of the dense run. Default: the published run, the tokens of the phases given, or 20 tokens a parameter.
+    sequence : int
+        Tokens of a sequence; default: the model's.
     convention : str
         A key of `ledger.CONVENTIONS`.
     causal : bool
@@ -236,7 +244,7 @@ def plan(
         raise UserError(f"phases leave nothing to split: give them, or split = '{split}'.")
     asked, split = split, "add-on" if split is None else split
     _check_arguments(sparsity, effective, split, phases, save, memory, hours, steps, batch_size)
-    source = _source(model)
+    source = _source(model).at(sequence)
     shape, settings = source.shape, source.settings
     own = bool(source.phases) and sparsity is effective is phases is save is memory is hours is None
     one_stage = effective is save is hours is None and (sparsity is not None or memory is not None)
@@ -244,13 +252,13 @@ def plan(
         raise UserError(f"`split` {asked}: there is one stage, or those of {model}; `effective` asks for two.")
     if batch_size and source.phases:
         raise UserError(f"the batch size of {model} is in that file (train.batch_size): `batch_size` is for models.")
-    planned = sum(n for _, n in phases) if phases else None
-    dense_steps, baseline = _dense_run(source, shape, steps, batch_size, planned)
+    total = sum(n for _, n in phases) if phases else None
+    dense_steps, baseline = _dense_run(source, shape, steps, batch_size, total)
     step_tokens = settings.train.batch_size * shape.sequence_length
     run = _Wish(shape, dense_steps, step_tokens, split, sparsity, effective, convention, causal, progress)
 
     if not own:
-        stages = list(phases) if phases is not None else run.stages(save, memory, hours)
+        stages = phases if phases is not None else run.stages(save, memory, hours)
         multiple = LR_MULTIPLE if any(s for s, _ in stages) else 1.0
         settings.phases = [PhaseConfig(sparsity=s, steps=n, lr_multiple=multiple) for s, n in stages if n]
     config = resolve.resolve(settings)
@@ -260,15 +268,14 @@ def plan(
     def stage(name: str, s: float, steps: int, tokens: int) -> PlannedPhase:
         flops = ledger.training_flops(shape, [(s, tokens)], convention=convention, causal=causal)
         seconds = run.calibration.step_seconds(shape, s, tokens // steps) if run.calibration else None
-        return PlannedPhase(name, s, steps, tokens, flops, state_bytes(shape, s), seconds)
+        return PlannedPhase(name, s, steps, tokens, flops, state_bytes(shape, s), by_path(shape, s), seconds)
 
     return Plan(
         source.name, shape, convention, causal,
         stage("dense run", 0.0, dense_steps, dense_steps * step_tokens), baseline,
         [
             stage(f"{p.name} {s.sparsity:.4g}" if len(p.stages()) > 1 else p.name,
-                  p.mean(resolve.linear_layers(config.model), s.sparsity),
-                  s.steps, s.steps * p.tokens // p.steps)
+                  p.mean(resolve.linear_layers(config.model), s.sparsity), s.steps, s.steps * p.tokens // p.steps)
             for p in config.phases
             for s in p.stages()
         ],
