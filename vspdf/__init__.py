@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vspdf.sparsity.optimizer import parameter_groups as parameter_groups
     from vspdf.sparsity.phases import Phases as Phases
     from vspdf.sparsity.schedule import Phase as Phase
+    from vspdf.sparsity.sharded import gathered as gathered
     from vspdf.sparsity.surgery import densify as densify
     from vspdf.sparsity.surgery import set_sparsity as set_sparsity
     from vspdf.sparsity.surgery import sparsify as sparsify
@@ -38,6 +39,7 @@ _HOMES = {
     "densify": "vspdf.sparsity.surgery",
     "evolve": "vspdf.sparsity.evolve",
     "explain": "vspdf.sparsity.layer",
+    "gathered": "vspdf.sparsity.sharded",
     "parameter_groups": "vspdf.sparsity.optimizer",
     "set_sparsity": "vspdf.sparsity.surgery",
     "simulate": "vspdf.plan.cs2",

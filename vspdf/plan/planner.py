@@ -19,6 +19,7 @@ from vspdf.config.resolved import ResolvedConfig
 from vspdf.config.settings import PhaseConfig
 from vspdf.errors import UserError, check_sparsity, did_you_mean
 from vspdf.plan.cs2 import on_cs2
+from vspdf.plan.machines import Machines
 from vspdf.plan.models import _dense_run, _source
 from vspdf.plan.wish import SPLITS, _Wish, by_path, state_bytes
 from vspdf.shapes import Shape
@@ -68,6 +69,7 @@ class Plan:
     config: ResolvedConfig
     calibration: Calibration | None
     notes: list[str]
+    machines: Machines | None = None
 
     @property
     def tokens(self) -> int:
@@ -137,6 +139,14 @@ class Plan:
         stages = [(phase.sparsity, phase.steps) for phase in self.phases]
         return on_cs2(self.shape, self.config.train.batch_size, stages, self.dense.steps)
 
+    def on_machines(self) -> dict[str, Any] | None:
+        """As `vspdf.plan.machines` has it; None where one machine was asked for."""
+        if self.machines is None or self.calibration is None:
+            return None
+        stages = [(phase.sparsity, phase.steps) for phase in self.phases]
+        tokens = self.config.train.batch_size * self.shape.sequence_length
+        return self.machines.to_json(self.shape, tokens, self.calibration, stages)
+
     def _cs2(self) -> dict[str, Any] | None:
         try:
             return self.on_cs2()
@@ -162,6 +172,7 @@ class Plan:
             "seconds": {"dense": self.dense.seconds, "planned": self.seconds} if self.calibration else None,
             "calibration": asdict(self.calibration) if self.calibration else None,
             "cs2": self._cs2(),
+            "machines": self.on_machines(),
             "notes": self.notes,
         }
 
@@ -182,6 +193,7 @@ def plan(
     memory: float | None = None,
     hours: float | None = None,
     time: bool = False,
+    machines: Machines | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """Plans a run against its dense run.
@@ -217,6 +229,8 @@ def plan(
         Wish: the run ends within so many hours on this machine; measures.
     time : bool
         Measure this machine's speed (`calibrate`): seconds; at billions of parameters most of a minute.
+    machines : Machines, optional
+        Several of this one, that share every step; measures.
     progress : callable
         Receives a line at a time while measuring.
 
@@ -238,18 +252,18 @@ def plan(
         raise UserError(f"`split` {asked}: there is one stage, or those of {model}; `effective` asks for two.")
     if batch_size and source.phases:
         raise UserError(f"the batch size of {model} is in that file (train.batch_size): `batch_size` is for models.")
-    planned = sum(n for _, n in phases) if phases else None
-    dense_steps, baseline = _dense_run(source, shape, steps, batch_size, planned)
+    total = sum(n for _, n in phases) if phases else None
+    dense_steps, baseline = _dense_run(source, shape, steps, batch_size, total)
     step_tokens = settings.train.batch_size * shape.sequence_length
     run = _Wish(shape, dense_steps, step_tokens, split, sparsity, effective, convention, causal, progress)
 
     if not own:
-        stages = list(phases) if phases is not None else run.stages(save, memory, hours)
+        stages = phases if phases is not None else run.stages(save, memory, hours)
         multiple = LR_MULTIPLE if any(s for s, _ in stages) else 1.0
         settings.phases = [PhaseConfig(sparsity=s, steps=n, lr_multiple=multiple) for s, n in stages if n]
     config = resolve.resolve(settings)
     layers = resolve.linear_layers(config.model)
-    if time:
+    if time or (machines is not None and machines.sharing(settings.train.batch_size)):
         run.measure([p.mean(layers, s.sparsity) for p in config.phases for s in p.coarse_stages()])
 
     def stage(name: str, s: float, steps: int, tokens: int) -> PlannedPhase:
@@ -266,7 +280,7 @@ def plan(
             for p in config.phases
             for s in p.coarse_stages()
         ],
-        config, run.calibration, [*run.notes, *_moves(config)],
+        config, run.calibration, [*run.notes, *_moves(config)], machines,
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from vspdf.files import flush, remove, why_not
 from vspdf.pattern import Pattern
 from vspdf.runs.digests import of_body, of_file
 from vspdf.runs.folder import CHECKPOINTS, STATE, damaged, read_state, steps
-from vspdf.sparsity.layer import SparseLinear
+from vspdf.sparsity.layer import SparseLinear, require_whole
 from vspdf.sparsity.surgery import sparsify
 
 MODEL, OPTIMIZER = FILES = ("model.safetensors", "optimizer.safetensors")
@@ -36,7 +36,15 @@ _MOVED = "moved:"
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state by name; sparse layers as values, bias and packed pattern."""
+    """A model's state by name; sparse layers as values, bias and packed pattern.
+
+    Raises
+    ------
+    UserError
+        If the model is sharded over processes.
+    """
+    for parameter in model.parameters():
+        require_whole(parameter)
     return {
         name.removesuffix(_EXTRA) + _PATTERN if name.endswith(_EXTRA) else name: tensor.contiguous()
         for name, tensor in model.state_dict().items()

@@ -20,6 +20,7 @@ from vspdf.sparsity.amounts import plain_name
 from vspdf.sparsity.attached import mark
 from vspdf.sparsity.layer import SparseLinear, require_whole, sparse_layers
 from vspdf.sparsity.optimizer import carry, warn_of_stale
+from vspdf.sparsity.wrapped import warn_of_reducers
 
 
 def layer_seed(seed: int, name: str) -> int:
@@ -261,6 +262,8 @@ def remask(
     held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
     if not any(id(new) in held for _, new in exchanged):  # who asks the interpreter who holds them waits for long
         warn_of_stale(verb, exchanged, optimizer)
+    if exchanged:
+        warn_of_reducers(verb, model)
     return before
 
 

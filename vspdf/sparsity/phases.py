@@ -269,6 +269,10 @@ class Phases:
         self._collect(step + 1, model)
         return model
 
+    def due(self, step: int) -> bool:
+        """Whether `at` is going to change the model before the step numbered `step`."""
+        return self._now is not None and self._index(step) > self._now
+
     def at(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Before the step numbered `step`, from 0: switches where a boundary falls, moves masks where they are to move.
 

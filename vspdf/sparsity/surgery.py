@@ -24,6 +24,7 @@ from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, scatter
 from vspdf.sparsity.optimizer import carry, check_moments, check_takes_vectors, warn_of_stale
 from vspdf.sparsity.pretrained import teach_save_pretrained
 from vspdf.sparsity.schedule import check_init_method, plain_name
+from vspdf.sparsity.wrapped import warn_of_reducers
 
 log = logging.getLogger("vspdf")
 
@@ -43,6 +44,7 @@ def _is_linear(module: nn.Module) -> bool:
         type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear
     ):  # nn.MultiheadAttention reads its weight itself
         return False
+    require_whole(module.weight)
     return type(module).forward is nn.Linear.forward or _computes_linear(module)
 
 
@@ -334,6 +336,8 @@ def set_sparsity(
     """
     check_moments(moments)
     layers = sparse_layers(model)
+    for layer in layers.values():
+        require_whole(layer.values)
     if not layers:
         raise UserError("set_sparsity found no sparse layer: call vspdf.sparsify(model, ...) first.")
     rules = sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}
@@ -389,6 +393,7 @@ def densify(
         place(model, layer, dense)
         exchanged.append((layer.values, dense.weight))
     warn_of_stale("densify", exchanged, optimizer)
+    warn_of_reducers("densify", model)
     return {name: layer.pattern for name, layer in layers.items()}
 
 

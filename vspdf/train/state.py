@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +29,8 @@ from vspdf.sparsity.phases import Phases
 from vspdf.sparsity.turnover import Turnover
 from vspdf.train.schedule import Position, position
 from vspdf.train.step import adamw
+
+log = logging.getLogger("vspdf")
 
 
 @dataclass(frozen=True)
@@ -230,6 +233,12 @@ class State:
                 f"the checkpoint belongs to another model: its {key} is {theirs[key]}, here it is {shape[key]}."
             )
         Run(Path(self.config.run_dir)).check(body)
+        threads = torch.get_num_threads()
+        if self.config.train.threads is None and body.get("threads", threads) != threads:
+            log.warning(
+                "resuming with %d threads a process instead of %d: results will differ in the last bits; "
+                "train.threads=%d keeps them.", threads, body["threads"], body["threads"],
+            )  # fmt: skip
         stored.restore(self.model, self.config.train.backend)
         tuning.pin(body["kernel_choices"])
         build_plans(self.model, self.config.train.memory)

@@ -88,7 +88,8 @@ def optimise(
         for number in mine[:-1]:
             with world.accumulating(model):
                 backward(number)
-        backward(mine[-1])
+        with world.watched():
+            backward(mine[-1])
     else:
         for node in spans((0, len(micro)), mine):
             accumulate(node, backward, parameters)

@@ -99,6 +99,8 @@ def _train(
 
         def prepared() -> tuple[torch.device, State]:
             where = device(config.train.device, "train.device", world.local_rank)
+            if where.type == "cuda" and world.size > 1:
+                torch.cuda.set_device(where)
             checked = writer.check(config, resume)
             if resume and world.first:
                 files.hold()
