@@ -106,9 +106,9 @@ def _peers(tiny: bool, progress: Callable[[str], None]) -> dict[str, Any]:
 
 def _masks(tiny: bool, progress: Callable[[str], None]) -> dict[str, Any]:
     """Masks of every kind that ships, of one layer, at 75 and 90 %."""
-    side, tokens = ((48, 32), 16) if tiny else ((3072, 768), 1024)
+    side, tokens, amounts = ((48, 32), 16, [0.75]) if tiny else ((3072, 768), 1024, [0.75, 0.9])
     kinds = [name for name in (*patterns.KINDS, "1:4", "1:8") if not tiny or name != "blocks"]
-    drawn = [(name, p) for name in kinds for _, p in patterns.draw(name, [side], (0.75, 0.9))]
+    drawn = [(name, p) for name in kinds for _, p in patterns.draw(name, [side], amounts)]
     given = [(f"{name} {p.sparsity:.0%}", p) for name, p in drawn]
     threads = [torch.get_num_threads()]
     return bench_linear(
