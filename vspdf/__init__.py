@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vspdf.ledger import training_flops as training_flops
     from vspdf.pattern import Pattern as Pattern
     from vspdf.plan.cs2 import simulate as simulate
+    from vspdf.sparsity.evolve import evolve as evolve
     from vspdf.sparsity.layer import SparseLinear as SparseLinear
     from vspdf.sparsity.layer import explain as explain
     from vspdf.sparsity.optimizer import parameter_groups as parameter_groups
@@ -35,6 +36,7 @@ _HOMES = {
     "SparseLinear": "vspdf.sparsity.layer",
     "UserError": "vspdf.errors",
     "densify": "vspdf.sparsity.surgery",
+    "evolve": "vspdf.sparsity.evolve",
     "explain": "vspdf.sparsity.layer",
     "parameter_groups": "vspdf.sparsity.optimizer",
     "set_sparsity": "vspdf.sparsity.surgery",

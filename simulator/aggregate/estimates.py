@@ -62,6 +62,7 @@ def _report(machine: Machine, solve: Solve, found: band.Band | None, ideal: floa
         }
     body: dict[str, Any] = {
         "machine": machine.name,
+        "note": machine.note,
         "level": "aggregate",
         "central": central(machine),
         "clock": label,

@@ -249,7 +249,8 @@ def stream_layer(
     """Cycles of `programs.stream_layer` (forward or grad_input).
 
     Follows every column and row: AXPYs, the command, the sum's way around the ring, which may start when the column's
-    own part is ready and the one before it is gone, and takes turns with the next row's AXPYs on the datapath.
+    own part is ready and the one before it is gone, and passes in the start-ups of the next row's AXPYs. Every column
+    has a link of its own.
 
     Parameters
     ----------

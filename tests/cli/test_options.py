@@ -253,6 +253,17 @@ CASES = {
             "--tune": "--tune",
         },
     ),
+    "bench update": (
+        "--shape 64x16x16 --sparsity 0.5 --rounds 1 --threads 1",
+        {
+            "--shape": "--shape 64x32x16",
+            "--sparsity": "--sparsity 0.9",
+            "--drop-fraction": "--drop-fraction 0.1",
+            "--threads": "--threads 2",
+            "--rounds": "--rounds 2",
+            "--csv": "--csv rows.csv",
+        },
+    ),
     "bench decode": (
         "--model {run} --sparsity 0.5 --rounds 1 --tokens 1 --context 4",
         {
@@ -466,3 +477,19 @@ def test_what_would_change_nothing_is_refused(observe, arguments, said):
     verb = " ".join(words[: 2 if words[0] in ("simulate", "bench") else 1])
     status, _, left, _, last = observe(verb, arguments.removeprefix(verb))
     assert status == 2 and said in last[0] and not left
+
+
+def test_bench_takes_the_layers_of_a_configuration(tmp_path, monkeypatch):
+    from vspdf.cli.bench import _layers
+    from vspdf.errors import UserError
+
+    monkeypatch.chdir(tmp_path)
+    text = CONFIG.replace("steps: 2}]", "steps: 2, layers: {'h.0.mlp.*': 0.4}}, {steps: 2}]")
+    (tmp_path / "mine.yaml").write_text(text.replace("CORPUS", "stdlib"))
+    shapes, sparsities, dtype = _layers("mine.yaml", "", "")
+    assert shapes == [(256, 16, 48), (256, 16, 16), (256, 16, 64), (256, 64, 16)]
+    assert (sparsities, dtype) == ([0.4, 0.5], "fp32")
+    assert _layers("mine.yaml", "0.9", "bf16")[1:] == ([0.9], "bf16")
+    (tmp_path / "dense.yaml").write_text((text.split("phases")[0] + "phases: [{steps: 2}]").replace("CORPUS", "stdlib"))
+    with pytest.raises(UserError, match="no phase of that configuration is sparse; say --sparsity"):
+        _layers("dense.yaml", "", "")

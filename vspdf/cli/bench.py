@@ -31,6 +31,7 @@ Candidates = Annotated[
 Dtypes = Annotated[
     str, typer.Option("--dtype", "--precision", help="float32 (default), bfloat16; on a GPU float16, tf32 too.")
 ]
+SPARSITIES = (0.5, 0.75, 0.9, 0.95, 0.99)
 bench = typer.Typer(help="Sparse against dense and peers, interleaved in one process.", no_args_is_help=True)
 
 SHORT = {"fp32": "float32", "bf16": "bfloat16"}
@@ -59,6 +60,27 @@ def _shapes(text: str) -> list[tuple[int, int, int]]:
     except (ValueError, AssertionError):
         raise UserError(f"--shapes '{text}': expected TOKENSxINxOUT, e.g. 1024x768x3072.") from None
     return found
+
+
+def _layers(shapes: str, sparsity: str, dtype: str) -> tuple[list[tuple[int, int, int]], list[float], str]:
+    """Shapes, sparsities and dtypes as named, or of the sparse phases of a configuration."""
+    from vspdf.config.loading import find_config
+
+    amounts = _numbers(sparsity, float, "--sparsity", most=1)
+    try:
+        find_config(shapes or "-")
+    except UserError:  # no such file: shapes, or a slip of the pen in them
+        return _shapes(shapes), amounts or list(SPARSITIES), dtype
+    from vspdf.config.resolve import model_shape
+    from vspdf.interop import load_config
+
+    config = load_config(shapes)
+    own = {s for phase in config.phases for s in (*(part.sparsity for part in phase.stages()), *phase.layers.values())}
+    amounts = amounts or sorted(own - {0.0})
+    require(bool(amounts), f"--shapes {shapes}: no phase of that configuration is sparse; say --sparsity.")
+    tokens = config.train.micro_batch_size * config.model.sequence_length
+    chosen = [(tokens, n_in, n_out) for n_out, n_in in dict.fromkeys(model_shape(config.model, 1).block.values())]
+    return chosen, amounts, dtype or config.train.precision
 
 
 def _destination(path: Path | None, what: str, kinds: Sequence[str]) -> None:
@@ -115,8 +137,8 @@ def _earlier(path: Path | None) -> dict[str, Any] | None:
 
 @bench.command(name="linear", cls=Verb)
 def bench_linear(
-    shapes: Annotated[str, typer.Option(help="TOKENSxINxOUT, with commas between; default: five layers of GPTs.")] = "",
-    sparsity: Annotated[str, typer.Option(help="With commas between.")] = "0.5,0.75,0.9,0.95,0.99",
+    shapes: Annotated[str, typer.Option(help="TOKENSxINxOUT, with commas, or a CONFIG; default: layers of GPTs.")] = "",
+    sparsity: Annotated[str, typer.Option(help="With commas; default 0.5,0.75,0.9,0.95,0.99, or CONFIG's own.")] = "",
     mask: Mask = None,
     pattern: Annotated[str, typer.Option(help="Kinds of masks that ship, e.g. power-law,banded,2:4; or all.")] = "",
     tokens: Annotated[str, typer.Option(help="Of --mask, with commas between; default 1024.")] = "",
@@ -143,14 +165,14 @@ def bench_linear(
 
     `vspdf bench linear --pattern power-law,banded --candidate mykernel:Mine`
 
-    `vspdf bench linear --device cuda --tune`
+    `vspdf bench linear --device cuda --tune --shapes quickstart`
     """
     if list_:
         tables.print_candidates(as_json)
         return
     _destination(csv, "--csv", (".csv",))
     _destination(plot, "--plot", (".png", ".svg", ".pdf"))
-    amounts, chosen = _numbers(sparsity, float, "--sparsity", most=1), _shapes(shapes)
+    chosen, amounts, dtype = _layers(shapes, sparsity, dtype)
     if device == "cuda":
         _for_cpus(threads=threads, plot=plot, mask=mask, pattern=pattern, tokens=tokens, candidate=candidate,
                   compare=compare, roofline=roofline)  # fmt: skip
@@ -223,6 +245,35 @@ def _on_gpu(
     _finish(result, csv, None, as_json)
     if not as_json:
         tables.print_linear_gpu(result)
+
+
+@bench.command(name="update", cls=Verb)
+def bench_update(
+    shape: Annotated[str, typer.Option(help="TOKENSxINxOUT.")] = "1024x768x3072",
+    sparsity: Annotated[str, typer.Option(help="With commas between.")] = "0.5,0.75,0.9",
+    drop_fraction: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.3,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 9,
+    csv: Annotated[Path | None, typer.Option(help="Write all rows here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """An update of a mask that moves, with its new plans, beside a training step of the same layer.
+
+    `vspdf bench update --sparsity 0.9`
+    """
+    from vspdf.bench import update
+
+    _destination(csv, "--csv", (".csv",))
+    sides = [int(side) for side in shape.split("x") if side.isdigit() and int(side)]
+    if len(sides) != 3:
+        raise UserError(f"--shape '{shape}': expected TOKENSxINxOUT, e.g. 1024x768x3072.")
+    sparsities = _numbers(sparsity, float, "--sparsity", most=1)
+    _warn_of_crowds([threads] if threads else [])
+    keep_freed_memory()
+    result = update.bench_update(sides[0], sides[1], sides[2], sparsities, drop_fraction, threads, rounds, murmur)
+    _finish(result, csv, None, as_json)
+    if not as_json:
+        tables.print_update(result)
 
 
 @bench.command(name="step", cls=Verb)

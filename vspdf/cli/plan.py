@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from vspdf.cli.console import Json, emit, murmur, number, out, say, show
+from vspdf.cli.console import Json, emit, murmur, number, out, say, show, tell
 from vspdf.draw import words
 from vspdf.errors import UserError, percent_meant
 from vspdf.kernels.hardware import keep_freed_memory
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def plan(
-    model: Annotated[str, typer.Option(help="A named model, a configuration, or a Hugging Face folder.")],
+    model: Annotated[
+        str | None, typer.Option(help="A named model, a configuration, or a Hugging Face folder; advice needs none.")
+    ] = None,
     sparsity: Annotated[
         float | None, typer.Option(parser=number, help="Of the first stage; alone, of the whole run.")
     ] = None,
@@ -35,7 +37,9 @@ def plan(
     causal: Annotated[bool, typer.Option("--causal", help="Count half of the attention products.")] = False,
     save: Annotated[float | None, typer.Option(parser=number, help="Wish: save this fraction of all FLOPs.")] = None,
     memory: Annotated[float | None, typer.Option(help="Wish: a training state of so many GB in every stage.")] = None,
-    hours: Annotated[float | None, typer.Option(help="Wish: done in so many hours on this machine.")] = None,
+    hours: Annotated[
+        float | None, typer.Option(help="Wish: done in so many hours on this machine; also advice what to train then.")
+    ] = None,
     time: Annotated[bool, typer.Option("--time", help="Measure this machine's speed for it.")] = False,
     write: Annotated[Path | None, typer.Option(metavar="CONFIG", help="Write the YAML that `train` runs.")] = None,
     as_json: Json = False,
@@ -47,12 +51,22 @@ def plan(
     `vspdf plan --model gpt2-small --save 0.5 --write mine.yaml`
 
     `vspdf plan --model quickstart --time`
+
+    `vspdf plan --hours 2`
     """
-    from vspdf.plan import planner
+    from vspdf.plan import advice, planner
     from vspdf.plan import write as plan_write
 
     if time or hours is not None:
         keep_freed_memory()
+    advised = advice.advise(hours, murmur) if hours is not None else None
+    if model is None:
+        if advised is None:
+            raise UserError(
+                "`model` says what to plan for: a name, a configuration or a folder. `hours` alone gives advice."
+            )
+        emit({"advice": advised.to_json()}) if as_json else tell(*advised.sentences())
+        return
     found = planner.plan(
         model, sparsity=sparsity, effective=effective, split=split, phases=_stages(phases) if phases else None,
         steps=steps, batch_size=batch_size, sequence=sequence, convention=convention, causal=causal, save=save,
@@ -62,9 +76,10 @@ def plan(
         plan_write.write(found, write)
         say(f"wrote {write}: vspdf train {write}")
     if as_json:
-        emit(found.to_json())
+        emit(found.to_json() | ({"advice": advised.to_json()} if advised else {}))
     else:
         _print_plan(found)
+        tell(*(advised.sentences() if advised else ()))
 
 
 def _stages(text: str) -> list[tuple[float, int]]:

@@ -102,6 +102,7 @@ def _print_layer(result: dict[str, Any]) -> None:
                 for kind, m in result["mapping"].items()
             ),
             _clocks(result),
+            *note(result),
         ]
     )
     tornado_table(result, most=99)

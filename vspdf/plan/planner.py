@@ -248,8 +248,9 @@ def plan(
         multiple = LR_MULTIPLE if any(s for s, _ in stages) else 1.0
         settings.phases = [PhaseConfig(sparsity=s, steps=n, lr_multiple=multiple) for s, n in stages if n]
     config = resolve.resolve(settings)
+    layers = resolve.linear_layers(config.model)
     if time:
-        run.measure([sparsity for sparsity, _ in resolve.amounts(config)])
+        run.measure([p.mean(layers, s.sparsity) for p in config.phases for s in p.coarse_stages()])
 
     def stage(name: str, s: float, steps: int, tokens: int) -> PlannedPhase:
         flops = ledger.training_flops(shape, [(s, tokens)], convention=convention, causal=causal)
@@ -260,14 +261,28 @@ def plan(
         source.name, shape, convention, causal,
         stage("dense run", 0.0, dense_steps, dense_steps * step_tokens), baseline,
         [
-            stage(f"{p.name} {s.sparsity:.4g}" if len(p.stages()) > 1 else p.name,
-                  p.mean(resolve.linear_layers(config.model), s.sparsity),
-                  s.steps, s.steps * p.tokens // p.steps)
+            stage(f"{p.name} {s.sparsity:.4g}" if len(p.coarse_stages()) > 1 else p.name,
+                  p.mean(layers, s.sparsity), s.steps, s.steps * p.tokens // p.steps)
             for p in config.phases
-            for s in p.stages()
+            for s in p.coarse_stages()
         ],
-        config, run.calibration, run.notes,
+        config, run.calibration, [*run.notes, *_moves(config)],
     )  # fmt: skip
+
+
+def _moves(config: ResolvedConfig) -> list[str]:
+    """What masks that move cost beside what conventions count."""
+    said = []
+    for phase in config.phases:
+        count = sum(step > 0 for step in phase.update_steps()) if phase.algorithm != "static" else 0
+        if count and phase.algorithm == "rigl":
+            said.append(
+                f"Phase '{phase.name}': RigL forms the dense gradient on {count} of {phase.steps:,} steps, a third of "
+                "a dense step's weight-FLOPs each; a run counts it as executed, no convention does."
+            )
+        elif count:
+            said.append(f"Phase '{phase.name}': masks move {count} times (vspdf bench update: what that takes).")
+    return said
 
 
 def _check_arguments(

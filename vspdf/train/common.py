@@ -132,6 +132,8 @@ def _try(state: State) -> None:
         loss = state.model(x.to(state.device), y.to(state.device))
     loss.backward()
     state.model.zero_grad(set_to_none=True)
+    for tensor in gradients.parameters if (gradients := state.phases.dense_gradients) else ():
+        tensor.grad = None
 
 
 def add_up(world: World, tally: Tally, cpu_seconds: float) -> float:

@@ -23,8 +23,9 @@ from vspdf.runs import checkpoint
 from vspdf.runs.folder import Run
 from vspdf.runs.record import PhaseRecord
 from vspdf.shapes import Shape
-from vspdf.sparsity.layer import build_plans
+from vspdf.sparsity.layer import build_plans, sparse_layers
 from vspdf.sparsity.phases import Phases
+from vspdf.sparsity.turnover import Turnover
 from vspdf.train.schedule import Position, position
 from vspdf.train.step import adamw
 
@@ -167,7 +168,7 @@ class State:
         """
         if self.saved_step == self.step:
             return
-        config, revived = self.config, self.phases.revived
+        config, revived, turnover = self.config, self.phases.revived, self.phases.turnover
         body = {
             "vspdf": hardware.versions()["vspdf"],
             "model": asdict(self.shape),
@@ -182,13 +183,16 @@ class State:
             "samples": self.samples,
             "records": [record.to_json() for record in self.records],
             "revived_done": revived.done if revived else 0,
+            "mask_updates": turnover.updates if turnover else 0,
+            "survival": turnover.survival if turnover else None,
             "kernel_choices": tuning.choices(),
             "ranks": self.world.size,
             "threads": torch.get_num_threads(),
             "best": asdict(self.best) if self.best else None,
             "files": files,
         }
-        checkpoint.save(Path(config.run_dir), self.step, self.model, self.optimizer, body, self.phases.ramp[0])
+        moved = turnover.tensors() if turnover else {}
+        checkpoint.save(Path(config.run_dir), self.step, self.model, self.optimizer, body, self.phases.ramp[0], moved)
         self.prune()
         self.saved_step = self.step
 
@@ -234,4 +238,7 @@ class State:
         self.best = Best(**body["best"]) if body.get("best") else None  # none before it was kept
         self.records = [PhaseRecord.from_json(record) for record in body["records"]]
         self.phases.resume(self.model, self.step, (stored.before_switch(self.model), body["revived_done"]))
+        if stored.moved:
+            patterns = {name: layer.pattern for name, layer in sparse_layers(self.model).items()}
+            self.phases.turnover = Turnover.restored(patterns, stored.moved, body["mask_updates"], body["survival"])
         stored.restore_optimizer(self.model, self.renew_optimizer(self.config.phases[body["phase"]]))
