@@ -2,7 +2,9 @@
 
 import pytest
 
-from vspdf.bench.linear import SHAPES, Problem
+from vspdf.bench import candidates
+from vspdf.bench.linear import SHAPES
+from vspdf.bench.problem import Problem
 from vspdf.bench.rounds import PRODUCTS
 
 
@@ -12,5 +14,7 @@ from vspdf.bench.rounds import PRODUCTS
 @pytest.mark.parametrize("product", PRODUCTS)
 def bench_product(benchmark, product, shape, sparsity, candidate):
     benchmark.group = f"{product} {'x'.join(map(str, shape))} {sparsity:.0%}"
-    run = Problem.random(*shape, sparsity).candidates([candidate])[candidate][product]
+    problem, made = Problem.random(*shape, sparsity), candidates.find(candidate)
+    problem.prepared(made)
+    run = problem.calls(made)[product]
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)

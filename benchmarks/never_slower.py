@@ -1,11 +1,12 @@
 """Is `auto` ever slower than the better of its two paths? Random layers, tuned nowhere before.
 
-    python benchmarks/never_slower.py [--problems 30] [--seed 0] [--csv FILE]
+    python benchmarks/never_slower.py [--problems 30] [--seed 0] [--threads 1] [--csv FILE]
 
 Each product of each layer is called once (which tunes it), then timed in rounds on the sparse path, the dense path and
 `auto`, in a new random order each round: whoever follows a dense product finds the caches cold. Two figures come out.
 *Choice*: the time of the path that `auto` took against the better path. *Door*: `auto` itself, the operator's and
-autograd's Python included, against the better path called bare, of products that take it at least 100 us.
+autograd's Python included, against the better path called bare, of products that take it at least 100 us. Times of one
+thread are its CPU time, which other work on the machine leaves almost alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ os.environ["VSPDF_CACHE"] = tempfile.mkdtemp()  # an empty tuning table
 
 import torch
 
-from vspdf.bench.linear import Problem
+from vspdf.bench import candidates as known
+from vspdf.bench.problem import Problem
 from vspdf.bench.rounds import PRODUCTS
 from vspdf.kernels import dense, dispatch
 from vspdf.kernels.hardware import keep_freed_memory
@@ -34,27 +36,30 @@ LEAST = 1e-4  # seconds of the better path, from which on the operator's own tim
 
 def measure(problem: Problem, product: str, draw: random.Random, seconds: float) -> dict[str, float]:
     """Median seconds of sparse, dense and auto, in at least nine rounds and at least `seconds`."""
-    values = problem.weight[problem.pattern.mask()]
+    values = problem.values
     tensors = {
         "forward": (problem.x, values, None),
         "grad_input": (problem.grad, values),
         "grad_values": (problem.grad, problem.x),
     }[product]
-    candidates = problem.candidates(["vspdf", "auto"])
+    candidates = {name: known.find(name) for name in ("vspdf", "auto")}
+    for candidate in candidates.values():
+        problem.prepared(candidate)
     runs = {
-        "sparse": candidates["vspdf"][product],
+        "sparse": problem.calls(candidates["vspdf"])[product],
         "dense": lambda: getattr(dense, product)(*tensors, problem.pattern),
-        "auto": candidates["auto"][product],
+        "auto": problem.calls(candidates["auto"])[product],
     }
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     stop = time.perf_counter() + seconds
     while len(times["auto"]) < 9 or time.perf_counter() < stop:
         for name in draw.sample(list(runs), len(runs)):
-            start = time.perf_counter()
+            start = clock()
             runs[name]()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(column) for name, column in times.items()}
 
 
@@ -63,6 +68,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=0.3, help="least time for a product's rounds")
+    parser.add_argument("--threads", type=int, help="default: 1 or all cores, drawn for each layer")
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
     keep_freed_memory()
@@ -71,7 +77,7 @@ def main() -> None:
     rows = []
     for i in range(arguments.problems):
         tokens, n_in, n_out = (round(2 ** draw.uniform(a, b)) for a, b in ((4, 12), (5, 12), (5, 12)))
-        sparsity, threads = draw.uniform(0.3, 0.99), draw.choice((1, cores))
+        sparsity, threads = draw.uniform(0.3, 0.99), arguments.threads or draw.choice((1, cores))
         torch.set_num_threads(threads)
         problem = Problem.random(tokens, n_in, n_out, sparsity, seed=i)
         for product in PRODUCTS:

@@ -5,6 +5,7 @@
 
 #include <limits>
 
+#include "bandwidth.hpp"
 #include "isa.hpp"
 #include "materialise.hpp"
 #include "parallel.hpp"
@@ -89,6 +90,16 @@ PYBIND11_MODULE(_C, m) {
         },
         py::arg("threads"), py::arg("seconds") = 0.2, py::arg("isa") = "", py::call_guard<py::gil_scoped_release>(),
         "GFLOP/s of multiply-adds from registers of the instruction set that the kernels use: the ceiling.");
+
+    m.def(
+        "read_bandwidth",
+        [](int threads, int64_t nbytes, double seconds, const std::string& isa) {
+            check_call(0, 0, threads);
+            return read_bandwidth(threads, seconds, nbytes, choose_isa(isa));
+        },
+        py::arg("threads"), py::arg("nbytes"), py::arg("seconds") = 0.1, py::arg("isa") = "",
+        py::call_guard<py::gil_scoped_release>(),
+        "GB/s at which so many threads read so many bytes each, again and again.");
 
     m.def("assembler_samples", &assembler_samples,
           "Every instruction that kernels are generated from, over registers and displacements: (code, what it says).");

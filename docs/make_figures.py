@@ -26,7 +26,7 @@ from vspdf.compare import results as results_of
 from vspdf.config import loading
 from vspdf.errors import UserError
 from vspdf.plan.planner import plan
-from vspdf.report import study_page, tables, weights
+from vspdf.report import bench_tables, study_page, tables, weights
 from vspdf.runs.folder import read
 from vspdf.train.trainer import train
 
@@ -145,8 +145,11 @@ def switch() -> None:
 
 
 # A study's results between two comments: all of them ("results"), or the first table with a picture ("summary").
-PLACE = re.compile(r"(<!-- (results|summary): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-PAGES = (Path(__file__).parent / "evidence.md", Path(__file__).parents[1] / "README.md")
+# Or a table of every machine that was benchmarked ("bench").
+PLACE = re.compile(r"(<!-- (results|summary|bench): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+DOCS = Path(__file__).parent
+PAGES = (DOCS / "evidence.md", DOCS / "performance.md", DOCS.parent / "README.md")
+MACHINES = DOCS.parent / "benchmarks" / "results"
 
 
 def kept(name: str | Path) -> dict[str, Any] | None:
@@ -158,11 +161,23 @@ def kept(name: str | Path) -> dict[str, Any] | None:
     return results if any(arm["runs"] for arm in results["arms"]) else None
 
 
+def machines(table: str) -> str:
+    """A table of `vspdf.report.bench_tables` for every machine that has one, in Markdown."""
+    results = bench_tables.read_all(MACHINES)
+    if table.endswith("-of-machines"):
+        return getattr(bench_tables, table.replace("-", "_"))(results).markdown()
+    make = {**bench_tables.ALL, "layers": lambda result: bench_tables.layers(result, goals=True)}[table]
+    made = [(result, found) for result in results if (found := make(result)) is not None]
+    return "\n".join(f"{bench_tables.about(result, named=True)}:\n\n{found.markdown()}\n" for result, found in made)
+
+
 def filled(page: Path) -> str:
     """A page with its places filled from the results that are kept; with a line where there are none."""
 
     def fill(place: re.Match[str]) -> str:
         begin, what, name, end = place.groups()
+        if what == "bench":
+            return f"{begin}{machines(name)}\n{end}"
         results = kept(name)
         if results is None:
             return f"{begin}No results are kept of this study yet.\n{end}"
@@ -184,9 +199,43 @@ def evidence() -> None:
         page.write_text(filled(page))
 
 
+def performance() -> None:
+    """Speed-up of a layer over sparsity on every machine, and the machines' tables in the pages."""
+    results = [r for r in bench_tables.read_all(MACHINES) if r["sections"].get("layers", {}).get("rows")]
+    columns = 2 if len(results) == 4 else min(3, len(results))
+    rows_of = -(-len(results) // columns)
+    size = (8.6, 0.3 + 2.9 * rows_of)
+    figure, axes = plt.subplots(rows_of, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    styles: dict[str, Any] = {}
+    for axis, result in zip(axes.flat, results, strict=False):
+        rows = bench_tables.curve_rows(result)
+        amounts = bench_tables.sparsities(rows)
+        axis.plot([100 * s for s in amounts], [1 / (1 - s) for s in amounts], "--", color=GREY, label="ideal 1/(1−s)")
+        for label, points in bench_tables.curves(rows).items():
+            x, y = zip(*points, strict=True)
+            i = len(styles)
+            colour, marker = f"C{i}" if i < 4 else GREY, "os^DvxP*"[i % 8]
+            style = styles.setdefault(label, {"color": colour, "marker": marker})
+            axis.plot([100 * s for s in x], y, ms=3.5, label=label, **style, lw=2 if label.startswith("vspdf") else 1.1)
+        axis.axhline(1, color=GREY, lw=0.6)
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x" if value >= 1 else f"1/{1 / value:g}x")
+        axis.set_title(result["machine"]["name"], loc="left")
+        axis.set_xlabel("sparsity, %")
+    axes[0][0].set_ylim(0.06, 110)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("times as fast as dense float32")
+    pairs = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes.flat]
+    entries = {label: handle for pair in pairs for handle, label in pair}
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=4)
+    save(figure, "speedup")
+    for page in PAGES:
+        page.write_text(filled(page))
+
+
 if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
-    drawings = {draw.__name__: draw for draw in (stages, products, savings, switch, evidence)}
+    drawings = {draw.__name__: draw for draw in (stages, products, savings, switch, evidence, performance)}
     for name in sys.argv[1:] or drawings:
         drawings[name]()
         print(f"{name}: {drawings[name].__doc__}")

@@ -1,4 +1,8 @@
-"""Dense GEMM on materialised weights: the path `auto` takes where it is faster than skipping."""
+"""Dense GEMM on materialised weights: the path `auto` takes where it is faster than skipping.
+
+What spreads values out and collects gradients runs where they are: C++ on the CPU, one kernel on a GPU; elsewhere torch
+indexes by positions that are kept on the device.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,24 @@ import torch
 from torch import Tensor
 
 from vspdf.kernels import cpu, reference
+from vspdf.kernels.gpu import bitmap, launch
 from vspdf.pattern import Pattern
 
 
 def _weight(values: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor:
-    return (cpu.materialise if cpu.takes(values) else reference.materialise)(values, pattern).to(dtype)
+    if cpu.takes(values):
+        return cpu.materialise(values, pattern).to(dtype)
+    if launch.takes(values):
+        return bitmap.expand(values, pattern, dtype)
+    return reference.materialise(values.to(dtype), pattern, reference.positions(pattern, values.device))
+
+
+def _sample(full: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor:
+    if cpu.takes(full):
+        return cpu.sample(full, pattern).to(dtype)
+    if launch.takes(full):
+        return bitmap.sample(full, pattern, dtype)
+    return reference.sample(full, pattern, reference.positions(pattern, full.device)).to(dtype)
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:
@@ -35,5 +52,4 @@ def grad_input(grad_output: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
 def grad_values(grad_output: Tensor, x: Tensor, pattern: Pattern, dtype: torch.dtype | None = None) -> Tensor:
     """``grad_output.T @ x`` at kept positions, row-major: shape (nnz,), of `dtype` (that of `x`)."""
     working = _working_dtype(x)
-    full = grad_output.to(working).T @ x.to(working)
-    return (cpu.sample if cpu.takes(full) else reference.sample)(full, pattern).to(dtype or x.dtype)
+    return _sample(grad_output.to(working).T @ x.to(working), pattern, dtype or x.dtype)

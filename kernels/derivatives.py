@@ -13,20 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vspdf.kernels.gpu.gather import packed_once
 from vspdf.pattern import Pattern
 
 # The operators as Python functions, by name: `ops` defines them, and enters them here.
 RUN: dict[str, Callable[..., Tensor]] = {}
 
-# What the dispatcher would look at in a plain tensor on a CPU, in normal and in inference mode.
-with torch.inference_mode():
-    _PLAIN = {torch._C._dispatch_keys(torch.empty(0)).raw_repr()}
-_PLAIN.add(torch._C._dispatch_keys(torch.empty(0)).raw_repr())
+_is_compiling = torch.compiler.is_compiling  # by names of this module: looked up where the caches are cold
+_is_tracing = torch._C._is_tracing
+_modes = torch._C._len_torch_dispatch_stack
+_transformed = torch._C._are_functorch_transforms_active
+_profiled = torch.autograd._profiler_enabled
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _watched() -> bool:
     """Whether a transform of `torch.func` (grad, vmap, jvp) looks on, which must meet a Function and no operator."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return not _is_compiling() and _transformed()
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether it is memory on a CPU and nothing else: no subclass, no promise to negate it or to make it of zeros."""
+    return type(x) in _PLAIN and x.is_cpu and not (x.is_neg() or x._is_zerotensor())
 
 
 def _alone(inputs: tuple[Any, ...]) -> bool:
@@ -35,17 +43,10 @@ def _alone(inputs: tuple[Any, ...]) -> bool:
     The dispatcher, which goes through Python and back for operators like these, would then only take 5 us, as long as a
     small product.
     """
-    keys, a, b, bias = torch._C._dispatch_keys, *inputs[:3]
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd._profiler_enabled()
-        or keys(a).raw_repr() not in _PLAIN
-        or keys(b).raw_repr() not in _PLAIN
-        or (isinstance(bias, Tensor) and keys(bias).raw_repr() not in _PLAIN)
-    )
+    if _is_compiling() or _is_tracing() or _modes() or _transformed() or _profiled():
+        return False
+    a, b, bias = inputs[:3]
+    return _plain(a) and _plain(b) and (not isinstance(bias, Tensor) or _plain(bias))
 
 
 def _recording(inputs: tuple[Any, ...]) -> bool:
@@ -133,8 +134,9 @@ class Linear(_Product):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, values = ctx.saved_tensors
         key, needs = ctx.pattern.digest, ctx.needs_input_grad
-        grad_x = grad_input(grad, values, key, ctx.backend) if needs[0] else None
-        grad_v = grad_values(grad, x, key, ctx.backend, values.dtype) if needs[1] else None
+        with packed_once:
+            grad_x = grad_input(grad, values, key, ctx.backend) if needs[0] else None
+            grad_v = grad_values(grad, x, key, ctx.backend, values.dtype) if needs[1] else None
         grad_b = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=values.dtype) if needs[2] else None
         return grad_x, grad_v, grad_b, None, None
 

@@ -14,7 +14,7 @@ import logging
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ import torch
 from vspdf.errors import UserError, did_you_mean
 from vspdf.kernels import cpu, tuning
 from vspdf.kernels.gpu import costs, launch, two_four
-from vspdf.kernels.tuning import Choice, GpuTiming, Timing
+from vspdf.kernels.tuning import Choice, Timing
 from vspdf.pattern import Pattern
 
 log = logging.getLogger("vspdf")
@@ -60,11 +60,15 @@ def choose(
     BackendUnavailable
         If the named backend cannot run here.
     """
-    if device.type != "cpu" or tune is None:
+    if tune is None:
         return _choose(product, pattern, tokens, dtype, device, backend, tune, wide)
     made = tuning.MADE.setdefault(pattern, {})
-    bucket = tuning.bucket(tokens) if tokens * pattern.numel >= SMALL else 0
-    known = (product, bucket, dtype, wide, backend, torch.get_num_threads())
+    known: tuple[Any, ...]
+    if device.type == "cpu":
+        bucket = tuning.bucket(tokens) if tokens * pattern.numel >= SMALL else 0
+        known = (product, bucket, dtype, wide, backend, torch.get_num_threads())
+    else:
+        known = (product, tuning.bucket(tokens), dtype, backend, device, dtype == torch.float32 and launch.tf32())
     choice = made.get(known)
     if choice is None:
         choice = made[known] = _choose(product, pattern, tokens, dtype, device, backend, tune, wide)
@@ -164,27 +168,28 @@ def _choose_gpu(product: str, pattern: Pattern, tokens: int, dtype: torch.dtype,
     refusal = launch.unavailable() or launch.refusal(dtype, device)
     if refusal:
         return _logged(f"{product} {dtype}", Choice("dense", refusal))
-    key, name = tuning.gpu_key(product, pattern, tokens, dtype), launch.device_name(device)
-    if (timing := tuning.GPU.find(key)) is not None:
-        return _logged(key, timing.choice("tuned here"))
-    if (columns := tuning.shipped().get(name, {}).get(key)) is not None:
-        return _logged(key, GpuTiming(*columns).choice("shipped table"))
-    return _logged(key, _modelled(product, pattern, tokens, launch.precision(dtype), name))
+    key, precision = tuning.gpu_key(product, pattern, tokens, dtype), launch.precision(dtype)
+    without = ["2:4"] if two_four.unavailable(pattern, precision, device) else []
+    if (found := tuning.find_gpu(device, key)) is not None:
+        timing, source = found
+        return _logged(key, timing.choice(source, without))
+    return _logged(key, _modelled(product, pattern, tokens, precision, launch.device_name(device), without))
 
 
-def _modelled(product: str, pattern: Pattern, tokens: int, precision: str, name: str) -> Choice:
+def _modelled(product: str, pattern: Pattern, tokens: int, precision: str, name: str, without: Sequence[str]) -> Choice:
     model = costs.find(name)
     if model is None:
         return Choice("dense", f"not tuned, and '{name}' has no model: vspdf bench linear --device cuda --tune")
     seconds = costs.predict(model, product, pattern.shape, pattern.nnz, tokens, precision)
-    if product in ("forward", "grad_input") and two_four.unavailable(pattern, precision):
-        seconds.pop("2:4", None)
-    path = min(seconds, key=lambda path: seconds[path])
-    gain = seconds["dense"] / seconds[path]
+    seconds = {path: spent for path, spent in seconds.items() if path not in without}
     told = ", ".join(f"{p} {seconds['dense'] / s:.2f}x" for p, s in seconds.items() if p != "dense")
-    if gain < costs.GAIN:
+    if precision != "fp32" and pattern.sparsity < model.gather_from:
+        seconds.pop("triton")
+    path = min(seconds, key=lambda path: seconds[path])
+    if seconds["dense"] / seconds[path] < costs.GAIN:
         path = "dense"
-    return Choice(path, f"modelled, not measured: {told} against dense (sparse from {costs.GAIN}x)")
+    bound = f" and, for triton, {model.gather_from:.1%} sparsity" if precision != "fp32" and model.gather_from else ""
+    return Choice(path, f"modelled, not measured: {told} against dense (sparse from {costs.GAIN}x{bound})")
 
 
 _told: set[str] = set()

@@ -16,21 +16,20 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vspdf import ledger
 from vspdf.errors import UserError
-from vspdf.kernels import cpu, dense, reference
+from vspdf.kernels import cpu, dense, hardware, reference, tuning
 from vspdf.kernels.derivatives import RUN, differentiable, grad_input, grad_values, linear
 from vspdf.kernels.dispatch import choose
-from vspdf.kernels.gpu import launch, two_four
+from vspdf.kernels.gpu import gather, two_four
 from vspdf.pattern import Pattern
 
 __all__ = ["explain", "grad_input", "grad_values", "linear", "sparse_linear"]
 
 _PRODUCTS = ("forward", "grad_input", "grad_values")
-# Sparse paths return their result and the multiply-adds executed. "sampled" (a GEMM that stores kept positions only)
-# has grad_values alone, "2:4" has no grad_values.
+# Sparse paths return their result and the multiply-adds executed. "2:4" has no grad_values.
 PATHS: dict[str, dict[str, Callable[..., Any]]] = {
     name: {product: getattr(module, product) for product in _PRODUCTS if hasattr(module, product)}
-    for name, module in {"cpu": cpu, "dense": dense, "reference": reference, "triton": launch, "2:4": two_four}.items()
-} | {"sampled": {"grad_values": launch.sampled_grad_values}}
+    for name, module in {"cpu": cpu, "dense": dense, "reference": reference, "triton": gather, "2:4": two_four}.items()
+}
 
 
 def _run(product: str, pattern: Pattern, backend: str, *tensors: Tensor | None, **how: Any) -> Tensor:
@@ -256,4 +255,8 @@ def explain(
         if path == "cpu":
             path = f"{path}-{cpu.isa()} ({cpu.packed(pattern).describe(tokens)[product]})"
         lines.append(f"{product}: {backend} chose {path}: {choice.reason}")
+        if dtype == torch.float32 and torch.device(device).type == "cpu" and backend == "auto":
+            lines[-1] += tuning.faster_in_bf16(product, pattern, tokens)
+    if dtype == torch.bfloat16 and torch.device(device).type == "cpu" and (slow := hardware.slow_bf16_measured()):
+        lines.append(f"bfloat16 is no gain here: {slow}.")
     return "\n".join(lines)

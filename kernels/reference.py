@@ -11,29 +11,42 @@ from torch import Tensor
 from vspdf.pattern import Pattern
 
 
-def materialise(values: Tensor, pattern: Pattern) -> Tensor:
-    """Dense weight [out_features, in_features] with `values` (row-major) at kept positions and zeros elsewhere."""
+def positions(pattern: Pattern, device: torch.device) -> Tensor:
+    """Flat positions of the kept weights, int64 [nnz], kept with the pattern: made once per device."""
+    key = f"positions {device}"
+    found = pattern.packed.get(key)
+    if found is None:
+        found = pattern.packed.setdefault(key, pattern.positions().to(device))
+    return found
+
+
+def materialise(values: Tensor, pattern: Pattern, where: Tensor | None = None) -> Tensor:
+    """Dense weight [out_features, in_features] with `values` (row-major) at kept positions and zeros elsewhere.
+
+    `where` are the positions on the values' device, for those who keep them.
+    """
     weight = values.new_zeros(pattern.numel)
-    weight[pattern.positions().to(values.device)] = values
+    weight[pattern.positions().to(values.device) if where is None else where] = values
     return weight.view(pattern.shape)
 
 
-def sample(dense: Tensor, pattern: Pattern) -> Tensor:
-    """Kept positions of a dense [out_features, in_features], row-major: shape (nnz,)."""
-    return dense.reshape(-1)[pattern.positions().to(dense.device)]
+def sample(dense: Tensor, pattern: Pattern, where: Tensor | None = None) -> Tensor:
+    """Kept positions of a dense [out_features, in_features], row-major: shape (nnz,); `where` as above."""
+    return dense.reshape(-1)[pattern.positions().to(dense.device) if where is None else where]
 
 
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
     """``x @ W.T + bias``: [T, in_features] -> [T, out_features]; wider `values` and `bias` are rounded to x's dtype."""
     shift = None if bias is None else bias.to(x.dtype)
-    return torch.nn.functional.linear(x, materialise(values.to(x.dtype), pattern), shift)
+    weight = materialise(values.to(x.dtype), pattern, positions(pattern, x.device))
+    return torch.nn.functional.linear(x, weight, shift)
 
 
 def grad_input(grad_output: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
     """``grad_output @ W``: [T, out_features] -> [T, in_features]."""
-    return grad_output @ materialise(values.to(grad_output.dtype), pattern)
+    return grad_output @ materialise(values.to(grad_output.dtype), pattern, positions(pattern, grad_output.device))
 
 
 def grad_values(grad_output: Tensor, x: Tensor, pattern: Pattern, dtype: torch.dtype | None = None) -> Tensor:
     """``grad_output.T @ x`` at kept positions, row-major: shape (nnz,), of `dtype` (that of `x`)."""
-    return sample(grad_output.T @ x, pattern).to(dtype or x.dtype)
+    return sample(grad_output.T @ x, pattern, positions(pattern, x.device)).to(dtype or x.dtype)

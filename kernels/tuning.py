@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import statistics
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,13 +63,15 @@ class GpuTiming(NamedTuple):
 
     seconds: dict[str, float]
     worst: dict[str, float]
+    algorithm: int = 0  # of cuSPARSELt, that its seconds were taken with
 
-    def choice(self, source: str = "tuned here") -> Choice:
-        trusted = [path for path, ratio in self.worst.items() if ratio <= TUNED]
+    def choice(self, source: str = "tuned here", without: Sequence[str] = ()) -> Choice:
+        """The fastest path that can be trusted; `without` those that cannot run the pattern at hand."""
+        trusted = [path for path, ratio in self.worst.items() if ratio <= TUNED and path not in without]
         path = min(trusted, key=lambda path: self.seconds[path], default="dense")
+        base = self.seconds.get("cublas", self.seconds["dense"])
         ratios = ", ".join(
-            f"{p} {self.seconds['dense'] / self.seconds[p]:.2f}x (worst round {1 / worst:.2f}x)"
-            for p, worst in self.worst.items()
+            f"{p} {base / self.seconds[p]:.2f}x (worst round {1 / worst:.2f}x)" for p, worst in self.worst.items()
         )
         return Choice(path, f"{source}: {ratios or 'no sparse path'} against dense")
 
@@ -140,42 +143,65 @@ def _machine() -> str:
     return f"{cpu.cpu_name()}; {cpu.isa()}; {cpu.build()}; torch {torch.__version__}"
 
 
-def _gpu_machine() -> str:
-    return f"{launch.device_name()}; {launch.build()}; torch {torch.__version__}"
-
-
 CPU = _Table(Timing, _machine)
-GPU = _Table(GpuTiming, _gpu_machine)
-# On CPUs, by the arguments of `choose`: to ask again would cost time. It ends with its pattern.
+GPUS: dict[str, _Table] = {}  # by the name of a device
+# By the arguments of `dispatch.choose`: to ask again would cost time. It ends with its pattern.
 MADE: WeakKeyDictionary[Pattern, dict[tuple, Choice]] = WeakKeyDictionary()
+_pinned: dict[str, GpuTiming] = {}  # of a resumed run, on whatever GPU it goes on
+
+
+def gpu(name: str) -> _Table:
+    """The table of a kind of GPU: machines have GPUs of different kinds."""
+    if name not in GPUS:
+        table = _Table(GpuTiming, lambda: f"{name}; {launch.build()}; torch {torch.__version__}")
+        table.used.update(_pinned)
+        GPUS.setdefault(name, table)
+    return GPUS[name]
 
 
 @cache
-def shipped() -> dict[str, dict[str, list[dict[str, float]]]]:
+def shipped() -> dict[str, dict[str, list[Any]]]:
     """Tables that come with vspdf, by device name: as `tuning.json`, but for any build. Empty until measured."""
     return json.loads(Path(__file__).with_name("gpu_tuning.json").read_text())
 
 
+def find_gpu(device: torch.device, key: str) -> tuple[GpuTiming, str] | None:
+    """What is known of a product on a GPU and where from: the user's cache, then the table that ships."""
+    name = launch.device_name(device)
+    if (timing := gpu(name).find(key)) is not None:
+        return timing, "tuned here"
+    columns = shipped().get(name, {}).get(key)
+    return None if columns is None else (GpuTiming(*columns), "shipped table")
+
+
 def choices() -> dict[str, list[Any]]:
     """Timings that decided anything in this process, for a checkpoint."""
-    return {key: list(timing) for key, timing in sorted({**CPU.used, **GPU.used}.items())}
+    used = {key: timing for table in (CPU, *GPUS.values()) for key, timing in table.used.items()}
+    return {key: list(timing) for key, timing in sorted(used.items())}
 
 
 def pin(stored: dict[str, list[Any]]) -> None:
     """Decides as a stored run did."""
     for key, columns in stored.items():
-        table = GPU if isinstance(columns[0], dict) else CPU
-        table.used.update(table.parse({key: columns}))
+        if isinstance(columns[0], dict):
+            _pinned[key] = GpuTiming(*columns)
+        else:
+            CPU.used.update(CPU.parse({key: columns}))
+    for table in GPUS.values():
+        table.used.update(_pinned)
     MADE.clear()
 
 
 def describe_table() -> list[str]:
     """A line for every timing known on this machine."""
+    tables = [] if cpu.unavailable() else [CPU]
+    if not launch.unavailable():
+        devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+        tables += [gpu(name) for name in {launch.device_name(device) for device in devices}]
     found: dict[str, Choice] = {}
-    for table, missing in ((CPU, cpu.unavailable()), (GPU, launch.unavailable())):
-        if not missing:
-            table.load()
-            found |= {key: timing.choice() for key, timing in {**table.timings, **table.used}.items()}
+    for table in tables:
+        table.load()
+        found |= {key: timing.choice() for key, timing in {**table.timings, **table.used}.items()}
     return [f"{key}: {choice.path}; {choice.reason}" for key, choice in sorted(found.items())]
 
 
@@ -185,13 +211,41 @@ def bucket(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+def _uneven(pattern: Pattern) -> str:
+    """How unlike a random one a pattern is, "" for a random one: what was timed on those says nothing of it.
+
+    The variance of kept weights a row over what chance gives, in powers of four; and of a column.
+    """
+    found = pattern.packed.get("uneven")
+    if found is None:
+        mask, spread = pattern.mask(), []
+        for counts in (mask.sum(1), mask.sum(0)) if 0 < pattern.nnz < pattern.numel else ():
+            chance = float(counts.double().mean()) * pattern.sparsity
+            spread.append(float(counts.double().var(correction=0)) / chance)
+        powers = [max(-2, min(6, round(math.log(max(s, 1e-9), 4)))) for s in spread]
+        found = pattern.packed["uneven"] = " uneven=" + ",".join(map(str, powers)) if any(powers) else ""
+    return found
+
+
 def cpu_key(product: str, pattern: Pattern, tokens: int, dtype: torch.dtype, wide: bool = False) -> str:
     """The key of what a CPU's timings hold for; `wide`: values are float32 beside narrower tokens."""
+    kind = str(dtype).removeprefix("torch.") + "+float32" * wide
     return (
         f"{product} T={bucket(tokens)} in={pattern.in_features} out={pattern.out_features} "
-        f"sparsity={pattern.sparsity:.2f} {str(dtype).removeprefix('torch.')}{'+float32' if wide else ''} "
-        f"threads={torch.get_num_threads()}{' memory=low' if cpu.memory(pattern) == 'low' else ''}"
+        f"sparsity={pattern.sparsity:.2f}{_uneven(pattern)} {kind} threads={torch.get_num_threads()}"
+        f"{' memory=low' if cpu.memory(pattern) == 'low' else ''}"
     )
+
+
+def faster_in_bf16(product: str, pattern: Pattern, tokens: int) -> str:
+    """What `explain` adds where dense in bfloat16 was measured here to beat both paths in float32, else ""."""
+    known = CPU.known(cpu_key(product, pattern, tokens, torch.float32))
+    keys = (cpu_key(product, pattern, tokens, torch.bfloat16, wide) for wide in (False, True))
+    narrow = min((timing.dense for key in keys if (timing := CPU.known(key))), default=None)
+    if known is None or narrow is None or narrow >= min(known.cpu, known.dense):
+        return ""
+    gain = min(known.cpu, known.dense) / narrow
+    return f"; dense in bfloat16 is {gain:.2f}x as fast as that (measured {narrow:.2e} s)"
 
 
 def gpu_key(product: str, pattern: Pattern, tokens: int, dtype: torch.dtype) -> str:
@@ -202,20 +256,23 @@ def gpu_key(product: str, pattern: Pattern, tokens: int, dtype: torch.dtype) -> 
     )
 
 
-def _timing(rounds: dict[str, list[float]]) -> GpuTiming:
-    dense = rounds["dense"]
+def timing(rounds: dict[str, list[float]], algorithm: int = 0) -> GpuTiming:
+    """What the seconds of interleaved rounds, by path, come to; `algorithm` is cuSPARSELt's.
+
+    Sparse paths must beat "cublas", a GEMM on a weight that is ready, where it was timed: "dense" may lose to it by
+    what spreading the weight out takes.
+    """
+    base = rounds.get("cublas", rounds["dense"])
+    sparse = {path: column for path, column in rounds.items() if path not in ("dense", "cublas")}
     return GpuTiming(
         {path: statistics.median(column) for path, column in rounds.items()},
-        {p: max(a / b for a, b in zip(column, dense, strict=True)) for p, column in rounds.items() if p != "dense"},
-    )
+        {path: max(a / b for a, b in zip(column, base, strict=True)) for path, column in sparse.items()}, algorithm,
+    )  # fmt: skip
 
 
-def best(rounds: dict[str, list[float]]) -> Choice:
-    """Finds what the seconds of interleaved rounds, by path, speak for."""
-    return _timing(rounds).choice("measured")
-
-
-def tune(key: str, rounds: dict[str, list[float]]) -> None:
-    """Keeps them in the user's cache, for `choose`."""
-    GPU.load()
-    GPU.add(key, _timing(rounds))
+def keep(key: str, timing: GpuTiming, device: torch.device) -> None:
+    """Keeps it in the user's cache, for `dispatch.choose`."""
+    table = gpu(launch.device_name(device))
+    table.load()
+    table.add(key, timing)
+    MADE.clear()

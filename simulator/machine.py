@@ -68,7 +68,7 @@ class Machine:
             raise AttributeError(f"no machine parameter '{name}'.") from None
 
     def override(self, values: Mapping[str, Any]) -> Machine:
-        """A copy with some values replaced.
+        """A copy with some values replaced; what is set is taken as known, and no longer sampled.
 
         Raises
         ------
@@ -80,7 +80,7 @@ class Machine:
             if key not in parameters:
                 raise UserError(f"unknown machine parameter '{key}'.{did_you_mean(key, parameters)}")
             old = parameters[key]
-            parameters[key] = Parameter(_like(key, value, old.value), old.unit, "set by the user", "set", old.range)
+            parameters[key] = Parameter(_like(key, value, old.value), old.unit, "set by the user", "set")
         return Machine(parameters, self.note)
 
     # What follows are quantities that several programs derive in the same way.

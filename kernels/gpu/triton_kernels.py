@@ -1,4 +1,7 @@
-"""Triton kernels. Launchers, plans and counts are in `gpu`; nothing here knows torch.
+"""Triton kernels. Launchers, tables and counts are beside; nothing here knows torch.
+
+Arguments that change from step to step (tokens, and what follows from them) are not specialised: nothing is compiled
+in a step, however many lengths it meets.
 
 The gather kernels multiply kept weights only. Their activations are packed as [features, pitch], tokens side by side
 and zero-padded to `pitch`, so that one kept weight reads one contiguous run of tokens. Arithmetic is float32: operands
@@ -11,7 +14,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def pack_activations(
     packed, x, tokens, features, pitch, token_stride, feature_stride, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr
 ):
@@ -57,27 +60,27 @@ def unpack(word, KIND: tl.constexpr):
     return column, value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "panels_each"])
 def gather_spmm(
-    y, packed, words, pointers, order, bias, tokens, rows, pitch, token_stride,
-    KIND: tl.constexpr, ORDERED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, WIDE: tl.constexpr,
-    PANELS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    y, packed, words, pointers, order, bias, tokens, rows, pitch, token_stride, panels_each,
+    KIND: tl.constexpr, ORDERED: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+    UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """``y[t, n] = bias[n] + sum of kept W[n, k] · packed[k, t]``; ADD adds to what is in `y`.
+    """``y[t, n] = bias[n] + sum of kept W[n, k] · packed[k, t]``.
 
-    A program takes BLOCK_T tokens through PANELS panels of BLOCK_N rows, so that the tokens' part of `packed` stays in
-    L1. In step i each row of a panel takes its i-th kept weight: rows of unequal length idle (predicated loads, but
-    their multiply-adds run and are counted), so a panel's time is its longest row's. Columns rise within a row: rows of
-    a panel, and programs beside each other, move through `packed` together.
+    A program takes BLOCK_T tokens through `panels_each` panels of BLOCK_N rows; a column that several rows of a panel
+    keep comes from L2 once. In step i each row of a panel takes its i-th kept weight: rows of unequal length idle
+    (predicated loads, but their multiply-adds run and are counted), so a panel's time is its longest row's. Columns
+    rise within a row: rows of a panel, and programs beside each other, move through `packed` together.
 
     `pointers` [rows + 1] starts each row's words; ORDERED: `order` [rows] is the row in each slot. WIDE: 64-bit offsets
-    into `packed`. Grid: token blocks · ceil(panels / PANELS), panels fastest.
+    into `packed`. Grid: token blocks · ceil(panels / panels_each), panels fastest.
     """
     panels = tl.cdiv(rows, BLOCK_N)
-    groups = tl.cdiv(panels, PANELS)
-    first = (tl.program_id(0) % groups) * PANELS
+    groups = tl.cdiv(panels, panels_each)
+    first = (tl.program_id(0) % groups) * panels_each
     t = (tl.program_id(0) // groups) * BLOCK_T + tl.arange(0, BLOCK_T)
-    for panel in range(first, min(first + PANELS, panels)):
+    for panel in range(first, min(first + panels_each, panels)):
         slot = panel * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = slot < rows
         row = tl.load(order + slot, mask=inside, other=0) if ORDERED else slot
@@ -103,10 +106,7 @@ def gather_spmm(
         # Tokens are rows of y: turned round, so that a warp writes neighbours.
         where = t[:, None].to(tl.int64) * token_stride + row[None, :]
         store = (t[:, None] < tokens) & inside[None, :]
-        result = tl.trans(sums)
-        if ADD:
-            result += tl.load(y + where, mask=store, other=0).to(tl.float32)
-        tl.store(y + where, result.to(y.dtype.element_ty), mask=store)
+        tl.store(y + where, tl.trans(sums).to(y.dtype.element_ty), mask=store)
 
 
 @triton.jit
@@ -117,7 +117,8 @@ def gather_sddmm(
     """``out[s, e] = sum over t of packed_grad[rows[e], t] · packed_x[columns[e], t]`` for the tokens of split s.
 
     Kept weights in row-major order: those of a program share few rows of `packed_grad`. A split takes `share` tokens, a
-    multiple of BLOCK_T. `out` is float32 [splits, count]. Grid: (count / BLOCK_E, splits).
+    multiple of BLOCK_T, so that it is always specialised alike. `out` is float32 [splits, count]. Grid: (count /
+    BLOCK_E, splits).
     """
     e = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = e < count
@@ -144,54 +145,34 @@ def ones(word):
 
 
 @triton.jit
-def store_kept(out, sums, row, bits, before, n, word_index, rows, words_stride):
-    """Stores those of 32 columns that the pattern keeps, where the counts ahead of them say."""
-    inside = n < tl.where(word_index < words_stride, rows, 0)
-    where = n.to(tl.int64) * words_stride + word_index
-    word = tl.load(bits + where, mask=inside, other=0)[:, None]
-    first = row + tl.load(before + where, mask=inside, other=0).to(tl.int32)
-    bit = tl.arange(0, 32)[None, :]
-    place = first[:, None] + ones(word & ((1 << bit) - 1))
-    tl.store(out + place, sums.to(out.dtype.element_ty), mask=((word >> bit) & 1) == 1)
+def kept_places(bits, before, pointers, columns, words, BLOCK: tl.constexpr):
+    """Of BLOCK columns of a row: where they lie in the dense matrix, their places among the values, which are kept.
+
+    `bits` int32 [rows, words] is the pattern, 32 columns a word; `before`, of the same shape, is its prefix sum along a
+    row, and `pointers` along the column of rows. Grid: columns / BLOCK for each row.
+    """
+    across = tl.cdiv(columns, BLOCK)
+    row = (tl.program_id(0) // across).to(tl.int64)
+    k = (tl.program_id(0) % across) * BLOCK + tl.arange(0, BLOCK)
+    inside = k < columns
+    where = row * words + k // 32
+    word = tl.load(bits + where, mask=inside, other=0)
+    bit = k % 32
+    ahead = tl.load(pointers + row) + tl.load(before + where, mask=inside, other=0).to(tl.int32)
+    return row * columns + k, ahead + ones(word & ((1 << bit) - 1)), inside, inside & (((word >> bit) & 1) == 1)
 
 
 @triton.jit
-def sampled_gemm(
-    out, grad, x, bits, before, pointers, tokens, rows, columns, grad_token, grad_feature, x_token, x_feature,
-    words_stride, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_T: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """``out`` = kept positions of ``grad.T @ x``: a dense GEMM whose epilogue stores what the pattern keeps.
+def expand(weight, values, bits, before, pointers, columns, words, BLOCK: tl.constexpr):
+    """``weight[row, k]`` = the value of a kept weight, zero where masked; of any two dtypes."""
+    position, place, inside, kept = kept_places(bits, before, pointers, columns, words, BLOCK)
+    value = tl.load(values + place, mask=kept, other=0)
+    tl.store(weight + position, value.to(weight.dtype.element_ty), mask=inside)
 
-    `bits` int32 [rows, words_stride] is the pattern, 32 columns a word; `before`, of the same shape, is its prefix sum
-    along a row: with the bits ahead of it in its word it gives every kept weight its place. No atomics, no dense
-    gradient in memory. UPCAST multiplies in float32 (interpreter). Grid: tiles, GROUP of rows at a time.
-    """
-    tiles_n, tiles_k = tl.cdiv(rows, BLOCK_N), tl.cdiv(columns, BLOCK_K)
-    group = tl.program_id(0) // (GROUP * tiles_k)
-    height = min(tiles_n - group * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * tiles_k)
-    tile_n, tile_k = group * GROUP + within % height, within // height
-    n, k = tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    t = tl.arange(0, BLOCK_T)
-    a = grad + n[:, None].to(tl.int64) * grad_feature + t[None, :].to(tl.int64) * grad_token
-    b = x + t[:, None].to(tl.int64) * x_token + k[None, :].to(tl.int64) * x_feature
-    sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for t0 in range(0, tokens, BLOCK_T):
-        left = tl.load(a, mask=(n[:, None] < rows) & (t[None, :] < tokens - t0), other=0)
-        right = tl.load(b, mask=(t[:, None] < tokens - t0) & (k[None, :] < columns), other=0)
-        if UPCAST:
-            left, right = left.to(tl.float32), right.to(tl.float32)
-        sums = tl.dot(left, right, sums, input_precision=PRECISION)
-        a += BLOCK_T * grad_token
-        b += BLOCK_T * x_token
-    # In four parts of one word's columns each, so that their addresses need few registers at a time.
-    tl.static_assert(BLOCK_K == 128)
-    row = tl.load(pointers + n, mask=n < rows, other=0)
-    left, right = tl.split(tl.trans(tl.reshape(sums, (BLOCK_N, 2, 64)), 0, 2, 1))
-    part_0, part_1 = tl.split(tl.trans(tl.reshape(left, (BLOCK_N, 2, 32)), 0, 2, 1))
-    part_2, part_3 = tl.split(tl.trans(tl.reshape(right, (BLOCK_N, 2, 32)), 0, 2, 1))
-    store_kept(out, part_0, row, bits, before, n, tile_k * 4, rows, words_stride)
-    store_kept(out, part_1, row, bits, before, n, tile_k * 4 + 1, rows, words_stride)
-    store_kept(out, part_2, row, bits, before, n, tile_k * 4 + 2, rows, words_stride)
-    store_kept(out, part_3, row, bits, before, n, tile_k * 4 + 3, rows, words_stride)
+
+@triton.jit
+def sample(values, dense, bits, before, pointers, columns, words, BLOCK: tl.constexpr):
+    """``values`` = kept positions of ``dense``; of any two dtypes."""
+    position, place, _, kept = kept_places(bits, before, pointers, columns, words, BLOCK)
+    value = tl.load(dense + position, mask=kept, other=0)
+    tl.store(values + place, value.to(values.dtype.element_ty), mask=kept)

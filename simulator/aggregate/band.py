@@ -11,7 +11,7 @@ import numpy as np
 from vspdf.errors import UserError
 from vspdf.simulator.machine import Machine
 
-SAMPLES = 160
+SAMPLES = 100
 EXTREMES = (0.05, 0.95)  # quantiles of one parameter, for a tornado chart
 Speedup = Callable[[Machine], float]
 

@@ -1,19 +1,14 @@
 """Rounds of a benchmark: ratios are of one round, disturbed rounds count for nothing, what cannot be is no result."""
 
 import csv
-import json
-import subprocess
-import sys
-from pathlib import Path
+import random
 
 import pytest
 
-from vspdf.bench import linear, rounds
-from vspdf.bench.linear import Layer
-from vspdf.bench.rounds import Timed, compared
+from vspdf.bench import linear, rounds, step
+from vspdf.bench.rounds import Budget, Timed, compared, interval, time_rounds
+from vspdf.pattern import Pattern
 from vspdf.runs.record import beside_dense
-
-TABLES = Path(__file__).resolve().parents[2] / "benchmarks" / "tables.py"
 
 
 def quiet(*seconds):
@@ -23,7 +18,7 @@ def quiet(*seconds):
 def test_a_ratio_is_the_median_of_ratios_of_one_round():
     ratio = compared(quiet(2, 4, 20), quiet(1, 2, 10))  # everything in the third took ten times as long
     assert ratio == (2, 2, 2, 0)
-    assert compared(quiet(1, 2, 3), quiet(1, 1, 1)) == (2, 1.5, 2.5, 0)
+    assert compared(quiet(1, 2, 3), quiet(1, 1, 1)) == (2, 1, 3, 0)
     assert compared(quiet(3), quiet(1)) == (3, 3, 3, 0)
 
 
@@ -36,64 +31,92 @@ def test_rounds_in_which_others_had_the_cores_are_left_out():
     assert compared(quiet(2, 4, 4), quiet(1, 1, 1), [True, True, False]).median == 4, "too few are left: all count"
 
 
-@pytest.mark.parametrize(
-    "dense, mine, peak, possible",
-    [(1.0, 0.26, 1e3, True), (1.0, 0.03, 1e3, False), (1.0, 0.26, 1e-9, False)],
-    ids=["possible", "above the ideal", "above the peak"],
-)
-def test_what_cannot_be_is_no_result(dense, mine, peak, possible):
-    layer = Layer(64, 32, 32, 0.75, 256, 1, "fp32")
-    times = {("dense", "forward"): quiet(dense), ("vspdf", "forward"): quiet(mine)}
-    row = linear._rows(layer, times, peak)[1]
-    assert row.possible is possible and row.ratio_to_dense == pytest.approx(dense / mine)
+def test_a_column_that_ended_earlier_is_held_against_its_own_rounds():
+    assert compared(quiet(2, 2, 9, 9), quiet(1, 1)) == (2, 2, 2, 0)
+
+
+@pytest.mark.parametrize("count, rank", [(1, 1), (5, 1), (6, 1), (8, 1), (9, 2), (12, 3), (20, 6), (100, 40)])
+def test_the_interval_of_a_median_is_by_ranks(count, rank):
+    """Of n fair coins fewer than k fall on one side with at most 2.5 %: tables of the binomial distribution."""
+    numbers = random.Random(0).sample(range(1, count + 1), count)
+    assert interval(numbers) == (rank, count + 1 - rank)
+
+
+def test_the_interval_holds_the_median_nineteen_times_of_twenty():
+    chance = random.Random(1)
+    held = sum(
+        low <= 0 <= high for low, high in (interval([chance.gauss(0, 1) for _ in range(15)]) for _ in range(2000))
+    )
+    assert 0.95 <= held / 2000 <= 0.98
+
+
+class Clock:
+    """Calls that take as long as they say, in this clock's seconds."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.calls = 0.0, []
+        monkeypatch.setattr(rounds.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(rounds.time, "process_time", lambda: self.now)
+
+    def call(self, name, seconds):
+        def run():
+            self.calls.append(name)
+            self.now += next(seconds) if hasattr(seconds, "__next__") else seconds
+
+        return {"layer": run}
+
+
+def test_rounds_end_when_intervals_are_narrow(monkeypatch):
+    """What is settled is timed no more; what is noise goes on until time is up."""
+    clock, chance = Clock(monkeypatch), random.Random(2)
+    noise = iter(lambda: chance.uniform(0.5, 1.5), None)
+    candidates = {
+        "dense": clock.call("dense", 2.0),
+        "fast": clock.call("fast", 1.0),
+        "noise": clock.call("noise", noise),
+    }
+    times = time_rounds(candidates, Budget(seconds=100))
+    assert len(times["fast", "layer"]) == 7 < len(times["noise", "layer"]) == len(times["dense", "layer"])
+    assert 100 < clock.now < 120
+    assert len(time_rounds(candidates, 3)["fast", "layer"]) == 3
+    del candidates["noise"]
+    assert len(time_rounds(candidates, Budget(seconds=100))["fast", "layer"]) == 7
+    assert len(time_rounds(candidates, Budget(seconds=0))["fast", "layer"]) == 3, "time is up at once"
+
+
+def test_short_calls_are_repeated_inside_a_round(monkeypatch):
+    clock = Clock(monkeypatch)
+    times = time_rounds({"dense": clock.call("dense", 1e-4), "slow": clock.call("slow", 0.01)}, 2)
+    assert clock.calls.count("dense") == 2 + 2 * 10 and clock.calls.count("slow") == 2 + 2
+    assert [timed.seconds for timed in times["dense", "layer"]] == pytest.approx([1e-4] * 2)
+
+
+@pytest.mark.parametrize("peak, possible", [(1e3, True), (1e-9, False)], ids=["possible", "above the peak"])
+def test_what_cannot_be_is_no_result(peak, possible):
+    case = linear.Case(Pattern.random((32, 32), 0.75), 64, 0.75, None, 1)
+    side = linear.Side({}, {"forward": 1e-7}, (), 0.5)
+    times = {("dense float32", "forward"): quiet(1.0), ("vspdf float32", "forward"): quiet(0.26)}
+    sides = {("dense", "float32"): side, ("vspdf", "float32"): side}
+    row = linear._rows(case, sides, times, "float32", peak)[1]
+    assert row.possible is possible and row.ratio_to_dense == pytest.approx(1 / 0.26)
     assert linear._break_even([row])[0:1] == ([] if not possible else linear._break_even([row]))
+    assert bool(linear.summary([row])) is possible
+
+
+def test_a_layer_knows_when_its_preparation_has_paid():
+    case = linear.Case(Pattern.random((32, 32), 0.75), 64, 0.75, None, 1)
+    sides = {("dense", "float32"): linear.Side({}, {}, (), 0.0), ("mine", "float32"): linear.Side({}, {}, (), 10.0)}
+    base = {("dense float32", "layer"): quiet(3.0)}
+    for seconds, pays in ((1.0, 5), (3.0, None), (4.0, None)):
+        rows = linear._rows(case, sides, base | {("mine float32", "layer"): quiet(seconds)}, "float32", 1e9)
+        assert rows[1].pays_after == pays and rows[1].prepare_seconds == 10.0
 
 
 def test_an_impossible_figure_is_not_printed(vspdf, monkeypatch):
-    monkeypatch.setattr(rounds, "ideal", lambda sparsity: 0.0)
-    monkeypatch.setattr(linear, "ideal", lambda sparsity: 0.0)
-    status, out, _ = vspdf(
-        "bench", "linear", "--shapes", "8x16x16", "--sparsity", "0.5", "--rounds", 1, "--threads", 1, "--no-peers"
-    )
-    assert status == 0 and "(no result)" in out and "x │" not in out and "the measurement was disturbed" in out
-
-
-def test_half_precision_on_a_cpu_is_measured(vspdf):
-    small = ("--shapes", "8x16x16", "--sparsity", "0.5", "--rounds", 2, "--threads", 1, "--json")
-    body = json.loads(vspdf("bench", "linear", *small, "--precision", "bf16,fp32")[1])
-    assert {row["precision"] for row in body["rows"]} == {"bf16", "fp32"}
-    assert {row["peak_fraction"] for row in body["rows"] if row["precision"] == "bf16"} == {None}
-    assert all(row["ratio_low"] <= row["ratio_to_dense"] <= row["ratio_high"] for row in body["rows"])
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_all_candidates_compute_the_same(precision):
-    problem = linear.Problem.random(16, 32, 48, 0.5, precision=precision)
-    assert problem.x.dtype == linear.PRECISIONS[precision]
-    found = {name: problem.candidates([name])[name]["grad_input"]() for name in ("dense", "auto", "dense_mask")}
-    for name, result in found.items():
-        assert result.dtype == problem.x.dtype, name
-        assert (result - found["dense"]).abs().max() < 0.05 * found["dense"].abs().max(), name
-
-
-def test_a_table_of_part_of_the_shapes_and_sparsities(vspdf, tmp_path):
-    path = tmp_path / "part.csv"
-    assert vspdf(
-        "bench", "linear", "--shapes", "8x16x16", "--sparsity", "0.5", "--rounds", 1, "--threads", 1, "--csv", path
-    )[0] == 0  # fmt: skip
-    with path.open() as stream:
-        rows = list(csv.DictReader(stream))
-    for row in rows:
-        row["possible"] = str(row["product"] != "layer")
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    done = subprocess.run([sys.executable, str(TABLES), str(path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = {line.split(" | ")[0].strip("| "): line.split("|")[3:8] for line in done.stdout.splitlines() if "|" in line}
-    assert "x (" in lines["forward"][0] and [cell.strip() for cell in lines["forward"][1:]] == [""] * 4
-    assert lines["layer"][0].strip() == "-"
+    monkeypatch.setattr(step, "ideal", lambda sparsity: 0.0)
+    small = ("--n-layer", 1, "--d-model", 16, "--n-head", 2, "--sequence-length", 8, "--batch-size", 1)
+    status, out, _ = vspdf("bench", "step", *small, "--sparsity", "0.5", "--rounds", 1, "--threads", 1)
+    assert status == 0 and "(no result)" in out and "of steps above what the sparsity allows" in out
 
 
 def test_rows_of_steps_name_their_model(vspdf, tmp_path):
@@ -104,8 +127,6 @@ def test_rows_of_steps_name_their_model(vspdf, tmp_path):
     with path.open() as stream:
         row = next(csv.DictReader(stream))
     assert (row["n_layer"], row["d_model"], row["batch_size"]) == ("1", "16", "1") and int(row["parameters"]) > 0
-    done = subprocess.run([sys.executable, str(TABLES), str(path)], capture_output=True, text=True)
-    assert done.returncode == 1 and "expected what vspdf bench linear --csv writes" in done.stderr
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])

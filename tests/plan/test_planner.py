@@ -124,9 +124,24 @@ def test_training_state_is_that_of_a_model(sparsity):
         sparsify(model, sparsity, backend="cpu")
         inputs = torch.randint(101, (8, 64))
         model(inputs, inputs).backward()
+        for path, found in training_state_bytes(model)["paths"].items():
+            assert found == pytest.approx(state_bytes(shape, sparsity, path), rel=1e-3)
         real = training_state_bytes(model)["model"]
         # No more than stated, up to small layers' padding: other instruction sets need less.
         assert 16 * sum(p.numel() for p in model.parameters()) < real["sparse"] < 1.1 * state_bytes(shape, sparsity)
+
+
+def test_a_plan_tells_memory_by_path():
+    """Bytes a position of sparse layers: 1.8 at 90 % on a GPU's usual paths, 4.2 at 75 %, 16 dense."""
+    for sparsity, expected in [(0.9, 1.8), (0.75, 4.2)]:
+        found = plan(LARGE, sparsity=sparsity)
+        shape, (phase,) = found.shape, found.phases
+        never = 16 * (shape.parameters - shape.linear)
+        for path in ("dense", "2:4"):
+            assert (phase.state_bytes_by_path[path] - never) / shape.linear == pytest.approx(expected, abs=0.02)
+        assert phase.state_bytes_by_path["cpu"] == phase.state_bytes
+        assert found.to_json()["phases"][0]["state_bytes_by_path"] == phase.state_bytes_by_path
+        assert set(found.dense.state_bytes_by_path.values()) == {16 * shape.parameters}
 
 
 def test_a_calibration_prices_a_step():

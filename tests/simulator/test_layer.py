@@ -259,6 +259,7 @@ def test_a_layer_of_one_input_has_no_corner():
     "arguments, message",
     [
         (("layer", "--tokens", 9, "--in", 1, "--out", 9, "--level", "event"), "at least 2 features"),
+        (("layer", "--tokens", 8, "--in", 8, "--out", 8, "--level", "event", "--set", "sum_bytes=4"), "up in fp16"),
         (("layer", "--tokens", 4096, "--in", 4096, "--out", 4096, "--level", "event"), "take fewer features"),
         (
             ("layer", "--tokens", 9, "--in", 9, "--out", 9, "--level", "evnt"),

@@ -109,17 +109,22 @@ def test_what_does_not_fit_is_said():
 
 
 def test_the_band_holds_and_says_what_it_is_made_of():
-    result = simulate("cerebras-gpt-1.3b", 132, 0.75, samples=96, sensitivity=True)
+    result = simulate("cerebras-gpt-1.3b", 132, 0.75, samples=48, sensitivity=True)
     s = result["speedup"]
     assert s["low"] <= s["interval50"][0] <= s["median"] <= s["interval50"][1] <= s["high"] <= s["ideal"]
     assert s["low"] <= s["central"] <= s["high"] and s["high"] > 1.1 * s["low"]
     assert sum(result["parts"].values()) == pytest.approx(1) and "together" in result["parts"]
     assert {row["parameter"] for row in result["tornado"]} == set(band.unknown(CS2))
-    again = simulate("cerebras-gpt-1.3b", 132, 0.75, samples=96, sensitivity=True)
+    again = simulate("cerebras-gpt-1.3b", 132, 0.75, samples=48, sensitivity=True)
     assert again["speedup"] == s and again["parts"] == result["parts"]  # seeded
     known = machines.Machine({k: replace(p, range=None) for k, p in CS2.parameters.items()})
     certain = simulate("cerebras-gpt-1.3b", 132, 0.75, machine=known)["speedup"]
     assert certain["low"] == certain["high"] == pytest.approx(s["central"])
+
+
+def test_what_is_set_is_known():
+    names = band.unknown(CS2.override({"trigger_cycles": 50}))
+    assert "trigger_cycles" not in names and len(names) == len(band.unknown(CS2)) - 1
 
 
 def test_half_of_the_samples_lie_below_the_stated_value():
@@ -139,7 +144,7 @@ def test_a_batch_that_just_does_not_fit_is_advised_against():
 def test_a_whole_training_in_time_and_energy(vspdf, tmp_path):
     picture = tmp_path / "sweep.png"
     arguments = ("--model", "gpt2-small", "--batch", 64, "--sparsity", 0.75, "--tokens", "2.5e9")
-    sweep = ("--sweep", "sparsity=0,0.5,0.9", "--plot", picture)
+    sweep = ("--sweep", "sparsity=0,0.9", "--plot", picture)
     status, out, err = vspdf("simulate", "step", *arguments, *sweep, "--json")
     assert status == 0, err
     result = json.loads(out)
@@ -147,15 +152,14 @@ def test_a_whole_training_in_time_and_energy(vspdf, tmp_path):
     assert result["training_seconds"]["dense"] == pytest.approx(seconds)
     assert result["energy_kwh"]["dense"] == pytest.approx(19 * seconds / 3600)
     assert result["energy_kwh"]["sparse"]["central"] < result["energy_kwh"]["dense"]
-    assert [row["sparsity"] for row in result["rows"]] == [0, 0.5, 0.9] and picture.stat().st_size > 5_000
+    assert [row["sparsity"] for row in result["rows"]] == [0, 0.9] and picture.stat().st_size > 5_000
     speedups = [row["speedup"]["central"] for row in result["rows"]]
     assert speedups[0] == 1 and speedups == sorted(speedups)
     assert result["beside"]["gpu"]["tokens_per_second"] > 100 * result["beside"]["cpu"]["tokens_per_second"] > 0
-    status, out, _ = vspdf("simulate", "step", *arguments, "--sweep", "batch=32,64")
-    assert status == 0 and "kWh" in out and "A100" in out
     picture.unlink()
-    status, _, err = vspdf("simulate", "step", *arguments, "--plot", picture)
+    status, out, err = vspdf("simulate", "step", *arguments, "--plot", picture)
     assert status == 0 and picture.stat().st_size > 5_000, err
+    assert "kWh" in out and "A100" in out
 
 
 LLAMA = {

@@ -1,7 +1,7 @@
-"""Sparse against dense and peers: interleaved rounds in one process, medians, everything counted.
+"""Linear layers, sparse beside dense and peers: interleaved rounds in one process, everything counted.
 
-Every candidate of a round is timed before the next round starts, so that a slow minute of the machine hits all of them.
-Data are random, never zeros. Times include packing, transposes and the refresh of values; plans are built before.
+Times include packing, transposes and the refresh of values; what a candidate prepares for a mask is timed apart. No
+figure is given of a candidate whose results differ from float64 on that very mask.
 """
 
 from __future__ import annotations
@@ -9,207 +9,118 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from vspdf.bench.rounds import PRODUCTS, Candidate, Timed, compared, ideal, others_at_work, quartiles, time_rounds
-from vspdf.errors import UserError, require
-from vspdf.kernels import cpu, hardware, ops
+from vspdf.bench import candidates as known
+from vspdf.bench.problem import DTYPES, TOLERANCE, Problem, facts
+from vspdf.bench.rounds import (
+    NOISE,
+    PRODUCTS,
+    Budget,
+    Candidate,
+    Timed,
+    compared,
+    interval,
+    others_at_work,
+    sensors,
+    time_rounds,
+)
+from vspdf.errors import UserError, did_you_mean
+from vspdf.kernels import cpu, hardware
 from vspdf.pattern import Pattern
 
 # (tokens, in_features, out_features) of the layers that GPTs of 100M to 1B parameters have.
 SHAPES = ((1024, 768, 3072), (2048, 3072, 768), (2048, 768, 768), (2048, 2048, 2048), (4096, 1024, 4096))
 SPARSITIES = (0.5, 0.75, 0.9, 0.95, 0.99)
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-DISTURBED = 0.6  # of the FMA peak: a round in which dense ran below it says more about the machine than about kernels
+DISTURBED = 0.6  # of its best speed: a round in which dense ran below it says more about the machine than about kernels
+BUDGET = Budget()
+OPPONENT = "dense_bf16"  # dense in bfloat16, where float32 is asked for
 
 
 @dataclass
 class Row:
-    """Medians of one candidate and product. Seconds; GFLOP/s on useful work (two FLOPs per kept weight and token)."""
+    """One candidate and product: seconds a call; GFLOP/s on useful work (two FLOPs per kept weight and token)."""
 
     tokens: int
     in_features: int
     out_features: int
     sparsity: float
+    mask: str | None  # of a file or a pattern; None for a random one
     threads: int
+    dtype: str
     product: str
     candidate: str
-    seconds_median: float
-    seconds_low: float  # quartiles
-    seconds_high: float
-    ratio_to_dense: float  # median of the rounds' ratios
-    gflops_useful: float
-    peak_fraction: float | None  # of the machine's measured float32 FMA peak, on useful work; bf16 may go beyond it
-    rounds: int
-    disturbed_rounds: int
-    precision: str = "fp32"
-    ratio_low: float = math.nan  # quartiles
-    ratio_high: float = math.nan
-    possible: bool = True  # below the FMA peak and the ideal speed-up, as far as these bind
+    correct: bool = True
+    error: float | None = None  # against float64, as a fraction of the largest value
+    seconds_median: float | None = None
+    seconds_low: float | None = None  # 95 % interval of the median, as of the ratio
+    seconds_high: float | None = None
+    ratio_to_dense: float | None = None  # median of the rounds' ratios to dense of the first dtype
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    noisy: bool = False  # an interval wider than NOISE, or most rounds disturbed
+    gflops_useful: float | None = None
+    peak_fraction: float | None = None  # of the measured float32 FMA peak; bf16 may go beyond it
+    prepare_seconds: float | None = None  # for the mask, once
+    pays_after: int | None = None  # steps until a layer has won that back; None: never
+    rounds: int = 0
+    disturbed_rounds: int = 0
+    possible: bool = True  # below the FMA peak, as far as it binds
 
 
-@dataclass
-class Problem:
-    """One layer: inputs, weights and what each candidate needs, with the plans already built."""
+class Case(NamedTuple):
+    """What is timed: a mask, tokens, threads, and what to call it."""
 
     pattern: Pattern
-    x: Tensor
-    grad: Tensor
-    weight: Tensor
+    tokens: int
+    sparsity: float
+    mask: str | None
+    threads: int
 
-    @classmethod
-    def random(
-        cls, tokens: int, in_features: int, out_features: int, sparsity: float, seed: int = 0, precision: str = "fp32"
-    ) -> Problem:
-        generator = torch.Generator().manual_seed(seed)
-        pattern = Pattern.random((out_features, in_features), sparsity, seed=seed)
-        draw = lambda *shape: torch.randn(shape, generator=generator).to(PRECISIONS[precision])  # noqa: E731
-        x, grad = draw(tokens, in_features), draw(tokens, out_features)
-        return cls(pattern, x, grad, draw(out_features, in_features) * pattern.mask())
-
-    def candidates(self, names: Iterable[str]) -> dict[str, Candidate]:
-        return {name: MAKERS[name](self) for name in names}
+    @property
+    def about(self) -> str:
+        size = f"{self.tokens}x{self.pattern.in_features}x{self.pattern.out_features}"
+        name = f"{self.mask}, " if self.mask else ""
+        return f"{self.threads} threads, {name}tokens x in x out = {size}, sparsity {self.sparsity:.4g}"
 
 
-def _vspdf(p: Problem) -> Candidate:
-    """The sparse kernels, whatever `auto` would choose."""
-    values = p.weight[p.pattern.mask()]
-    return {
-        "forward": lambda: cpu.forward(p.x, values, None, p.pattern),
-        "grad_input": lambda: cpu.grad_input(p.grad, values, p.pattern),
-        "grad_values": lambda: cpu.grad_values(p.grad, p.x, p.pattern),
-    }
+class Side(NamedTuple):
+    """A candidate at one dtype, prepared and checked."""
+
+    calls: Candidate
+    errors: dict[str, float]
+    wrong: tuple[str, ...]
+    prepare_seconds: float
 
 
-def _auto(p: Problem) -> Candidate:
-    """What users get: the operators with their dispatch."""
-    values, key = p.weight[p.pattern.mask()], p.pattern.digest
-    return {
-        "forward": lambda: ops.linear(p.x, values, None, key, "auto"),
-        "grad_input": lambda: ops.grad_input(p.grad, values, key, "auto"),
-        "grad_values": lambda: ops.grad_values(p.grad, p.x, key, "auto"),
-    }
-
-
-def _dense(p: Problem) -> Candidate:
-    return {
-        "forward": lambda: F.linear(p.x, p.weight),
-        "grad_input": lambda: p.grad @ p.weight,
-        "grad_values": lambda: p.grad.T @ p.x,
-    }
-
-
-def _dense_mask(p: Problem) -> Candidate:
-    """What masked training usually does: multiply by zeros."""
-    mask = p.pattern.mask().to(p.weight.dtype)
-    return {
-        "forward": lambda: F.linear(p.x, p.weight * mask),
-        "grad_input": lambda: p.grad @ (p.weight * mask),
-        "grad_values": lambda: (p.grad.T @ p.x) * mask,
-    }
-
-
-def _csr_parts(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Values and indices of W, the same of its transpose, and the permutation between their values."""
-    rows, columns = (torch.from_numpy(a) for a in p.pattern.csr())
-    mask = p.pattern.mask()
-    order = torch.zeros(p.pattern.shape, dtype=torch.int64)
-    order[mask] = torch.arange(p.pattern.nnz)
-    transposed_order = order.T[mask.T]
-    t_rows, t_columns = (torch.from_numpy(a) for a in Pattern.from_mask(mask.T.contiguous()).csr())
-    return p.weight[mask], rows.int(), columns, t_rows.int(), t_columns, transposed_order
-
-
-def _torch_csr(p: Problem) -> Candidate:
-    """torch.sparse (MKL), with the transposes that a Linear layer's row-major activations need."""
-    values, rows, columns, t_rows, t_columns, order = _csr_parts(p)
-    shape, t_shape = p.pattern.shape, (p.pattern.in_features, p.pattern.out_features)
-    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-    zeros = torch.sparse_csr_tensor(rows, columns, torch.zeros_like(values), shape, check_invariants=False)
-
-    def forward() -> Tensor:
-        return (
-            torch.sparse_csr_tensor(rows, columns, values, shape, check_invariants=False) @ p.x.T.contiguous()
-        ).T.contiguous()
-
-    def grad_input() -> Tensor:
-        w_t = torch.sparse_csr_tensor(t_rows, t_columns, values[order], t_shape, check_invariants=False)
-        return (w_t @ p.grad.T.contiguous()).T.contiguous()
-
-    def grad_values() -> Tensor:
-        return torch.sparse.sampled_addmm(zeros, p.grad.T.contiguous(), p.x, beta=0.0).values()
-
-    return {"forward": forward, "grad_input": grad_input, "grad_values": grad_values}
-
-
-def _scipy_csr(p: Problem) -> Candidate:
-    """scipy.sparse: single-threaded, no product for gradients at kept positions."""
-    import scipy.sparse as sp
-
-    values, rows, columns, t_rows, t_columns, order = (part.numpy() for part in _csr_parts(p))
-    shape, t_shape = p.pattern.shape, (p.pattern.in_features, p.pattern.out_features)
-    x, grad = p.x.numpy(), p.grad.numpy()
-
-    def forward() -> Any:
-        return (sp.csr_matrix((values, columns, rows), shape=shape) @ x.T).T.copy()
-
-    def grad_input() -> Any:
-        return (sp.csr_matrix((values[order], t_columns, t_rows), shape=t_shape) @ grad.T).T.copy()
-
-    return {"forward": forward, "grad_input": grad_input}
-
-
-def _sparselab(p: Problem) -> Candidate:
-    """SparseLab's padded-CSR layer (PyPI `sparselab`), forward and backward; its backward is not split by product."""
-    from sparselab import SparseLinear
-
-    layer = SparseLinear(p.pattern.in_features, p.pattern.out_features, sparsity=p.pattern.sparsity, bias=False)
-    x = p.x.clone().requires_grad_()
-
-    def backward() -> None:
-        layer(x).backward(p.grad)
-
-    return {"forward": lambda: layer(p.x), "layer": backward}
-
-
-MAKERS: dict[str, Callable[[Problem], Candidate]] = {
-    "vspdf": _vspdf,
-    "auto": _auto,
-    "dense": _dense,
-    "dense_mask": _dense_mask,
-    "torch_csr": _torch_csr,
-    "scipy_csr": _scipy_csr,
-    "sparselab": _sparselab,
-}
-
-
-def available_peers() -> tuple[list[str], dict[str, str]]:
-    """Peers that can run here, and why the others cannot."""
-    found, missing = ["dense_mask", "torch_csr"], {}
-    for name, package in (("scipy_csr", "scipy"), ("sparselab", "sparselab")):
-        try:
-            __import__(package)
-            found.append(name)
-        except ImportError:
-            missing[name] = f"package '{package}' is not installed"
-    return found, missing
+def cases(
+    shapes: Sequence[tuple[int, int, int]], sparsities: Sequence[float], threads: Sequence[int],
+    masks: Iterable[tuple[str, Pattern]] | None, tokens: Sequence[int],
+) -> list[Case]:  # fmt: skip
+    """All that is to be timed: random masks of shapes and sparsities, or given ones at so many tokens."""
+    if masks is None:
+        return [
+            Case(Pattern.random((n_out, n_in), s), t, s, None, count)
+            for count, (t, n_in, n_out), s in itertools.product(threads, shapes, sparsities)
+        ]
+    given = list(masks)
+    return [Case(p, t, p.sparsity, name, count) for count, t, (name, p) in itertools.product(threads, tokens, given)]
 
 
 def bench_linear(
     shapes: Sequence[tuple[int, int, int]] = SHAPES,
     sparsities: Sequence[float] = SPARSITIES,
     threads: Sequence[int] | None = None,
-    rounds: int = 7,
+    budget: Budget | int = BUDGET,
     peers: bool = True,
-    precisions: Sequence[str] = ("fp32",),
+    dtypes: Sequence[str] = ("float32",),
+    masks: Iterable[tuple[str, Pattern]] | None = None,
+    tokens: Sequence[int] = (1024,),
+    candidates: Sequence[str] = (),
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Times all candidates on layers.
@@ -219,90 +130,162 @@ def bench_linear(
     shapes : sequence of (tokens, in_features, out_features)
     sparsities : sequence of float in [0, 1)
     threads : sequence of int, default: 1 and all cores
-    rounds : int
-        Interleaved rounds after one of warm-up.
+    budget : Budget, or int for so many rounds
     peers : bool
-        Time the other libraries too, in float32.
-    precisions : sequence of {"fp32", "bf16"}
+        Time other libraries and dense in bfloat16 too.
+    dtypes : sequence of {"float32", "bfloat16"}
+        Every ratio is to dense in the first of them.
+    masks : iterable of (name, Pattern), optional
+        In place of random ones of `shapes` and `sparsities`, each at so many `tokens`.
+    candidates : sequence of str
+        Others by name, as `vspdf.bench.candidates.find` takes them.
 
     Returns
     -------
     dict
-        ``rows`` (of `Row` fields), ``peak_gflops`` by threads, ``load`` before it began, ``break_even`` sparsity per
-        shape, product and thread count, ``hardware``, ``versions``, ``missing`` peers with the reason.
+        ``rows`` (of `Row` fields), ``masks`` (`problem.facts` by name), ``summary`` (geometric means by sparsity),
+        ``peak_gflops`` by threads, ``break_even`` sparsity per shape, product and thread count, ``load`` and
+        ``sensors`` before and after, ``hardware``, ``versions``, ``missing`` candidates with the reason.
+
+    Raises
+    ------
+    UserError
+        If a dtype or a candidate is not known.
     """
-    if rounds < 1:
-        raise UserError(f"rounds must be at least 1, not {rounds}.")
-    for precision in precisions:
-        require(
-            precision in PRECISIONS,
-            f"`precision` {precision}: on a CPU {' and '.join(PRECISIONS)} are timed; others are for a GPU.",
-        )
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise UserError(f"`dtype` {dtype}: on a CPU {' and '.join(DTYPES)} are timed.{did_you_mean(dtype, DTYPES)}")
     extension = cpu.extension()
-    names, missing = available_peers() if peers else ([], {})
-    thread_counts = list(threads or sorted({1, hardware.hardware()["cores"]}))
-    before, load = torch.get_num_threads(), others_at_work()
-    found: list[tuple[Layer, dict[tuple[str, str], list[Timed]]]] = []
+    names, missing = known.peers() if peers else ([], {})
+    if "bfloat16" in dtypes:
+        names = [name for name in names if name != OPPONENT]  # dense is timed in it anyway
+        missing.pop(OPPONENT, None)
+    wanted = {name: known.find(name) for name in dict.fromkeys((*known.OWN, *names, *candidates))}
+    counts = list(threads or sorted({1, hardware.hardware()["cores"]}))
+    todo = cases(shapes, sparsities, counts, masks, tokens)
+    before, load, felt = torch.get_num_threads(), others_at_work(), sensors()
+    found: list[tuple[Case, dict[tuple[str, str], Side], dict[tuple[str, str], list[Timed]]]] = []
     peaks: dict[int, float] = {}
     try:
-        for count, shape, sparsity, precision in itertools.product(thread_counts, shapes, sparsities, precisions):
-            torch.set_num_threads(count)
+        for case in todo:
+            torch.set_num_threads(case.threads)
             # Measured anew beside each problem: the highest counts, what a busy machine lets through does not.
-            peaks[count] = max(peaks.get(count, 0.0), extension.fma_peak(count, 0.1))
-            what = f"tokens x in x out = {'x'.join(map(str, shape))}, sparsity {sparsity}"
-            progress(f"{count} threads, {what}, {precision}")
-            problem = Problem.random(*shape, sparsity, precision=precision)
-            others = names if precision == "fp32" else []
-            times = time_rounds(problem.candidates(["dense", "vspdf", "auto", *others]), rounds)
-            found.append((Layer(*shape, sparsity, problem.pattern.nnz, count, precision), times))
+            peaks[case.threads] = max(peaks.get(case.threads, 0.0), extension.fma_peak(case.threads, 0.1))
+            progress(case.about)
+            sides, failed = _sides(case, wanted, dtypes)
+            missing |= failed
+            times = time_rounds(
+                {_key(*key): side.calls for key, side in sides.items()}, budget, _key("dense", dtypes[0])
+            )
+            found.append((case, sides, {(n, p): column for (n, p), column in times.items()}))
     finally:
         torch.set_num_threads(before)
-    if names and "bf16" in precisions:
-        missing |= {f"{name} in bf16": "the other libraries are timed in float32" for name in names}
-    rows = [row for layer, times in found for row in _rows(layer, times, peaks[layer.threads])]
+    rows = [row for case, sides, times in found for row in _rows(case, sides, times, dtypes[0], peaks[case.threads])]
     return {
         "rows": [asdict(row) for row in rows],
+        "masks": {str(case.mask): facts(case.pattern) for case in todo if case.mask is not None},
+        "summary": summary(rows),
         "peak_gflops": {str(count): peak for count, peak in peaks.items()},
         "break_even": _break_even(rows),
         "load": load,
+        "sensors": {"before": felt, "after": sensors()},
         "hardware": hardware.hardware(),
         "versions": hardware.versions(),
         "missing": missing,
     }
 
 
-class Layer(NamedTuple):
-    """What was timed: sizes, kept weights, threads and precision."""
-
-    tokens: int
-    in_features: int
-    out_features: int
-    sparsity: float
-    nnz: int
-    threads: int
-    precision: str
+def _key(name: str, dtype: str) -> str:
+    return f"{name} {dtype}"
 
 
-def _rows(layer: Layer, times: dict[tuple[str, str], list[Timed]], peak: float) -> list[Row]:
-    rows, bound = [], layer.precision == "fp32"  # bf16 may have instructions of its own, or none at all
-    for (name, product), column in times.items():
-        factor = len(PRODUCTS) if product == "layer" else 1
-        dense_flops = 2 * layer.tokens * layer.in_features * layer.out_features * factor
-        dense = times["dense", product]
-        slow = [bound and dense_flops / timed.seconds < DISTURBED * peak * 1e9 for timed in dense]
-        ratio = compared(dense, column, slow)
-        seconds = [timed.seconds for timed in column]
-        median, (low, high) = statistics.median(seconds), quartiles(seconds)
-        rate = 2 * layer.tokens * layer.nnz * factor / median / 1e9
-        possible = not bound or (rate <= peak and ratio.median <= ideal(layer.sparsity))
-        rows.append(
-            Row(
-                layer.tokens, layer.in_features, layer.out_features, layer.sparsity, layer.threads, product, name,
-                median, low, high, ratio.median, rate, rate / peak if bound else None, len(column), ratio.disturbed,
-                layer.precision, ratio.low, ratio.high, possible,
-            )
-        )  # fmt: skip
+def _sides(
+    case: Case, wanted: dict[str, Any], dtypes: Sequence[str]
+) -> tuple[dict[tuple[str, str], Side], dict[str, str]]:
+    """Every candidate at every dtype that it takes, checked against float64; and why others failed."""
+    problem, sides, missing = Problem.of(case.pattern, case.tokens), {}, {}
+    for name, candidate in wanted.items():
+        try:
+            seconds = problem.prepared(candidate)
+        except Exception as error:  # others' code
+            missing[name] = " ".join(str(error).split())[:160] or type(error).__name__
+            continue
+        own = getattr(candidate, "dtype", None)
+        for dtype in [own] if own else [d for d in dtypes if d in getattr(candidate, "dtypes", DTYPES)]:
+            calls = problem.calls(candidate, dtype)
+            errors, failed = problem.check(calls)
+            missing |= {f"{name} {product} in {dtype}": why for product, why in failed.items()}
+            wrong = tuple(product for product, error in errors.items() if not error <= TOLERANCE[dtype])
+            calls = {product: call for product, call in calls.items() if product in errors and product not in wrong}
+            sides[name, dtype] = Side(calls, errors, wrong, seconds)
+        if not own and (without := [d for d in dtypes if d not in getattr(candidate, "dtypes", DTYPES)]):
+            missing[f"{name} in {', '.join(without)}"] = "it takes " + " and ".join(candidate.dtypes)
+    return sides, missing
+
+
+def _rows(
+    case: Case, sides: dict[tuple[str, str], Side], times: dict[tuple[str, str], list[Timed]], first: str, peak: float
+) -> list[Row]:
+    rows: list[Row] = []
+    shape = (case.tokens, case.pattern.in_features, case.pattern.out_features)
+    base = _key("dense", first)
+    for (name, dtype), side in sides.items():
+        about = (*shape, case.sparsity, case.mask, case.threads, dtype)
+        rows += [Row(*about, product, name, correct=False, error=side.errors[product]) for product in side.wrong]
+        for product in (*PRODUCTS, "layer"):
+            column = times.get((_key(name, dtype), product))
+            if not column or (base, product) not in times:
+                continue
+            row = _timed(Row(*about, product, name), case, column, times[base, product], peak)
+            errors = [side.errors[p] for p in (PRODUCTS if product == "layer" else (product,)) if p in side.errors]
+            row.error = max(errors, default=side.errors.get(product))
+            row.prepare_seconds = side.prepare_seconds
+            if product == "layer":
+                gain = statistics.median(t.seconds for t in times[base, product]) - (row.seconds_median or 0)
+                row.pays_after = math.ceil(side.prepare_seconds / gain) if gain > 0 else None
+            rows.append(row)
     return rows
+
+
+def _timed(row: Row, case: Case, column: Sequence[Timed], dense: Sequence[Timed], peak: float) -> Row:
+    """A row with its figures, from its own times and those of dense."""
+    bound = row.dtype == "float32"  # bf16 may have instructions of its own, or none at all
+    factor = len(PRODUCTS) if row.product == "layer" else 1
+    flops = 2 * case.tokens * factor
+    best = min(timed.seconds for timed in dense)
+    slow = [DISTURBED * timed.seconds > best for timed in dense]
+    ratio, seconds = compared(dense, column, slow), [timed.seconds for timed in column]
+    median = statistics.median(seconds)
+    rate = flops * case.pattern.nnz / median / 1e9
+    row.seconds_median, (row.seconds_low, row.seconds_high) = median, interval(seconds)
+    row.ratio_to_dense, row.ratio_low, row.ratio_high, row.disturbed_rounds = ratio
+    row.noisy = ratio.width > NOISE or 2 * ratio.disturbed > len(column)
+    row.gflops_useful, row.peak_fraction, row.rounds = rate, rate / peak if bound else None, len(column)
+    row.possible = not bound or rate <= peak
+    return row
+
+
+def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Geometric means of the ratios by sparsity (in percent), product, candidate, dtype and threads, with the worst and
+    the best."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row.ratio_to_dense is not None and row.possible:
+            of = (round(row.sparsity, 2), row.product, row.candidate, row.dtype, row.threads)
+            groups.setdefault(of, []).append(row)
+    found = []
+    for (sparsity, product, candidate, dtype, threads), group in groups.items():
+        ranked = sorted(group, key=lambda row: row.ratio_to_dense or 0)
+        name = lambda row: row.mask or f"{row.tokens}x{row.in_features}x{row.out_features}"  # noqa: E731
+        found.append(
+            {
+                "sparsity": sparsity, "product": product, "candidate": candidate, "dtype": dtype, "threads": threads,
+                "ratio_to_dense": statistics.geometric_mean(row.ratio_to_dense or 1 for row in group),
+                "count": len(group), "worst": {"mask": name(ranked[0]), "ratio_to_dense": ranked[0].ratio_to_dense},
+                "best": {"mask": name(ranked[-1]), "ratio_to_dense": ranked[-1].ratio_to_dense},
+            }
+        )  # fmt: skip
+    return found
 
 
 def _break_even(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -310,17 +293,17 @@ def _break_even(rows: Sequence[Row]) -> list[dict[str, Any]]:
     found = []
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        if row.candidate == "vspdf" and row.possible and row.precision == "fp32":
+        if row.candidate == "vspdf" and row.possible and row.dtype == "float32" and row.ratio_to_dense:
             of = (row.tokens, row.in_features, row.out_features, row.threads, row.product)
             groups.setdefault(of, []).append(row)
     for (tokens, in_features, out_features, threads, product), group in groups.items():
         group.sort(key=lambda row: row.sparsity)
         at = None
         for a, b in itertools.pairwise(group):
-            if a.ratio_to_dense < 1 <= b.ratio_to_dense:
-                share = (1 - a.ratio_to_dense) / (b.ratio_to_dense - a.ratio_to_dense)
-                at = a.sparsity + share * (b.sparsity - a.sparsity)
-        below = group[0].ratio_to_dense >= 1
+            low, high = a.ratio_to_dense or 0, b.ratio_to_dense or 0
+            if low < 1 <= high:
+                at = a.sparsity + (1 - low) / (high - low) * (b.sparsity - a.sparsity)
+        below = (group[0].ratio_to_dense or 0) >= 1
         found.append(
             {
                 "tokens": tokens, "in_features": in_features, "out_features": out_features, "threads": threads,
@@ -328,56 +311,3 @@ def _break_even(rows: Sequence[Row]) -> list[dict[str, Any]]:
             }
         )  # fmt: skip
     return found
-
-
-LABELS = {
-    "vspdf": "vspdf", "dense_mask": "dense x mask", "torch_csr": "torch.sparse CSR", "scipy_csr": "scipy CSR",
-    "sparselab": "SparseLab",
-}  # fmt: skip
-
-
-def plot(result: dict[str, Any], path: Path, threads: int | None = None) -> None:
-    """Speed-up of a whole layer over sparsity: ideal 1/(1−s), vspdf and peers; geometric means over the shapes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [Row(**row) for row in result["rows"]]
-    count = threads or max(row.threads for row in rows)
-    sparsities = sorted({row.sparsity for row in rows})
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.plot(sparsities, [1 / (1 - s) for s in sparsities], "--", color="0.6", label="ideal 1/(1−s)")
-    for name, label in LABELS.items():
-        product = "forward" if name == "scipy_csr" else "layer"
-        points = []
-        for s in sparsities:
-            ratios = [
-                row.ratio_to_dense
-                for row in rows
-                if (row.candidate, row.product, row.threads, row.sparsity) == (name, product, count, s)
-                and row.possible
-                and row.precision == "fp32"
-            ]
-            if ratios:
-                points.append((s, statistics.geometric_mean(ratios)))
-        if points:
-            label = f"{label} ({product})" if product != "layer" else label
-            axes.plot(*zip(*points, strict=True), marker="o", linewidth=2.5 if name == "vspdf" else 1.2, label=label)
-    axes.axhline(1, color="0.3", linewidth=0.8)
-    shapes = sorted({f"{row.tokens}x{row.in_features}x{row.out_features}" for row in rows})
-    rounds = "-".join(str(n) for n in sorted({min(row.rounds for row in rows), max(row.rounds for row in rows)}))
-    axes.set(
-        xlabel="sparsity", ylabel="speed-up over dense (log)", yscale="log",
-        title=f"Linear layer, forward + both gradients, {count} threads, fp32\n{result['hardware']['cpu']}\n"
-        f"{shapes[0] if len(shapes) == 1 else f'{len(shapes)} shapes'} (tokens x in x out), {rounds} rounds",
-    )  # fmt: skip
-    if len(shapes) > 1:
-        figure.supxlabel(", ".join(shapes), fontsize=7, color="0.4")
-    axes.set_xticks(sparsities, [f"{s:.0%}" for s in sparsities])
-    ticks = [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64]
-    axes.set_yticks(ticks, [f"{t:g}x" for t in ticks])
-    axes.minorticks_off()
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

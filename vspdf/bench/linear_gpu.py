@@ -1,4 +1,4 @@
-"""Linear layers on a GPU: every path beside cuBLAS on masked weights, cuSPARSE and cuSPARSELt.
+"""Linear layers on a GPU: every path beside cuBLAS on masked weights made beforehand, and cuSPARSE.
 
 As on the CPU: interleaved rounds, random data, everything counted. Each call is timed by events on the device, after
 the L2 cache was overwritten. On a CPU the same code runs on tiny shapes, to test it, not to learn speeds.
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from vspdf.errors import UserError
 from vspdf.kernels import hardware, reference, tuning
-from vspdf.kernels.gpu import launch, two_four
+from vspdf.kernels.gpu import bitmap, launch, two_four
 from vspdf.kernels.ops import PATHS
 from vspdf.pattern import Pattern
 
@@ -36,16 +36,19 @@ Call = Callable[[], Any]
 @contextmanager
 def precision(name: str) -> Iterator[None]:
     """How torch multiplies float32 inside the block."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+    matmul = torch.backends.cuda.matmul
+    new = hasattr(matmul, "fp32_precision")  # torch >= 2.9, where reading the old one may raise
+    setting = "fp32_precision" if new else "allow_tf32"
+    before = getattr(matmul, setting)
+    setattr(matmul, setting, ("tf32" if name == "tf32" else "ieee") if new else name == "tf32")
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        setattr(matmul, setting, before)
 
 
 class Layer:
-    """One layer's tensors on a device, and what can be timed on them."""
+    """One layer's tensors on a device, and what can be timed on them; from 50 % its mask fits 2:4."""
 
     def __init__(
         self, tokens: int, in_features: int, out_features: int, sparsity: float, name: str, device: torch.device
@@ -53,10 +56,11 @@ class Layer:
         generator = torch.Generator(device).manual_seed(0)
         draw = lambda *shape: torch.randn(shape, generator=generator, device=device).to(PRECISIONS[name])  # noqa: E731
         self.name, self.sparsity, self.device = name, sparsity, device
-        self.pattern = Pattern.random((out_features, in_features), sparsity)
+        self.pattern = Pattern.random((out_features, in_features), sparsity, fits="2:4" if sparsity >= 0.5 else None)
         self.x, self.grad, self.values = draw(tokens, in_features), draw(tokens, out_features), draw(self.pattern.nnz)
         self.weight = reference.materialise(self.values, self.pattern)
         self.missing: dict[str, str] = {}
+        self.timings: dict[str, tuning.GpuTiming] = {}  # of `measure`, by the key that `auto` looks for
 
     def arguments(self, product: str) -> tuple[Any, ...]:
         return {
@@ -68,10 +72,10 @@ class Layer:
         """What `auto` chooses from."""
         names = ["dense"]
         if (why := launch.unavailable() or launch.refusal(self.x.dtype, self.device)) is None:
-            names += ["triton", "sampled"]
+            names.append("triton")
         else:
             self.missing["triton"] = why
-        if (why := two_four.unavailable(self.pattern, self.name)) is None:
+        if (why := two_four.unavailable(self.pattern, self.name, self.device)) is None:
             names.append("2:4")
         else:
             self.missing["2:4"] = why
@@ -81,15 +85,34 @@ class Layer:
         run, arguments = PATHS[name][product], self.arguments(product)
         return lambda: run(*arguments, self.pattern)
 
-    def peers(self, product: str) -> dict[str, Call]:
-        """cuBLAS on the masked weight, made beforehand; cuSPARSE; cuSPARSELt on other weights, those that fit 2:4."""
-        x, grad, weight, mask = self.x, self.grad, self.weight, self.pattern.mask()
+    def search(self, product: str) -> int:
+        """cuSPARSELt's fastest algorithm, used from now on; its default where the search fails."""
+        try:
+            tokens = self.x if product == "forward" else self.grad
+            return two_four.search(product, tokens, self.values, self.pattern)
+        except (RuntimeError, NotImplementedError) as error:
+            self.missing[f"2:4 search {product}"] = str(error).strip().splitlines()[0][:160]
+            return 0
+
+    def bounds(self, product: str) -> dict[str, Call]:
+        """cuBLAS on the masked weight, made beforehand, and what "dense" does beside it, alone."""
+        x, grad, weight = self.x, self.grad, self.weight
         found: dict[str, Call] = {
             "cublas": {
                 "forward": lambda: F.linear(x, weight), "grad_input": lambda: grad @ weight,
                 "grad_values": lambda: grad.T @ x,
             }[product]
         }  # fmt: skip
+        if launch.takes(x):
+            sampled = product == "grad_values"
+            tensor, spread = (weight, bitmap.sample) if sampled else (self.values, bitmap.expand)
+            found["sample alone" if sampled else "expand alone"] = lambda: spread(tensor, self.pattern, x.dtype)
+        return found
+
+    def peers(self, product: str) -> dict[str, Call]:
+        """cuSPARSE."""
+        x, grad, weight, mask = self.x, self.grad, self.weight, self.pattern.mask()
+        found: dict[str, Call] = {}
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         if product == "grad_values":
             zeros = (weight * 0 + mask.to(self.device)).to_sparse_csr()
@@ -98,12 +121,6 @@ class Layer:
             side, tokens = (weight, x) if product == "forward" else (weight.T.contiguous(), grad)
             csr = side.to_sparse_csr()
             found["cusparse"] = lambda: (csr @ tokens.T.contiguous()).T.contiguous()
-            if two_four.unavailable(self.pattern, self.name) is None:
-                fits, _ = two_four.split(Pattern.from_mask(side != 0))
-                kept = torch.zeros_like(side)
-                kept[side != 0] = side[side != 0] * torch.from_numpy(fits).to(self.device)
-                compressed = two_four.CUSPARSELT.compress(kept)
-                found["cusparselt alone"] = lambda: two_four.CUSPARSELT.multiply(tokens, compressed, None)
         return found
 
     def error(self, product: str, result: Any) -> float:
@@ -170,17 +187,20 @@ def measure(
     tokens = layer.x.shape[0]
     with precision(layer.name):
         for product in PRODUCTS:
-            calls = {**layer.paths(product), **(layer.peers(product) if peers else {})}
+            calls = {**layer.paths(product), **layer.bounds(product), **(layer.peers(product) if peers else {})}
+            algorithm = layer.search(product) if "2:4" in calls else 0
             seconds, failed = time_rounds(calls, rounds, stopwatch)
             layer.missing.update({f"{name} {product}": why for name, why in failed.items()})
             paths = {name: column for name, column in seconds.items() if name in PATHS}
-            choice = tuning.best(paths)
+            timing = tuning.timing({**paths, "cublas": seconds["cublas"]}, algorithm)
+            choice, key = timing.choice("measured"), tuning.gpu_key(product, layer.pattern, tokens, layer.x.dtype)
+            layer.timings[key] = timing
             if tune:
-                tuning.tune(tuning.gpu_key(product, layer.pattern, tokens, layer.x.dtype), paths)
+                tuning.keep(key, timing, layer.device)
             errors = {name: layer.error(product, calls[name]()) for name in paths}
             errors["auto"] = errors[choice.path]
             seconds["auto"] = seconds[choice.path]
-            base = seconds.get("cublas", seconds["dense"])
+            base = seconds["cublas"]
             for name, column in seconds.items():
                 sums.setdefault(name, []).append(column)
                 rows.append({**_row(layer, product, name, column, base, 1), "error": errors.get(name)})
@@ -190,7 +210,7 @@ def measure(
         for name, columns in sums.items()
         if len(columns) == 3
     }
-    base = whole.get("cublas", whole["dense"])
+    base = whole["cublas"]
     rows += [_row(layer, "layer", name, column, base, 3) | {"error": None} for name, column in whole.items()]
     return rows
 
@@ -243,7 +263,7 @@ def bench_linear(
     rounds : int
         Interleaved rounds after one of warm-up.
     peers : bool
-        Time cuBLAS on masked weights, cuSPARSE and cuSPARSELt too.
+        Time cuSPARSE too.
     tune : bool
         Keep what `auto` should choose in the user's cache.
 

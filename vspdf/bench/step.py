@@ -1,20 +1,37 @@
-"""A whole training step, sparse beside the same model dense."""
+"""A whole training step, sparse beside the same model dense, in float32, under bf16 autocast and compiled."""
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vspdf.attention import plain
-from vspdf.bench.rounds import Timed, compared, ideal, others_at_work, quartiles
+from vspdf.bench.problem import DTYPES
+from vspdf.bench.rounds import NOISE, Budget, Timed, compared, ideal, interval, others_at_work, sensors, time_rounds
+from vspdf.errors import UserError, did_you_mean
 from vspdf.kernels import cpu, hardware
 from vspdf.model import GPT, Attention
 from vspdf.shapes import Shape
+
+
+class Side(NamedTuple):
+    """A model and how its step is taken."""
+
+    sparsity: float
+    attention: str = "torch"  # or "blocks", `vspdf.attention`
+    dtype: str = "float32"  # "bfloat16": under autocast
+    compiled: bool = False  # by torch.compile
+
+
+BASE = Side(0.0)
+BUDGET = Budget(seconds=120)
 
 
 def bench_step(
@@ -25,7 +42,9 @@ def bench_step(
     batch_size: int = 4,
     sparsities: Sequence[float] = (0.75, 0.9),
     threads: int | None = None,
-    rounds: int = 5,
+    budget: Budget | int = BUDGET,
+    dtypes: Sequence[str] = ("float32",),
+    compiled: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Times whole training steps (forward, backward, clipping, AdamW) of sparse models beside the same dense model.
@@ -33,87 +52,133 @@ def bench_step(
     The dense side is plain PyTorch: nn.Linear, scaled_dot_product_attention, fused AdamW. Where the sparse models' own
     attention (`vspdf.attention`) skips more than torch's, a second dense model has it too. Vocabulary: bytes.
 
+    Parameters
+    ----------
+    budget : Budget, or int for so many rounds
+    dtypes : sequence of {"float32", "bfloat16"}
+        Each model is timed in each of them; float32 dense is the base of every ratio and always timed.
+    compiled : bool
+        Time the dense model under torch.compile too, in each dtype.
+
     Returns
     -------
     dict
-        ``rows`` with ``sparsity``, ``attention`` ("torch" or "blocks"), ``seconds_median`` and quartiles,
-        ``ratio_to_dense`` (with torch's attention; of rounds, `compared`) and whether it is ``possible``, memory of the
-        training state; ``scratch_bytes`` that the sparse kernels keep for their next calls, of all models together;
-        ``load``, ``hardware``, ``versions``.
+        ``rows`` with ``sparsity``, ``attention`` ("torch" or "blocks"), ``dtype``, ``compiled``, ``prepare_seconds``
+        (the first step: plans, tuning, compilation), ``seconds_median`` and its interval, ``ratio_to_dense`` (with
+        torch's attention, float32), whether it is ``possible``, memory of the training state; ``scratch_bytes`` that
+        the sparse kernels keep for their next calls, of all models together; ``load``, ``sensors``, ``hardware``,
+        ``versions``, ``missing`` sides with the reason.
     """
     from vspdf.sparsity.layer import training_state_bytes
 
+    _check(dtypes)
     before = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)
     shape = Shape(n_layer, d_model, n_head, 4 * d_model, 257, sequence_length)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(257, (batch_size, sequence_length + 1), generator=generator)
-    dense = (0.0, "torch")
-    models = {side: _model(shape, *side) for side in (dense, *((s, "blocks") for s in (0.0, *sparsities)))}
-    steps = {side: _training_step(model, tokens) for side, model in models.items()}
-    load = others_at_work()
-    times: dict[tuple[float, str], list[Timed]] = {side: [] for side in steps}
+    sides = _sides(sparsities, dtypes, compiled)
+    models = {(side.sparsity, side.attention): _model(shape, side) for side in sides}
+    optimizers = {key: _optimizer(model) for key, model in models.items()}
+    load, felt, missing = others_at_work(), sensors(), {}
+    steps: dict[Side, Callable[[], None]] = {}
+    first: dict[Side, float] = {}
     try:
-        for i in range(rounds + 2):
-            progress(f"round {i} of {rounds + 1}")
-            for side, step in steps.items():
-                timed = Timed.of(step)
-                if i > 1:  # two rounds of warm-up: plans, tuning, moments
-                    times[side].append(timed)
-        memory = {side: training_state_bytes(model) if side[0] else None for side, model in models.items()}
+        for side in sides:
+            key = (side.sparsity, side.attention)
+            step = _training_step(models[key], optimizers[key], tokens, side)
+            progress(f"first step: {_name(side)}")
+            start = time.perf_counter()
+            try:
+                step()
+            except Exception as error:  # a compiler that is not there says so in many ways
+                missing[_name(side)] = " ".join(str(error).split())[:160] or type(error).__name__
+                continue
+            steps[side], first[side] = step, time.perf_counter() - start
+        progress("rounds")
+        times = time_rounds({_name(side): {"layer": step} for side, step in steps.items()}, budget, _name(BASE))
+        memory = {key: training_state_bytes(model) if key[0] else None for key, model in models.items()}
         used = torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
+    columns = {side: times[_name(side), "layer"] for side in steps}
     rows = [
-        {"sparsity": side[0], "attention": side[1], "threads": used}
-        | _figures(side[0], times[dense], times[0.0, side[1]], column)
-        | {"memory": memory[side]}
-        for side, column in times.items()
+        {**side._asdict(), "threads": used, "prepare_seconds": first[side]}
+        | _figures(side, columns, column)
+        | {"memory": memory[side.sparsity, side.attention]}
+        for side, column in columns.items()
     ]
     return {
         "model": {**asdict(shape), "batch_size": batch_size, "parameters": shape.parameters},
-        "rows": rows,
-        "scratch_bytes": cpu.extension().scratch_nbytes(),
-        "load": load,
-        "hardware": hardware.hardware(),
-        "versions": hardware.versions(),
-    }
-
-
-def _figures(
-    sparsity: float, dense: Sequence[Timed], alike: Sequence[Timed], column: Sequence[Timed]
-) -> dict[str, Any]:
-    """Seconds and speed-up of one model; possible is what sparsity allows against a dense model with its attention."""
-    seconds = [timed.seconds for timed in column]
-    low, high = quartiles(seconds)
-    ratio = compared(dense, column)
-    return {
-        "seconds_median": statistics.median(seconds), "seconds_low": low, "seconds_high": high,
-        "ratio_to_dense": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high,
-        "possible": compared(alike, column).median <= ideal(sparsity), "rounds": len(column),
-        "disturbed_rounds": ratio.disturbed,
+        "rows": rows, "scratch_bytes": cpu.extension().scratch_nbytes(), "load": load,
+        "sensors": {"before": felt, "after": sensors()},
+        "hardware": hardware.hardware(), "versions": hardware.versions(), "missing": missing,
     }  # fmt: skip
 
 
-def _model(shape: Shape, sparsity: float, attention: str) -> GPT:
+def _check(dtypes: Sequence[str]) -> None:
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise UserError(f"`dtype` {dtype}: on a CPU {' and '.join(DTYPES)} are timed.{did_you_mean(dtype, DTYPES)}")
+
+
+def _sides(sparsities: Sequence[float], dtypes: Sequence[str], compiled: bool) -> list[Side]:
+    blocks = [Side(s, "blocks") for s in (0.0, *sparsities)]
+    narrow = [Side(0.0, dtype="bfloat16"), *(Side(s, "blocks", "bfloat16") for s in sparsities)]
+    sides = [BASE, *(blocks if "float32" in dtypes else []), *(narrow if "bfloat16" in dtypes else [])]
+    return sides + [Side(0.0, dtype=dtype, compiled=True) for dtype in dtypes if compiled]
+
+
+def _name(side: Side) -> str:
+    what = f"{side.sparsity:g} sparse" if side.sparsity else "dense"
+    own = ", attention in blocks" if side.attention == "blocks" and not side.sparsity else ""
+    return f"{what}{own}, {side.dtype}{', compiled' * side.compiled}"
+
+
+def _figures(side: Side, columns: dict[Side, list[Timed]], column: Sequence[Timed]) -> dict[str, Any]:
+    """Seconds and speed-up of one side; possible is what sparsity allows against a dense model with its attention."""
+    seconds = [timed.seconds for timed in column]
+    low, high = interval(seconds)
+    ratio = compared(columns[BASE], column)
+    alike = columns.get(Side(0.0, side.attention), [])[: len(column)]
+    plain_side = side.dtype == "float32" and not side.compiled and alike
+    return {
+        "seconds_median": statistics.median(seconds), "seconds_low": low, "seconds_high": high,
+        "ratio_to_dense": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high,
+        "noisy": ratio.width > NOISE or 2 * ratio.disturbed > len(column),
+        "possible": not plain_side or compared(alike, column[: len(alike)]).median <= ideal(side.sparsity),
+        "rounds": len(column), "disturbed_rounds": ratio.disturbed,
+    }  # fmt: skip
+
+
+def _model(shape: Shape, side: Side) -> GPT:
     from vspdf.sparsity.surgery import sparsify
 
     model = GPT(shape)
-    if attention == "torch":
+    if side.attention == "torch":
         for module in model.modules():
             if isinstance(module, Attention):
                 module.attend = plain
-    if sparsity:
-        sparsify(model, sparsity)
+    if side.sparsity:
+        sparsify(model, side.sparsity)
     return model
 
 
-def _training_step(model: torch.nn.Module, tokens: Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+
+def _training_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, side: Side
+) -> Callable[[], None]:
+    called: Callable[..., Tensor] = torch.compile(model) if side.compiled else model
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step() -> None:
-        model(tokens[:, :-1], tokens[:, 1:].contiguous()).backward()
+        with torch.autocast("cpu", torch.bfloat16) if side.dtype == "bfloat16" else nullcontext():
+            loss = called(inputs, targets)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

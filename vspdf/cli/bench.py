@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from vspdf.cli.console import Json, Verb, emit, err, murmur, out, say, show, tell
-from vspdf.draw import words
+from vspdf.cli import bench_tables as tables
+from vspdf.cli.console import Json, Verb, emit, err, murmur, say, show, tell
 from vspdf.errors import UserError, one_of, percent_meant, require
-from vspdf.kernels.hardware import crowded, keep_freed_memory
+from vspdf.kernels.hardware import crowded, keep_freed_memory, slow_bf16_measured
 
 Positive = Annotated[int, typer.Option(min=1)]
+Rounds = Annotated[
+    int | None, typer.Option(min=1, help="Exactly so many; default: as many as it takes, see --seconds.")
+]
+Csv = Annotated[Path | None, typer.Option(help="Write all rows here.")]
+Compare = Annotated[
+    Path | None, typer.Option(help="An earlier --json of this machine: say what became faster or slower beyond noise.")
+]
+Mask = Annotated[
+    Path | None, typer.Option(help="Masks to time: a file (.smtx, .mtx, .npz, .pt, ...), a folder of them, a run.")
+]
+Candidates = Annotated[
+    list[str] | None, typer.Option(help="Time this too: module:Class, or a name of --list; repeatable.")
+]
+Dtypes = Annotated[
+    str, typer.Option("--dtype", "--precision", help="float32 (default), bfloat16; on a GPU float16, tf32 too.")
+]
 bench = typer.Typer(help="Sparse against dense and peers, interleaved in one process.", no_args_is_help=True)
+
+SHORT = {"fp32": "float32", "bf16": "bfloat16"}
+LONG = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def _numbers(text: str, kind: type, what: str, least: float = 0, most: float = math.inf) -> list[Any]:
@@ -34,6 +52,15 @@ def _numbers(text: str, kind: type, what: str, least: float = 0, most: float = m
     return numbers
 
 
+def _shapes(text: str) -> list[tuple[int, int, int]]:
+    try:
+        found: Any = [tuple(int(n) for n in shape.split("x")) for shape in text.split(",") if shape]
+        assert all(len(shape) == 3 and min(shape) > 0 for shape in found)
+    except (ValueError, AssertionError):
+        raise UserError(f"--shapes '{text}': expected TOKENSxINxOUT, e.g. 1024x768x3072.") from None
+    return found
+
+
 def _destination(path: Path | None, what: str, kinds: Sequence[str]) -> None:
     """Refuses a file that could not be written, before minutes of measuring for it."""
     if path is None:
@@ -44,169 +71,158 @@ def _destination(path: Path | None, what: str, kinds: Sequence[str]) -> None:
         raise UserError(f"{what} '{path}': {'is a folder' if path.is_dir() else f'there is no folder {path.parent}'}.")
 
 
+def _dtypes(text: str) -> list[str]:
+    """Names of dtypes as torch has them; a machine that is slow at one is told of it before minutes of waiting."""
+    found = [SHORT.get(name, name) for name in text.split(",") if name]
+    if "bfloat16" in found and (slow := slow_bf16_measured()):
+        say(f"bfloat16 will take long: {slow}.")
+    return found
+
+
 def _warn_of_crowds(threads: Sequence[int]) -> None:
     if threads and (crowd := crowded(max(threads))):
         say(crowd)
 
 
-def _write_results(result: dict[str, Any], csv: Path | None, as_json: bool) -> None:
+def _finish(
+    result: dict[str, Any], csv: Path | None, old: dict[str, Any] | None, as_json: bool, plot: Path | None = None,
+    roofline: bool = False,
+) -> None:  # fmt: skip
+    """Adds and writes what was asked for beside the tables."""
+    from vspdf.bench import compare, plots
+    from vspdf.bench import roofline as roofs
     from vspdf.bench.rounds import write_csv
 
+    if roofline:
+        roofs.add(result, sorted({row["threads"] for row in result["rows"]}))
     if csv:
         write_csv(result, csv)
         err.print(f"wrote {csv}")
+    if old is not None:
+        result["comparison"] = compare.compare(old, result)
     if as_json:
         emit(result)
+    if plot:
+        plots.plot(result, plot)
+        err.print(f"wrote {plot}")
+
+
+def _earlier(path: Path | None) -> dict[str, Any] | None:
+    from vspdf.bench import compare
+
+    return None if path is None else compare.read(path)
 
 
 @bench.command(name="linear", cls=Verb)
 def bench_linear(
     shapes: Annotated[str, typer.Option(help="TOKENSxINxOUT, with commas between; default: five layers of GPTs.")] = "",
     sparsity: Annotated[str, typer.Option(help="With commas between.")] = "0.5,0.75,0.9,0.95,0.99",
+    mask: Mask = None,
+    pattern: Annotated[str, typer.Option(help="Kinds of masks that ship, e.g. power-law,banded,2:4; or all.")] = "",
+    tokens: Annotated[str, typer.Option(help="Of --mask, with commas between; default 1024.")] = "",
     threads: Annotated[str, typer.Option(help="With commas between; default: 1 and all cores.")] = "",
-    rounds: Annotated[int, typer.Option(min=1)] = 7,
-    peers: Annotated[bool, typer.Option(help="Time torch.sparse, scipy and, where installed, SparseLab too.")] = True,
-    csv: Annotated[Path | None, typer.Option(help="Write all rows here.")] = None,
+    rounds: Rounds = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Of a layer at most; rounds end at intervals of 2 %.")] = 10.0,
+    peers: Annotated[bool, typer.Option(help="Time other libraries and dense bf16 too.")] = True,
+    candidate: Candidates = None,
+    dtype: Dtypes = "",
+    compare: Compare = None,
+    roofline: Annotated[bool, typer.Option("--roofline", help="Measure the machine's ceilings; place rows.")] = False,
+    csv: Csv = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of speed-up over sparsity here (PNG, SVG).")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda for the current GPU.")] = "cpu",
-    precision: Annotated[
-        str, typer.Option(help="fp32 (default) or bf16; on a GPU bf16,fp32, and fp16, tf32; commas between.")
-    ] = "",
     tune: Annotated[bool, typer.Option("--tune", help="On a GPU: keep the timings, for auto.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Name every candidate and what is missing.")] = False,
     as_json: Json = False,
 ) -> None:
     """One linear layer: forward, gradient of the input, gradient of the weights, and all three.
 
     `vspdf bench linear --shapes 1024x768x3072 --sparsity 0.75,0.9`
 
+    `vspdf bench linear --mask dlmc/transformer --tokens 256,1024`
+
+    `vspdf bench linear --pattern power-law,banded --candidate mykernel:Mine`
+
     `vspdf bench linear --device cuda --tune`
     """
-    from vspdf.bench import linear as benchmark
-    from vspdf.bench import linear_gpu
-
-    if device not in ("cpu", "cuda"):
-        raise UserError(f"--device '{device}' is not known: cpu or cuda.")
-    if tune and device == "cpu":
-        raise UserError("--tune is for --device cuda: on the CPU, auto times both paths by itself.")
-    if threads and device == "cuda":
-        raise UserError("--threads is for the CPU.")
-    if plot and device == "cuda":
-        raise UserError("--plot is for the CPU; on a GPU, python benchmarks/gpu.py draws.")
-    try:
-        chosen: Any = [tuple(int(n) for n in shape.split("x")) for shape in shapes.split(",") if shape]
-        assert all(len(shape) == 3 and min(shape) > 0 for shape in chosen)
-    except (ValueError, AssertionError):
-        raise UserError(f"--shapes '{shapes}': expected TOKENSxINxOUT, e.g. 1024x768x3072.") from None
+    if list_:
+        tables.print_candidates(as_json)
+        return
     _destination(csv, "--csv", (".csv",))
     _destination(plot, "--plot", (".png", ".svg", ".pdf"))
-    amounts = _numbers(sparsity, float, "--sparsity", most=1)
+    amounts, chosen = _numbers(sparsity, float, "--sparsity", most=1), _shapes(shapes)
     if device == "cuda":
-        result = linear_gpu.bench_linear(
-            chosen or linear_gpu.SHAPES, amounts, (precision or "bf16,fp32").split(","), rounds, peers, tune, murmur
-        )
-        _write_results(result, csv, as_json)
-        if not as_json:
-            _print_linear_gpu(result)
+        _for_cpus(threads=threads, plot=plot, mask=mask, pattern=pattern, tokens=tokens, candidate=candidate,
+                  compare=compare, roofline=roofline)  # fmt: skip
+        _on_gpu(chosen, amounts, dtype, rounds, peers, tune, csv, as_json)
         return
-    counts = _numbers(threads, int, "--threads", least=1)
+    if device != "cpu":
+        raise UserError(f"--device '{device}' is not known: cpu or cuda.")
+    if tune:
+        raise UserError("--tune is for --device cuda: on the CPU, auto times both paths by itself.")
+    from vspdf.bench import linear
+    from vspdf.bench.rounds import Budget
+
+    counts, old = _numbers(threads, int, "--threads", least=1), _earlier(compare)
+    masks = _masks(mask, pattern, chosen, amounts)
+    if tokens and masks is None:
+        raise UserError("--tokens is for --mask and --pattern; --shapes has tokens of its own.")
+    lengths = _numbers(tokens, int, "--tokens", least=1) or sorted({shape[0] for shape in chosen}) or [1024]
+    dtypes = _dtypes(dtype) or ["float32"]
     _warn_of_crowds(counts)
     keep_freed_memory()
-    result = benchmark.bench_linear(
-        chosen or benchmark.SHAPES,
-        amounts,
-        counts or None,
-        rounds,
-        peers,
-        (precision or "fp32").split(","),
-        murmur,
-    )
-    _write_results(result, csv, as_json)
-    if plot:
-        benchmark.plot(result, plot)
-        err.print(f"wrote {plot}")
+    result = linear.bench_linear(
+        chosen or linear.SHAPES, amounts, counts or None, Budget(rounds, seconds), peers, dtypes, masks, lengths,
+        candidate or (), murmur,
+    )  # fmt: skip
+    _finish(result, csv, old, as_json, plot, roofline)
     if not as_json:
-        _print_linear(result)
+        tables.print_linear(result)
 
 
-def _print_linear_gpu(result: dict[str, Any]) -> None:
-    table = Table(title=f"speed-up over cuBLAS on masked weights: {result['hardware']['gpu']}", title_justify="left")
-    for column in ("tokens, in, out", "sparsity", "", "product", "candidate", "speed-up", "TFLOP/s useful", "error"):
-        table.add_column(column)
-    for r in result["rows"]:
-        shape = f"{r['tokens']} {r['in_features']} {r['out_features']}"
-        error = "" if r["error"] is None else f"{r['error']:.1e}"
-        name = f"auto: {r['path']}" if r["candidate"] == "auto" != r["path"] else r["candidate"]
-        table.add_row(
-            shape, f"{r['sparsity']:.4g}", r["precision"], r["product"], name, f"{r['ratio_to_dense']:.2f}x",
-            f"{r['gflops_useful'] / 1e3:.1f}", error,
-        )  # fmt: skip
-    show(table)
-    for name, reason in result["missing"].items():
-        out.print(f"{name} was not timed: {reason}", highlight=False)
+def _for_cpus(**given: Any) -> None:
+    for name, value in given.items():
+        if value:
+            draws = "; on a GPU, python benchmarks/gpu.py draws" if name == "plot" else ""
+            raise UserError(f"--{name} is for the CPU{draws}.")
 
 
-def _print_linear(result: dict[str, Any]) -> None:
-    rows = result["rows"]
-    of = ("tokens", "in_features", "out_features", "threads", "precision")
-    for tokens, n_in, n_out, threads, precision in dict.fromkeys(tuple(r[key] for key in of) for r in rows):
-        here = (tokens, n_in, n_out, threads, precision)
-        mine = [r for r in rows if tuple(r[key] for key in of) == here]
-        show(
-            _linear_table(
-                f"speed-up over dense: {tokens} tokens, {n_in} -> {n_out}, {threads} threads, {precision}", mine
-            )
-        )
-    for threads, peak in result["peak_gflops"].items():
-        tell(f"FMA peak measured with {threads} threads, float32: {peak:.0f} GFLOP/s")
-    tell(
-        "Speed-up: median of the ratios of interleaved rounds, and their quartiles; packing, transposes and value "
-        "refresh counted. A round is disturbed, and left out, where dense ran below 60 % of the FMA peak or a call had "
-        "less of the processor than in its best round."
-    )
-    _tell_of_quiet(result)
-    tell(*(f"{name} was not timed: {reason}" for name, reason in result["missing"].items()))
+def _masks(
+    mask: Path | None, pattern: str, shapes: Sequence[tuple[int, int, int]], sparsities: Sequence[float]
+) -> list[tuple[str, Any]] | None:
+    """The masks that were asked for by file or by kind; None where none were."""
+    if mask is not None and shapes:
+        raise UserError("--shapes is for random masks and --pattern: those of --mask have their own; give --tokens.")
+    if mask is not None and pattern:
+        raise UserError("--mask and --pattern both say which masks to time: give one.")
+    if mask is not None:
+        from vspdf.interop.mask_files import files
+
+        return list(files(mask))
+    if not pattern:
+        return None
+    from vspdf.bench import patterns
+    from vspdf.bench.linear import SHAPES
+
+    names = list(patterns.KINDS) if pattern == "all" else [name for name in pattern.split(",") if name]
+    sides = list(dict.fromkeys((n_out, n_in) for _, n_in, n_out in shapes or SHAPES))
+    found = [each for name in names for each in patterns.draw(name, sides, sparsities)]
+    many = len(sides) > 1, len(sparsities) > 1
+    label = lambda name, p: name + f" {p.in_features}x{p.out_features}" * many[0] + f" {p.sparsity:.2g}" * many[1]  # noqa: E731
+    return [(label(name, p), p) for name, p in found]
 
 
-def _linear_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    cells = {(r["product"], r["candidate"], r["sparsity"]): r for r in rows}
-    sparsities = list(dict.fromkeys(r["sparsity"] for r in rows))
-    table = Table(title=title, title_justify="left")
-    table.add_column("product")
-    table.add_column("candidate", no_wrap=True)
-    for s in sparsities:
-        table.add_column(f"{s:.4g}", justify="right", no_wrap=True)
-    for product, candidate in dict.fromkeys((r["product"], r["candidate"]) for r in rows if r["candidate"] != "dense"):
-        found = [cells.get((product, candidate, s)) for s in sparsities]
+def _on_gpu(
+    shapes: Sequence[tuple[int, int, int]], sparsities: Sequence[float], dtype: str, rounds: int | None, peers: bool,
+    tune: bool, csv: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    from vspdf.bench import linear_gpu
 
-        def line(name: str, cell: Callable[[dict[str, Any]], str], first: str = "", found: Any = found) -> None:
-            table.add_row(first, name, *(cell(r) if r else "" for r in found))
-
-        line(candidate, _speedup, product)
-        if candidate == "vspdf":
-            line("  quartiles", lambda r: f"{r['ratio_low']:.2f}-{r['ratio_high']:.2f}")
-            line("  GFLOP/s useful", lambda r: f"{r['gflops_useful']:.0f}")
-            if found[0] and found[0]["peak_fraction"] is not None:
-                line("  of FMA peak", lambda r: f"{r['peak_fraction']:.0%}" if r["peak_fraction"] <= 1 else "above it")
-            if any(r and r["disturbed_rounds"] for r in found):
-                line("  disturbed rounds", lambda r: f"{r['disturbed_rounds']} of {r['rounds']}")
-    return table
-
-
-def _speedup(row: dict[str, Any]) -> str:
-    return f"{row['ratio_to_dense']:.2f}x" if row["possible"] else "(no result)"
-
-
-def _tell_of_quiet(result: dict[str, Any]) -> None:
-    """What keeps figures from being results: others at work, rounds that they disturbed, what cannot be."""
-    from vspdf.bench.rounds import BUSY
-
-    if result["load"] is not None and result["load"] > BUSY:
-        cores = result["hardware"]["cores"]
-        tell(f"The machine was busy when this began: a load of {result['load']:.1f} on {cores} cores.")
-    if any(2 * row["disturbed_rounds"] > row["rounds"] for row in result["rows"]):
-        tell("More than half of some rounds were disturbed: all of these count then, and are worth little.")
-    if not all(row["possible"] for row in result["rows"]):
-        tell("(no result): above the FMA peak, or above what the sparsity allows: the measurement was disturbed.")
+    names = [LONG.get(name, name) for name in (dtype or "bf16,fp32").split(",")]
+    result = linear_gpu.bench_linear(shapes or linear_gpu.SHAPES, sparsities, names, rounds or 7, peers, tune, murmur)
+    _finish(result, csv, None, as_json)
+    if not as_json:
+        tables.print_linear_gpu(result)
 
 
 @bench.command(name="step", cls=Verb)
@@ -218,58 +234,70 @@ def bench_step(
     batch_size: Positive = 4,
     sparsity: Annotated[str, typer.Option(help="With commas between.")] = "0.75,0.9",
     threads: Annotated[int | None, typer.Option(min=1)] = None,
-    rounds: Annotated[int, typer.Option(min=1)] = 5,
-    csv: Annotated[Path | None, typer.Option(help="Write all rows here.")] = None,
+    rounds: Rounds = None,
+    seconds: Annotated[
+        float, typer.Option(min=0.0, help="At most, where rounds go on until intervals are small.")
+    ] = 120,
+    dtype: Annotated[str, typer.Option(help="float32 (default), bfloat16: steps under autocast.")] = "",
+    compiled: Annotated[bool, typer.Option("--compile", help="Time dense under torch.compile, too.")] = False,
+    compare: Compare = None,
+    csv: Csv = None,
     as_json: Json = False,
 ) -> None:
     """A whole training step (forward, backward, clipping, AdamW) of a GPT, sparse models beside the same dense one.
 
     `vspdf bench step --n-layer 4 --d-model 512 --n-head 8`
+
+    `vspdf bench step --dtype float32,bfloat16 --compile`
     """
     from vspdf.bench import step
+    from vspdf.bench.rounds import Budget
 
     _destination(csv, "--csv", (".csv",))
-    sparsities = _numbers(sparsity, float, "--sparsity", most=1)
+    sparsities, old = _numbers(sparsity, float, "--sparsity", most=1), _earlier(compare)
+    dtypes = _dtypes(dtype) or ["float32"]
     _warn_of_crowds([threads] if threads else [])
     keep_freed_memory()
     result = step.bench_step(
-        n_layer, d_model, n_head, sequence_length, batch_size, sparsities, threads, rounds,
-        progress=murmur,
+        n_layer, d_model, n_head, sequence_length, batch_size, sparsities, threads, Budget(rounds, seconds), dtypes,
+        compiled, progress=murmur,
     )  # fmt: skip
-    _write_results(result, csv, as_json)
+    _finish(result, csv, old, as_json)
+    if not as_json:
+        tables.print_step(result)
+
+
+@bench.command(name="suite", cls=Verb)
+def bench_suite(
+    output: Annotated[Path, typer.Option(help="Folder for MACHINE.json and MACHINE.html.")] = Path("."),
+    name: Annotated[str, typer.Option(help="What to call this machine; default: its processor's name.")] = "",
+    sections: Annotated[str, typer.Option(help="Of the whole only these, with commas between.")] = "",
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Everything on tiny layers: shows that it works, no speeds.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Everything about this machine in under 15 minutes: one page and one JSON file.
+
+    `vspdf bench suite --output results`
+    """
+    from vspdf.bench import suite
+    from vspdf.report import bench_page
+
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output '{output}': is a file, expected a folder.")
+    chosen = [part for part in sections.split(",") if part]
+    keep_freed_memory()
+    result = suite.bench_suite(chosen or suite.SECTIONS, name or None, tiny, murmur)
+    files = bench_page.write(result, output)
+    for file in files:
+        say(f"wrote {file}")
     if as_json:
+        emit(result)
         return
-    table = Table(
-        title=f"training step, {words.count(result['model']['parameters'])} parameters, "
-        f"{result['rows'][0]['threads']} threads",
-        title_justify="left",
-    )
-    for column in (
-        "sparsity",
-        "attention",
-        "s/step",
-        "quartiles",
-        "speed-up",
-        "quartiles",
-        "disturbed",
-        "state of its layers",
-        "of the model",
-    ):
-        table.add_column(column, justify="right")
-    for row in result["rows"]:
-        memory = row["memory"]
-        shares = (
-            [f"{memory[k]['sparse'] / memory[k]['dense']:.0%}" for k in ("sparsified", "model")] if memory else ["", ""]
-        )
-        table.add_row(
-            f"{row['sparsity']:.4g}", row["attention"], f"{row['seconds_median']:.3f}",
-            f"{row['seconds_low']:.3f}-{row['seconds_high']:.3f}", _speedup(row),
-            f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}", f"{row['disturbed_rounds']} of {row['rounds']}", *shares,
-        )  # fmt: skip
-    show(table)
-    tell("Speed-up: median of the ratios of a round's steps, dense over sparse, and their quartiles.")
-    tell(f"Beside the state, the sparse kernels keep {result['scratch_bytes'] / 2**20:.0f} MiB of working memory.")
-    _tell_of_quiet(result)
+    for table in bench_page.tables(result):
+        show(tables.of(table))
+    tell(f"{result['seconds'] / 60:.1f} minutes. Open {files[1]} for all of it.")
 
 
 @bench.command(name="decode", cls=Verb)
@@ -308,34 +336,9 @@ def bench_decode(
         _to_decode(model, context + max_tokens, sparsity == "zeros"), sparsities, dtypes, batches, context, max_tokens,
         threads, rounds, progress=murmur,
     )  # fmt: skip
-    _write_results(result, csv, as_json)
-    if as_json:
-        return
-    table = Table(
-        title=f"generation, {words.count(result['model']['parameters'])} parameters after {context} tokens, "
-        f"{result['rows'][0]['threads']} threads",
-        title_justify="left",
-    )
-    for column in (
-        "sparsity",
-        "dtype",
-        "batch",
-        "tokens/s",
-        "MB a token",
-        "of dense fp32",
-        "quartiles",
-        "of dense bf16",
-    ):
-        table.add_column(column, justify="left" if column == "dtype" else "right")
-    for row in result["rows"]:
-        other = row["ratio_to_bfloat16"]
-        table.add_row(
-            f"{row['sparsity']:.4g}", row["dtype"], str(row["batch_size"]), f"{row['tokens_per_second']:.1f}",
-            f"{row['bytes'] / 1e6:.0f}", f"{row['ratio_to_dense']:.2f}x",
-            f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}", "" if other is None else f"{other:.2f}x",
-        )  # fmt: skip
-    show(table)
-    tell("Medians of the ratios of interleaved rounds; the output head is dense everywhere.")
+    _finish(result, csv, None, as_json)
+    if not as_json:
+        tables.print_decode(result)
 
 
 def _to_decode(source: str, length: int, zeros: bool) -> Any:

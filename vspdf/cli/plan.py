@@ -123,9 +123,22 @@ def _print_plan(found: Plan) -> None:
         )
     else:
         lines.append("Time on this machine: not measured (--time).")
+    lines[3:3] = _on_gpu(found)
     lines.append(_on_cs2(found))
     for line in lines:
         out.print(line, markup=False, highlight=False)
+
+
+def _on_gpu(found: Plan) -> list[str]:
+    """Memory of the sparsest stage there, where it is another than on a CPU."""
+    stage = max(found.phases, key=lambda phase: phase.sparsity)
+    if not stage.sparsity:
+        return []
+    paths, dense = stage.state_bytes_by_path, found.dense.state_bytes
+    return [
+        f"On a GPU '{stage.name}' has a state of {words.size(paths['dense'])} on the paths dense and 2:4 "
+        f"({paths['dense'] / dense:.0%}), {words.size(paths['triton'])} on triton ({paths['triton'] / dense:.0%})."
+    ]
 
 
 def _on_cs2(found: Plan) -> str:

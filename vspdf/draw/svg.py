@@ -39,6 +39,8 @@ class Series:
         A histogram's outline: y[i] holds from x[i] to x[i + 1].
     spread : (low, high), optional
         Of each point; drawn as a pale area.
+    tips : sequence of str, optional
+        What pointing at each dot tells; default: its value, and where.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Series:
     dots: bool = False
     steps: bool = False
     spread: tuple[Sequence[float], Sequence[float]] | None = None
+    tips: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,7 @@ def line_chart(
     y_label: str,
     y_limits: tuple[float, float],
     x_format: Callable[[float], str] = plain,
+    y_format: Callable[[float], str] = plain,
 ) -> Element:
     """Curves over shaded stretches of the x axis; a dashed line marks where each stretch but the first begins.
 
@@ -191,8 +195,10 @@ def line_chart(
     for band in bands:
         _draw_band(out, frame, band)
     for y in ticks(frame.y0, frame.y1):
+        if not y_format(y):
+            continue
         add(out, "path", class_="grid", d=f"M{LEFT} {frame.py(y):.1f}H{WIDTH - RIGHT}")
-        _label(out, LEFT - 5, frame.py(y) + 4, plain(y), "end")
+        _label(out, LEFT - 5, frame.py(y) + 4, y_format(y), "end")
     _x_ticks(out, ticks(frame.x0, frame.x1, 6), frame.px, bottom + 16, x_format)
     add(out, "path", class_="axis", d=f"M{LEFT} {bottom}H{WIDTH - RIGHT}")
     _label(out, (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_label)
@@ -235,9 +241,9 @@ def _draw_curve(out: Element, frame: _Frame, s: Series, x_format: Callable[[floa
     path = f"M{points[0][0]:.1f} {points[0][1]:.1f}" + "".join(form.format(*p) for p in points[1:])
     add(out, "path", class_=f"{colour(s.colour)} {'faint' if s.faint else 'line'}", d=path)
     if s.dots:
-        for (a, b), x, y in zip(points, s.x, s.y, strict=True):
+        for i, ((a, b), x, y) in enumerate(zip(points, s.x, s.y, strict=True)):
             dot = add(out, "circle", class_=colour(s.colour), cx=a, cy=b, r=2.6, fill="currentColor")
-            add(dot, "title", f"{s.name}: {y:.4f} at {x_format(x)}")
+            add(dot, "title", s.tips[i] if s.tips else f"{s.name}: {y:.4f} at {x_format(x)}")
 
 
 # -- bars and intervals -----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from vspdf.simulator.aggregate.layer import Weights
 from vspdf.simulator.aggregate.model import Model, Transformer
 from vspdf.simulator.machine import Machine
 
-SAMPLES = 64  # of the band of a plan
+SAMPLES = 32  # of the band of a plan
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
 

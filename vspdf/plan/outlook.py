@@ -22,7 +22,7 @@ from vspdf.simulator.machine import Machine
 GPU = ("A100", 312e12, 0.4)
 BETTER = 1.02  # a batch is worth naming from here on
 SWEPT = ("sparsity", "batch", "systems")
-SWEEP_SAMPLES = 64
+SWEEP_SAMPLES = 40
 
 
 def _clock(machine: Machine) -> float:

@@ -20,7 +20,7 @@ from vspdf.config.settings import PhaseConfig
 from vspdf.errors import UserError, check_sparsity, did_you_mean
 from vspdf.plan.cs2 import on_cs2
 from vspdf.plan.models import _dense_run, _source
-from vspdf.plan.wish import SPLITS, _Wish, state_bytes
+from vspdf.plan.wish import SPLITS, _Wish, by_path, state_bytes
 from vspdf.shapes import Shape
 from vspdf.sparsity import schedule
 
@@ -34,7 +34,11 @@ LR_MULTIPLE = 3.0  # of both its stages: 3.6e-4 against the dense run's 1.2e-4
 
 @dataclass(frozen=True)
 class PlannedPhase:
-    """A phase, or the dense run. `state_bytes` is the whole model's, as the function of that name counts it."""
+    """A phase, or the dense run.
+
+    `state_bytes` is the whole model's, as the function of that name counts it, on a CPU; `state_bytes_by_path` is so
+    too by the paths that its layers may take on a GPU.
+    """
 
     name: str
     sparsity: float
@@ -42,6 +46,7 @@ class PlannedPhase:
     tokens: int
     flops: float
     state_bytes: float
+    state_bytes_by_path: dict[str, float]
     step_seconds: float | None  # None: not measured
 
     @property
@@ -249,7 +254,7 @@ def plan(
     def stage(name: str, s: float, steps: int, tokens: int) -> PlannedPhase:
         flops = ledger.training_flops(shape, [(s, tokens)], convention=convention, causal=causal)
         seconds = run.calibration.step_seconds(shape, s, tokens // steps) if run.calibration else None
-        return PlannedPhase(name, s, steps, tokens, flops, state_bytes(shape, s), seconds)
+        return PlannedPhase(name, s, steps, tokens, flops, state_bytes(shape, s), by_path(shape, s), seconds)
 
     return Plan(
         source.name, shape, convention, causal,

@@ -9,26 +9,26 @@ from dataclasses import dataclass, field
 from vspdf import ledger
 from vspdf.bench.calibrate import Calibration, calibrate
 from vspdf.errors import UserError
-from vspdf.shapes import Shape
+from vspdf.shapes import PATH_BYTES, STATE_BYTES, Shape
 from vspdf.sparsity import schedule
 
 SPLITS = ("add-on", "fixed-budget")
 SPARSITY, EFFECTIVE = 0.9, 0.75  # of the published Variable SPDF recipe
 WISHED = (0.9, 0.95, 0.98, 0.99)  # first stages tried for a wish, mildest first; nobody is known to train beyond
 
-STATE_BYTES = 16  # a weight, its gradient and two AdamW moments, float32
-PATTERN_BYTES = 1 / 8  # one bit for every position, kept or not
-# What kernel plans take for every kept weight once all three products have run (AVX-512): 28 at 50 %, 33 at 90 %, 48 at
-# 99 %, measured with `Plan.nbytes` on layers of 512² to 4096².
-PLAN_BYTES = 33
 
-
-def state_bytes(shape: Shape, sparsity: float) -> float:
-    """Training state of the whole model: float32 weights, gradients, AdamW moments; patterns and plans where sparse."""
+def state_bytes(shape: Shape, sparsity: float, path: str = "cpu") -> float:
+    """Training state of the whole model: float32 weights, gradients, AdamW moments; where sparse, what a path keeps."""
     if not sparsity:
         return STATE_BYTES * shape.parameters
-    kept = (STATE_BYTES + PLAN_BYTES) * (1 - sparsity) + PATTERN_BYTES
+    position, weight = PATH_BYTES[path]
+    kept = (STATE_BYTES + weight) * (1 - sparsity) + position
     return STATE_BYTES * (shape.parameters - shape.linear) + kept * shape.linear
+
+
+def by_path(shape: Shape, sparsity: float) -> dict[str, float]:
+    """Training state by the path that all sparse layers take: "cpu", and on GPUs "dense", "2:4" and "triton"."""
+    return {path: state_bytes(shape, sparsity, path) for path in PATH_BYTES}
 
 
 @dataclass
@@ -113,8 +113,9 @@ class _Wish:
                 f"{state_bytes(shape, most) / 1e9:.4g} GB, of which {self._fixed() / 1e9:.4g} GB are never sparse "
                 f"(embeddings, norms, biases; float32, AdamW)."
             )
-        kept = (budget - self._fixed()) / shape.linear - PATTERN_BYTES
-        least = math.ceil((1 - kept / (STATE_BYTES + PLAN_BYTES)) * 1000 - 1e-9) / 1000
+        position, weight = PATH_BYTES["cpu"]
+        kept = (budget - self._fixed()) / shape.linear - position
+        least = math.ceil((1 - kept / (STATE_BYTES + weight)) * 1000 - 1e-9) / 1000
         if self.sparsity is not None and self.sparsity < least:
             raise UserError(
                 f"a training state of {budget / 1e9:.4g} GB is not possible at sparsity {self.sparsity}, which takes "

@@ -50,7 +50,7 @@ def read_amounts(sparsity: Amount | Mapping[str, Amount]) -> dict[str, float | P
         if isinstance(amount, (str, PathLike)) and not percent_meant(str(amount)):
             rules[glob] = MaskFile(amount)
             continue
-        if not isinstance(amount, Pattern):
-            check_sparsity("sparsity" if glob == "*" else f"the sparsity of '{glob}'", amount)
-        rules[glob] = amount
+        if not isinstance(amount, Pattern):  # text is refused there
+            check_sparsity("sparsity" if glob == "*" else f"the sparsity of '{glob}'", amount)  # type: ignore[arg-type]
+        rules[glob] = amount  # type: ignore[assignment]
     return rules

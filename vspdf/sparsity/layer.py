@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from vspdf.errors import UserError
 from vspdf.kernels import cpu, dispatch, ops, reference
+from vspdf.kernels.gpu import bitmap, gather, launch
 from vspdf.kernels.ops import sparse_linear
 from vspdf.pattern import Pattern
+from vspdf.shapes import PATH_BYTES
 from vspdf.sparsity.attached import shell
 from vspdf.sparsity.dense_view import DenseView
 
@@ -252,7 +254,7 @@ def explain(
     target: nn.Module | Pattern,
     tokens: int,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     backend: str = "auto",
     device: torch.device | str = "cpu",
 ) -> str:
@@ -263,6 +265,9 @@ def explain(
     target : Pattern, SparseLinear, or any module with sparse layers inside
     tokens : int
         Rows of the input, batch times sequence.
+    dtype : torch.dtype, optional
+        What is multiplied. Default: as it would be here and now, autocast's within ``torch.autocast``, else that of a
+        layer's values (of a pattern float32).
     backend, device
         Of a pattern; layers have their own.
 
@@ -272,15 +277,23 @@ def explain(
         A line per product, under a line per layer where there are several.
     """
     if isinstance(target, Pattern):
-        return ops.explain(target, tokens, dtype, backend, device)
+        device = torch.device(device)
+        return ops.explain(target, tokens, dtype or _multiplied(torch.float32, device), backend, device)
     layers = sparse_layers(target)
     if not layers:
         return "no sparse layer: every product is torch's own."
     parts = []
     for name, layer in layers.items():
-        lines = ops.explain(layer.pattern, tokens, dtype, layer.backend, layer.values.device)
+        here = layer.values.device
+        lines = ops.explain(layer.pattern, tokens, dtype or _multiplied(layer.values.dtype, here), layer.backend, here)
         parts.append(f"{name}\n  " + lines.replace("\n", "\n  ") if name else lines)
     return "\n".join(parts)
+
+
+def _multiplied(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What `sparse_linear` would multiply tensors of this dtype in, here and now."""
+    cast = device.type != "meta" and torch.is_autocast_enabled(device.type) and dtype != torch.float64
+    return torch.get_autocast_dtype(device.type) if cast else dtype
 
 
 def scatter(values: Tensor, pattern: Pattern, inside: Pattern | None = None) -> Tensor:
@@ -298,34 +311,46 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
 
 
 def build_plans(model: nn.Module, memory: str | None = None) -> None:
-    """Builds the CPU kernels' plans of all sparse layers now, in parallel, instead of one by one at their first use.
+    """Builds what kernels keep of all sparse layers now, in parallel, instead of one by one at their first use.
 
-    With `memory`, all layers take that choice first.
+    With `memory`, all layers for the CPU take that choice first.
     """
-    layers = [layer for layer in sparse_layers(model).values() if layer.backend in ("auto", "cpu")]
-    if memory is not None:
-        for layer in layers:
+    layers = sparse_layers(model).values()
+    for layer in layers:
+        if memory is not None and layer.backend in ("auto", "cpu"):
             layer.memory = memory
-    cpu.prepare({layer.pattern for layer in layers if cpu.takes(layer.values)})
+    cpu.prepare({layer.pattern for layer in layers if layer.backend in ("auto", "cpu") and cpu.takes(layer.values)})
+    for layer in layers:
+        if layer.values.device.type == "cuda" and launch.takes(layer.values):  # a device has parallelism of its own
+            if layer.backend == "triton":
+                gather.tables(layer.pattern, layer.values.device).prepare()
+            elif layer.backend == "auto":
+                bitmap.bitmap(layer.pattern, layer.values.device)
 
 
 def training_state_bytes(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Training-state bytes: weight, gradient and two AdamW moments each, and the plans of sparse layers.
+    """Training-state bytes: weight, gradient and two AdamW moments each, and what kernels keep of sparse layers.
 
     Returns
     -------
     dict
-        ``{"sparsified": {"dense", "sparse"}, "model": {"dense", "sparse"}}``, in bytes; plans that are not built yet
-        count nothing.
+        ``{"sparsified": {"dense", "sparse"}, "model": {"dense", "sparse"}, "paths": {...}}``, in bytes. What is not
+        built yet counts nothing in the first two; "paths" has the whole model's by the path that all its layers would
+        take, once built: "cpu", and on GPUs "dense", "2:4" and "triton" (`vspdf.explain` tells which path runs).
     """
     layers = sparse_layers(model).values()
     values = [layer.values for layer in layers]
     plans = {id(p): p for layer in layers for p in layer.pattern.packed.values() if hasattr(p, "nbytes")}
     packed = sum(layer.pattern.bits.nbytes for layer in layers) + sum(p.nbytes for p in plans.values())
+    bare = sum(4 * p.numel() * p.element_size() for p in model.parameters())
     sparse = sum(4 * v.numel() * v.element_size() for v in values) + packed
     dense = sum(4 * layer.pattern.numel * layer.values.element_size() for layer in layers)
-    everything = sum(4 * p.numel() * p.element_size() for p in model.parameters()) + packed
+    beside = {
+        path: sum(round(position * layer.pattern.numel + weight * layer.pattern.nnz) for layer in layers)
+        for path, (position, weight) in PATH_BYTES.items()
+    }
     return {
         "sparsified": {"dense": dense, "sparse": sparse},
-        "model": {"dense": everything - sparse + dense, "sparse": everything},
+        "model": {"dense": bare + packed - sparse + dense, "sparse": bare + packed},
+        "paths": {path: bare + more for path, more in beside.items()},
     }

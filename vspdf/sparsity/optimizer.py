@@ -233,10 +233,12 @@ class RevivedWarmup:
         for name, old in self.before.items():
             layer = model.get_submodule(name)
             if isinstance(layer, SparseLinear):
-                self.weights.append((layer.values, ~old.mask()[layer.pattern.mask()]))
+                weight: Tensor = layer.values
+                revived = ~old.mask()[layer.pattern.mask()]
             else:
                 assert isinstance(layer.weight, Tensor)
-                self.weights.append((layer.weight, ~(old.mask().T if is_conv1d(layer) else old.mask())))
+                weight, revived = layer.weight, ~(old.mask().T if is_conv1d(layer) else old.mask())
+            self.weights.append((weight, revived.to(weight.device)))
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """``optimizer.step()`` with the updates of revived weights scaled by ``(done + 1) / (steps + 1)``."""
@@ -256,6 +258,5 @@ class RevivedWarmup:
         ramp = self.done / (self.steps + 1)
         with torch.no_grad():
             for (weight, revived), start in zip(self.weights, self._old, strict=True):
-                revived = revived.to(weight.device)
-                weight[revived] = torch.lerp(start[revived], weight[revived], ramp)
+                weight.copy_(torch.where(revived, torch.lerp(start, weight, ramp), weight))
         self._old = []

@@ -67,16 +67,17 @@ def optimise(
         Loss in nats per token, and the gradient's norm before clipping, NaN where the loss is not finite.
     """
     device = next(model.parameters()).device
-    micro, all_targets = micro_batches(batch, train.micro_batch_size, world.size), int((batch[1] >= 0).sum())
-    mine, losses = world.share(len(micro)), list[float]()
+    # Counted before they go over, and read after the last of them: in between nothing waits for a device.
+    targets = [int((y >= 0).sum()) for _, y in micro_batches(batch, train.micro_batch_size, world.size)]
+    micro = micro_batches((batch[0].to(device), batch[1].to(device)), train.micro_batch_size, world.size)
+    mine, losses = world.share(len(micro)), list[Tensor]()
 
     def backward(number: int) -> None:
         x, y = micro[number]
-        share = int((y >= 0).sum()) / all_targets
         with autocast(train.precision, device):
-            part = model(x.to(device), y.to(device)) * share
+            part = model(x, y) * (targets[number] / sum(targets))
         part.backward()
-        losses.append(float(part.detach()))
+        losses.append(part.detach())
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parts: dict[tuple[int, int], list[Tensor | None]] = {}
@@ -90,7 +91,7 @@ def optimise(
             accumulate(node, backward, parameters)
             parts[node] = [parameter.grad for parameter in parameters] if node[1] == mine.stop else taken(parameters)
     loss, norm = 0.0, math.nan
-    for part in (part for row in world.gather(losses) for part in row):
+    for part in (part for row in world.gather(torch.stack(losses).tolist() if losses else []) for part in row):
         loss += part
     if math.isfinite(loss):
         world.sum(parameters, len(micro), parts)

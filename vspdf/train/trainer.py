@@ -23,7 +23,7 @@ from vspdf.config import essentials
 from vspdf.config.resolved import ResolvedConfig, ResolvedPhase
 from vspdf.errors import Diverged, Interrupted, RankLost
 from vspdf.evaluate.loss import evaluate
-from vspdf.kernels.hardware import crowded, device, slow_bf16
+from vspdf.kernels.hardware import crowded, device, slow_bf16, slow_bf16_measured
 from vspdf.parallel.environment import from_environment, restarted
 from vspdf.parallel.world import World
 from vspdf.runs import writer
@@ -134,8 +134,8 @@ def _said(config: ResolvedConfig, where: torch.device, folder: Path, world: Worl
         yield from common.said(config, world)
     if config.train.threads and (crowd := crowded(config.train.threads)):
         yield f"train.threads: {crowd}"
-    if config.train.precision == "bf16" and (reason := slow_bf16(where)):
-        yield f"train.precision = bf16 runs in fp32: {reason}."
+    if config.train.precision == "bf16" and slow_bf16(where):
+        yield f"train.precision = bf16 runs in fp32: {slow_bf16_measured()}."
 
 
 def _loop(state: State, log: Log | Silent) -> dict[str, Any]:

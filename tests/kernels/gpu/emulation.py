@@ -5,16 +5,19 @@ from torch import Tensor
 
 
 class Emulation:
-    """As `vspdf.kernels.gpu.two_four.Library`. Values lie in a shuffled order: a layout must really be learnt."""
+    """As `vspdf.kernels.gpu.two_four.Library`; notes with which algorithms it was asked to multiply."""
 
-    name = "emulation"
+    best = 3
+
+    def __init__(self) -> None:
+        self.algorithms: list[int] = []
 
     def _shuffle(self, count: int) -> Tensor:
         return torch.randperm(count, generator=torch.Generator().manual_seed(count))
 
     def compress(self, weight: Tensor) -> Tensor:
         rows, columns = weight.shape
-        assert rows % 16 == 0 and columns % 16 == 0
+        assert rows % 16 == 0 and columns % 16 == 0 and weight.is_contiguous()
         groups = weight.view(-1, 4)
         assert (groups != 0).sum(1).max() <= 2, "not 2:4"
         # Two places a group, in rising order: the kept ones first; where fewer are kept, others stand in with zeros.
@@ -32,8 +35,13 @@ class Emulation:
         places = torch.stack([metadata % 4, metadata // 4], dim=1)
         return torch.zeros(groups, 4, dtype=buffer.dtype).scatter(1, places, values.view(-1, 2)).view(-1, columns)
 
-    def multiply(self, x: Tensor, compressed: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, compressed: Tensor, bias: Tensor | None, algorithm: int) -> Tensor:
         assert x.shape[0] % 8 == 0 and x.is_contiguous()
+        self.algorithms.append(algorithm)
         weight = self.expand(compressed, x.shape[1])
         y = x.double() @ weight.double().T + (0 if bias is None else bias.double())
         return y.to(x.dtype)
+
+    def search(self, x: Tensor, compressed: Tensor) -> int:
+        assert x.shape[0] % 8 == 0 and x.is_contiguous() and compressed.dim() == 1
+        return self.best
