@@ -12,10 +12,10 @@
 
 namespace vspdf {
 
-CodeBuffer::CodeBuffer(const std::vector<uint8_t>& code, std::string& why) {
+CodeBuffer::CodeBuffer(const uint8_t* code, size_t bytes, std::string& why) {
 #ifdef VSPDF_MMAP
     const size_t page = size_t(sysconf(_SC_PAGESIZE));
-    const size_t size = (code.size() + page - 1) / page * page;
+    const size_t size = (bytes + page - 1) / page * page;
     if (size == 0) return;
     void* base = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED) {
@@ -25,7 +25,7 @@ CodeBuffer::CodeBuffer(const std::vector<uint8_t>& code, std::string& why) {
 #ifdef MADV_HUGEPAGE
     madvise(base, size, MADV_HUGEPAGE);
 #endif
-    std::memcpy(base, code.data(), code.size());
+    std::memcpy(base, code, bytes);
     if (mprotect(base, size, PROT_READ | PROT_EXEC) != 0) {
         why = std::string("the system refuses generated code (mprotect: ") + std::strerror(errno) + ")";
         munmap(base, size);
@@ -34,7 +34,7 @@ CodeBuffer::CodeBuffer(const std::vector<uint8_t>& code, std::string& why) {
     base_ = static_cast<uint8_t*>(base);
     size_ = size;
 #else
-    (void)code;
+    (void)code, (void)bytes;
     why = "generated code is not supported on this system";
 #endif
 }
@@ -53,8 +53,12 @@ CodeBuffer::~CodeBuffer() {
 #endif
 }
 
-void Assembler::disp32(int32_t value) {
-    for (int i = 0; i < 4; ++i) code.push_back(uint8_t(uint32_t(value) >> 8 * i));
+void Assembler::reserve(size_t bytes) {
+    if (bytes <= capacity_) return;
+    std::unique_ptr<uint8_t[]> larger(new uint8_t[bytes]);
+    if (size_) std::memcpy(larger.get(), code_.get(), size_);
+    code_ = std::move(larger);
+    capacity_ = bytes;
 }
 
 void Assembler::add(Reg dst, int32_t value) {
@@ -70,7 +74,7 @@ void Assembler::lea(Reg dst, Mem src) {
 }
 
 void Assembler::align(size_t to) {
-    while (code.size() % to) code.push_back(0x90);
+    while (size() % to) put({0x90});
 }
 
 void Avx512Assembler::zero(int dst) {

@@ -3,8 +3,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
 #include <string>
-#include <vector>
 
 namespace vspdf {
 
@@ -12,8 +14,8 @@ namespace vspdf {
 class CodeBuffer {
   public:
     CodeBuffer() = default;
-    // Copies `code` into fresh pages and seals them. On refusal `entry()` stays null and `why` says what failed.
-    CodeBuffer(const std::vector<uint8_t>& code, std::string& why);
+    // Copies code into fresh pages and seals them. On refusal `entry()` stays null and `why` says what failed.
+    CodeBuffer(const uint8_t* code, size_t bytes, std::string& why);
     CodeBuffer(CodeBuffer&& other) noexcept;
     CodeBuffer& operator=(CodeBuffer&& other) noexcept;
     ~CodeBuffer();
@@ -34,12 +36,24 @@ struct Mem {
     int32_t disp = 0;
 };
 
-// Appends machine code to `code`.
+// Appends machine code to a buffer of its own.
 class Assembler {
   public:
-    std::vector<uint8_t> code;
-
-    size_t size() const { return code.size(); }
+    const uint8_t* data() const { return code_.get(); }
+    size_t size() const { return size_; }
+    void reserve(size_t bytes);
+    // Appends the first `count` bytes of a word, little-endian; the others are written over by what comes next.
+    void put(uint64_t word, int count) {
+        if (size_ + sizeof word > capacity_) reserve(2 * capacity_ + 64);
+        std::memcpy(code_.get() + size_, &word, sizeof word);
+        size_ += size_t(count);
+    }
+    // The code so far as one word, where it is no longer.
+    uint64_t word() const {
+        uint64_t word = 0;
+        std::memcpy(&word, code_.get(), size_);
+        return word;
+    }
     void add(Reg dst, int32_t value);  // add dst, value
     void lea(Reg dst, Mem src);        // dst = src.base + src.disp
     void vzeroupper() { put({0xC5, 0xF8, 0x77}); }
@@ -47,8 +61,14 @@ class Assembler {
     void align(size_t to);  // with no-operations
 
   protected:
-    void put(std::initializer_list<uint8_t> bytes) { code.insert(code.end(), bytes); }
-    void disp32(int32_t value);
+    void put(std::initializer_list<uint8_t> bytes) {
+        for (uint8_t byte : bytes) put(byte, 1);
+    }
+    void disp32(int32_t value) { put(uint32_t(value), 4); }
+
+  private:
+    std::unique_ptr<uint8_t[]> code_;
+    size_t size_ = 0, capacity_ = 0;
 };
 
 // Vector operands are zmm register numbers, 0 to 31.

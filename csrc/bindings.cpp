@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "bandwidth.hpp"
+#include "exchange.hpp"
 #include "isa.hpp"
 #include "materialise.hpp"
 #include "parallel.hpp"
@@ -59,6 +60,13 @@ void check_call(int64_t tokens, int64_t stride, int threads) {
     }
 }
 
+void check_bits(const Array<uint8_t>& bits, int64_t numel) {
+    if (bits.ndim() != 1 || numel < 0 || bits.size() != (numel + 7) / 8) {
+        throw std::invalid_argument("bits must hold " + std::to_string((numel + 7) / 8) + " bytes, not " +
+                                    std::to_string(bits.size()) + ".");
+    }
+}
+
 template <class T = void>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
@@ -104,6 +112,43 @@ PYBIND11_MODULE(_C, m) {
     m.def("assembler_samples", &assembler_samples,
           "Every instruction that kernels are generated from, over registers and displacements: (code, what it says).");
 
+    m.def(
+        "drop_lowest",
+        [](Array<uint8_t> bits, int64_t numel, uintptr_t values, int64_t nnz, int64_t count) {
+            check_bits(bits, numel);
+            uint8_t* to = bits.mutable_data();
+            py::gil_scoped_release release;
+            drop_lowest(to, numel, pointer<const float>(values), nnz, count);
+        },
+        "Clears the bits of the smallest magnitudes among the values of the kept positions, of equal ones the first.");
+    m.def(
+        "accept",
+        [](Array<uint8_t> taken, Array<uint8_t> bits, int64_t numel, const Array<int64_t>& hits, int64_t limit) {
+            check_bits(taken, numel);
+            check_bits(bits, numel);
+            for (int64_t i = 0; i < hits.size(); ++i) {
+                if (hits.data()[i] < 0 || hits.data()[i] >= numel)
+                    throw std::invalid_argument("a hit is out of range.");
+            }
+            return accept(taken.mutable_data(), bits.mutable_data(), hits.data(), hits.size(), limit);
+        },
+        "Sets the bits of positions that are not taken yet, in order, until there are enough; returns how many.");
+    m.def(
+        "places",
+        [](const Array<uint8_t>& old_bits, const Array<uint8_t>& new_bits, int64_t numel, int64_t nnz) {
+            check_bits(old_bits, numel);
+            check_bits(new_bits, numel);
+            Array<int32_t> from(nnz);
+            places(from.mutable_data(), old_bits.data(), new_bits.data(), numel);
+            return from;
+        },
+        "Which kept weight of the old mask each of the new one was; -1: none. `nnz` is the new mask's.");
+    m.def(
+        "moved",
+        [](uintptr_t out, uintptr_t values, const Array<int32_t>& from) {
+            moved(pointer<float>(out), pointer<const float>(values), from.data(), from.size());
+        },
+        "Values of the old mask's weights in the places of the new one's, zeros where there were none.");
     m.def("scratch_nbytes", &scratch_nbytes, "Bytes of working memory kept for later calls.");
 
     const auto release = py::call_guard<py::gil_scoped_release>();

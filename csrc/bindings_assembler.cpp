@@ -32,8 +32,8 @@ class Samples {
     void add(const std::string& text, const Write& write) {
         Assembler assembler;
         write(assembler);
-        found.append(py::make_tuple(
-            py::bytes(reinterpret_cast<const char*>(assembler.code.data()), assembler.code.size()), text));
+        found.append(
+            py::make_tuple(py::bytes(reinterpret_cast<const char*>(assembler.data()), assembler.size()), text));
     }
 
     py::list found;

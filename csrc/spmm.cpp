@@ -36,15 +36,15 @@ int64_t run_part(const SpmmKernels& kernels, const Plan& plan, const SpmmPart& p
 }
 
 std::variant<SpmmLoops, SpmmProgram> make_work(const Plan& plan, bool transposed, std::string& why) {
-    const Csr csr = transposed ? transpose(plan.csr()) : plan.csr();
     if (plan.jit()) {
-        SpmmProgram program(csr, transposed, plan.isa(), why);
+        SpmmProgram program(plan.bits(), plan.rows(), plan.cols(), transposed, plan.isa(), why);
         if (program.made()) return program;
     } else {
         why = plan.isa() == Isa::plain  ? "generated code needs avx512 or avx2"
               : plan.isa() == Isa::avx2 ? "VSPDF_JIT=1 generates code"
                                         : "memory='low' or VSPDF_JIT=0";
     }
+    const Csr csr = transposed ? transpose(plan.csr()) : plan.csr();
     return SpmmLoops(csr, transposed, spmm_kernels(plan.isa()).tile);
 }
 

@@ -23,24 +23,44 @@ constexpr int kThinBlock = 512;  // features
 constexpr int kBlock = 256;
 constexpr int kRowBits = 5;  // of a row in a panel
 
-struct Entry {
-    uint32_t col;
-    uint8_t row;  // in the panel
-};
-
-// The kept weights of a panel's rows by feature, rows ascending in each.
-std::vector<Entry> by_feature(const Csr& csr, int row, int end, std::vector<uint32_t>& next) {
-    next.assign(size_t(csr.cols) + 1, 0);
-    const uint32_t first = csr.start[row], last = csr.start[end];
-    for (uint32_t i = first; i < last; ++i) ++next[csr.col[i] + 1];
-    for (int k = 0; k < csr.cols; ++k) next[k + 1] += next[k];
-    std::vector<Entry> entries(last - first);
-    for (int r = row; r < end; ++r) {
-        for (uint32_t i = csr.start[r]; i < csr.start[r + 1]; ++i) {
-            entries[next[csr.col[i]]++] = {csr.col[i], uint8_t(r - row)};
+// Bit j of word i becomes bit i of word j.
+void transpose32(uint32_t* a) {
+    uint32_t mask = 0x0000FFFF;
+    for (int j = 16; j; j >>= 1, mask ^= mask << j) {
+        for (int k = 0; k < 32; k = (k + j + 1) & ~j) {
+            const uint32_t t = ((a[k] >> j) ^ a[k + j]) & mask;
+            a[k] ^= t << j;
+            a[k + j] ^= t;
         }
     }
-    return entries;
+}
+
+// Writes numbers of rows in panels, one behind the other.
+class RowNumbers {
+  public:
+    explicit RowNumbers(uint8_t* out) : out_(out) {}
+
+    void add(unsigned row) {
+        bits_ |= row << filled_;
+        filled_ += kRowBits;
+        *out_ = uint8_t(bits_);
+        if (filled_ < 8) return;
+        ++out_;
+        bits_ >>= 8;
+        filled_ -= 8;
+        *out_ = uint8_t(bits_);
+    }
+
+  private:
+    uint8_t* out_;
+    unsigned bits_ = 0;
+    int filled_ = 0;
+};
+
+bool any(const uint32_t* masks, int features) {
+    uint32_t all = 0;
+    for (int f = 0; f < features; ++f) all |= masks[f];
+    return all;
 }
 
 // Writes the pieces of a program. One-byte displacements reach 128 operands down and 127 up, so that pointers start in
@@ -64,24 +84,26 @@ class Avx512Writer {
         return at;
     }
 
-    // One panel's part of a block; `first`: its sums begin here. Entries are of this block, features from `feature`.
-    void panel(int rows, bool first, const Entry* entry, const Entry* end, uint32_t feature) {
+    // One panel's part of a block of features: bit r of a feature's mask says that row r has a weight there.
+    // `first`: its sums begin here.
+    void panel(int rows, bool first, const uint32_t* masks, int features) {
         if (sums_ + rows > 2 * kNear) {
             a.add(rdx, sums_ * kLine);
             sums_ = 0;
         }
-        if (first || entry < end) {
+        if (first || any(masks, features)) {
             for (int r = 0; r < rows; ++r) first ? a.zero(r) : a.load(r, sum(r));
-            for (int line = -1; entry < end; ++entry) {
-                if (int(entry->col - feature) != line) {
-                    line = int(entry->col - feature);
-                    a.load(kPanel, {line < 2 * kNear ? rdi : r8, (line % (2 * kNear) - kNear) * kLine});
+            for (int line = 0; line < features; ++line) {
+                uint32_t mask = masks[line];
+                if (!mask) continue;
+                near(line < 2 * kNear ? line_ : far_line_, line % (2 * kNear) - kNear);
+                for (; mask; mask &= mask - 1) {
+                    if (values_ == 2 * kNear) {
+                        a.add(rsi, values_ * 4);
+                        values_ = 0;
+                    }
+                    near(fma_[__builtin_ctz(mask)], values_++ - kNear);
                 }
-                if (values_ == 2 * kNear) {
-                    a.add(rsi, values_ * 4);
-                    values_ = 0;
-                }
-                a.fma_broadcast(entry->row, kPanel, {rsi, (values_++ - kNear) * 4});
             }
             for (int r = 0; r < rows; ++r) a.store(sum(r), r);
         }
@@ -95,11 +117,31 @@ class Avx512Writer {
 
     Avx512Assembler a;
 
+    // The two instructions of which nearly all code consists are encoded once, but for their displacement.
+    Avx512Writer()
+        : line_(coded([](auto& one) { one.load(kPanel, {rdi}); })),
+          far_line_(coded([](auto& one) { one.load(kPanel, {r8}); })) {
+        for (int r = 0; r < kPanel; ++r) {
+            fma_[r] = coded([&](auto& one) { one.fma_broadcast(r, kPanel, {rsi}); });
+        }
+    }
+
   private:
     static constexpr int kNear = 128;
+    static constexpr int kCoded = 7;  // bytes, the last a displacement
+
+    template <class Write>
+    static uint64_t coded(const Write& write) {
+        Avx512Assembler one;
+        write(one);
+        return one.word();
+    }
+    void near(uint64_t code, int disp) { a.put(code | uint64_t(uint8_t(disp)) << 8 * (kCoded - 1), kCoded); }
+
     static_assert(kThinBlock <= 4 * kNear, "two pointers reach a block's lines");
     Mem sum(int r) const { return {rdx, (sums_ + r - kNear) * kLine}; }
 
+    uint64_t line_, far_line_, fma_[kPanel];
     int values_ = 0, sums_ = 0;  // operands passed since the pointers last moved
 };
 
@@ -118,25 +160,25 @@ class Avx2Writer {
         return at;
     }
 
-    void panel(int rows, bool first, const Entry* entry, const Entry* end, uint32_t feature) {
-        if (first || entry < end) {
+    void panel(int rows, bool first, const uint32_t* masks, int features) {
+        if (first || any(masks, features)) {
             for (int r = 0; r < 2 * rows; ++r) first ? a.zero(r) : a.load(r, sum(r));
-            while (entry < end) {
-                const Mem line = {rdi, int32_t(entry->col - feature) * kLine};
-                const Entry* last = entry + 1;
-                while (last < end && last->col == entry->col) ++last;
-                const bool loaded = last - entry > 1;  // for one weight the multiply-adds read the line themselves
+            for (int feature = 0; feature < features; ++feature) {
+                uint32_t mask = masks[feature];
+                if (!mask) continue;
+                const Mem line = {rdi, int32_t(feature) * kLine};
+                const bool loaded = mask & (mask - 1);  // for one weight the multiply-adds read the line themselves
                 if (loaded) {
                     a.load(kX, line);
                     a.load(kX + 1, upper(line));
                 }
-                for (; entry < last; ++entry) {
+                for (; mask; mask &= mask - 1) {
                     if (values_ == 2 * kNear) {
                         a.add(rsi, values_ * 4);
                         values_ = 0;
                     }
                     a.broadcast(kValue, {rsi, (values_++ - kNear) * 4});
-                    const int acc = 2 * entry->row;
+                    const int acc = 2 * __builtin_ctz(mask);
                     loaded ? a.fma(acc, kValue, kX) : a.fma(acc, kValue, line);
                     loaded ? a.fma(acc + 1, kValue, kX + 1) : a.fma(acc + 1, kValue, upper(line));
                 }
@@ -165,18 +207,39 @@ class Avx2Writer {
 
 }  // namespace
 
-SpmmProgram::SpmmProgram(const Csr& csr, bool transposed, Isa isa, std::string& why)
-    : rows_(csr.rows), cols_(csr.cols), transposed_(transposed) {
+SpmmProgram::SpmmProgram(const Bits& bits, int out_features, int in_features, bool transposed, Isa isa,
+                         std::string& why)
+    : rows_(transposed ? in_features : out_features),
+      cols_(transposed ? out_features : in_features),
+      transposed_(transposed) {
     if (isa == Isa::avx512) {
-        write<Avx512Writer>(csr, why);
+        write<Avx512Writer>(bits, why);
     } else {
-        write<Avx2Writer>(csr, why);
+        write<Avx2Writer>(bits, why);
+    }
+}
+
+// masks[f]: which of the product's rows from `row` to before `end`, at most 32, have a weight of feature f.
+void SpmmProgram::panel_masks(const Bits& bits, int row, int end, uint32_t* masks) const {
+    const int rows = end - row;
+    if (transposed_) {  // a feature is a row of W, and the product's rows are neighbours in it
+        for (int f = 0; f < cols_; ++f) masks[f] = uint32_t(bits.word(int64_t(f) * rows_ + row, rows));
+        return;
+    }
+    for (int f = 0; f < cols_; f += 32) {
+        uint32_t square[32] = {};
+        const int features = std::min(32, cols_ - f);
+        for (int r = 0; r < rows; ++r) square[r] = uint32_t(bits.word(int64_t(row + r) * cols_ + f, features));
+        transpose32(square);
+        std::copy_n(square, features, masks + f);
     }
 }
 
 template <class Writer>
-void SpmmProgram::write(const Csr& csr, std::string& why) {
-    const double density = csr.density();
+VSPDF_POPCNT void SpmmProgram::write(const Bits& bits, std::string& why) {
+    static_assert(Writer::kPanel <= 32, "a panel's rows are the bits of a mask");
+    const int64_t nnz = bits.count(0, bits.numel);
+    const double density = double(nnz) / double(bits.numel);
     const int longest = density < kThin ? kThinBlock : kBlock;
     blocks_ = (cols_ + longest - 1) / longest;
     block_ = (cols_ + blocks_ - 1) / blocks_;
@@ -187,36 +250,31 @@ void SpmmProgram::write(const Csr& csr, std::string& why) {
     row_.resize(size_t((panels_ + chained - 1) / chained) + 1, rows_);
 
     Writer writer;
-    writer.a.code.reserve(size_t(bytes * panels_ * blocks_ * 1.1) + 4096);
-    if (!transposed_) order_.resize(size_t(csr.nnz()) * kRowBits / 8 + sizeof(uint64_t), 0);
+    writer.a.reserve(size_t(bytes * panels_ * blocks_ * 1.1) + 4096);
+    if (!transposed_) order_.resize(size_t(nnz) * kRowBits / 8 + sizeof(uint64_t), 0);
+    RowNumbers order(order_.data());
     uint32_t values = 0;
-    std::vector<uint32_t> next;
+    std::vector<uint32_t> masks;
     for (int c = 0; c < chains(); ++c) {
         const int first = chain_panel(c), last = chain_panel(c + 1);
         row_[c] = panel_row(first);
         widest_ = std::max(widest_, panel_row(last) - panel_row(first));
-        std::vector<std::vector<Entry>> entries;
-        for (int p = first; p < last; ++p) entries.push_back(by_feature(csr, panel_row(p), panel_row(p + 1), next));
-        std::vector<const Entry*> done;
-        for (const auto& list : entries) done.push_back(list.data());
+        masks.resize(size_t(last - first) * cols_);
+        for (int p = first; p < last; ++p) {
+            panel_masks(bits, panel_row(p), panel_row(p + 1), masks.data() + size_t(p - first) * cols_);
+        }
         for (int b = 0; b < blocks_; ++b) {
-            const uint32_t feature = uint32_t(b) * block_, end = std::min<uint32_t>(cols_, feature + block_);
-            at_.push_back(writer.begin(int(end - feature)));
+            const int feature = b * block_, features = std::min(cols_, feature + block_) - feature;
+            at_.push_back(writer.begin(features));
             value_.push_back(values);
             for (int p = first; p < last; ++p) {
-                const Entry *begin = done[p - first], *stop = begin;
-                const Entry* list_end = entries[p - first].data() + entries[p - first].size();
-                for (uint32_t i = values; stop < list_end && stop->col < end; ++stop, ++i) {
-                    if (transposed_) continue;
-                    const size_t bit = size_t(i) * kRowBits;
-                    const unsigned row = unsigned(stop->row) << bit % 8;
-                    order_[bit / 8] |= uint8_t(row);
-                    order_[bit / 8 + 1] |= uint8_t(row >> 8);
-                }
+                const uint32_t* mask = masks.data() + size_t(p - first) * cols_ + feature;
                 if (!transposed_) segment_.push_back(values);
-                writer.panel(panel_row(p + 1) - panel_row(p), b == 0, begin, stop, feature);
-                values += uint32_t(stop - begin);
-                done[p - first] = stop;
+                writer.panel(panel_row(p + 1) - panel_row(p), b == 0, mask, features);
+                for (int f = 0; f < features; ++f) {
+                    values += uint32_t(__builtin_popcount(mask[f]));
+                    for (uint32_t m = transposed_ ? 0 : mask[f]; m; m &= m - 1) order.add(unsigned(__builtin_ctz(m)));
+                }
             }
             writer.finish();
         }
@@ -224,7 +282,7 @@ void SpmmProgram::write(const Csr& csr, std::string& why) {
     at_.push_back(writer.a.size());
     value_.push_back(values);
     if (!transposed_) segment_.push_back(values);
-    code_ = CodeBuffer(writer.a.code, why);
+    code_ = CodeBuffer(writer.a.data(), writer.a.size(), why);
 }
 
 size_t SpmmProgram::nbytes() const {

@@ -22,9 +22,9 @@ class SpmmProgram {
     // The piece of the first block overwrites y, later ones add to it.
     using Piece = void (*)(const float* x, const float* values, float* y);
 
-    // `csr` is that of the product, the transpose of the weight's if `transposed`. On refusal `why` says what failed
-    // and `made()` is false.
-    SpmmProgram(const Csr& csr, bool transposed, Isa isa, std::string& why);
+    // Of a weight W[out_features, in_features]; `transposed`: the product's rows are its columns. On refusal `why` says
+    // what failed and `made()` is false.
+    SpmmProgram(const Bits& bits, int out_features, int in_features, bool transposed, Isa isa, std::string& why);
 
     bool made() const { return code_.entry(); }
     int rows() const { return rows_; }
@@ -50,7 +50,8 @@ class SpmmProgram {
 
   private:
     template <class Writer>
-    void write(const Csr& csr, std::string& why);
+    void write(const Bits& bits, std::string& why);
+    void panel_masks(const Bits& bits, int row, int end, uint32_t* masks) const;
     int panel_row(int panel) const { return int(int64_t(panel) * rows_ / panels_); }
     int chain_panel(int chain) const { return int(int64_t(chain) * panels_ / chains()); }
     template <class T>

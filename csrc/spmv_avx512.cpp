@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "spmv.hpp"
 
@@ -49,37 +50,40 @@ __m512 whole(const bf16* v) {
 template <int T, class Value>
 void dots(const Spmv<Value>& w, int row0, int row1) {
     constexpr int U = T == 1 ? 4 : 2;  // sums of their own hide the latency of the multiply-add
-    const int row_bytes = w.cols / 8, words = w.cols / 64;
-    for (int r = row0; r < row1; ++r) {
+    const int64_t cols = w.cols, row_bytes = cols / 8, words = cols / 64;
+    for (int64_t r = row0; r < row1; ++r) {
         __m512 sum[T][U] = {};
         const Value* v = w.values + w.start[r];
-        const uint8_t* bits = w.bits + int64_t(r) * row_bytes;
-        // near: an end of the values or of the row. Inlined, so that the sums stay in registers.
-        const auto add = [&](uint32_t mine, int at, int u, bool near) __attribute__((always_inline)) {
-            const __m512 weight = _mm512_maskz_expand_ps(__mmask16(mine), near ? load(v, w.end) : whole(v));
+        const uint8_t* bits = w.bits + r * row_bytes;
+        // Which sum is a constant of the type, and all is inlined: so the sums stay in registers.
+        const auto add = [&](auto which, uint32_t mine, __m512 values, int64_t at, __mmask16 lanes)
+                             __attribute__((always_inline)) {
+                                 const __m512 weight = _mm512_maskz_expand_ps(__mmask16(mine), values);
 #pragma GCC unroll 4
-            for (int t = 0; t < T; ++t) {
-                const float* x = w.x + int64_t(t) * w.cols + at;
-                const __m512 in = near ? _mm512_maskz_loadu_ps(first(w.cols - at), x) : _mm512_loadu_ps(x);
-                sum[t][u] = _mm512_fmadd_ps(weight, in, sum[t][u]);
-            }
-            v += __builtin_popcount(mine);
-        };
-        int word = 0;
+                                 for (int t = 0; t < T; ++t) {
+                                     const __m512 x = _mm512_maskz_loadu_ps(lanes, w.x + t * cols + at);
+                                     sum[t][which % U] = _mm512_fmadd_ps(weight, x, sum[t][which % U]);
+                                 }
+                                 v += __builtin_popcount(mine);
+                             };
+        int64_t word = 0;
         for (; word < words && v + 80 <= w.end; ++word) {
             uint64_t kept;
             std::memcpy(&kept, bits + 8 * word, 8);
-#pragma GCC unroll 4
-            for (int q = 0; q < 4; ++q) add(uint32_t(kept >> 16 * q) & 0xFFFF, 64 * word + 16 * q, q % U, false);
+            const int64_t at = 64 * word;
+            add(std::integral_constant<int, 0>(), kept & 0xFFFF, whole(v), at, 0xFFFF);
+            add(std::integral_constant<int, 1>(), kept >> 16 & 0xFFFF, whole(v), at + 16, 0xFFFF);
+            add(std::integral_constant<int, 2>(), kept >> 32 & 0xFFFF, whole(v), at + 32, 0xFFFF);
+            add(std::integral_constant<int, 3>(), uint32_t(kept >> 48), whole(v), at + 48, 0xFFFF);
         }
-        for (int at = 64 * word; at < w.cols; at += 16) {
+        for (int64_t at = 64 * word; at < cols; at += 16) {  // near an end of the values or of the row
             uint16_t kept = 0;
-            std::memcpy(&kept, bits + at / 8, size_t(std::min(2, row_bytes - at / 8)));
-            add(kept, at, 0, true);
+            std::memcpy(&kept, bits + at / 8, size_t(std::min<int64_t>(2, row_bytes - at / 8)));
+            add(std::integral_constant<int, 0>(), kept, load(v, w.end), at, first(cols - at));
         }
         for (int t = 0; t < T; ++t) {
             for (int u = 1; u < U; ++u) sum[t][0] = _mm512_add_ps(sum[t][0], sum[t][u]);
-            w.y[int64_t(t) * w.rows + r] = total(sum[t][0]);
+            w.y[t * w.rows + r] = total(sum[t][0]);
         }
     }
 }

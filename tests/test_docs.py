@@ -231,6 +231,13 @@ def test_plan_train_report(example, tmp_path):
     assert "All runs read the same tokens in the same order" in (tmp_path / "comparison.html").read_text()
 
 
+def test_moving_masks(example):
+    out = example("moving_masks.py", 8).splitlines()
+    assert [line.split(":")[0] for line in out] == ["static", "set", "rigl", "gmp"]
+    assert all("at a sparsity of 0.75" in line for line in out)
+    assert "coverage" not in out[0] and all("coverage" in line for line in out[1:3])
+
+
 def test_estimate_cs2(example, tmp_path):
     out = example("estimate_cs2.py")
     assert out.startswith("1,316M parameters, 512 sequences of 2048 tokens a step")

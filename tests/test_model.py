@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from vspdf.data.samples import ValidationBatch
 from vspdf.errors import UserError
 from vspdf.evaluate.loss import evaluate
-from vspdf.model import GPT
+from vspdf.model import GPT, Cache
 from vspdf.shapes import Shape
 
 SHAPE = Shape(n_layer=2, d_model=32, n_head=4, d_ff=96, vocab_size=61, sequence_length=24)
@@ -83,3 +84,17 @@ def test_evaluation_weighs_batches_by_tokens_and_bytes():
     assert result.loss == pytest.approx(sum(nats) / 50, rel=1e-5)
     assert result.bits_per_byte == pytest.approx(sum(nats) / math.log(2) / 130, rel=1e-5)
     assert model.training
+
+
+def test_attention_may_be_narrower_than_the_model():
+    shape = Shape(2, 32, 4, 96, 61, 24, head_dim=4)
+    model = GPT(shape)
+    assert model.h[0].attn.c_attn.weight.shape == (48, 32) and model.h[0].attn.c_proj.weight.shape == (32, 16)
+    assert sum(p.numel() for p in model.parameters()) == shape.parameters
+    assert sum(m.weight.numel() for m in model.modules() if type(m) is nn.Linear) == shape.linear
+    tokens = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(0))
+    model(tokens, tokens).backward()
+    cache = Cache(model, torch.zeros(2, dtype=torch.int64), 24)
+    parts = [model.hidden(part, cache) for part in tokens.split([10, 1, 13], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model.hidden(tokens), rtol=1e-4, atol=1e-5)
+    assert Shape(2, 32, 4, 96, 61, 24).d_attention == 32

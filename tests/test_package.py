@@ -24,10 +24,13 @@ MAY_TAKE = {
     "data": ("config",),
     "runs": ("sparsity", "config"),
     "bench": ("kernels", "sparsity"),
-    "evaluate": ("parallel", "kernels.hardware", "sparsity.layer", "config", "data"),
+    "evaluate": ("parallel", "kernels.hardware", "kernels.tuning", "sparsity.layer", "config", "data"),
     "interop": ("kernels.hardware", "sparsity", "config", "data", "runs"),
     "train": ("draw.words", "parallel", "kernels", "sparsity", "config", "data", "evaluate", "runs", "interop"),
-    "plan": ("sparsity.schedule", "config", "runs", "bench", "simulator", "interop"),
+    "plan": (
+        "parallel.environment", "parallel.traffic", "sparsity.schedule", "config", "runs", "bench", "simulator",
+        "interop",
+    ),
     "report": ("draw", "config", "runs", "simulator"),
     "compare": (
         "draw.words", "kernels.hardware", "config", "data", "evaluate", "runs", "interop", "train", "report",

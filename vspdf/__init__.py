@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from vspdf.ledger import training_flops as training_flops
     from vspdf.pattern import Pattern as Pattern
     from vspdf.plan.cs2 import simulate as simulate
+    from vspdf.sparsity.evolve import evolve as evolve
     from vspdf.sparsity.layer import SparseLinear as SparseLinear
     from vspdf.sparsity.layer import explain as explain
     from vspdf.sparsity.optimizer import parameter_groups as parameter_groups
     from vspdf.sparsity.phases import Phases as Phases
     from vspdf.sparsity.schedule import Phase as Phase
+    from vspdf.sparsity.sharded import gathered as gathered
     from vspdf.sparsity.surgery import densify as densify
     from vspdf.sparsity.surgery import set_sparsity as set_sparsity
     from vspdf.sparsity.surgery import sparsify as sparsify
@@ -35,7 +37,9 @@ _HOMES = {
     "SparseLinear": "vspdf.sparsity.layer",
     "UserError": "vspdf.errors",
     "densify": "vspdf.sparsity.surgery",
+    "evolve": "vspdf.sparsity.evolve",
     "explain": "vspdf.sparsity.layer",
+    "gathered": "vspdf.sparsity.sharded",
     "parameter_groups": "vspdf.sparsity.optimizer",
     "set_sparsity": "vspdf.sparsity.surgery",
     "simulate": "vspdf.plan.cs2",

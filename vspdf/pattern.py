@@ -10,6 +10,7 @@ import hashlib
 import logging
 import threading
 import weakref
+from collections.abc import Sequence
 from fractions import Fraction
 from importlib import import_module
 from os import PathLike
@@ -104,7 +105,7 @@ class Pattern:
                 self = super().__new__(cls)
                 bits.setflags(write=False)
                 self.shape, self.bits, self.digest = shape, bits, digest
-                self.nnz = int(np.unpackbits(bits).sum(dtype=np.int64))
+                self.nnz = int(np.count_nonzero(np.unpackbits(bits)))
                 self.packed = {}
                 _alive[digest] = self
         return self
@@ -301,6 +302,45 @@ class Pattern:
         flat = self._flat()
         flat[np.random.default_rng(seed).choice(np.flatnonzero(~flat), add, replace=False, shuffle=False)] = True
         return Pattern(self.shape, np.packbits(flat, bitorder="little"))
+
+    def exchange(
+        self, drop: Sequence[int] | np.ndarray | torch.Tensor, add: Sequence[int] | np.ndarray | torch.Tensor
+    ) -> Pattern:
+        """This pattern without the positions `drop` and with the positions `add`; the count of kept weights may change.
+
+        Parameters
+        ----------
+        drop, add : sequence, array or tensor of int, one-dimensional
+            Flat row-major positions, ``row · in_features + column``, in any order: of kept weights, and of masked ones
+            or of such as are dropped too (which then stay).
+
+        Raises
+        ------
+        UserError
+            If a position is out of range, given twice, not there to be dropped, or there already.
+        """
+        flat = self._flat()
+        for name, given, before, what in (("drop", drop, True, "masked"), ("add", add, False, "kept")):
+            positions, count = self._positions(name, given), np.count_nonzero(flat)
+            if (wrong := flat[positions] != before).any():
+                raise UserError(f"`{name}`: position {positions[wrong][0]} is {what} already.")
+            flat[positions] = not before
+            if abs(np.count_nonzero(flat) - count) < len(positions):
+                twice = int(np.argmax(np.bincount(positions) > 1))
+                raise UserError(f"`{name}` has position {twice} twice.")
+        return Pattern(self.shape, np.packbits(flat, bitorder="little"))
+
+    def _positions(self, name: str, given: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
+        """Flat positions within the matrix, as int64."""
+        found = given.detach().cpu().numpy() if isinstance(given, torch.Tensor) else np.asarray(given)
+        if found.ndim != 1 or not (found.size == 0 or np.issubdtype(found.dtype, np.integer)):
+            raise UserError(f"`{name}` must be a list of flat positions, not {found.dtype} of shape {found.shape}.")
+        found = found.astype(np.int64)
+        if found.size and not 0 <= found.min() <= found.max() < self.numel:
+            raise UserError(
+                f"`{name}`: positions lie between 0 and {self.numel - 1}, not {found.min()} to {found.max()}."
+            )
+        return found
 
     @staticmethod
     def find(digest: str) -> Pattern:

@@ -127,7 +127,7 @@ BAD_RUNS = {
     "heads": ("model.n_head=5", "model.n_head = 5 does not divide model.d_model = 32"),
     "unknown key": ("model.n_layers=2", "Did you mean 'n_layer'?"),
     "unknown type": ("model.n_layer=two", "Value 'two' of type 'str' could not be converted to Integer"),
-    "a percentage": ("phases.0.sparsity=90%", "could not be converted to Float. Did you mean 0.9?"),
+    "a percentage": ("phases.0.sparsity=90%", "must be a number, not '90%'. Did you mean 0.9?"),
     "a percentage without its sign": ("phases.0.sparsity=90", "not 90.0. Did you mean 0.9?"),
     "not what to do with long examples": ("data.overlong=cutt", "data.overlong = 'cutt' is not known. Did you mean"),
     "a setting of fine-tuning": ("data.lower_relations=true", "data.lower_relations = True is for fine-tuning"),

@@ -253,6 +253,17 @@ CASES = {
             "--tune": "--tune",
         },
     ),
+    "bench update": (
+        "--shape 64x16x16 --sparsity 0.5 --rounds 1 --threads 1",
+        {
+            "--shape": "--shape 64x32x16",
+            "--sparsity": "--sparsity 0.9",
+            "--drop-fraction": "--drop-fraction 0.1",
+            "--threads": "--threads 2",
+            "--rounds": "--rounds 2",
+            "--csv": "--csv rows.csv",
+        },
+    ),
     "bench decode": (
         "--model {run} --sparsity 0.5 --rounds 1 --tokens 1 --context 4",
         {

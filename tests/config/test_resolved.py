@@ -25,16 +25,23 @@ CASES = {
     "preset": ("model: {name: gpt2-small}\nphases: [{steps: 3}]", None),
 }
 # What None means in each is said in vspdf.config.resolved: there is no such thing, or the data tell.
+STATIC = (
+    "sparsity_end",
+    "update_every",
+    "drop_fraction",
+    "update",
+    "random_share",
+    "init_file",
+)  # what its phases do not have
 NONE_THERE = {
     "text": {"init_from", "start", "model.name", "model.vocab_size", "data.path", "data.validation_path", "data.length",
-             "data.first_sequence", "data.cache_dir", "train.threads", "model.rope_scaling", "phases.1.sparsity_end",
-             "phases.1.update_every", "phases.2.sparsity_end", "phases.2.update_every",
-             *(f"phases.{i}.init_file" for i in range(3))},
+             "data.first_sequence", "data.cache_dir", "train.threads", "model.rope_scaling",
+             *(f"phases.1.{key}" for key in STATIC), *(f"phases.2.{key}" for key in STATIC),
+             *(f"phases.0.{key}" for key in STATIC[2:])},
     "task": {"init_from", "model.rope_scaling", "model.name", "data.validation_path", "data.first_sequence",
-             "data.cache_dir", "train.threads", "phases.0.sparsity_end", "phases.0.update_every", "phases.0.init_file"},
+             "data.cache_dir", "train.threads", *(f"phases.0.{key}" for key in STATIC)},
     "preset": {"init_from", "model.rope_scaling", "start", "data.path", "data.validation_path", "data.length",
-               "data.first_sequence", "data.cache_dir", "train.threads", "phases.0.sparsity_end",
-               "phases.0.update_every", "phases.0.init_file"},
+               "data.first_sequence", "data.cache_dir", "train.threads", *(f"phases.0.{key}" for key in STATIC)},
 }  # fmt: skip
 
 

@@ -15,8 +15,10 @@ from vspdf.interop import checkpoints, load_config
 from vspdf.interop.cerebras_sparsity import _check_regex, sparsity
 from vspdf.model import GPT
 from vspdf.pattern import kept_count
+from vspdf.runs.folder import Run
 from vspdf.shapes import MODELS, PUBLISHED, Shape
 from vspdf.sparsity.layer import sparse_layers
+from vspdf.train.trainer import train
 
 FILTERS = ["*proj_[qkv]_dense_layer.weight", "*proj_output_dense_layer.weight", "*linear_layer.weight"]
 PATTERNS = [".*proj_[qkv]_dense_layer.weight", ".*proj_output_dense_layer.weight", ".*linear_layer.weight"]
@@ -352,10 +354,19 @@ def test_every_form_of_the_block(block, expected):
     assert found == expected
 
 
+LATE = {"freq": 10, "start": 10}
 NOT_OFFERED = {
-    "gmp": ({"algorithm": "gmp", "sparsity": 0.5}, r"algorithm 'gmp' drops and regrows weights"),
-    "rigl, older": ({"type": "rigl", "sparsity": 0.5}, r"algorithm 'rigl' drops and regrows weights"),
-    "set in a list": ([0.5, {"algorithm": "SET", "sparsity": 0.5}], r"algorithm 'set' drops and regrows"),
+    "gmp": ({"algorithm": "gmp", "sparsity": 0.5}, r"algorithm 'gmp' needs a schedule: 0.5 never rises"),
+    "rigl, older": ({"type": "rigl", "sparsity": 0.5, "drop_fraction": {"type": "cosin"}}, r"mean 'cosine'"),
+    "set in a list": ([{"param_filter": "*linear_layer*", "sparsity": 0.5}, {"algorithm": "SET", "sparsity": 0.5}],
+                      r"'set' and 'static' in one run"),
+    "two schedules": ([{"param_filter": "*linear_layer*", "algorithm": "gmp", "sparsity": [0.0, 0.5]},
+                       {"algorithm": "gmp", "sparsity": [0.0, 0.75]}], r"several schedules in one run"),
+    "late and unequal": ([{"param_filter": "*linear_layer*", "algorithm": "set", "sparsity": 0.5, "update": LATE},
+                          {"algorithm": "set", "sparsity": 0.75, "update": LATE}], r"masks are dense until then"),
+    "balanced": ({"algorithm": "rigl", "sparsity": 0.5, "balance_in_groups": 2}, r"unknown setting"),
+    "no update": ({"algorithm": "set", "sparsity": 0.5, "update": {"freq": -1}}, r"sparsity.update.freq must be"),
+    "both words": ({"algorithm": "set", "sparsity": 0.5, "schedule": 0.5}, r"another word for sparsity.sparsity"),
     "another": ({"algorithm": "statik", "sparsity": 0.5}, r"algorithm 'statik' is not known. Did you mean 'static'"),
     "drop_fraction": ({"sparsity": 0.5, "drop_fraction": 0.3}, r"drop_fraction belongs to masks that change"),
     "update": ({"sparsity": 0.5, "update": {"freq": 100}}, r"update belongs to masks that change"),
@@ -377,6 +388,42 @@ NOT_OFFERED = {
 def test_blocks_that_cannot_be_kept_are_refused_with_the_reason(block, message):
     with pytest.raises(UserError, match=message):
         sparsity(block, 2, "x.yaml")
+
+
+COSINE = {"type": "cosine", "init": 0.3, "half_period": 6}
+MOVING = {
+    "set, from the first step": ({"algorithm": "set", "sparsity": 0.75, "update": {"freq": 2}}, 0.75, [0.75] * 4),
+    "rigl, dense at first": (
+        {"algorithm": "rigl", "sparsity": 0.75, "update": {"freq": 2, "start": 2}, "drop_fraction": COSINE}, 0.0,
+        [0.0, 0.0, 0.225, 0.2835],  # never more than the fraction at once
+    ),
+    "gmp": (
+        {"algorithm": "gmp", "schedule": {"type": "exp", "init": 0, "gamma": -0.1}, "update": {"freq": 2}}, 0.0,
+        [0.0, 0.0, 0.1813, 0.3297],
+    ),
+    "every step": ({"algorithm": "set", "sparsity": 0.75}, 0.75, [0.75] * 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", [current, older], ids=["current", "older"])
+@pytest.mark.parametrize("block, first, kept", MOVING.values(), ids=MOVING)
+def test_masks_that_move_are_taken_with_their_rules(tmp_path, corpus, form, block, first, kept):
+    path = tmp_path / "theirs.yaml"
+    path.write_text(yaml.safe_dump(form(block)))
+    data = [f"data.corpus={corpus}", "data.tokenizer=bytes", f"run_dir={tmp_path}/run", "train.backend=cpu"]
+    config = load_config(path, [*data, "train.measure_dense=0", "train.sample_tokens=0", "train.log_every=1"])
+    (phase,) = config.phases
+    assert (phase.algorithm, phase.rules, phase.sparsity) == (block["algorithm"], "cstorch", first or phase.sparsity)
+    assert (
+        phase.drop_fraction == {"minimum": 0.0, **COSINE}
+        if "drop_fraction" in block
+        else phase.drop_fraction in (0.3, None)
+    )
+    assert loading.build(loading.to_dict(config), "again") == config
+    train(config)
+    lines = Run(tmp_path / "run").lines
+    assert [lines[step]["sparsity"] for step in (0, 1, 2, 4)] == pytest.approx(kept, abs=5e-3)
+    assert lines[-1].get("mask_updates", 0) == (7 if "update" not in block else 3 - (first == 0.0))
 
 
 def test_a_block_beside_our_own_settings(tiny):

@@ -25,6 +25,7 @@ from vspdf.train.trainer import train
 
 SWITCH = "phases=[{name: sparse, sparsity: 0.9, steps: 12}, {steps: 8}]"
 THREE = "phases=[{name: sparse, sparsity: 0.9, steps: 6}, {name: half, sparsity: 0.5, steps: 4}, {steps: 2}]"
+MOVING = "phases=[{name: moving, sparsity: 0.75, steps: 9, algorithm: set, update: {freq: 3}}, {steps: 3}]"
 HALF = "phases=[{name: sparse, sparsity: 0.9, steps: 4}, {name: half, sparsity: 0.5, steps: 4}]"
 
 
@@ -42,6 +43,7 @@ def runs(tmp_path_factory, tiny_config):
         run(f"sparse-{seed}", SWITCH, "name=variable", f"seed={seed}", "train.measure_dense=2", "train.sample_tokens=8")
         run(f"dense-{seed}", "phases=[{steps: 16}]", "name=dense", f"seed={seed}")
     run("three", THREE)
+    run("moving", MOVING)
     run("half", HALF)
     return folder
 
@@ -441,3 +443,19 @@ def test_what_chromium_draws(browser, runs, tmp_path):
     )
     assert small > 9, "letters too small for a phone"
     page.close()
+
+
+def test_masks_that_moved_are_told_and_drawn(runs, tmp_path, copy):
+    run = runs_folder.Run(runs / "moving")
+    page = run_page.render([run])
+    figures = run.summary["phases"][0]["masks"]
+    assert "Masks that move" in page and page.count('alt="mask of h.0.') >= 4
+    for share in (figures["coverage"], figures["survival"], figures["mask_overlap"]):
+        assert f"<td>{share:.1%}</td>" in page
+    assert "Masks that move" not in run_page.render([runs_folder.Run(runs / "three")])
+    (row,) = run.summary["comparison"]
+    assert row["phase"] == "moving" and row["mask"] == "real"
+    cut = copy("moving")  # in the middle: what the last checkpoint has
+    for name in ("summary.json", "summary.digest.json", "patterns-end.npz"):
+        (cut / name).unlink()
+    assert "so far" in unescape(run_page.render([runs_folder.Run(cut)]))

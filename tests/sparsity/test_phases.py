@@ -348,3 +348,50 @@ def test_what_was_forgotten_is_said(trained, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer(tmp_path, callback, callback.prepare(model), steps=3).train()
     assert "training ends at step 3, before the last switch at step 4" in caplog.text
+
+
+MOVES = {
+    "set": {"algorithm": "set", "sparsity": 0.75, "update": {"freq": 2}},
+    "rigl": {"algorithm": "rigl", "sparsity": 0.75, "update": {"freq": 2}},
+    "gmp": {"algorithm": "gmp", "schedule": "linear", "sparsity_end": 0.75, "update": {"freq": 2}},
+}
+
+
+@pytest.mark.parametrize("settings", MOVES.values(), ids=MOVES)
+def test_masks_move_in_the_trainer_and_resume(tmp_path, settings):
+    stages = [vspdf.Phase(steps=7, **settings), (0.0, 2)]
+    callback, model = vspdf.PhasesCallback(stages), gpt2()
+    callback.prepare(model)
+    trainer(tmp_path / "whole", callback, model, steps=8).train()
+    assert not sparse_layers(model)
+    for stop in (2, 4, 6):
+        checkpoint = str(tmp_path / "whole" / f"checkpoint-{stop}")
+        callback, again = vspdf.PhasesCallback(stages), gpt2()
+        callback.prepare(again, checkpoint)
+        assert len(sparse_layers(again)) == 8
+        trainer(tmp_path / "again", callback, again, steps=8).train(resume_from_checkpoint=checkpoint)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)), stop
+
+
+def test_pruned_models_go_on_under_any_algorithm():
+    """Of N:M sparsity, as SparseGPT and others leave it: zeros are masks, which then move."""
+    for settings in MOVES.values():
+        model = gpt2()
+        for block in model.transformer.h:
+            for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+                with torch.no_grad():
+                    layer.weight.view(layer.weight.shape[0] // 2, 2, -1)[:, 1] = 0  # of every two inputs, one
+        begun = {"sparsity": 0.5, "init_method": "from_zeros"}
+        phase = vspdf.Phase(steps=8, **{**settings, **begun})
+        phases = vspdf.Phases([phase])
+        phases.start(model)
+        first = masks(model)
+        assert all(pattern.sparsity == 0.5 for pattern in first.values())
+        optimizer = torch.optim.AdamW(vspdf.parameter_groups(model, 0.1), lr=1e-3)
+        rows = torch.stack([row["input_ids"] for row in texts()[:4]])
+        for step in range(8):
+            phases.at(step, model, optimizer)
+            model(rows, labels=rows).loss.backward()
+            phases.step(optimizer)
+            optimizer.zero_grad()
+        assert all(pattern is not first[name] for name, pattern in masks(model).items())

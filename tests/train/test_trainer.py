@@ -1,5 +1,6 @@
 """The trainer on a tiny model and a real text: what is trained, what is written down, and how a run goes on."""
 
+import gc
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from vspdf.pattern import Pattern, kept_count
 from vspdf.runs import checkpoint
 from vspdf.runs.folder import Run
 from vspdf.runs.record import PhaseRecord
-from vspdf.sparsity.layer import sparse_layers
+from vspdf.sparsity.layer import SparseLinear, sparse_layers
 from vspdf.train import trainer
 from vspdf.train.trainer import train
 
@@ -638,3 +639,17 @@ def test_a_clock_that_stands_still_divides_nothing_by_zero(tiny, monkeypatch):
     monkeypatch.setattr(time, "process_time", lambda: 5.0)
     summary, lines = run(tiny, "phases=[{sparsity: 0.75, steps: 8}]", "train.measure_dense=1")
     assert len(lines) == 8 and summary["phases"][0]["speedup"]["median"] == pytest.approx(1.0)
+
+
+def test_low_memory_reaches_the_layers_of_every_phase(tiny):
+    alive = lambda: [thing for thing in gc.get_objects() if type(thing) is SparseLinear]  # noqa: E731
+    others, seen = alive(), set()
+
+    def look(_):
+        mine = [layer for layer in alive() if not any(layer is other for other in others)]
+        seen.update((layer.pattern.sparsity, layer.memory, layer.pattern.packed.get("memory")) for layer in mine)
+
+    settings = ["train.memory=low", "train.eval_every=10", "phases.0.steps=10", "phases.1.steps=10"]
+    train(loading.load(tiny, settings), on_evaluation=look)
+    assert {round(sparsity, 1) for sparsity, *_ in seen} == {0.9, 0.5}
+    assert {(memory, packed) for _, memory, packed in seen} == {("low", "low")}

@@ -63,7 +63,7 @@ def bench_decode(
     -------
     dict
         ``rows`` with ``sparsity``, ``dtype``, ``batch_size``, ``tokens_per_second`` (of all sequences),
-        ``seconds_median`` a token, ``ratio_to_dense`` and quartiles (against dense float32), ``ratio_to_bfloat16``
+        ``seconds_median`` a token, ``ratio_to_dense`` with its interval (against dense float32), ``ratio_to_bfloat16``
         (against dense bfloat16, where it was timed) and ``bytes``, read for a token: weights, masks, output head;
         ``model``, ``load``, ``hardware``, ``versions``.
     """

@@ -170,7 +170,7 @@ def bench_linear(
         for case in todo:
             torch.set_num_threads(case.threads)
             # Measured anew beside each problem: the highest counts, what a busy machine lets through does not.
-            peaks[case.threads] = max(peaks.get(case.threads, 0.0), extension.fma_peak(case.threads, 0.1))
+            peaks[case.threads] = max(peaks.get(case.threads, 0.0), extension.fma_peak(case.threads, 0.03))
             progress(case.about)
             sides, failed = _sides(case, wanted, dtypes)
             missing |= failed

@@ -93,24 +93,25 @@ def _layers(tiny: bool, progress: Callable[[str], None]) -> dict[str, Any]:
     """Our kernels and dense, in float32 and bfloat16, on one thread and on all."""
     shapes, sparsities = (((16, 32, 48),), (0.5, 0.9)) if tiny else (SHAPES, SPARSITIES)
     dense = [name for name in ("dense_onednn", OPPONENT) if not why_missing(name)]
+    threads = [1] if tiny else None
     return bench_linear(
-        shapes, sparsities, budget=_budget("layers", tiny), peers=False, candidates=dense, progress=progress
+        shapes, sparsities, threads, _budget("layers", tiny), peers=False, candidates=dense, progress=progress
     )
 
 
 def _peers(tiny: bool, progress: Callable[[str], None]) -> dict[str, Any]:
     shapes, sparsities = (((16, 32, 48),), (0.5, 0.9)) if tiny else (SHAPES[:1], SPARSITIES)
-    threads = [torch.get_num_threads()]
+    threads = [1 if tiny else torch.get_num_threads()]
     return bench_linear(shapes, sparsities, threads, _budget("peers", tiny), progress=progress)
 
 
 def _masks(tiny: bool, progress: Callable[[str], None]) -> dict[str, Any]:
     """Masks of every kind that ships, of one layer, at 75 and 90 %."""
-    side, tokens = ((48, 32), 16) if tiny else ((3072, 768), 1024)
+    side, tokens, amounts = ((48, 32), 16, [0.75]) if tiny else ((3072, 768), 1024, [0.75, 0.9])
     kinds = [name for name in (*patterns.KINDS, "1:4", "1:8") if not tiny or name != "blocks"]
-    drawn = [(name, p) for name in kinds for _, p in patterns.draw(name, [side], (0.75, 0.9))]
+    drawn = [(name, p) for name in kinds for _, p in patterns.draw(name, [side], amounts)]
     given = [(f"{name} {p.sparsity:.0%}", p) for name, p in drawn]
-    threads = [torch.get_num_threads()]
+    threads = [1 if tiny else torch.get_num_threads()]
     return bench_linear(
         threads=threads, budget=_budget("masks", tiny), peers=False, masks=given, tokens=[tokens], progress=progress
     )
@@ -119,14 +120,21 @@ def _masks(tiny: bool, progress: Callable[[str], None]) -> dict[str, Any]:
 def _few_tokens(tiny: bool, progress: Callable[[str], None]) -> dict[str, Any]:
     layers, counts = (((32, 48),), (1, 4)) if tiny else (FEW_LAYERS, FEW)
     shapes = [(tokens, n_in, n_out) for n_in, n_out in layers for tokens in counts]
-    threads = [torch.get_num_threads()]
+    threads = [1 if tiny else torch.get_num_threads()]
     return bench_linear(shapes, [0.9], threads, _budget("few_tokens", tiny), peers=False, progress=progress)
 
 
 def _steps(tiny: bool, progress: Callable[[str], None]) -> dict[str, Any]:
     size = (1, 16, 2, 8, 1) if tiny else (12, 768, 12, 512, 4)
     dtypes = ["float32"] + ([] if hardware.slow_bf16(torch.device("cpu")) else ["bfloat16"])
-    return bench_step(*size, budget=_budget("steps", tiny), dtypes=dtypes, compiled=not tiny, progress=progress)
+    return bench_step(
+        *size,
+        threads=1 if tiny else None,
+        budget=_budget("steps", tiny),
+        dtypes=dtypes,
+        compiled=not tiny,
+        progress=progress,
+    )
 
 
 def _memory(tiny: bool, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -171,7 +179,7 @@ def _anew(given: Sequence[Pattern]) -> None:
 
 
 def _roofline(tiny: bool, progress: Callable[[str], None]) -> dict[str, Any]:
-    cores = hardware.hardware()["cores"]
+    cores = 1 if tiny else hardware.hardware()["cores"]
     return {str(n): roofline.ceilings(n, 0.02 if tiny else 0.3) for n in sorted({1, cores})}
 
 

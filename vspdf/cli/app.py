@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -43,7 +44,8 @@ def main() -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=err, show_path=False, show_time=False)]
     )
-    logging.getLogger("vspdf").setLevel(logging.INFO)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, that which speaks
+    logging.getLogger("vspdf").setLevel(logging.INFO if first else logging.ERROR)
     try:
         sys.exit(app(standalone_mode=False))
     except (UserError, BackendUnavailable) as error:

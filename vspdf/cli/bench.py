@@ -247,6 +247,35 @@ def _on_gpu(
         tables.print_linear_gpu(result)
 
 
+@bench.command(name="update", cls=Verb)
+def bench_update(
+    shape: Annotated[str, typer.Option(help="TOKENSxINxOUT.")] = "1024x768x3072",
+    sparsity: Annotated[str, typer.Option(help="With commas between.")] = "0.5,0.75,0.9",
+    drop_fraction: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.3,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 9,
+    csv: Annotated[Path | None, typer.Option(help="Write all rows here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """An update of a mask that moves, with its new plans, beside a training step of the same layer.
+
+    `vspdf bench update --sparsity 0.9`
+    """
+    from vspdf.bench import update
+
+    _destination(csv, "--csv", (".csv",))
+    sides = [int(side) for side in shape.split("x") if side.isdigit() and int(side)]
+    if len(sides) != 3:
+        raise UserError(f"--shape '{shape}': expected TOKENSxINxOUT, e.g. 1024x768x3072.")
+    sparsities = _numbers(sparsity, float, "--sparsity", most=1)
+    _warn_of_crowds([threads] if threads else [])
+    keep_freed_memory()
+    result = update.bench_update(sides[0], sides[1], sides[2], sparsities, drop_fraction, threads, rounds, murmur)
+    _finish(result, csv, None, as_json)
+    if not as_json:
+        tables.print_update(result)
+
+
 @bench.command(name="step", cls=Verb)
 def bench_step(
     n_layer: Positive = 12,

@@ -324,3 +324,18 @@ def _tell_of_quiet(result: dict[str, Any]) -> None:
         tell("More than half of some rounds were disturbed: all of these count then, and are worth little.")
     if not all(row["possible"] for row in rows):
         tell("(no result): above the FMA peak, or of steps above what the sparsity allows: disturbed.")
+
+
+def print_update(result: dict[str, Any]) -> None:
+    """What moves of a mask take beside steps of its layer."""
+    first = result["rows"][0]
+    shape = f"{first['tokens']} tokens, {first['in_features']} -> {first['out_features']}"
+    title = f"an update of {shape}, {first['drop_fraction']:.0%} dropped, {first['threads']} threads"
+    table = Table(title=title, title_justify="left")
+    for column in ("sparsity", "step, ms", "update, ms", "of it plans, ms", "in steps", "95 %"):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        times = (f"{1e3 * row[key]:.1f}" for key in ("step_seconds", "update_seconds", "plan_seconds"))
+        spread = f"{row['share_low']:.2f}-{row['share_high']:.2f}"
+        table.add_row(f"{row['sparsity']:.4g}", *times, f"{row['share_of_step']:.2f}", spread)
+    show(table)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from vspdf.cli.console import Json, emit, murmur, number, out, say, show
+from vspdf.cli.console import Json, emit, murmur, number, out, say, show, tell
 from vspdf.draw import words
-from vspdf.errors import UserError, percent_meant
+from vspdf.errors import UserError, percent_meant, require
 from vspdf.kernels.hardware import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def plan(
-    model: Annotated[str, typer.Option(help="A named model, a configuration, or a Hugging Face folder.")],
+    model: Annotated[
+        str | None, typer.Option(help="A named model, a configuration, or a Hugging Face folder; advice needs none.")
+    ] = None,
     sparsity: Annotated[
         float | None, typer.Option(parser=number, help="Of the first stage; alone, of the whole run.")
     ] = None,
@@ -35,8 +37,14 @@ def plan(
     causal: Annotated[bool, typer.Option("--causal", help="Count half of the attention products.")] = False,
     save: Annotated[float | None, typer.Option(parser=number, help="Wish: save this fraction of all FLOPs.")] = None,
     memory: Annotated[float | None, typer.Option(help="Wish: a training state of so many GB in every stage.")] = None,
-    hours: Annotated[float | None, typer.Option(help="Wish: done in so many hours on this machine.")] = None,
+    hours: Annotated[
+        float | None, typer.Option(help="Wish: done in so many hours on this machine; also advice what to train then.")
+    ] = None,
     time: Annotated[bool, typer.Option("--time", help="Measure this machine's speed for it.")] = False,
+    machines: Annotated[int | None, typer.Option(metavar="N", help="So many machines share every step.")] = None,
+    network: Annotated[
+        float | None, typer.Option(metavar="GBITS", help="Between them, gigabits a second; default 10.")
+    ] = None,
     write: Annotated[Path | None, typer.Option(metavar="CONFIG", help="Write the YAML that `train` runs.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -47,24 +55,40 @@ def plan(
     `vspdf plan --model gpt2-small --save 0.5 --write mine.yaml`
 
     `vspdf plan --model quickstart --time`
-    """
-    from vspdf.plan import planner
-    from vspdf.plan import write as plan_write
 
-    if time or hours is not None:
+    `vspdf plan --hours 2`
+
+    `vspdf plan --model gpt2-small --sparsity 0.9 --machines 8 --network 10`
+    """
+    from vspdf.plan import advice, planner
+    from vspdf.plan import write as plan_write
+    from vspdf.plan.machines import Machines
+
+    require(network is None or machines is not None, "`network` goes with `machines`: how many are there?")
+    several = None if machines is None else Machines(machines, 10.0 if network is None else network)
+    if time or hours is not None or several:
         keep_freed_memory()
+    advised = advice.advise(hours, murmur) if hours is not None else None
+    if model is None:
+        if advised is None:
+            raise UserError(
+                "`model` says what to plan for: a name, a configuration or a folder. `hours` alone gives advice."
+            )
+        emit({"advice": advised.to_json()}) if as_json else tell(*advised.sentences())
+        return
     found = planner.plan(
         model, sparsity=sparsity, effective=effective, split=split, phases=_stages(phases) if phases else None,
         steps=steps, batch_size=batch_size, sequence=sequence, convention=convention, causal=causal, save=save,
-        memory=memory, hours=hours, time=time, progress=murmur,
+        memory=memory, hours=hours, time=time, machines=several, progress=murmur,
     )  # fmt: skip
     if write:
         plan_write.write(found, write)
         say(f"wrote {write}: vspdf train {write}")
     if as_json:
-        emit(found.to_json())
+        emit(found.to_json() | ({"advice": advised.to_json()} if advised else {}))
     else:
         _print_plan(found)
+        tell(*(advised.sentences() if advised else ()))
 
 
 def _stages(text: str) -> list[tuple[float, int]]:
@@ -124,9 +148,24 @@ def _print_plan(found: Plan) -> None:
     else:
         lines.append("Time on this machine: not measured (--time).")
     lines[3:3] = _on_gpu(found)
+    if (spread := found.on_machines()) is not None:
+        lines.append(_on_machines(spread))
     lines.append(_on_cs2(found))
     for line in lines:
         out.print(line, markup=False, highlight=False)
+
+
+def _on_machines(spread: dict[str, Any]) -> str:
+    """What several machines make of it, in a sentence."""
+    each = [
+        f"{name} {words.size(spread['bytes_per_step'][kind])} in {spread['allreduce_seconds'][kind]:.3g} s, "
+        f"{spread['efficiency'][kind]:.0%} of {spread['count']} times one machine's speed"
+        for name, kind in (("planned", "planned"), ("the dense run", "dense"))
+    ]
+    return (
+        f"On {spread['count']} machines like this one, {spread['network']:g} Gb/s between them, each sends in a step: "
+        f"{'; '.join(each)} (nothing hidden behind compute; on the mean of all steps)."
+    )
 
 
 def _on_gpu(found: Plan) -> list[str]:

@@ -12,6 +12,7 @@ from rich.console import JustifyMethod
 from rich.table import Table
 
 from vspdf.cli.console import Json, emit, only, out, say, tell
+from vspdf.parallel.environment import refuse
 
 
 def compare(
@@ -44,6 +45,7 @@ def compare(
     from vspdf.compare.results import read
     from vspdf.report import study_page
 
+    refuse("compare", "`jobs` N spreads a study over the cores of one machine")
     if plot:
         study_page.check_plot(plot)
     only(not results, "is for running: `results` shows what is there", context, "root", "jobs", "minutes")

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from vspdf.cli.console import Json, Progress, emit, only, say, show, tell
 from vspdf.errors import UserError, one_of, require
+from vspdf.parallel.environment import from_environment
 
 if TYPE_CHECKING:
     from vspdf.config.resolved import ResolvedConfig
@@ -140,6 +141,8 @@ def evaluate(
 
     `vspdf eval runs/mine --tasks my_task --task-folder tasks/`
     """
+    import torch
+
     from vspdf.evaluate import harness, held_out
     from vspdf.interop import checkpoints
 
@@ -147,32 +150,40 @@ def evaluate(
     require(bool(names) or not task_folder, "`task_folder` goes with `tasks`: name the tasks in it.")
     require(not (text and names), "`text` and `tasks` are two evaluations: give one of them.")
     only(bool(names), "goes with `tasks`", context, "few_shot", "limit")
-    progress = lambda total: Progress(total, "tokens")  # noqa: E731
-    body: dict[str, Any]
-    if names or text:
-        model, tokenizer, state = _with_tokenizer(path, device)
-        body = {"checkpoint": str(path), "step": state["step"]}
-    if names:
-        body |= harness.evaluate_tasks(
-            model, tokenizer, names, folder=task_folder, few_shot=few_shot, limit=limit, batch_size=batch_size or 8,
-            say=say,
-        )  # fmt: skip
-    elif text:
-        loss, body["text"] = held_out.on_text(model, tokenizer, text, batch_size, progress)
-    else:
-        loaded = checkpoints.load(path, device=device)
-        folder, settings = _run_of(path)
-        body = {"checkpoint": str(folder), "step": loaded.state["step"]}
-        sha256 = loaded.state["corpus"]["sha256"]
-        loss = held_out.on_run(loaded.model, loaded.tokenizer, settings, sha256, progress, batch_size)
-    if not names:
-        body |= {"val_loss": loss.loss, "val_bits_per_byte": loss.bits_per_byte}
+
+    with from_environment() as world:
+        tell, progress = (say, _tokens) if world.first else (lambda line: None, lambda total: lambda done: None)
+        if world.threads:
+            torch.set_num_threads(world.threads)
+        if names or text:
+            model, tokenizer, state = world.together(lambda: _with_tokenizer(path, device))
+            body: dict[str, Any] = {"checkpoint": str(path), "step": state["step"]}
+        if names:
+            body |= harness.evaluate_tasks(
+                model, tokenizer, names, folder=task_folder, few_shot=few_shot, limit=limit,
+                batch_size=batch_size or 8, say=tell, world=world,
+            )  # fmt: skip
+        elif text:
+            loss, body["text"] = held_out.on_text(model, tokenizer, text, batch_size, progress, world)
+        else:
+            loaded, (folder, settings) = world.together(lambda: (checkpoints.load(path, device=device), _run_of(path)))
+            body = {"checkpoint": str(folder), "step": loaded.state["step"]}
+            sha256 = loaded.state["corpus"]["sha256"]
+            loss = held_out.on_run(loaded.model, loaded.tokenizer, settings, sha256, progress, batch_size, world)
+        if not names:
+            body |= {"val_loss": loss.loss, "val_bits_per_byte": loss.bits_per_byte}
+        if not world.first:
+            return
     if as_json:
         emit(body)
     else:
         _print_tasks(body) if names else _print_loss(body)
     if names and not body["tasks"]:
         raise UserError("no task could be evaluated: see above which data could not be reached.")
+
+
+def _tokens(total: int) -> Progress:
+    return Progress(total, "tokens")
 
 
 def _run_of(path: Path) -> tuple[Path, ResolvedConfig]:

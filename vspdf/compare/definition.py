@@ -25,7 +25,8 @@ from vspdf.evaluate.generate import Decoding
 from vspdf.interop.cerebras import translated
 from vspdf.runs.folder import START
 
-KEYS = ("name", "about", "seeds", "tuning_seeds", "common", "arms", "pairs", "folder", "finetune", "tasks")
+KEYS = ("name", "about", "seeds", "tuning_seeds", "common", "arms", "pairs", "folder", "finetune", "tasks",
+        "multiplier", "seconds", "tuning_seconds")  # fmt: skip
 # An arm that set one of these would not be the same study: the seed is the study's, the data are common to all arms.
 NOT_OF_AN_ARM = ("name", "run_dir", "seed", "data", "model.sequence_length", "model.vocab_size")
 _NOT_COMMON = ("name", "run_dir", "seed")
@@ -88,6 +89,8 @@ class Arm:
         Values to try by dotted key; "epochs" stands for the steps that a task's pairs take so many times.
     untrained : bool
         The initial weights as they are drawn, for fine-tuning to begin with.
+    steps, trial_steps, trial_seeds
+        Of a study with `seconds`: steps of each phase, those of the runs that settings are chosen by, and their seeds.
     task, of, begin, model
         Of an arm's fine-tuning, whose `name` is the task's: the task, the arm's name, the checkpoint that each seed
         begins with, and its shape.
@@ -98,6 +101,9 @@ class Arm:
     tune: dict[str, list[Any]]
     where: str  # for error messages
     untrained: bool = False
+    steps: tuple[int, ...] = ()
+    trial_steps: tuple[int, ...] = ()
+    trial_seeds: frozenset[int] = frozenset()
     task: Task | None = None
     of: str = ""
     begin: Callable[[int], Path] = field(default=lambda seed: Path(START))
@@ -115,6 +121,8 @@ class Arm:
         settings = {key: value for key, value in values.items() if key != "epochs"}
         if "epochs" in self.tune:
             settings["phases.0.steps"] = self._steps(values["epochs"]) if "epochs" in values else 1
+        fill = self.trial_steps if seed in self.trial_seeds else self.steps
+        settings |= {f"phases.{i}.steps": steps for i, steps in enumerate(fill)}
         start = (str(self.begin(seed)), self.model) if self.task else None
         overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
         try:
@@ -155,6 +163,11 @@ class Study:
         What every arm is fine-tuned on, densely; empty where pre-training is the subject.
     changes : tuple of str
         ``key=value`` given beside the file.
+    family : tuple of str
+        Dense arms by whose losses the others' kept weights are valued; empty where that is not asked for.
+    seconds, tuning_seconds : float, optional
+        CPU time of every run, which then decides on its steps; of the runs that settings are chosen by, if they are to
+        be shorter.
     """
 
     name: str
@@ -167,6 +180,9 @@ class Study:
     tasks: dict[str, Task] = field(default_factory=dict)
     fine_tunings: dict[str, Arm] = field(default_factory=dict)  # by task, without what they begin with
     changes: tuple[str, ...] = ()
+    family: tuple[str, ...] = ()
+    seconds: float | None = None
+    tuning_seconds: float | None = None
 
     @property
     def results(self) -> Path:
@@ -244,7 +260,8 @@ def load(source: str | Path, changes: Sequence[str] = ()) -> Study:
     return Study(
         str(body.get("name", path.stem)), path, about.strip(), read, seeds, tuning_seeds,
         _pairs(body, read, where), {name: arm.task for name, arm in fine_tunings.items() if arm.task},
-        fine_tunings, tuple(changes),
+        fine_tunings, tuple(changes), _family(body.get("multiplier", []), read, where),
+        *_times(body, read, {*seeds} & {*tuning_seeds}, where),
     )  # fmt: skip
 
 
@@ -261,6 +278,38 @@ def _pairs(body: Form, read: dict[str, Arm], where: str) -> tuple[tuple[str, str
         if a == b:
             raise UserError(f"{where}: pairs: '{a}' is paired with itself.")
     return tuple((a, b) for a, b in pairs)
+
+
+def _times(body: Form, read: dict[str, Arm], both: set[int], where: str) -> tuple[float | None, float | None]:
+    """CPU seconds of a run, and of a trial where that is shorter."""
+    found = []
+    for key in ("seconds", "tuning_seconds"):
+        value = body.get(key)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        if value is not None and not number:
+            raise UserError(f"{where}: '{key}' must be a number of CPU seconds, not {value!r}.")
+        found.append(value)
+    seconds, trial = found
+    if trial is not None and (seconds is None or both):
+        raise UserError(f"{where}: 'tuning_seconds' goes with 'seconds', and with tuning_seeds apart from seeds.")
+    for name, arm in read.items() if seconds is not None else ():
+        if any(phase.get("steps") is None for phase in arm.body["phases"]) or arm.untrained or "tasks" in body:
+            raise UserError(f"{where}: arm '{name}': with 'seconds', phases have steps, which say their proportion.")
+        if arm.configure({}, 0).train.threads != 1 or arm.configure({}, 0).train.device != "cpu":
+            raise UserError(f"{where}: 'seconds' are CPU seconds of one thread: set common.train.threads to 1.")
+    return seconds, trial
+
+
+def _family(names: Any, read: dict[str, Arm], where: str) -> tuple[str, ...]:
+    """Dense arms, at least two."""
+    if not isinstance(names, list) or len(names) == 1:
+        raise UserError(f"{where}: 'multiplier' must be a list of at least two dense arms, e.g. [dense-64, dense-128].")
+    for name in names:
+        if name not in read:
+            raise UserError(f"{where}: multiplier: no arm '{name}'.{did_you_mean(str(name), read)}")
+        if any(stage.sparsity for phase in read[name].configure({}, 0).phases for stage in phase.stages()):
+            raise UserError(f"{where}: multiplier: arm '{name}' is not dense.")
+    return tuple(names)
 
 
 def _common_of(name: str, path: Path) -> Any:

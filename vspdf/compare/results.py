@@ -11,6 +11,7 @@ from typing import Any
 
 from vspdf import ledger
 from vspdf.compare.definition import Arm, Study
+from vspdf.compare.multiplier import multipliers
 from vspdf.compare.tuning import Tuning, tuned
 from vspdf.config import resolve
 from vspdf.config.resolved import ResolvedConfig
@@ -20,6 +21,8 @@ from vspdf.kernels import hardware
 from vspdf.report.comparison import Axis, at, curve, evaluated, paired, spread
 from vspdf.report.tables import LOSSES, main_axes
 from vspdf.runs.folder import COLUMNS, Run
+
+TOLERANCE = 0.03  # by which arms that are to train for equally long may end apart
 
 # -- what finished runs say -------------------------------------------------------------------------------------------
 
@@ -52,6 +55,7 @@ def collect(study: Study, root: Path, jobs: int | None = None) -> dict[str, Any]
         if arm["flops"] and first["flops"]:
             arm["relative_flops"] = {name: total / first["flops"][name] for name, total in arm["flops"].items()}
     runs = [run for arm in arms for run in arm["runs"]]
+    uneven = _apart(arms, study.seconds)
     trained = [pair for pair in study.pairs if not any(study.arms[name].untrained for name in pair)]
     machines = [run.pop("machine") for run in runs]
     corpora = [run.pop("corpus") for run in runs]
@@ -64,7 +68,12 @@ def collect(study: Study, root: Path, jobs: int | None = None) -> dict[str, Any]
         "seeds": list(study.seeds),
         "tuning_seeds": list(study.tuning_seeds),
         "arms": arms,
-        "paired": [_difference(_named(arms, a), _named(arms, b), "test_loss", axes) for a, b in trained],
+        "paired": [
+            _refused(_difference(_named(arms, a), _named(arms, b), "test_loss", axes), uneven) for a, b in trained
+        ],
+        "multipliers": multipliers(arms, study.family),
+        "budget_seconds": study.seconds,
+        "apart": uneven,
         "tasks": tasks,
         "corpus": corpora[0] if corpora else None,
         "jobs": jobs,
@@ -73,6 +82,27 @@ def collect(study: Study, root: Path, jobs: int | None = None) -> dict[str, Any]
         **(machines[0] if machines else {"hardware": hardware.hardware(), "versions": hardware.versions()}),
         "same_machine": all(machine == machines[0] for machine in machines),
     }
+
+
+def _apart(arms: Sequence[dict[str, Any]], seconds: float | None) -> dict[str, Any] | None:
+    """How far the arms of a study with `seconds` ended apart in CPU time: the `share`, and of which `arms`."""
+    took = {
+        arm["name"]: statistics.fmean(run["cpu_seconds"] for run in arm["runs"])
+        for arm in arms
+        if arm["runs"] and all(run["cpu_seconds"] for run in arm["runs"])
+    }
+    if seconds is None or len(took) < 2:
+        return None
+    least, most = min(took, key=lambda name: took[name]), max(took, key=lambda name: took[name])
+    return {"share": took[most] / took[least] - 1, "arms": [most, least], "seconds": took}
+
+
+def _refused(pair: dict[str, Any], uneven: dict[str, Any] | None) -> dict[str, Any]:
+    """No verdict where arms that were to train for equally long did not."""
+    took = [uneven["seconds"][pair[key]] for key in "ab" if pair[key] in uneven["seconds"]] if uneven else []
+    if len(took) == 2 and max(took) > (1 + TOLERANCE) * min(took):
+        return pair | {"verdict": f"refused: times {max(took) / min(took) - 1:.1%} apart"}
+    return pair
 
 
 def _named(arms: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -87,8 +117,14 @@ def _arm(study: Study, root: Path, arm: Arm) -> dict[str, Any]:
         folders = [arm.folder(root, state.chosen, seed) for seed in study.seeds]
         runs = [_run(folder) for folder in folders if {"test_loss", "diverged"} & Run(folder).evaluation.keys()]
     whole = [run for run in runs if run["test_loss"] is not None]
+    weights = sum(resolve.linear_layers(config.model).values())
+    stages = resolve.amounts(config)
+    average = sum(tokens * (1 - sparsity) for sparsity, tokens in stages) / sum(tokens for _, tokens in stages)
     return {
         "name": arm.name,
+        "weights": weights,  # of the layers that can be sparse
+        "kept": average * weights,  # of them, on average over the tokens
+        "stored_bytes": _stored(weights, 1 - stages[-1][0], runs[0]["parameters"]) if runs else None,
         "phases": [
             {key: getattr(phase, key) for key in ("name", "sparsity", "steps", "tokens")} for phase in config.phases
         ],
@@ -100,6 +136,11 @@ def _arm(study: Study, root: Path, arm: Arm) -> dict[str, Any]:
         "relative_flops": None,  # to the first arm's, by convention and column
         "runs": runs,
     }
+
+
+def _stored(weights: int, density: float, parameters: int) -> int:
+    """Bytes of a model as it ends: float32 of what is kept and all that is dense, and a bit a position of masks."""
+    return 4 * (parameters - weights + round(density * weights)) + (-(-weights // 8) if density < 1 else 0)
 
 
 def _finite(losses: Sequence[float | None]) -> list[float | None]:
@@ -207,6 +248,7 @@ def _difference(a: dict[str, Any], b: dict[str, Any], key: str, axes: Sequence[A
         "mean": body["mean"], "low": body["low"], "high": body["high"],
         "seeds": [run["seed"] for run, _ in both], "differences": differences, "verdict": body["verdict"],
         "at_equal": {axis.name: _at_equal(both, axis) for axis in axes} if both else {},
+        "reach": {axis.name: _reach(both, axis) for axis in axes} if both else {},
     }  # fmt: skip
 
 
@@ -221,6 +263,27 @@ def _at_equal(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], axis: Axis
         budgets.append(budget)
     body = paired(differences)
     return {"budget": statistics.fmean(budgets), **{key: body[key] for key in ("mean", "low", "high")}}
+
+
+def _reach(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], axis: Axis) -> dict[str, Any]:
+    """What a had spent when it was first evaluated at no more than b's last validation loss, over what b spent in all.
+
+    `share` is the mean over pairs with its interval, None where a pair never came there; `reached` says how many did.
+    """
+    shares = []
+    for a, b in pairs:
+        wanted, total = b["curve"][-1]["val_loss"], axis.value(b["curve"][-1])
+        before = None
+        for point in a["curve"]:
+            x, loss = axis.value(point), point["val_loss"]
+            if loss <= wanted:
+                if before and before[1] > loss:  # between evaluations
+                    x = before[0] + (x - before[0]) * (before[1] - wanted) / (before[1] - loss)
+                shares.append(x / total)
+                break
+            before = (x, loss)
+    body = paired(shares if len(shares) == len(pairs) else [])
+    return {"share": body["mean"], "low": body["low"], "high": body["high"], "reached": len(shares)}
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

@@ -23,9 +23,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vspdf.compare import definition, tuning
+from vspdf.compare import budget, definition, tuning
 from vspdf.compare.definition import Arm, Study, Values
-from vspdf.compare.results import collect
+from vspdf.compare.results import TOLERANCE, collect
 from vspdf.compare.tuning import tuned
 from vspdf.config import loading
 from vspdf.config.loading import FREE_TO_CHANGE, differences
@@ -88,6 +88,7 @@ def run(
     until = math.inf if minutes is None else time.monotonic() + 60 * minutes
     wanted = definition.load(source, changes)
     root = root or Path("runs") / wanted.name
+    wanted = budget.settle(wanted, root, say)
     _check_data(wanted)
     threads = next(iter(wanted.arms.values())).configure({}, 0).train.threads or os.cpu_count() or 1
     jobs = jobs or max(1, (os.cpu_count() or 1) // threads)
@@ -99,6 +100,13 @@ def run(
         finally:
             results = collect(wanted, root, jobs)
             study_page.write(results, root)
+    off = results["apart"]
+    if results["complete"] and off and off["share"] > TOLERANCE:
+        raise UserError(
+            f"'{off['arms'][0]}' took {off['share']:.1%} more CPU time than '{off['arms'][1]}', more than the "
+            f"{TOLERANCE:.0%} up to which times are called equal: measure again on a quiet machine, without "
+            f"{root / budget.CALIBRATION}. What was found is in {root}."
+        )
     return results
 
 

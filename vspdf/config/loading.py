@@ -182,7 +182,10 @@ def _hint(key: str) -> Any:
     """Type of the setting that a dotted key names."""
     hint: Any = Config
     for part in key.split("."):
-        hint = get_args(hint)[0] if get_origin(hint) is list else get_type_hints(hint)[part]
+        if get_origin(hint) is list:
+            hint = get_args(hint)[0]
+        else:  # within a setting that may have any form, everything may
+            hint = get_type_hints(hint)[part] if dataclasses.is_dataclass(hint) else Any
     return hint
 
 
@@ -203,7 +206,7 @@ def _check_form(value: Any, hint: Any, key: str, where: str) -> None:
             raise UserError(f"{where}: {named} a list, not {_described(value)}.")
         for i, item in enumerate(value):
             _check_form(item, get_args(hint)[0], f"{key}.{i}", where)
-    elif value is None and type(None) not in get_args(hint):
+    elif value is None and hint is not Any and type(None) not in get_args(hint):
         raise UserError(f"{where}: '{key}' must not be empty.")
 
 

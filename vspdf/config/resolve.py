@@ -181,7 +181,8 @@ def _data(config: Config, longest: int) -> ResolvedData:
         return found
     require(config.init_from is None, "init_from is for pre-training; fine-tuning names its checkpoint first.")
     require(config.start is not None, "data.path is for fine-tuning: vspdf finetune CHECKPOINT CONFIG data.path=FILE.")
-    require(not any(phase.sparsity for phase in config.phases), "fine-tuning is dense: phases must have no sparsity.")
+    sparse = any(phase.sparsity or phase.algorithm != "static" for phase in config.phases)
+    require(not sparse, "fine-tuning is dense: phases must have no sparsity.")
     return resolve_task(data, longest)
 
 

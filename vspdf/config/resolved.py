@@ -3,7 +3,8 @@
 `vspdf.config.load` makes these from settings as written (`vspdf.config.settings`, where every setting is explained).
 None means here that there is no such thing: no preset (`model.name`), no folder or file to begin with (`init_from`,
 `start`, `data.path`, `data.validation_path`), no task (`data.length`), no update within a phase (`sparsity_end`,
-`update_every`), no wish of one's own (`data.cache_dir`, `train.threads`). Two settings are known once the data are:
+`update_every`, and of masks that do not move `update`, `drop_fraction`, `random_share`), no wish of one's own
+(`data.cache_dir`, `train.threads`). Two settings are known once the data are:
 `model.vocab_size` and `data.first_sequence`, filled in by `ResolvedConfig.with_data`.
 """
 

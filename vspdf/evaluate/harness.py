@@ -22,6 +22,7 @@ from vspdf.data.tokenizer import Tokenizer
 from vspdf.errors import UserError, did_you_mean, near_path
 from vspdf.evaluate.generate import Decoding, generate
 from vspdf.model import GPT
+from vspdf.parallel.world import ALONE, World
 
 # The zero-shot tasks of the Cerebras-GPT and Variable SPDF papers, metric `acc`.
 CEREBRAS7 = ("hellaswag", "piqa", "winogrande", "lambada_openai", "arc_easy", "arc_challenge", "openbookqa")
@@ -38,6 +39,7 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int = 8,
     say: Callable[[str], None] = lambda line: None,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Scores of a model on tasks, each by itself: a task whose data cannot be reached stops no other.
 
@@ -57,6 +59,8 @@ def evaluate_tasks(
         Sequences at a time.
     say : callable
         Receives progress, a line at a time.
+    world : World
+        Who shares the questions; each has all scores at the end.
 
     Returns
     -------
@@ -88,7 +92,7 @@ def evaluate_tasks(
         for name in names:
             if name not in managers[name].all_tasks:
                 raise UserError(f"no task '{name}'.{did_you_mean(name, [*GROUPS, *managers[name].all_tasks])}")
-    adapter = _adapter(model, tokenizer, batch_size, say)
+    adapter = _adapter(model, tokenizer, batch_size, say, world)
     found: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for number, name in enumerate(names, 1):
@@ -159,7 +163,7 @@ def _quiet() -> None:
         import_module("datasets").utils.logging.disable_progress_bar()
 
 
-def _adapter(model: GPT, tokenizer: Tokenizer, batch_size: int, say: Callable[[str], None]) -> Any:
+def _adapter(model: GPT, tokenizer: Tokenizer, batch_size: int, say: Callable[[str], None], world: World) -> Any:
     """Our model behind the harness's interface; a class made here, since its base comes with an optional package."""
     base = import_module("lm_eval.api.model").TemplateLM
     window = model.shape.sequence_length
@@ -175,7 +179,7 @@ def _adapter(model: GPT, tokenizer: Tokenizer, batch_size: int, say: Callable[[s
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
             """Log-probability of each continuation, and whether greedy decoding would give it."""
             rows = [(context, continuation) for _, context, continuation in requests]
-            return score_continuations(model, rows, batch_size, say)
+            return score_continuations(model, rows, batch_size, say, world)
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             """Log-probability of whole texts, in windows that overlap by nothing."""
@@ -186,12 +190,13 @@ def _adapter(model: GPT, tokenizer: Tokenizer, batch_size: int, say: Callable[[s
                     (ids[start : start + 1], ids[start + 1 : start + 1 + window])
                     for start in range(0, len(ids) - 1, window)
                 ]
-                sums.append(math.fsum(score for score, _ in score_continuations(model, rows, batch_size)))
+                sums.append(math.fsum(score for score, _ in score_continuations(model, rows, batch_size, world=world)))
             return sums
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            texts = []
-            for context, how in [request.args for request in requests]:
+            texts = {}
+            for number in range(world.rank, len(requests), world.size):
+                context, how = requests[number].args
                 stops = how.get("until") or []
                 count = min(how.get("max_gen_toks", 256), window - 1)
                 prompt = self.tok_encode(context)[-(window - count) :] or [self.eot_token_id]
@@ -201,8 +206,9 @@ def _adapter(model: GPT, tokenizer: Tokenizer, batch_size: int, say: Callable[[s
                 text = tokenizer.decode(generate(model, [prompt], decoding, self.eot_token_id)[0])
                 for stop in [stops] if isinstance(stops, str) else stops:
                     text = text.split(stop)[0] if stop else text
-                texts.append(text)
-            return texts
+                texts[number] = text
+            found = {number: text for mine in world.gather_things(texts) for number, text in mine.items()}
+            return [found[number] for number in range(len(requests))]
 
     adapter = InMemory()
     adapter.tokenizer = None
@@ -215,6 +221,7 @@ def score_continuations(
     rows: Sequence[tuple[Sequence[int], Sequence[int]]],
     batch_size: int = 8,
     say: Callable[[str], None] = lambda line: None,
+    world: World = ALONE,
 ) -> list[tuple[float, bool]]:
     """Log-probability of continuations after their contexts, and whether each token of them is the likeliest.
 
@@ -227,14 +234,16 @@ def score_continuations(
     batch_size : int
     say : callable
         Receives progress, a line at a time.
+    world : World
+        Who shares the batches; each has all results at the end.
     """
     window = model.shape.sequence_length
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    results: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+    results = dict[int, tuple[float, bool]]()
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
-    for start in range(0, len(order), batch_size):
+    for start in range(world.rank * batch_size, len(order), world.size * batch_size):
         batch = order[start : start + batch_size]
         inputs = [[*rows[i][0], *rows[i][1]][-(window + 1) :][:-1] for i in batch]
         longest = max(map(len, inputs))
@@ -253,4 +262,5 @@ def score_continuations(
         if done == len(order) or (done // batch_size) % 50 == 0:
             say(f"  {done:,}/{len(order):,} sequences")
     model.train(training)
-    return results
+    found = {i: result for mine in world.gather_things(results) for i, result in mine.items()}
+    return [found.get(i, (0.0, True)) for i in range(len(rows))]

@@ -7,11 +7,13 @@ from typing import Any
 
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.data import source
-from vspdf.data.text import Text
+from vspdf.data.pairs import Pairs
+from vspdf.data.text import Dataset, Text
 from vspdf.data.tokenizer import Tokenizer
 from vspdf.errors import UserError
-from vspdf.evaluate.loss import Evaluation, evaluate
+from vspdf.evaluate.loss import Evaluation, evaluate, settle
 from vspdf.model import GPT
+from vspdf.parallel.world import ALONE, World
 
 Progress = Callable[[int], None]
 LONGEST = 2048  # tokens of a window of one's own text: models of 131,072 positions would make logits of gigabytes
@@ -20,7 +22,7 @@ _LOGITS = 1 << 28  # at a time
 
 def on_run(
     model: GPT, tokenizer: Tokenizer | None, config: ResolvedConfig, sha256: str, progress: Callable[[int], Progress],
-    batch_size: int | None = None,
+    batch_size: int | None = None, world: World = ALONE,
 ) -> Evaluation:  # fmt: skip
     """Mean loss over all that a run held out.
 
@@ -34,25 +36,33 @@ def on_run(
         Given the number of tokens of a held-out text, returns what is called with the number done.
     batch_size : int, optional
         Sequences at a time; default: as many as in training.
+    world : World
+        Who shares the text.
 
     Raises
     ------
     UserError
         If the corpus is missing or has changed since.
     """
-    data = source.prepare(config, tokenizer)
-    if data.manifest["corpus"]["sha256"] != sha256:
-        name = config.task.path if config.task else config.data.corpus
-        raise UserError(f"the corpus '{name}' has changed since the model was trained on it.")
+
+    def prepared() -> Dataset | Pairs:
+        data = source.prepare(config, tokenizer)
+        if data.manifest["corpus"]["sha256"] != sha256:
+            name = config.task.path if config.task else config.data.corpus
+            raise UserError(f"the corpus '{name}' has changed since the model was trained on it.")
+        return data
+
+    data = world.together(prepared)
     told = (lambda done: None) if config.task else progress(data.manifest["validation"]["tokens"])
-    return evaluate(
-        model, data, batch_size or config.train.micro_batch_size, precision=config.train.precision, progress=told
-    )
+    size, precision = batch_size or config.train.micro_batch_size, config.train.precision
+    settle(world, lambda: evaluate(model, data, size, 1, precision))
+    return evaluate(model, data, size, precision=precision, world=world, progress=told)
 
 
 def on_text(
-    model: GPT, tokenizer: Tokenizer, path: str, batch_size: int | None, progress: Callable[[int], Progress]
-) -> tuple[Evaluation, dict[str, Any]]:
+    model: GPT, tokenizer: Tokenizer, path: str, batch_size: int | None, progress: Callable[[int], Progress],
+    world: World = ALONE,
+) -> tuple[Evaluation, dict[str, Any]]:  # fmt: skip
     """Mean loss over a text of one's own, and what was read: name, bytes, documents, tokens, and tokens of a window.
 
     Parameters
@@ -63,6 +73,8 @@ def on_text(
         Windows at a time; default: 8, fewer where their logits would be too large.
     progress : callable
         As of `on_run`.
+    world : World
+        Who shares the text.
 
     Raises
     ------
@@ -70,7 +82,8 @@ def on_text(
         If the text is missing or empty.
     """
     length = min(model.shape.sequence_length, LONGEST)
-    own = Text.read(path, tokenizer, length)
-    batch_size = batch_size or max(1, min(8, _LOGITS // (length * model.shape.vocab_size)))
-    found = evaluate(model, own, batch_size, progress=progress(own.source["tokens"]))
+    own = world.together(lambda: Text.read(path, tokenizer, length))
+    size = batch_size or max(1, min(8, _LOGITS // (length * model.shape.vocab_size)))
+    settle(world, lambda: evaluate(model, own, size, 1))
+    found = evaluate(model, own, size, world=world, progress=progress(own.source["tokens"]))
     return found, own.source | {"window": length}

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vspdf.data.samples import ValidationBatch
+from vspdf.kernels import tuning
 from vspdf.kernels.hardware import slow_bf16
 from vspdf.parallel.world import ALONE, World
 from vspdf.sparsity.layer import sparse_layers
@@ -33,6 +34,14 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     """Context of a configured `train.precision`; of fp32 too where the device has bf16 by name only."""
     bf16 = precision == "bf16" and not slow_bf16(device)
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def settle(world: World, run: Callable[[], object]) -> None:
+    """Lets rank 0 choose kernels in something that it runs first; its choices hold on all ranks from then on."""
+    if world.size > 1:
+        if world.first:
+            run()
+        tuning.pin(world.from_first(tuning.choices()))
 
 
 @torch.no_grad()

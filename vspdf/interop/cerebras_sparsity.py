@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 from vspdf.errors import UserError, did_you_mean
 from vspdf.shapes import MOST_LAYERS
+from vspdf.sparsity import courses
 from vspdf.sparsity.schedule import INIT_METHODS
 
 # Our layers, and the weights of theirs that make up each.
@@ -28,7 +30,7 @@ _NEVER_SPARSE = (
 _SPARSITY_KEYS = ("algorithm", "type", "sparsity", "schedule", "init_method", "param_filter", "param_name_patterns",
                   "seed", "drop_fraction", "update")  # fmt: skip
 _REPEATS = 4  # in one alternative of a regex: more could take hours on a name that does not match
-_DYNAMIC = ("gmp", "set", "rigl", "dynamic")
+_MOVING = ("set", "rigl", "gmp")
 
 
 def roles_of(block: Iterable[str]) -> dict[str, list[str]]:
@@ -48,10 +50,12 @@ def sparsity(
 ) -> dict[str, Any]:
     """Settings of a phase (`sparsity`, `layers`, `init_method`, `count`) and `seed` from a ``sparsity`` block.
 
+    Masks that move do so by the rules of cstorch.sparse: `algorithm`, `update`, `drop_fraction` and `rules` say it.
+
     Parameters
     ----------
     block : None, float, dict or list of dict
-        Static sparsity; of a list the first entry whose filter matches a weight counts.
+        Of a list the first entry whose filter matches a weight counts.
     n_layer : int
     where : str
         For messages.
@@ -63,12 +67,13 @@ def sparsity(
     Raises
     ------
     UserError
-        For what is not static, and for filters that our layers cannot follow.
+        For filters that our layers cannot follow, and for several algorithms in one run.
     """
     if block is None or block == {} or block == []:
         return {}
     entries = block if isinstance(block, list) else [block]
     rules = [_rule(entry, where) for entry in entries]
+    moves = _moves(rules, where)
     chosen = _by_layer(rules, n_layer, where, roles)
     methods = {rule["init_method"] for rule in rules if rule["sparsity"]} or {"random"}
     if len(methods) > 1:
@@ -77,8 +82,14 @@ def sparsity(
     if len(seeds) > 1:
         raise UserError(f"{where}: sparsity: seeds {sorted(seeds)} in one run; one is offered.")
     older = older or any(rule["regex"] for rule in rules)
-    found: dict[str, Any] = {"init_method": methods.pop(), "count": "round" if older else "truncate"}
-    usual = Counter(chosen.values()).most_common(1)[0][0] if chosen else 0.0
+    found: dict[str, Any] = {"init_method": methods.pop(), "count": "round" if older else "truncate", **moves}
+    amounts = Counter(json.dumps(amount) for amount in chosen.values())
+    usual = json.loads(amounts.most_common(1)[0][0]) if chosen else 0.0
+    changing = [amount for amount in chosen.values() if courses.is_course(amount)]
+    if changing:  # the phase's own; layers that have none are named
+        if any(amount != changing[0] for amount in changing):
+            raise UserError(f"{where}: sparsity: several schedules in one run; one is offered.")
+        usual = changing[0]
     found["sparsity"] = usual
     if others := {name: amount for name, amount in chosen.items() if amount != usual}:
         found["layers"] = _shortened(others, chosen)
@@ -94,24 +105,15 @@ def _rule(entry: Any, where: str) -> dict[str, Any]:
         if key not in _SPARSITY_KEYS:
             raise UserError(f"{where}: unknown setting 'sparsity.{key}'.{did_you_mean(str(key), _SPARSITY_KEYS)}")
     algorithm = str(entry.get("algorithm", entry.get("type", "static"))).lower()
-    if algorithm in _DYNAMIC:
-        raise UserError(
-            f"{where}: sparsity.algorithm '{algorithm}' drops and regrows weights during training, which is not "
-            "offered: masks are static here, and phases only add weights."
-        )
-    if algorithm != "static":
-        raise UserError(f"{where}: sparsity.algorithm '{algorithm}' is not known.{did_you_mean(algorithm, ['static'])}")
+    known = ("static", *_MOVING)
+    if algorithm not in known:
+        raise UserError(f"{where}: sparsity.algorithm '{algorithm}' is not known.{did_you_mean(algorithm, known)}")
     for key in ("drop_fraction", "update"):
-        if entry.get(key) is not None:
+        if entry.get(key) is not None and algorithm == "static":
             raise UserError(f"{where}: sparsity.{key} belongs to masks that change; with static ones it means nothing.")
-    amount = entry.get("sparsity", entry.get("schedule"))
-    if isinstance(amount, dict | list):
-        raise UserError(
-            f"{where}: sparsity as a schedule belongs to masks that change; to densify in steps, give a phase "
-            "of ours a `schedule`."
-        )
-    if not isinstance(amount, int | float) or isinstance(amount, bool) or not 0 <= amount < 1:
-        raise UserError(f"{where}: sparsity.sparsity must be a number in [0, 1), not {amount!r}.")
+    if "sparsity" in entry and "schedule" in entry:
+        raise UserError(f"{where}: sparsity.schedule is another word for sparsity.sparsity: give one of them.")
+    amount = _amount(entry.get("sparsity", entry.get("schedule")), algorithm, where)
     method = entry.get("init_method", "random")
     if method not in INIT_METHODS:
         raise UserError(f"{where}: sparsity.init_method '{method}' is not offered.{did_you_mean(method, INIT_METHODS)}")
@@ -124,8 +126,51 @@ def _rule(entry: Any, where: str) -> dict[str, Any]:
             raise UserError(f"{where}: sparsity.{key} must be a text or a list of texts, not {filters!r}.")
         for text in filters if regex is not None else ():
             _check_regex(text, where)
-    return {"sparsity": float(amount), "init_method": method, "filters": filters, "regex": regex is not None,
-            "seed": entry.get("seed")}  # fmt: skip
+    moves = {key: entry[key] for key in ("drop_fraction", "update") if entry.get(key) is not None}
+    return {"sparsity": amount, "init_method": method, "filters": filters, "regex": regex is not None,
+            "seed": entry.get("seed"), "algorithm": algorithm, "moves": moves}  # fmt: skip
+
+
+def _amount(amount: Any, algorithm: str, where: str) -> Any:
+    """The sparsity of an entry: a number, or what it does over the steps."""
+    if not courses.is_course(amount):
+        if not isinstance(amount, int | float) or isinstance(amount, bool) or not 0 <= amount < 1:
+            raise UserError(f"{where}: sparsity.sparsity must be a number in [0, 1), not {amount!r}.")
+        if algorithm == "gmp":
+            raise UserError(f"{where}: sparsity.algorithm 'gmp' needs a schedule: {amount} never rises.")
+        return float(amount)
+    if algorithm == "static":
+        raise UserError(
+            f"{where}: sparsity as a schedule belongs to masks that change; to densify in steps, give a phase "
+            "of ours a `schedule`."
+        )
+    return courses.checked(f"{where}: sparsity.sparsity", amount, 0)
+
+
+def _moves(rules: list[dict[str, Any]], where: str) -> dict[str, Any]:
+    """What a phase says of masks that move, by the rules that make layers sparse; nothing of static ones."""
+    moving = [rule for rule in rules if rule["algorithm"] != "static"]
+    if not moving:
+        return {}
+    first = moving[0]
+    for rule in rules:
+        if rule["sparsity"] and (rule["algorithm"], rule["moves"]) != (first["algorithm"], first["moves"]):
+            raise UserError(
+                f"{where}: sparsity: '{first['algorithm']}' and '{rule['algorithm']}' in one run, or one of them in "
+                "two ways; one is offered."
+            )
+    found = {"algorithm": first["algorithm"], "rules": "cstorch", "update": {"freq": 1}, **first["moves"]}
+    update = courses.updates(f"{where}: sparsity.update", found["update"], 1 << 62)
+    if "drop_fraction" in found:
+        if first["algorithm"] == "gmp":
+            raise UserError(f"{where}: sparsity.drop_fraction belongs to 'set' and 'rigl', not to 'gmp'.")
+        found["drop_fraction"] = courses.checked(f"{where}: sparsity.drop_fraction", found["drop_fraction"], 0)
+    if 0 not in courses.update_steps(update, 1) and len({str(rule["sparsity"]) for rule in rules}) > 1:
+        raise UserError(
+            f"{where}: sparsity.update begins after step 0, so that masks are dense until then: that goes with one "
+            "sparsity for all layers."
+        )
+    return found
 
 
 @dataclass
@@ -181,9 +226,7 @@ def _matches(name: str, rule: Mapping[str, Any], where: str) -> bool:
     return False
 
 
-def _by_layer(
-    rules: list[dict[str, Any]], n_layer: int, where: str, roles: Mapping[str, list[str]]
-) -> dict[str, float]:
+def _by_layer(rules: list[dict[str, Any]], n_layer: int, where: str, roles: Mapping[str, list[str]]) -> dict[str, Any]:
     """Sparsity of each of our layers."""
     if n_layer > MOST_LAYERS:
         raise UserError(f"{where}: {n_layer:,} layers; expected at most {MOST_LAYERS:,}.")
@@ -205,7 +248,7 @@ def _by_layer(
                 first = next((k for k, rule in enumerate(rules) if any(_matches(n, rule, where) for n in names)), None)
                 amounts.append(0.0 if first is None else rules[first]["sparsity"])
                 used.add(first)
-            if len(set(amounts)) > 1:
+            if any(amount != amounts[0] for amount in amounts):
                 raise UserError(
                     f"{where}: sparsity gives Q, K and V of layer {i} {', '.join(map(str, amounts))}; they are one "
                     "matrix here and need one sparsity."
@@ -220,11 +263,11 @@ def _by_layer(
     return chosen
 
 
-def _shortened(others: Mapping[str, float], chosen: Mapping[str, float]) -> dict[str, float]:
+def _shortened(others: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
     """One glob for a role that has the same sparsity in every layer."""
-    short: dict[str, float] = {}
+    short: dict[str, Any] = {}
     for name, amount in others.items():
         role = name.split(".", 2)[2]
-        same = {a for n, a in chosen.items() if n.split(".", 2)[2] == role}
-        short[f"*.{role}" if len(same) == 1 else name] = amount
+        same = all(a == amount for n, a in chosen.items() if n.split(".", 2)[2] == role)
+        short[f"*.{role}" if same else name] = amount
     return short

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vspdf.data.tokenizer import Tokenizer, _mismatch
 from vspdf.errors import UserError, near_path
+from vspdf.interop import sharded
 from vspdf.interop.hugging_face import _configuration, read_configuration, read_theirs
 from vspdf.kernels.hardware import device as find_device
 from vspdf.model import GPT
 from vspdf.runs import checkpoint
-from vspdf.runs.folder import CHECKPOINTS, of_checkpoint
+from vspdf.runs.folder import CHECKPOINTS, CONFIG, Run, of_checkpoint
 from vspdf.shapes import Shape
 from vspdf.sparsity.surgery import sparsify
 
@@ -38,7 +40,8 @@ class Loaded(NamedTuple):
 
 
 def kind(path: Path) -> str:
-    """Names what a path holds: "checkpoint" (of ours: a run directory or a step folder), "hugging-face" or "cerebras".
+    """Names what a path holds: "checkpoint" (of ours: a run directory or a step folder), "hugging-face", "cerebras", or
+    "sharded" (of torch.distributed.checkpoint, our GPT).
 
     Raises
     ------
@@ -53,13 +56,18 @@ def kind(path: Path) -> str:
         return "hugging-face"
     if path.is_dir() and any(path.glob("*.mdl")):
         return "cerebras"
+    if sharded.is_sharded(path):
+        return "sharded"
     raise UserError(
         f"no checkpoint in '{path}': expected a run directory, one of its checkpoints/step-N folders, a Hugging Face "
         "folder (config.json), or a folder with a checkpoint of the Cerebras stack (.mdl) and its YAML."
     )
 
 
-def load(path: str | Path, backend: str = "auto", tokenizer: Tokenizer | None = None, device: str = "cpu") -> Loaded:
+def load(
+    path: str | Path, backend: str = "auto", tokenizer: Tokenizer | None = None, device: str = "cpu",
+    shape: Shape | None = None,
+) -> Loaded:  # fmt: skip
     """Model, tokenizer and state of any checkpoint: of ours, a Hugging Face GPT-2 folder, or the Cerebras stack's.
 
     Parameters
@@ -72,6 +80,9 @@ def load(path: str | Path, backend: str = "auto", tokenizer: Tokenizer | None = 
         Instead of the stored one.
     device : str
         "cpu", "cuda" or "cuda:1".
+    shape : Shape, optional
+        Of the model, for a checkpoint of torch.distributed.checkpoint, which does not say it; default: that of a run's
+        configuration beside it.
 
     Raises
     ------
@@ -80,6 +91,9 @@ def load(path: str | Path, backend: str = "auto", tokenizer: Tokenizer | None = 
         match the model, or the device is not here.
     """
     where, path = find_device(device), Path(path)
+    if kind(path) == "sharded":
+        model = sharded.load_model(path, shape or _configured(path), backend)
+        return Loaded(model.to(where), tokenizer, {"step": 0, "model": asdict(model.shape)})
     if kind(path) != "checkpoint":
         model, tokenizer, state, masks = read_theirs(path, tokenizer)
         if masks:
@@ -99,6 +113,17 @@ def load(path: str | Path, backend: str = "auto", tokenizer: Tokenizer | None = 
     return Loaded(model.to(where), tokenizer, state)
 
 
+def _configured(path: Path) -> Shape:
+    """Shape of a model, from a run's configuration in a folder or the one above."""
+    for folder in (path, path.parent):
+        if (run := Run(folder)).configured:
+            return run.shape
+    raise UserError(
+        f"'{path}' is of torch.distributed.checkpoint and does not say what model it is of: put the {CONFIG} of a run "
+        "of that model, or a Hugging Face config.json, beside it; init_from takes it as the configured model's."
+    )
+
+
 def shape_of(path: str | Path) -> Shape:
     """Shape of any checkpoint, without its weights.
 
@@ -108,6 +133,8 @@ def shape_of(path: str | Path) -> Shape:
         As `load`, as far as it can be known without the weights.
     """
     path = Path(path)
+    if kind(path) == "sharded":
+        return _configured(path)
     if kind(path) != "checkpoint":
         return read_configuration(*_configuration(path))[0]
     return _shape_in(checkpoint.read_state(checkpoint.resolve(path)))

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from vspdf.data.tokenizer import Tokenizer
 from vspdf.errors import UserError, did_you_mean
 from vspdf.files import must_be_new, new_whole
-from vspdf.interop import checkpoints, hugging_face
+from vspdf.interop import checkpoints, hugging_face, sharded
 from vspdf.interop.masks import finalize_tree, name_zeros
 from vspdf.interop.tensors import PICKLES, flatten, read, unshared
 from vspdf.kernels import hardware
@@ -34,7 +34,8 @@ def convert(
     ----------
     source : path
         A run directory, a step folder, a Hugging Face GPT-2 folder, a folder with a checkpoint of the Cerebras stack
-        and its YAML, or a single file of tensors (safetensors, or a pickle of tensors and plain values).
+        and its YAML, a folder of torch.distributed.checkpoint (with a run's configuration or a config.json beside it,
+        or to a file), or a single file of tensors (safetensors, or a pickle of tensors and plain values).
     target : path
         Of what is written; must not exist.
     to : {"hugging-face", "dense", "sparse"}, optional
@@ -59,7 +60,8 @@ def convert(
     if to is not None and to not in FORMS:
         raise UserError(f"`to` '{to}' is not known.{did_you_mean(to, FORMS)}")
     must_be_new(target)  # before the work; new_whole asks again
-    if source.is_file():
+    into_file = target.suffix in (".safetensors", *PICKLES)
+    if source.is_file() or (into_file and to is None and sharded.is_sharded(source)):
         if to is not None:
             raise UserError(
                 f"'{source}' is a file: it becomes a file with zeros for masked weights. For `to` {to} give the folder "
@@ -107,7 +109,8 @@ def _write_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer | None, sta
 def _finalize_file(source: Path, target: Path) -> dict[str, Any]:
     if target.suffix not in (".safetensors", *PICKLES):
         raise UserError(f"'{target}': expected a file ending in .safetensors or {', '.join(PICKLES)}.")
-    tree, masks = finalize_tree(read(source), str(source))
+    tree, masks = finalize_tree(read(source) if source.is_file() else sharded.dense(sharded.read(source), str(source)),
+                                str(source))  # fmt: skip
     tensors = flatten(tree)
     if not tensors:
         raise UserError(f"'{source}' holds no tensor.")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vspdf.errors import UserError, near_path
 from vspdf.files import read_json
+from vspdf.interop import sharded
 
 PICKLES = (".pt", ".pth", ".bin", ".mdl", ".ckpt")
 _HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -116,6 +117,8 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     UserError
         If there are none, a shard is missing or a file is damaged.
     """
+    if sharded.is_sharded(folder):
+        return {name.removeprefix("model."): t for name, t in sharded.dense(sharded.read(folder), str(folder)).items()}
     theirs = sorted(file.name for file in folder.glob("*.mdl"))
     for name in ("model.safetensors", "pytorch_model.bin", *theirs):
         index = folder / f"{name}.index.json"

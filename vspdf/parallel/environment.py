@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from vspdf.errors import UserError
-from vspdf.parallel.world import ALONE, World
+from vspdf.parallel.world import ALONE, World, leave_it_to_the_first
 
 
 def from_environment() -> World:
@@ -65,8 +65,11 @@ def refuse(verb: str, instead: str) -> None:
     UserError
         Naming the verb, and what to do instead.
     """
-    if asked_for() > 1:
-        raise UserError(f"{verb} is one process, the environment (torchrun?) tells of {asked_for()}: {instead}.")
+    if (size := asked_for()) > 1:
+        error = UserError(f"{verb} is one process, and the environment (torchrun?) tells of {size}: {instead}.")
+        if os.environ["RANK"] != "0":
+            leave_it_to_the_first(error)
+        raise error
 
 
 def divisors(count: int) -> str:

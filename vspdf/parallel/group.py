@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,11 +17,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vspdf.errors import BackendUnavailable, Interrupted, RankLost, UserError
+from vspdf.parallel import traffic
 from vspdf.parallel.meeting import Member, Roll, meet
 from vspdf.parallel.tree import Span, add, spans
-from vspdf.parallel.world import COMMUNICATION, World
+from vspdf.parallel.world import COMMUNICATION, World, leave_it_to_the_first
 
 T = TypeVar("T")
+# In errors of torch's, gloo's and NCCL's that are about the others and not about what was sent.
+_BROKEN = re.compile("(?i)Dist(Backend|Network|Store)Error|gloo|nccl|connection|timed? ?out|broken pipe|reset by peer")
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 PATIENCE = timedelta(minutes=30)  # for what takes long on one rank alone: tokens, checkpoints, reports
 
@@ -71,11 +75,11 @@ class Group(World):
 
     def __exit__(self, *how: object) -> None:
         error = how[1]
-        if isinstance(error, (UserError, Interrupted)) and not isinstance(error, RankLost) and not self.first:
-            error.told = True  # all ranks end alike: rank 0 says it, and is given the time
-            with suppress(RuntimeError):
-                dist.recv(torch.zeros(1), src=0)  # which breaks when it ends
-        if self._owned and error is None:
+        if isinstance(error, (UserError, Interrupted)) and not (
+            isinstance(error, RankLost) or self.first or error.told
+        ):
+            leave_it_to_the_first(error)
+        if self._owned and not isinstance(error, RankLost):
             dist.destroy_process_group()
 
     @property
@@ -97,8 +101,11 @@ class Group(World):
         try:
             yield
         except RuntimeError as error:
-            patience = PATIENCE if patient else self._within
-            raise RankLost(self._roll.call(_first_line(error), patience.total_seconds())) from None
+            if not _BROKEN.search(f"{type(error).__name__}: {error}"):
+                raise
+            patience = (PATIENCE if patient else self._within).total_seconds()
+            told = f"{patience:g} s" if patient else f"{patience:g} s (train.timeout)"
+            raise RankLost(self._roll.call(_first_line(error), told)) from None
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
         exact = all(isinstance(number, int) for number in numbers)
@@ -154,7 +161,7 @@ class Group(World):
         if not parts:
             return
         sizes = [parameter.numel() for parameter in parameters]
-        length = -(-sum(sizes) // self.size)  # each rank adds up so much of the gradient, for all
+        length = traffic.segment(sum(sizes), self.size)
         flat = parameters[0].new_zeros(len(parts), self.size * length)
         for row, part in zip(flat, parts.values(), strict=True):
             for place, gradient in zip(row[: sum(sizes)].split(sizes), part, strict=True):
@@ -174,7 +181,7 @@ class Group(World):
         with self._timed(), self._watched():
             _all_gather(whole, total, group=self._group)
             self._await(whole)
-        self._sent += (self.size - 1) * (len(parts) + 1) * length * whole.element_size()
+        self._sent += traffic.sent(sum(sizes), self.size, len(parts), whole.element_size())
         for parameter, gradient in zip(parameters, whole[: sum(sizes)].split(sizes), strict=True):
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
@@ -203,19 +210,23 @@ class Group(World):
     def wrapped(self, model: nn.Module) -> nn.Module:
         with self._watched():
             net = DistributedDataParallel(model, process_group=self._group)
-        net.register_comm_hook(None, self._summed)
+        net.__dict__["_vspdf_wraps_anew"] = True
+        net.register_comm_hook(None, lambda _, bucket: self._summed(bucket))
         return net
 
     def wraps(self, model: nn.Module) -> bool:
         return isinstance(model, DistributedDataParallel)
 
+    def watched(self) -> AbstractContextManager[object]:
+        return self._watched()
+
     def accumulating(self, model: nn.Module) -> AbstractContextManager[object]:
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
-    def _summed(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def _summed(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Sums a bucket of gradients over the ranks, beside the backward pass; ours are shares of a mean already."""
         start, buffer = time.perf_counter(), bucket.buffer()
-        self._sent += 2 * (self.size - 1) * buffer.numel() * buffer.element_size() // self.size  # a ring's
+        self._sent += traffic.sent(buffer.numel(), self.size, itemsize=buffer.element_size())  # a ring's
 
         def done(future: torch.futures.Future[list[Tensor]]) -> Tensor:
             self._under_way.append((start, time.perf_counter()))
@@ -229,4 +240,5 @@ def _first_line(error: Exception) -> str:
 
 
 def _shown(value: str | None) -> str:
-    return "none" if value is None else value if len(value) < 40 else f"{value[:12]}..."
+    """A value in an error message; of a digest, enough to tell it from another."""
+    return "none" if value is None else f"{value[:12]}..." if re.fullmatch("[0-9a-f]{40,}", value) else value

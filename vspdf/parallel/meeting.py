@@ -100,8 +100,8 @@ class Roll:
         mine = self.members[self._rank].cores
         return max(1, len(mine) // sum(bool(mine & self.members[other].cores) for other in self._local))
 
-    def call(self, reason: str, patience: float) -> str:
-        """Which ranks answer no more, in words, after an exchange broke for some reason of torch's."""
+    def call(self, reason: str, patience: str) -> str:
+        """Which ranks answer no more, in words, after an exchange broke for torch's reason, they had so long."""
         missing, dead = set(range(len(self.members))) - {self._rank}, set[int]()
         try:
             self._store.set(f"lost/{self._rank}", "")
@@ -117,10 +117,8 @@ class Roll:
             return f"the connection between the ranks broke ({reason})"
         named = " and ".join(f"rank {other} on {self.members[other].host}" for other in gone[:3])
         named += f" and {len(gone) - 3} more" if len(gone) > 3 else ""
-        silent = "imed out" in reason or "imeout" in reason
-        verb = "was" if len(gone) == 1 else "were"
-        if silent and not dead:
-            return f"{named} {verb} silent for {patience:g} s (train.timeout)"
+        if ("imed out" in reason or "imeout" in reason) and not dead:
+            return f"{named} {'was' if len(gone) == 1 else 'were'} silent for {patience}"
         return f"{named} {'is' if len(gone) == 1 else 'are'} gone"
 
     def _dead(self, other: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from vspdf.errors import Interrupted, UserError
     from vspdf.parallel.tree import Span
 
 T = TypeVar("T")
@@ -127,9 +129,19 @@ class World:
         """Whether its gradients are summed over ranks while they are computed."""
         return False
 
+    def watched(self) -> AbstractContextManager[object]:
+        """A context around a wrapped model's backward pass: a rank that is gone shows there."""
+        return nullcontext()
+
     def accumulating(self, model: nn.Module) -> AbstractContextManager[object]:
         """A context in which a wrapped model keeps its gradients to itself."""
         return nullcontext()
 
 
 ALONE = World()
+
+
+def leave_it_to_the_first(error: UserError | Interrupted) -> None:
+    """Of ranks that end alike, rank 0 says why; torchrun ends all when one ends, so it is given time for that."""
+    error.told = True
+    time.sleep(1)

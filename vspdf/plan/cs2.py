@@ -34,13 +34,49 @@ def compare(folder: Path, machine: Machine | None = None) -> list[dict[str, Any]
         If the run is not finished, a file of it is broken, or its model's activations do not fit the wafer.
     """
     run = Run(folder).require(finished=True).check(whole=False)
-    rows = compare_phases(machine or machines.load(), run.shape, _masks(run), run.summary["phases"])
+    ends = [run.end_masks(index) for index in range(len(run.summary["phases"]))]
+    rows = compare_phases(machine or machines.load(), run.shape, _masks(run), run.summary["phases"], ends=ends)
     Writer(folder).summary({**run.summary, "comparison": rows})
     return rows
 
 
 def _masks(run: Run) -> list[Mapping[str, np.ndarray]]:
     return [run.masks(index) for index in range(len(run.summary["phases"]))]
+
+
+STAGES = 4  # of a sparsity that changes, that are simulated
+
+
+def _over_time(
+    machine: Machine, shape: Shape, stages: Sequence[Mapping[str, Any]], first: Mapping[str, np.ndarray],
+    last: Mapping[str, np.ndarray], batch: int, systems: int,
+) -> dict[str, Any]:  # fmt: skip
+    """`simulate_step` of a phase, on average over its steps."""
+    real = [Model.of_patterns(shape, masks, batch, systems) for masks in (first, last) if masks]
+    if real and len(stages) == 1:
+        models = [(1.0, model) for model in real]
+    else:
+        size = -(-len(stages) // STAGES)
+        parts = [stages[i : i + size] for i in range(0, len(stages), size)]
+        models = [(sum(s["steps"] for s in part), Model.uniform(shape, batch, _mean(part), systems)) for part in parts]
+    results = [simulate_step(machine, model, sensitivity=False) for _, model in models]
+    if len(results) == 1:
+        return results[0]
+    found, total = dict(results[-1]), sum(weight for weight, _ in models)
+    clock = found["clock"]
+    dense = results[0]["seconds"][clock]["dense"]
+    sparse = {
+        key: sum(w * r["seconds"][clock]["sparse"][key] for (w, _), r in zip(models, results, strict=True)) / total
+        for key in ("low", "central", "high")
+    }
+    found["seconds"] = {**found["seconds"], clock: {"dense": dense, "sparse": sparse}}
+    found["speedup"] = {**found["speedup"], **{key: dense / seconds for key, seconds in sparse.items()}}
+    return found
+
+
+def _mean(stages: Sequence[Mapping[str, Any]]) -> float:
+    """Sparsity over the steps of stages."""
+    return sum(stage["steps"] * stage["sparsity"] for stage in stages) / sum(stage["steps"] for stage in stages)
 
 
 def _batch(phase: Mapping[str, Any], shape: Shape) -> int:
@@ -50,32 +86,35 @@ def _batch(phase: Mapping[str, Any], shape: Shape) -> int:
 
 def compare_phases(
     machine: Machine, shape: Shape, masks: Sequence[Mapping[str, np.ndarray]], phases: Sequence[dict[str, Any]],
-    systems: int = 1,
+    systems: int = 1, ends: Sequence[Mapping[str, np.ndarray]] = (),
 ) -> list[dict[str, Any]]:  # fmt: skip
     """CPU-measured speed-up, ideal and CS-2 estimate of every sparse phase of a run, side by side.
+
+    A phase whose masks move, or whose sparsity changes, is estimated over its steps: of its masks as it begins and as
+    it ends, or of a few of its stages.
 
     Parameters
     ----------
     masks : sequence of mapping
         Of every phase by layer, bool [out, in]; a sparse phase without any is simulated with positions by chance.
+    ends : sequence of mapping
+        Likewise, as phases end in which masks moved.
     phases : sequence of dict
         As in `summary.json`.
     """
     table = []
-    for phase, patterns in zip(phases, masks, strict=True):
-        if not phase["sparsity"]:
+    for phase, patterns, end in zip(phases, masks, ends or [{}] * len(phases), strict=True):
+        stages = phase.get("stages", [])
+        if len(stages) < 2:  # the phase's is that over all layers
+            stages = [{"steps": phase["steps"], "sparsity": phase["sparsity"]}]
+        if not any(stage["sparsity"] for stage in stages):
             continue
-        batch = _batch(phase, shape)
-        if patterns:
-            model = Model.of_patterns(shape, patterns, batch, systems)
-        else:
-            model = Model.uniform(shape, batch, phase["sparsity"], systems)
-        result = simulate_step(machine, model, sensitivity=False)
+        result = _over_time(machine, shape, stages, patterns, end, _batch(phase, shape), systems)
         flops = phase["flops"]
         table.append(
             {
                 "phase": phase["name"],
-                "sparsity": phase["sparsity"],
+                "sparsity": phase["sparsity"] if len(stages) == 1 else _mean(stages),
                 "cpu": phase.get("speedup"),
                 "ideal": flops["dense"] / flops["useful"],
                 "executed": flops["dense"] / flops["executed"],

@@ -19,6 +19,7 @@ from vspdf.config.resolved import ResolvedConfig
 from vspdf.config.settings import PhaseConfig
 from vspdf.errors import UserError, check_sparsity, did_you_mean
 from vspdf.plan.cs2 import on_cs2
+from vspdf.plan.machines import Machines
 from vspdf.plan.models import _dense_run, _source
 from vspdf.plan.wish import SPLITS, _Wish, by_path, state_bytes
 from vspdf.shapes import Shape
@@ -68,6 +69,7 @@ class Plan:
     config: ResolvedConfig
     calibration: Calibration | None
     notes: list[str]
+    machines: Machines | None = None
 
     @property
     def tokens(self) -> int:
@@ -137,6 +139,14 @@ class Plan:
         stages = [(phase.sparsity, phase.steps) for phase in self.phases]
         return on_cs2(self.shape, self.config.train.batch_size, stages, self.dense.steps)
 
+    def on_machines(self) -> dict[str, Any] | None:
+        """As `vspdf.plan.machines` has it; None where one machine was asked for."""
+        if self.machines is None or self.calibration is None:
+            return None
+        stages = [(phase.sparsity, phase.steps) for phase in self.phases]
+        tokens = self.config.train.batch_size * self.shape.sequence_length
+        return self.machines.to_json(self.shape, tokens, self.calibration, stages)
+
     def _cs2(self) -> dict[str, Any] | None:
         try:
             return self.on_cs2()
@@ -162,6 +172,7 @@ class Plan:
             "seconds": {"dense": self.dense.seconds, "planned": self.seconds} if self.calibration else None,
             "calibration": asdict(self.calibration) if self.calibration else None,
             "cs2": self._cs2(),
+            "machines": self.on_machines(),
             "notes": self.notes,
         }
 
@@ -182,6 +193,7 @@ def plan(
     memory: float | None = None,
     hours: float | None = None,
     time: bool = False,
+    machines: Machines | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """Plans a run against its dense run.
@@ -217,6 +229,8 @@ def plan(
         Wish: the run ends within so many hours on this machine; measures.
     time : bool
         Measure this machine's speed (`calibrate`): seconds; at billions of parameters most of a minute.
+    machines : Machines, optional
+        Several of this one, that share every step; measures.
     progress : callable
         Receives a line at a time while measuring.
 
@@ -238,18 +252,19 @@ def plan(
         raise UserError(f"`split` {asked}: there is one stage, or those of {model}; `effective` asks for two.")
     if batch_size and source.phases:
         raise UserError(f"the batch size of {model} is in that file (train.batch_size): `batch_size` is for models.")
-    planned = sum(n for _, n in phases) if phases else None
-    dense_steps, baseline = _dense_run(source, shape, steps, batch_size, planned)
+    total = sum(n for _, n in phases) if phases else None
+    dense_steps, baseline = _dense_run(source, shape, steps, batch_size, total)
     step_tokens = settings.train.batch_size * shape.sequence_length
     run = _Wish(shape, dense_steps, step_tokens, split, sparsity, effective, convention, causal, progress)
 
     if not own:
-        stages = list(phases) if phases is not None else run.stages(save, memory, hours)
+        stages = phases if phases is not None else run.stages(save, memory, hours)
         multiple = LR_MULTIPLE if any(s for s, _ in stages) else 1.0
         settings.phases = [PhaseConfig(sparsity=s, steps=n, lr_multiple=multiple) for s, n in stages if n]
     config = resolve.resolve(settings)
-    if time:
-        run.measure([sparsity for sparsity, _ in resolve.amounts(config)])
+    layers = resolve.linear_layers(config.model)
+    if time or (machines is not None and machines.sharing(settings.train.batch_size)):
+        run.measure([p.mean(layers, s.sparsity) for p in config.phases for s in p.coarse_stages()])
 
     def stage(name: str, s: float, steps: int, tokens: int) -> PlannedPhase:
         flops = ledger.training_flops(shape, [(s, tokens)], convention=convention, causal=causal)
@@ -260,14 +275,28 @@ def plan(
         source.name, shape, convention, causal,
         stage("dense run", 0.0, dense_steps, dense_steps * step_tokens), baseline,
         [
-            stage(f"{p.name} {s.sparsity:.4g}" if len(p.stages()) > 1 else p.name,
-                  p.mean(resolve.linear_layers(config.model), s.sparsity),
-                  s.steps, s.steps * p.tokens // p.steps)
+            stage(f"{p.name} {s.sparsity:.4g}" if len(p.coarse_stages()) > 1 else p.name,
+                  p.mean(layers, s.sparsity), s.steps, s.steps * p.tokens // p.steps)
             for p in config.phases
-            for s in p.stages()
+            for s in p.coarse_stages()
         ],
-        config, run.calibration, run.notes,
+        config, run.calibration, [*run.notes, *_moves(config)], machines,
     )  # fmt: skip
+
+
+def _moves(config: ResolvedConfig) -> list[str]:
+    """What masks that move cost beside what conventions count."""
+    said = []
+    for phase in config.phases:
+        count = sum(step > 0 for step in phase.update_steps()) if phase.algorithm != "static" else 0
+        if count and phase.algorithm == "rigl":
+            said.append(
+                f"Phase '{phase.name}': RigL forms the dense gradient on {count} of {phase.steps:,} steps, a third of "
+                "a dense step's weight-FLOPs each; a run counts it as executed, no convention does."
+            )
+        elif count:
+            said.append(f"Phase '{phase.name}': masks move {count} times (vspdf bench update: what that takes).")
+    return said
 
 
 def _check_arguments(

@@ -9,6 +9,7 @@ from vspdf.draw import words
 from vspdf.draw.svg import Bar, bar_chart
 from vspdf.errors import BackendUnavailable, UserError
 from vspdf.report import weights
+from vspdf.report.moving import moving
 from vspdf.runs.folder import COLUMNS, Run
 
 _PARTS = ("sparse products", "dense products", "attention", "vocabulary", "optimizer", "rest")
@@ -25,6 +26,7 @@ def parts(run: Run, drawn: bool = False) -> dict[str, Any]:
     return {
         "begun": bool(run.lines), "finished": bool(run.summary), "flops": _flops(run), "time": _time(run),
         "speed": _speed(run), "wafer": _wafer(run, drawn), "masks": weights.masks(run), "revived": weights.revived(run),
+        "moving": moving(run),
         "facts": _facts(run), "settings": loading.to_yaml(run.config), "samples": run.summary.get("samples", []),
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from vspdf.draw import words
 from vspdf.draw.words import between, number
 from vspdf.report.comparison import CPU, EXECUTED, TOKENS, WALL, Axis
 from vspdf.runs.folder import COLUMNS
@@ -154,7 +155,7 @@ class Table(NamedTuple):
 
 def tables(results: dict[str, Any]) -> list[Table]:
     """The tables of a study: scores of tasks first, where there are any, losses of pre-training, what was tuned."""
-    found = [*task_tables(results), *_loss_tables(results), tuning_table(results)]
+    found = [*task_tables(results), *_loss_tables(results), multiplier_table(results), tuning_table(results)]
     return [table for table in found if table.rows]
 
 
@@ -162,6 +163,7 @@ def _loss_tables(results: dict[str, Any]) -> list[Table]:
     title, key = clocks(results)[0]
     clock = time_axis(results["arms"]).name
     timed = undisturbed(results)
+    sized = any(arm.get("stored_bytes") for arm in results["arms"])  # results of before do not say
     rows: list[tuple[str, ...]] = []
     for arm in results["arms"]:
         loss, runs = arm["test_loss"], arm["runs"]
@@ -170,20 +172,29 @@ def _loss_tables(results: dict[str, Any]) -> list[Table]:
             arm["name"], number(loss["mean"]), number(None if loss["low"] is None else loss["high"] - loss["mean"]),
             f"{len(runs)}/{len(results['seeds'])}", f"{runs[0]['tokens']:,}" if runs else "–",
             *(number(relative.get(name), ".1%") for name in ("linear", "executed")),
+            *([words.size(arm["stored_bytes"])] if arm.get("stored_bytes") else ["–"] if sized else []),
             *([number(mean(arm, key), ".0f")] if timed else []),
         ))  # fmt: skip
-    head = ("test loss", "± 95 %", "seeds", "tokens", "weight-FLOPs", "executed", *([title] if timed else []))
+    head = (
+        "test loss", "± 95 %", "seeds", "tokens", "weight-FLOPs", "executed", *(["stored"] if sized else []),
+        *([title] if timed else []),
+    )  # fmt: skip
     found = [Table("test loss, nats a token", ("arm", *head), rows)]
     if results["paired"]:
+        reach = timed and any("reach" in pair for pair in results["paired"])
         rows = [
             (
                 f"{pair['a']} − {pair['b']}", number(pair["mean"], "+.4f"), between(pair, "+.4f"),
                 str(len(pair["seeds"])), pair["verdict"],
                 *([number(pair["at_equal"].get(clock, {}).get("mean"), "+.4f")] if timed else []),
+                *([number(pair["reach"].get(clock, {}).get("share"), ".0%")] if reach else []),
             )
             for pair in results["paired"]
         ]  # fmt: skip
-        pair_head = ("a − b", "mean", "95 % interval", "seeds", "a is", *(["at equal time"] if timed else []))
+        pair_head = (
+            "a − b", "mean", "95 % interval", "seeds", "a is", *(["at equal time"] if timed else []),
+            *(["time to b's loss"] if reach else []),
+        )  # fmt: skip
         found.append(Table("paired differences of test losses", pair_head, rows))
     return found
 
@@ -218,6 +229,20 @@ def task_tables(results: dict[str, Any]) -> list[Table]:
     if rows:
         found.append(Table("paired differences of BLEU", ("a − b", "mean", "95 % interval", "seeds", "a is"), rows))
     return found
+
+
+def multiplier_table(results: dict[str, Any]) -> Table:
+    """What kept weights are worth, by arm; empty where a study does not ask."""
+    rows: list[tuple[str, ...]] = [
+        (
+            each["method"] + (" (beyond the dense arms)" if each["extrapolated"] else ""), number(each["m"], ".2f"),
+            between({"low": each["low"], "high": each["high"]}, ".2f"), str(len(each["seeds"])),
+            f"{each['kept']:,.0f}", number(each["break_even"], ".2f"),
+        )
+        for each in results.get("multipliers", [])
+    ]  # fmt: skip
+    head = ("arm", "M", "95 % interval", "seeds", "kept weights, on average", "break-even here")
+    return Table("dense weights that a kept weight is worth", head, rows)
 
 
 def tuning_table(results: dict[str, Any]) -> Table:

@@ -20,7 +20,7 @@ from vspdf.runs.folder import Run
 
 SAMPLED = 100_000  # weights of a layer that are looked at, in slices spread over its rows
 CROP = 96  # rows and columns of a mask that are drawn
-_INK = (0x2A, 0x7F, 0xC9)  # of a kept weight
+INK = (0x2A, 0x7F, 0xC9)  # of a kept weight
 
 
 def masks(run: Run) -> dict[str, Any] | None:
@@ -39,7 +39,7 @@ def masks(run: Run) -> dict[str, Any] | None:
         crop = pattern.mask().numpy()[:CROP, :CROP]
         full = f"{first}.{name}".rstrip(".")
         pictures.append({
-            "source": mask_png(crop, _INK), "alt": f"mask of {full}",
+            "source": mask_png(crop, INK), "alt": f"mask of {full}",
             "caption": f"{full}: first {crop.shape[0]} outputs, {crop.shape[1]} inputs; {crop.mean():.1%} kept",
         })  # fmt: skip
     return {

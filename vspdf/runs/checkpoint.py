@@ -1,7 +1,8 @@
 """Checkpoints: a folder written whole or not at all.
 
 ``checkpoints/step-00000100/`` holds `model.safetensors` (values row-major, packed patterns as ``NAME.pattern``),
-`optimizer.safetensors` (``PARAMETER:KEY``, and patterns before the last switch as ``revived:LAYER``) and `state.json`
+`optimizer.safetensors` (``PARAMETER:KEY``, patterns before the last switch as ``revived:LAYER``, and of masks
+that move, as bits, ``moved:KIND:LAYER``, see `vspdf.sparsity.turnover`) and `state.json`
 (step, model, data, what was done so far, and the SHA-256 of the other files).
 """
 
@@ -24,17 +25,26 @@ from vspdf.files import flush, remove, why_not
 from vspdf.pattern import Pattern
 from vspdf.runs.digests import of_body, of_file
 from vspdf.runs.folder import CHECKPOINTS, STATE, damaged, read_state, steps
-from vspdf.sparsity.layer import SparseLinear
+from vspdf.sparsity.layer import SparseLinear, require_whole
 from vspdf.sparsity.surgery import sparsify
 
 MODEL, OPTIMIZER = FILES = ("model.safetensors", "optimizer.safetensors")
 _EXTRA = "._extra_state"  # how torch names a module's own state
 _PATTERN = ".pattern"
 _REVIVED = "revived:"
+_MOVED = "moved:"
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state by name; sparse layers as values, bias and packed pattern."""
+    """A model's state by name; sparse layers as values, bias and packed pattern.
+
+    Raises
+    ------
+    UserError
+        If the model is sharded over processes.
+    """
+    for parameter in model.parameters():
+        require_whole(parameter)
     return {
         name.removesuffix(_EXTRA) + _PATTERN if name.endswith(_EXTRA) else name: tensor.contiguous()
         for name, tensor in model.state_dict().items()
@@ -66,6 +76,8 @@ class Checkpoint:
         The optimizer's, as `optimizer_tensors` names them; empty where there was none.
     revived : dict of str to Tensor
         Packed patterns of the layers before the last switch, while the weights it added warm up.
+    moved : dict of str to Tensor
+        Of masks that move, what `vspdf.sparsity.turnover.Turnover.tensors` gave.
     """
 
     folder: Path
@@ -73,6 +85,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     moments: dict[str, Tensor]
     revived: dict[str, Tensor]
+    moved: dict[str, Tensor]
 
     def restore(self, model: nn.Module, backend: str = "auto") -> None:
         """Brings a fresh dense model into the stored form, sparse layers included, and loads its weights."""
@@ -113,6 +126,7 @@ def save(
     optimizer: torch.optim.Optimizer | None,
     state: dict[str, Any],
     before_switch: Mapping[str, Pattern] | None = None,
+    moved: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Writes a checkpoint of a run: everything into a hidden folder, flushed to disk, then one rename.
 
@@ -128,6 +142,8 @@ def save(
         What else is to be known, as JSON has it.
     before_switch : mapping of str to Pattern, optional
         Patterns before the last switch, while the weights it added warm up.
+    moved : mapping of str to Tensor, optional
+        Of masks that move, what `vspdf.sparsity.turnover.Turnover.tensors` gives.
 
     Returns
     -------
@@ -148,7 +164,7 @@ def save(
         save_file(model_tensors(model), draft / MODEL)
         moments = optimizer_tensors(model, optimizer) if optimizer else {}
         revived = {_REVIVED + name: torch.from_numpy(p.bits.copy()) for name, p in (before_switch or {}).items()}
-        save_file(moments | revived, draft / OPTIMIZER)
+        save_file(moments | revived | {_MOVED + key: t for key, t in (moved or {}).items()}, draft / OPTIMIZER)
         body = {"step": step, **state, "sha256": {name: of_file(draft / name) for name in FILES}}
         text = json.dumps({**body, "state_sha256": of_body(body)}, indent=1)
         (draft / STATE).write_text(text)
@@ -235,5 +251,8 @@ def read(path: Path) -> Checkpoint:
         except (OSError, RuntimeError, SafetensorError) as error:  # safetensors has each of them for an unreadable file
             raise UserError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     model, rest = tensors
-    revived = {name.removeprefix(_REVIVED): rest.pop(name) for name in list(rest) if name.startswith(_REVIVED)}
-    return Checkpoint(folder, state, model, rest, revived)
+    revived, moved = (
+        {name.removeprefix(prefix): rest.pop(name) for name in list(rest) if name.startswith(prefix)}
+        for prefix in (_REVIVED, _MOVED)
+    )
+    return Checkpoint(folder, state, model, rest, revived, moved)

@@ -46,6 +46,11 @@ def masks_file(phase: int) -> str:
     return f"patterns-{phase + 1}.npz" if phase else "patterns.npz"
 
 
+def end_masks_file(phase: int) -> str:
+    """Name of the file with the masks at the end of a phase, if they moved in it."""
+    return masks_file(phase).replace(".npz", "-end.npz")
+
+
 def steps(folder: Path) -> list[Path]:
     """Whole checkpoints in the checkpoints folder of a run, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
@@ -254,6 +259,10 @@ class Run:
     def masks(self, phase: int) -> Masks:
         """Masks by layer at the start of a phase; none where it was dense, or where an older run did not keep them."""
         return masks.read(self.folder / masks_file(phase))
+
+    def end_masks(self, phase: int) -> Masks:
+        """Masks by layer at the end of a phase in which they moved; none before it is over."""
+        return masks.read(self.folder / end_masks_file(phase))
 
     @cached_property
     def patterns(self) -> dict[str, Pattern]:

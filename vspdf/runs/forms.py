@@ -49,6 +49,7 @@ LINE: Form = {
     "training_seconds": _number, "step_seconds": _number, "lr?": _number, "grad_norm?": _number, "seconds?": _number,
     "tokens_per_second?": _number, "val_loss?": _number, "val_bits_per_byte?": _number,
     "training_cpu_seconds?": _number_or_none, "communication_seconds?": _number, "communication_bytes?": _number,
+    **dict.fromkeys(("coverage?", "mask_overlap?", "survival?"), _number), "mask_updates?": _count,
 }  # fmt: skip
 # Of a summary: what the machine models need, and what a report needs beside it.
 PHASE: Form = {

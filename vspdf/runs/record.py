@@ -26,6 +26,12 @@ class PhaseRecord:
     val_loss: float | None = None
     val_bits_per_byte: float | None = None
     loss: float | None = None
+    masks: dict[str, float] = field(default_factory=dict)  # of masks that move, at the end: see Turnover.figures
+
+    def spend(self, seconds: float, cpu_seconds: float) -> None:
+        """Counts what a step, or a move of masks before it, has taken."""
+        self.seconds += seconds
+        self.cpu_seconds = None if self.cpu_seconds is None else self.cpu_seconds + cpu_seconds
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -61,6 +67,8 @@ class PhaseRecord:
             "products": {name: asdict(count) for name, count in self.tally.products.items()},
             "time_fractions": self.parts,
         }
+        if self.masks:
+            body["masks"] = self.masks
         if self.paired_seconds:
             body |= beside_dense(self.paired_seconds) | {"dense_threads": self.dense_threads}
         return body

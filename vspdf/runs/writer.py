@@ -176,6 +176,10 @@ class Writer:
         """Writes the positions at the start of a phase, by layer."""
         self._write(names.masks_file(phase), masks.packed(patterns))
 
+    def end_masks(self, phase: int, patterns: Mapping[str, Pattern]) -> None:
+        """Writes the positions at the end of a phase in which masks moved, by layer."""
+        self._write(names.end_masks_file(phase), masks.packed(patterns))
+
     def summary(self, body: Mapping[str, Any]) -> None:
         """Writes what the run did, at its end."""
         text = json.dumps(body, indent=1)

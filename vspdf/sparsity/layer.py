@@ -241,12 +241,17 @@ class SparseLinear(nn.Linear):
         return f"{self.in_features}, {self.out_features}, {bias=}, {sparsity=:.4g}"
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process has but a shard of a tensor (DTensor); asks without importing what is not needed."""
+    return type(tensor).__name__ == "DTensor"
+
+
 def require_whole(tensor: Tensor) -> None:
-    """Raises UserError for a tensor of which this process has a shard only (DTensor)."""
-    if type(tensor).__name__ == "DTensor":
+    """Raises UserError for a tensor of which this process has a shard only."""
+    if is_sharded(tensor):
         raise UserError(
-            "the weights are sharded over processes (DTensor, by fully_shard or tensor parallelism): masks are given "
-            "and changed on whole weights; sparsify before fully_shard, and switch on a model that is not sharded."
+            "the weights are sharded over processes (DTensor, by fully_shard or tensor parallelism), this needs whole "
+            "ones: sparsify before fully_shard; change, read and save inside `with vspdf.gathered(model, optimizer):`."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,11 +14,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from vspdf.errors import UserError, check_sparsity, require
 from vspdf.pattern import Pattern, kept_count
+from vspdf.sparsity.amounts import Amounts, only_added
 from vspdf.sparsity.from_files import MaskFile
-from vspdf.sparsity.layer import sparse_layers
+from vspdf.sparsity.layer import SparseLinear, sparse_layers
+from vspdf.sparsity.moves import move
 from vspdf.sparsity.optimizer import RevivedWarmup
-from vspdf.sparsity.schedule import Amounts, Phase, only_added
+from vspdf.sparsity.schedule import Phase
+from vspdf.sparsity.scores import DenseGradients
 from vspdf.sparsity.surgery import adopt, densify, set_sparsity, sparsifiable, sparsify
+from vspdf.sparsity.turnover import Turnover
 
 log = logging.getLogger("vspdf")
 
@@ -39,7 +44,7 @@ class Phases:
     phases : sequence of (sparsity, steps), of (sparsity, steps, lr), or of `vspdf.Phase`
         In steps of the optimizer; the last phase goes on for as long as the training does. `lr` is the peak of the
         phase's learning rate, for `scheduler`; default: that of the optimizer. A `Phase` may have a `schedule`, so that
-        it densifies in steps, and `layers` with sparsities of their own.
+        it densifies in steps, `layers` with sparsities of their own, and an `algorithm` that moves its masks.
     seed : int
     moments : {"keep", "reset"}, optional
         At the start of a phase, the optimizer keeps its state of weights that were there before, or forgets the state
@@ -100,8 +105,15 @@ class Phases:
             start += phase.steps
         self.before: dict[str, Pattern] = {}  # of layers that the last switch changed, how they were
         self.revived: RevivedWarmup | None = None
+        self.turnover: Turnover | None = None  # of masks that move
+        self._starts = [stretch.start for stretch in self.stages]
+        self._begins = [next(s.start for s in self.stages if s.phase == i) for i in range(len(self.phases))]
         self._now: int | None = None
         self._weights: dict[str, int] = {}  # of each layer that is sparse or could be
+        self._model: nn.Module | None = None  # of the step at hand
+        self._step = 0
+        self._moved: int | None = None  # the step before which `step` has moved masks already
+        self._gradients: DenseGradients | None = None  # for RigL, from the step before an update
 
     # -- where the model is ------------------------------------------------------------------------------------------
 
@@ -118,7 +130,14 @@ class Phases:
     @property
     def sparsity(self) -> float:
         """Sparsity that the model has now, over all weights of its layers that can be sparse."""
+        if self._model is not None and self.phases[self.now.phase].rules == "cstorch":  # it may lag behind its target
+            return self._found(self._model)[0]
         return self._sparsity(self.now)
+
+    @property
+    def dense_gradients(self) -> DenseGradients | None:
+        """What RigL collects at the step at hand: processes that share a batch add up its `parameters`' gradients."""
+        return self._gradients
 
     @property
     def ramp(self) -> tuple[dict[str, Pattern], int]:
@@ -179,21 +198,26 @@ class Phases:
         """
         self.check(model)
         phase, before = self.phases[0], {}
-        if layers := sparse_layers(model):
-            for name, amount in phase.of_layers(self._weights).items():
+        layers = sparse_layers(model)
+        amounts = phase.of_layers(self._weights, self.stages[0].sparsity)
+        if layers and phase.algorithm != "static":
+            before = move(model, optimizer, phase, amounts, 0, (self.seed, 0), None, self.options)
+        elif layers:
+            for name, amount in amounts.items():
                 only_added(
                     name in layers or not amount,
                     f"phase '{phase.name}': layer '{name}' is dense already and would go to {amount:.4g}",
                 )
             before = self._grow(model, optimizer, self.stages[0])
-        elif any(phase.of_layers(self._weights).values()):
-            amounts, file = {**phase.layers, "*": phase.sparsity}, phase.init_file
+        elif any(amounts.values()):
+            amounts, file = {**phase.layers, "*": self.stages[0].sparsity}, phase.init_file
             sparsify(
                 model, {glob: (file if amount and file else amount) for glob, amount in amounts.items()},
                 seed=self.seed, init_method="random" if file else phase.init_method,
                 truncate=phase.count == "truncate", optimizer=optimizer, **self.options,
             )  # fmt: skip
         self._enter(model, 0, before)
+        self._collect(1, model)
         return model
 
     def restore(
@@ -225,26 +249,40 @@ class Phases:
             If the model's form is not that of these phases at this step.
         """
         self._weigh(model)
-        layers = sparse_layers(model)
-        weights = sum(layer.pattern.numel for layer in layers.values())
-        found = 1 - sum(layer.pattern.nnz for layer in layers.values()) / weights if weights else 0.0
+        found, layers, weights = self._found(model)
         near = (5e-3 if self.phases[0].init_method in ("from_zeros", "file") else 1e-3) + len(layers) / max(1, weights)
-        for index in (self._index(max(0, step - 1)), self._index(step)):  # saved before the switch, or after it
-            if abs(self._sparsity(self.stages[index], layers) - found) < near:
-                self._enter(model, index, *(ramp or ({}, 0)))
-                ramped = self.phases[self.now.phase].revived_warmup
-                if ramp is None and index and 0 < step - self.now.start < ramped:
-                    log.warning("resumed within a ramp of revived weights: the rest of it is left out.")
-                return model
-        raise UserError(
-            f"the checkpoint has a sparsity of {found:.4g}; after {step} steps these phases have "
-            f"{self._sparsity(self.stages[self._index(step)]):.4g}. Are the phases those it was trained with?"
+        # Saved before the switch, or after it.
+        index = min(
+            self._index(max(0, step - 1)),
+            self._index(step),
+            key=lambda i: abs(self._sparsity(self.stages[i], layers) - found),
         )
+        phase = self.phases[self.stages[index].phase]
+        if phase.rules == "vspdf" and abs(self._sparsity(self.stages[index], layers) - found) >= near:
+            raise UserError(
+                f"the checkpoint has a sparsity of {found:.4g}; after {step} steps these phases have "
+                f"{self._sparsity(self.stages[self._index(step)]):.4g}. Are the phases those it was trained with?"
+            )
+        self._enter(model, index, *(ramp or ({}, 0)))
+        if ramp is None and index and 0 < step - self.now.start < phase.revived_warmup:
+            log.warning("resumed within a ramp of revived weights: the rest of it is left out.")
+        self._collect(step + 1, model)
+        return model
+
+    def due(self, step: int) -> bool:
+        """Whether `at` is going to change the model before the step numbered `step`."""
+        return self._now is not None and self._index(step) > self._now
 
     def at(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> bool:
-        """Before the step numbered `step`, from 0: switches where a boundary falls, and says whether it did.
+        """Before the step numbered `step`, from 0: switches where a boundary falls, moves masks where they are to move.
 
-        Parameters of the model are replaced where it switches, and exchanged in the `optimizer`, with their state.
+        Parameters of the model are replaced where it does, and exchanged in the `optimizer`, with their state. To be
+        called before each step.
+
+        Returns
+        -------
+        bool
+            Whether masks have changed since the step before.
 
         Raises
         ------
@@ -253,23 +291,27 @@ class Phases:
         """
         if self._now is None:
             raise UserError("Phases: start(model) or restore(...) comes before the first step.")
-        index = self._index(step)
-        if index <= self._now:
-            return False
-        old, new = self.stages[self._now], self.stages[index]
-        before = self._grow(model, optimizer, new)
-        if optimizer is not None and new.phase != old.phase and self.phases[new.phase].moments == "reset":
-            for parameter in model.parameters():
-                optimizer.state.pop(parameter, None)
-        self._enter(model, index, before)
-        return True
+        self._model, self._step = model, step
+        changed = self._moved == step
+        if not changed and (self._index(step) > self._now or self._due(step)):
+            self._change(step, model, optimizer)
+            changed = True
+        self._collect(step + 1, model)
+        return changed
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """``optimizer.step()``, ramped for revived weights after a switch where `revived_warmup` asks for it."""
+        """``optimizer.step()``, ramped for revived weights after a switch where `revived_warmup` asks for it.
+
+        Where RigL is to move masks before the next step, it does so here, by the gradients of this one: a checkpoint
+        that is written now holds the new masks.
+        """
         if self.revived is None:
             optimizer.step()
         else:
             self.revived.step(optimizer)
+        if self._gradients is not None and self._model is not None and self._due(self._step + 1):
+            self._change(self._step + 1, self._model, optimizer)
+            self._moved = self._step + 1
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
         """Learning rate over all steps: each phase warms up to its peak, from near zero, and decays to its end.
@@ -294,16 +336,53 @@ class Phases:
             raise UserError(f"{type(optimizer).__name__} has lr = {lr:g}: phases need a positive one to go by.")
 
         def factor(step: int) -> float:
-            stretch = self.stages[self._index(step)]
-            begin = next(other.start for other in self.stages if other.phase == stretch.phase)
-            return self.phases[stretch.phase].learning_rate(step - begin, lr) / lr
+            phase = self.stages[self._index(step)].phase
+            return self.phases[phase].learning_rate(step - self._begins[phase], lr) / lr
 
         return LambdaLR(optimizer, factor)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _index(self, step: int) -> int:
-        return sum(stretch.start <= step for stretch in self.stages) - 1
+        return bisect_right(self._starts, step) - 1
+
+    def _due(self, step: int) -> bool:
+        """Whether masks are to move before a step, within its phase; by RigL, of which the gradients were seen."""
+        phase = self.stages[self._index(step)].phase
+        rules = self.phases[phase]
+        return rules.moves(step - self._begins[phase]) and (rules.algorithm != "rigl" or self._gradients is not None)
+
+    def _collect(self, step: int, model: nn.Module) -> None:
+        """Lets dense gradients be seen if RigL moves masks before a step, by those of the step that is at hand."""
+        phase = self.stages[self._index(step)].phase
+        moves = self.phases[phase].algorithm == "rigl" and self.phases[phase].moves(step - self._begins[phase])
+        if moves and self._gradients is None:
+            self._gradients = DenseGradients({name: model.get_submodule(name) for name in self._weights})
+
+    def _change(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        """Gives the model the form that it is to have at a step."""
+        assert self._now is not None
+        old, index = self.stages[self._now], self._index(step)
+        new, gradients = self.stages[index], self._gradients
+        phase, self._gradients = self.phases[new.phase], None
+        if gradients is not None:
+            gradients.close()
+        if phase.algorithm == "static":
+            before = self._grow(model, optimizer, new)
+        else:
+            amounts = phase.of_layers(self._weights, new.sparsity)
+            inside = step - self._begins[new.phase]
+            before = move(model, optimizer, phase, amounts, inside, (self.seed, step), gradients, self.options)
+        if optimizer is not None and new.phase != old.phase and self.phases[new.phase].moments == "reset":
+            for parameter in model.parameters():
+                optimizer.state.pop(parameter, None)
+        self._enter(model, index, before)
+
+    def _found(self, model: nn.Module) -> tuple[float, Mapping[str, SparseLinear], int]:
+        """The sparsity that a model's sparse layers have together, those layers, and how many positions they have."""
+        layers = sparse_layers(model)
+        numel = sum(layer.pattern.numel for layer in layers.values())
+        return 1 - sum(layer.pattern.nnz for layer in layers.values()) / numel if numel else 0.0, layers, numel
 
     def _weigh(self, model: nn.Module) -> None:
         """Notes the layers that are sparse or could be, in the model's order."""
@@ -322,9 +401,18 @@ class Phases:
 
     def _enter(self, model: nn.Module, index: int, before: Mapping[str, Pattern], done: int = 0) -> None:
         """Notes which form the model has now, and which of its weights are to ramp up."""
-        self._now, self.before = index, dict(before)
-        steps = self.phases[self.now.phase].revived_warmup
-        self.revived = RevivedWarmup(model, before, steps, done) if before and steps else None
+        self._now, self.before, self._model = index, dict(before), model
+        phase = self.phases[self.now.phase]
+        self.revived = (
+            RevivedWarmup(model, before, phase.revived_warmup, done) if before and phase.revived_warmup else None
+        )
+        patterns = {name: layer.pattern for name, layer in sparse_layers(model).items()}
+        if phase.algorithm == "static" or not patterns:
+            self.turnover = None
+        elif self.turnover is None or not self.turnover.follows(patterns):
+            self.turnover = Turnover(patterns)
+        elif before:
+            self.turnover.moved(patterns)
 
     def _grow(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, stretch: Stretch) -> dict[str, Pattern]:
         """Adds positions until the model has the sparsities of a stretch; returns the patterns before."""

@@ -1,26 +1,28 @@
-"""How much of a model is kept, and when, as pure functions: phases, and ways to split a budget. No torch."""
+"""Phases as they are written, checked; and ways to split a budget between sparse and dense ones. No torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any
 
 from vspdf.errors import UserError, check_sparsity, did_you_mean, one_of, require
 from vspdf.mask_forms import block_of
+from vspdf.sparsity import courses
+from vspdf.sparsity.amounts import Amounts as Amounts
+from vspdf.sparsity.amounts import only_added
+from vspdf.sparsity.amounts import plain_name as plain_name
 
 # How first masks are drawn; "random:FORM" draws those that fit a form of `Pattern.random`
 INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard", "file")
 SCHEDULES = ("constant", "linear", "exp", "power", "cosine", "cycling")
+ALGORITHMS = ("static", "set", "rigl", "gmp")
+RULES = ("vspdf", "cstorch")  # how masks move, see `Phase`
 DECAYS = ("linear", "cosine", "constant")  # of the learning rate
-
-
-def plain_name(name: str) -> str:
-    """A module's name without what torch.compile puts before it: what globs match, and what masks are drawn by."""
-    return name.replace("_orig_mod.", "")
+_DROP = 0.3  # as in cstorch.sparse
+_RANDOM = 0.25  # of what RigL grows, against its collapse onto columns of large activations (arXiv:2108.06277)
 
 
 def check_init_method(what: str, method: str) -> None:
@@ -32,160 +34,45 @@ def check_init_method(what: str, method: str) -> None:
         require(method in INIT_METHODS, f"{what} '{method}' is not known.{did_you_mean(method, INIT_METHODS)}")
 
 
-class Stage(NamedTuple):
-    """A stretch of a phase at one sparsity, from `start` (a step of the phase) for `steps`."""
-
-    start: int
-    steps: int
-    sparsity: float
-
-
-@dataclass(frozen=True)
-class Amounts:
-    """How much of a model is kept over the steps of a phase, and how fast it learns, checked: see `Phase`.
-
-    Only `lr` and `lr_end` may be left open, for the optimizer to say.
-    """
-
-    name: str
-    sparsity: float
-    schedule: str
-    sparsity_end: float | None  # None where the schedule is constant, as is update_every
-    levels: tuple[float, ...]
-    update_every: int | None
-    layers: Mapping[str, float]
-    init_method: str
-    init_file: str | None
-    count: str
-    steps: int
-    moments: str
-    revived_warmup: int
-    lr: float | None
-    lr_multiple: float
-    lr_end: float | None
-    decay: str
-    warmup_steps: int
-
-    def learning_rate(self, step: int, lr: float) -> float:
-        """Learning rate of a step of the phase: linear warm-up to the peak, then decay, and its end from then on.
-
-        Parameters
-        ----------
-        step : int
-            From 0; the end is reached at the phase's last step.
-        lr : float
-            Peak of a phase that leaves it open; a tenth of it, or the phase's own peak if that is less, is the end of
-            a phase that leaves this open.
-        """
-        peak = (lr if self.lr is None else self.lr) * self.lr_multiple
-        if step < self.warmup_steps:
-            return peak * (step + 1) / self.warmup_steps
-        if self.decay == "constant":
-            return peak
-        end = min(lr / 10, peak) if self.lr_end is None else self.lr_end
-        progress = min(1.0, (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps))
-        if self.decay == "cosine":
-            progress = (1 - math.cos(math.pi * progress)) / 2
-        return peak + (end - peak) * progress
-
-    def stages(self) -> list[Stage]:
-        """The stretches of the phase: one where its schedule is constant, else one per update that changes something.
-
-        With u from 0 at the first update to 1 at the last, the sparsity s goes from a to b as: linear, a + (b − a)u;
-        exp, 1 − s grows by equal factors; power, b + (a − b)(1 − u)³ (arXiv:1710.01878); cosine,
-        b + (a − b)(1 + cos πu)/2; cycling, the levels one after the other.
-        """
-        if self.schedule == "constant":
-            return [Stage(0, self.steps, self.sparsity)]
-        every = self.update_every or self.steps
-        starts = range(0, self.steps, every)
-        found: list[Stage] = []
-        for k, start in enumerate(starts):
-            steps = min(every, self.steps - start)
-            amount = self._amount(k, len(starts) - 1)
-            if found and found[-1].sparsity == amount:
-                found[-1] = found[-1]._replace(steps=found[-1].steps + steps)
-            else:
-                found.append(Stage(start, steps, amount))
-        return found
-
-    def _amount(self, k: int, last: int) -> float:
-        """Sparsity after update `k` of the phase, the first being 0."""
-        a, b = self.sparsity, self.end
-        if self.schedule == "cycling":
-            return self.levels[k % len(self.levels)]
-        if k == last:
-            return b
-        u = k / last
-        if self.schedule == "linear":
-            s = a + (b - a) * u
-        elif self.schedule == "exp":
-            s = 1 - (1 - a) * ((1 - b) / (1 - a)) ** u
-        elif self.schedule == "power":
-            s = b + (a - b) * (1 - u) ** 3
-        else:
-            s = b + (a - b) * (1 + math.cos(math.pi * u)) / 2
-        return round(s, 12)
-
-    @property
-    def end(self) -> float:
-        """Sparsity at the phase's end."""
-        return self.sparsity if self.sparsity_end is None else self.sparsity_end
-
-    def of_layers(self, layers: Iterable[str], sparsity: float | None = None) -> dict[str, float]:
-        """Sparsity of each layer by its name, where the phase's own is `sparsity` (default: that of its start)."""
-        amount = self.sparsity if sparsity is None else sparsity
-        return {
-            name: next((s for glob, s in self.layers.items() if fnmatchcase(plain_name(name), glob)), amount)
-            for name in layers
-        }
-
-    def mean(self, layers: Mapping[str, int], sparsity: float | None = None) -> float:
-        """Sparsity over all weights of `layers` (how many each has), where the phase's own is `sparsity`."""
-        if not self.layers:
-            return self.sparsity if sparsity is None else sparsity
-        amounts = self.of_layers(layers, sparsity)
-        return sum(amounts[name] * weights for name, weights in layers.items()) / sum(layers.values())
-
-    def check_layers(self, key: str, previous: Amounts | None, layers: Sequence[str]) -> None:
-        """Whether the phase's globs match layers, and no layer is to be sparser than at the end of the phase before.
-
-        Raises
-        ------
-        UserError
-            Naming the glob or the layer.
-        """
-        for glob in self.layers:
-            require(
-                any(fnmatchcase(plain_name(name), glob) for name in layers),
-                f"{key}.layers: '{glob}' matches no layer.{did_you_mean(glob, map(plain_name, layers))}",
-            )
-        if previous and (self.layers or previous.layers):
-            old = previous.of_layers(layers, previous.end)
-            for name, amount in self.of_layers(layers).items():
-                only_added(amount <= old[name], f"{key}: layer '{name}' would go from sparsity {old[name]} to {amount}")
-
-
 @dataclass
 class Phase:
-    """How much of a model is kept over a number of steps (at one sparsity, or densifying in stages), and how it learns.
+    """How much of a model is kept over a number of steps (at one sparsity, or changing in stages), and how it learns.
 
     Phases are checked where they are put together, by `vspdf.Phases` or in a configuration.
     """
 
     name: str | None = None  # default: "sparse 0.9" or "dense"
-    sparsity: float = 0.0  # at the phase's start
-    # How it falls within the phase: "constant", "linear", "exp" (density grows by a factor), "power" (cubic), "cosine",
-    # or "cycling" through `levels`
-    schedule: str = "constant"
-    sparsity_end: float | None = None  # from the last update on; default 0, for a schedule that is not constant
+    # At the phase's start; or over its steps, for an algorithm that is not static: a list of one value an update, or
+    # {type: linear, init, slope}, {type: exp, init, gamma, final}, {type: power, init, beta},
+    # {type: cosine, init, half_period, minimum}, as in cstorch.sparse
+    sparsity: Any = 0.0
+    # How it goes on within the phase: "constant", "linear", "exp" (density grows by a factor), "power" (cubic),
+    # "cosine", or "cycling" through `levels`; static masks only ever get denser. Or what `sparsity` may be beside a
+    # number
+    schedule: Any = "constant"
+    sparsity_end: float | None = None  # from the last update on; default 0 of static masks, if schedule is not constant
     levels: list[float] = field(default_factory=list)  # of "cycling", e.g. [0.9, 0.75, 0.5, 0]
-    update_every: int | None = None  # steps between updates; default: ten updates, or one per level
+    update_every: int | None = None  # steps between updates of static masks; default: ten updates, or one per level
     layers: dict[str, float] = field(default_factory=dict)  # glob over layers to sparsity, the first match counts
     # Of the first masks: "random", "random:FORM" (2:4, 16x16, ...), "topk", "from_zeros", "checkerboard" or "file"
     init_method: str = "random"
     init_file: str | None = None  # of "file": masks by layer, in any form that Pattern.read takes
     count: str = "round"  # kept weights: numel − round(s·numel); "truncate": int((1−s)·numel), as the Cerebras stack
+    # "static"; or masks that move. At each update "set" (arXiv:1707.04780) drops a fraction of the smallest weights and
+    # lets as many grow at random, "rigl" (arXiv:1911.11134) where the dense gradient is largest; a sparsity that rises
+    # takes more than it gives (GraNet). "gmp" (arXiv:1710.01878) only drops, as the sparsity rises
+    algorithm: str = "static"
+    # At an update, of "set" and "rigl": a number, or over the steps as `sparsity`; default 0.3
+    drop_fraction: Any = None
+    # When masks move, in steps of the phase: {freq, start, stop} or {steps: [...]}; default: some sixty updates, 50
+    # steps apart or more, over its first three quarters, since what grows late has no time to learn
+    update: Any = None
+    # Of what "rigl" grows, drawn at random. The rest goes by the gradient over the RMS of the input it belongs to: by
+    # the bare gradient, what grows collapses onto few inputs of large activations (arXiv:2108.06277). Default 0.25
+    random_share: float | None = None
+    # "vspdf"; or "cstorch", as cstorch.sparse does: masks are dense until their first update, what is dropped may
+    # grow again at once, keep int((1 − f)·nnz) and never get denser than the sparsity asks, RigL by the bare gradient
+    rules: str = "vspdf"
     steps: int | None = None
     moments: str = "keep"  # "keep" or "reset": optimizer state of the weights that were there before the phase
     revived_warmup: int = 0  # steps over which the updates of newly added weights ramp up; 50-100 where beta2 > 0.98
@@ -212,26 +99,21 @@ class Phase:
         UserError
             Naming the setting under `key`.
         """
-        one_of(f"{key}.schedule", self.schedule, SCHEDULES)
+        named = not courses.is_course(self.schedule)
+        one_of(f"{key}.schedule", self.schedule if named else "constant", SCHEDULES)
         check_init_method(f"{key}.init_method =", self.init_method)
         require(
             (self.init_method == "file") == (self.init_file is not None),
             f"{key}: init_method: file and init_file, the file with the masks, belong together.",
         )
         one_of(f"{key}.count", self.count, ("round", "truncate"))
+        one_of(f"{key}.algorithm", self.algorithm, ALGORITHMS)
+        one_of(f"{key}.rules", self.rules, RULES)
         steps = self.steps
         if steps is None or steps < 1:
             raise UserError(f"{key} needs a number of steps of at least 1, not {steps}.")
-        start, end = self._ends(key)
-        every = None
-        if self.schedule == "constant":
-            require(
-                end in (None, start) and self.update_every is None,
-                f"{key}: sparsity_end and update_every need a schedule that is not constant, e.g. linear.",
-            )
-        else:
-            end = 0.0 if end is None else end
-            every = self._updates(key, steps, start, end)
+        update, drop, random_share = self._moving(key, steps)
+        start, schedule, end, every = self._amounts(key, steps, update)
         for glob, amount in self.layers.items():
             check_sparsity(f"{key}.layers: the sparsity of '{glob}'", amount)
         one_of(f"{key}.moments", self.moments, ("keep", "reset"))
@@ -239,15 +121,111 @@ class Phase:
         warmup = steps // (10 if previous else 20) if self.warmup_steps is None else self.warmup_steps
         self._check_rates(key, steps, warmup)
         found = Amounts(
-            self.name or (f"sparse {start:.4g}" if start else "dense"), start, self.schedule, end, tuple(self.levels),
-            every, dict(self.layers), self.init_method, self.init_file, self.count, steps, self.moments,
+            "", start, schedule, end, tuple(self.levels), every, dict(self.layers), self.init_method, self.init_file,
+            self.count, self.algorithm, drop, update, random_share, self.rules, steps, self.moments,
             self.revived_warmup, self.lr, self.lr_multiple, self.lr_end, self.decay, warmup,
         )  # fmt: skip
+        found = replace(found, name=self.name or _usual_name(found))
+        self._check_updates(key, found, previous)
         if layers is not None:
             found.check_layers(key, previous, list(layers))
-        if previous and not (found.layers or previous.layers):
+        if previous and self.algorithm == "static" and not (found.layers or previous.layers):
             only_added(start <= previous.end, f"{key}.sparsity = {start} is above the phase before ({previous.end})")
         return found
+
+    def _moving(self, key: str, steps: int) -> tuple[dict[str, Any] | None, Any, float | None]:
+        """When masks move, how much of them, and which share of that by chance."""
+        share = self.random_share
+        for name, value, of in (
+            ("update", self.update, ("set", "rigl", "gmp")), ("drop_fraction", self.drop_fraction, ("set", "rigl")),
+            ("random_share", share, ("rigl",)),
+        ):  # fmt: skip
+            require(
+                value is None or self.algorithm in of,
+                f"{key}.{name} belongs to algorithm: {' or '.join(of)}, not to {self.algorithm}.",
+            )
+        if self.algorithm == "static":
+            require(self.rules == "vspdf", f"{key}.rules say how masks move; those of algorithm: static do not.")
+            return None, None, None
+        if share is None and self.algorithm == "rigl":
+            share = _RANDOM if self.rules == "vspdf" else 0.0
+        require(share is None or 0 <= share <= 1, f"{key}.random_share must lie in [0, 1], not {share}.")
+        update = courses.updates(f"{key}.update", self.update, steps)
+        if self.algorithm == "gmp":
+            return update, None, None
+        moves = courses.update_steps(update, steps)
+        last = update.get("stop", moves[-1] if moves else steps)
+        drop = courses.checked(
+            f"{key}.drop_fraction", _DROP if self.drop_fraction is None else self.drop_fraction, last
+        )
+        require(
+            isinstance(drop, dict) or 0 <= drop <= 1,
+            f"{key}.drop_fraction must lie in [0, 1], not {self.drop_fraction}.",
+        )
+        return update, drop, share
+
+    def _amounts(
+        self, key: str, steps: int, update: dict[str, Any] | None
+    ) -> tuple[float, Any, float | None, int | None]:
+        """Sparsity at the start, how it goes on, where it ends, and the steps between updates of static masks."""
+        written = self.sparsity if courses.is_course(self.sparsity) else self.schedule
+        if not courses.is_course(written):
+            start, end = self._ends(key)
+            if self.schedule == "constant":
+                require(
+                    end in (None, start) and self.update_every is None,
+                    f"{key}: sparsity_end and update_every need a schedule that is not constant, e.g. linear.",
+                )
+                return start, self.schedule, end, None
+            if update is None:
+                require(not self.layers, f"{key}: layers with sparsities of their own need schedule: constant.")
+                end = 0.0 if end is None else end
+                return start, self.schedule, end, self._updates(key, steps, start, end)
+            require(self.update_every is None, f"{key}.update_every is for static masks: give update: {{freq: N}}.")
+            if end is None:
+                raise UserError(f"{key}.sparsity_end is not set: where does the sparsity go from {start}?")
+            check_sparsity(f"{key}.sparsity_end", end)
+            return start, self.schedule, end, None
+        require(
+            update is not None,
+            f"{key}: a sparsity that is a list or has a type needs algorithm: set, rigl or gmp; static masks get "
+            "denser by a schedule by name, e.g. schedule: linear.",
+        )
+        require(
+            self.schedule == "constant" or written is self.schedule,
+            f"{key}: the sparsity says how it goes on already: leave `schedule` out.",
+        )
+        require(
+            not self.levels and self.sparsity_end is None and self.update_every is None,
+            f"{key}: levels, sparsity_end and update_every go with a schedule by name.",
+        )
+        assert update is not None
+        moves = courses.update_steps(update, steps)
+        course = courses.checked(f"{key}.sparsity", written, update.get("stop", moves[-1] if moves else steps))
+        if isinstance(course, dict) and course["type"] != "constant":
+            return round(courses.amount(course, 0, 0), 12), course, None, None
+        start = course["value"] if isinstance(course, dict) else course
+        check_sparsity(f"{key}.sparsity", start)
+        return start, "constant", None, None
+
+    def _check_updates(self, key: str, found: Amounts, previous: Amounts | None) -> None:
+        """Of masks that move: whether they can, and whether ramps end before the next update."""
+        if self.algorithm == "static":
+            return
+        for stage in found.stages():
+            check_sparsity(f"{key}.sparsity, from step {stage.start} on", stage.sparsity)
+        constant = found.schedule == "constant" and (previous is None or found.sparsity <= previous.end)
+        require(
+            self.algorithm != "gmp" or not constant,
+            f"{key}: algorithm: gmp prunes as the sparsity rises, and it stays at {found.sparsity}: give it a "
+            "schedule, e.g. {sparsity: 0.0, schedule: power, sparsity_end: 0.75}, or take algorithm: static.",
+        )
+        moves = [step for step in found.update_steps() if step]
+        near = min((b - a for a, b in pairwise(moves)), default=found.steps)
+        require(
+            self.revived_warmup <= near,
+            f"{key}.revived_warmup = {self.revived_warmup} must end before the next update, after {near} steps.",
+        )
 
     def _check_rates(self, key: str, steps: int, warmup: int) -> None:
         peak = (1.0 if self.lr is None else self.lr) * self.lr_multiple
@@ -265,20 +243,20 @@ class Phase:
 
     def _ends(self, key: str) -> tuple[float, float | None]:
         """Sparsity at the start and the end; of a phase that cycles, what its levels give."""
-        start, end, cycling = self.sparsity, self.sparsity_end, self.schedule == "cycling"
+        end, cycling = self.sparsity_end, self.schedule == "cycling"
+        start = courses.number(f"{key}.sparsity", self.sparsity)
         require(cycling or not self.levels, f"{key}.levels belong to schedule: cycling, not to {self.schedule}.")
         if cycling:
             require(bool(self.levels), f"{key}.levels: schedule: cycling needs them, e.g. [0.9, 0.75, 0.5, 0].")
             for level in self.levels:
                 check_sparsity(f"{key}.levels", level)
-            start, end = self.levels[0], min(self.levels)
+            start, end = self.levels[0], min(self.levels) if self.algorithm == "static" else self.levels[-1]
         check_sparsity(f"{key}.sparsity", start)
         return start, end
 
     def _updates(self, key: str, steps: int, start: float, end: float) -> int:
         """Steps between the updates of a phase that is not constant."""
         only_added(0 <= end <= start, f"{key}.sparsity_end = {end} must lie between 0 and sparsity = {start}")
-        require(not self.layers, f"{key}: layers with sparsities of their own need schedule: constant.")
         every = -(-steps // (len(self.levels) or 10)) if self.update_every is None else self.update_every
         require(1 <= every < steps, f"{key}.update_every = {every} must lie between 1 and the phase's {steps} steps.")
         require(
@@ -291,9 +269,11 @@ class Phase:
         return every
 
 
-def only_added(ok: bool, what: str) -> None:
-    """Refuses what would drop weights: masks grow, they do not move."""
-    require(ok, f"{what}: weights are only ever added.")
+def _usual_name(phase: Amounts) -> str:
+    amount = max(stage.sparsity for stage in phase.stages())
+    if phase.algorithm == "static":
+        return f"sparse {phase.sparsity:.4g}" if phase.sparsity else "dense"
+    return f"{phase.algorithm} {amount:.4g}"
 
 
 def split_add_on(dense_steps: int, effective: float, sparsity: float) -> tuple[int, int]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -19,11 +18,13 @@ from vspdf.errors import UserError, did_you_mean
 from vspdf.kernels import reference
 from vspdf.pattern import Pattern
 from vspdf.sparsity.attached import hand_over, mark, place
+from vspdf.sparsity.evolve import layer_seed, remask
 from vspdf.sparsity.from_files import Amount, MaskFile, read_amounts
 from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, scatter, sparse_layers
 from vspdf.sparsity.optimizer import carry, check_moments, check_takes_vectors, warn_of_stale
 from vspdf.sparsity.pretrained import teach_save_pretrained
 from vspdf.sparsity.schedule import check_init_method, plain_name
+from vspdf.sparsity.wrapped import warn_of_reducers
 
 log = logging.getLogger("vspdf")
 
@@ -43,6 +44,7 @@ def _is_linear(module: nn.Module) -> bool:
         type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear
     ):  # nn.MultiheadAttention reads its weight itself
         return False
+    require_whole(module.weight)
     return type(module).forward is nn.Linear.forward or _computes_linear(module)
 
 
@@ -82,11 +84,6 @@ def _globs(globs: str | Iterable[str]) -> tuple[str, ...]:
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
-
-
-def _layer_seed(seed: int, name: str) -> int:
-    """Masks of different layers are independent, and a layer's does not depend on the others."""
-    return (seed << 32) | zlib.crc32(plain_name(name).encode())
 
 
 def sparsify(
@@ -175,7 +172,7 @@ def sparsify(
             if dense.is_meta and (init_method in ("topk", "from_zeros") or rescale):
                 what = "rescale" if rescale else f"init_method '{init_method}'"
                 raise UserError(f"'{name}' is on the meta device, it has no weights yet: {what} needs them.")
-            amount = _draw(dense, amount, init_method, _layer_seed(seed, name), truncate)
+            amount = _draw(dense, amount, init_method, layer_seed(seed, name), truncate)
             if init_method == "from_zeros" and amount.nnz == amount.numel:
                 log.warning("sparsify: '%s' stays dense: none of its weights is zero.", name)
                 continue
@@ -339,6 +336,8 @@ def set_sparsity(
     """
     check_moments(moments)
     layers = sparse_layers(model)
+    for layer in layers.values():
+        require_whole(layer.values)
     if not layers:
         raise UserError("set_sparsity found no sparse layer: call vspdf.sparsify(model, ...) first.")
     rules = sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}
@@ -349,21 +348,8 @@ def set_sparsity(
     for name, layer in layers.items():
         amount = next((rule for glob, rule in rules.items() if fnmatchcase(plain_name(name), plain_name(glob))), None)
         if amount is not None:
-            grown[name] = layer.pattern.grow(amount, seed=_layer_seed(seed, name))
-    before, exchanged = {}, []
-    for name in grown:
-        layer = layers[name]
-        require_whole(layer.values)
-        old, old_values = layer.pattern, layer.values
-        spread = lambda t, a=old, b=grown[name]: scatter(t, a, inside=b)  # noqa: E731
-        values = nn.Parameter(spread(old_values.detach()), old_values.requires_grad)
-        layer.pattern, layer.values = grown[name], values
-        carry(optimizer, old_values, values, spread, moments)
-        mark(old_values, values, name)
-        before[name] = old
-        exchanged.append((old_values, values))
-    warn_of_stale("set_sparsity", exchanged, optimizer)
-    return before
+            grown[name] = layer.pattern.grow(amount, seed=layer_seed(seed, name))
+    return remask(model, grown, optimizer, "set_sparsity", moments)
 
 
 def densify(
@@ -407,6 +393,7 @@ def densify(
         place(model, layer, dense)
         exchanged.append((layer.values, dense.weight))
     warn_of_stale("densify", exchanged, optimizer)
+    warn_of_reducers("densify", model)
     return {name: layer.pattern for name, layer in layers.items()}
 
 

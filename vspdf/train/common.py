@@ -12,7 +12,8 @@ from vspdf.config import loading
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.errors import UserError
 from vspdf.evaluate.loss import autocast
-from vspdf.kernels import hardware, tuning
+from vspdf.evaluate.loss import settle as settle_kernels
+from vspdf.kernels import hardware
 from vspdf.ledger import Tally
 from vspdf.parallel.environment import divisors
 from vspdf.parallel.world import World
@@ -118,9 +119,7 @@ def settle(state: State) -> None:
         return
     require_alike(state)
     if sparse_layers(state.model):
-        if state.world.first:
-            _try(state)
-        tuning.pin(state.world.from_first(tuning.choices()))
+        settle_kernels(state.world, lambda: _try(state))
     state.net = None  # the old one goes before the new one comes
     state.net = state.wrapped(state.model)
 
@@ -132,6 +131,8 @@ def _try(state: State) -> None:
         loss = state.model(x.to(state.device), y.to(state.device))
     loss.backward()
     state.model.zero_grad(set_to_none=True)
+    for tensor in gradients.parameters if (gradients := state.phases.dense_gradients) else ():
+        tensor.grad = None
 
 
 def add_up(world: World, tally: Tally, cpu_seconds: float) -> float:

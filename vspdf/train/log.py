@@ -61,9 +61,11 @@ class Log:
         tokens = state.tokens(state.step + phase.steps) - state.tokens(state.step)
         self.say(f"phase '{phase.name}': {phase.steps:,} steps, {tokens:,} tokens; {_form(state.model)}")
 
-    def densified(self, state: State) -> None:
-        """The model was densified within a phase."""
-        self.say(f"densified to sparsity {state.phases.sparsity:.4g}: {_form(state.model)}")
+    def changed(self, state: State, before: float) -> None:
+        """Within a phase the model has another sparsity than `before`; masks that only move are not worth a line."""
+        if (now := state.phases.sparsity) != before:
+            how = "densified" if now < before else "pruned"
+            self.say(f"{how} to sparsity {now:.4g}: {_form(state.model)}")
 
     def beside_dense(self, record: PhaseRecord, found: dict[str, Any]) -> None:
         """A dense twin was measured beside the run."""
@@ -74,8 +76,12 @@ class Log:
             f"({record.dense_threads} threads): {ratios}"
         )
 
-    def sample(self, state: State, phase: ResolvedPhase) -> None:
-        """Generates text at the end of a phase, if the configuration wants any."""
+    def left(self, state: State, phase: ResolvedPhase, record: PhaseRecord) -> None:
+        """A phase ends: masks that moved, and generated text if the configuration wants any."""
+        if state.phases.turnover:
+            record.masks = state.phases.turnover.figures()
+            patterns = {name: layer.pattern for name, layer in sparse_layers(state.model).items()}
+            self.writer.end_masks(state.phases.now.phase, patterns)
         count = state.config.train.sample_tokens
         if not count:
             return
@@ -92,6 +98,8 @@ class Log:
         line["seconds"] = state.seconds
         line["training_seconds"] = sum(record.seconds for record in state.records)
         line["training_cpu_seconds"] = state.cpu_seconds
+        if state.phases.turnover:
+            line |= state.phases.turnover.figures()
         self.writer.append(line)
         for board in self.boards:
             board({key: line[key] for key in _CURVES if key in line}, state.step)
@@ -160,11 +168,11 @@ class Silent:
 
     def entered(self, state: State, phase: ResolvedPhase) -> None: ...
 
-    def densified(self, state: State) -> None: ...
+    def changed(self, state: State, before: float) -> None: ...
 
     def beside_dense(self, record: PhaseRecord, found: dict[str, Any]) -> None: ...
 
-    def sample(self, state: State, phase: ResolvedPhase) -> None: ...
+    def left(self, state: State, phase: ResolvedPhase, record: PhaseRecord) -> None: ...
 
     def step(self, state: State, line: dict[str, Any]) -> None: ...
 

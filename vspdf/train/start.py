@@ -48,7 +48,9 @@ def begin(config: ResolvedConfig, device: torch.device, say: Callable[[str], Non
     model: GPT | None = None
     data: text.Dataset | pairs.Pairs
     wanted = position(config.phases, config.steps).samples
-    older = checkpoints.load(config.init_from, config.train.backend) if config.init_from and not goes_on else None
+    source = None if goes_on else config.init_from
+    told = source and checkpoints.kind(Path(source)) != "sharded"  # which does not say what model it is of
+    older = checkpoints.load(source, config.train.backend) if source and told else None
     if config.task and config.start:
         model, tokenizer = _form_of(run) if goes_on else _to_tune(config.task, config.start, say)
         data = pairs.prepare(config.task, config.seed, tokenizer)
@@ -68,8 +70,8 @@ def begin(config: ResolvedConfig, device: torch.device, say: Callable[[str], Non
     records = [PhaseRecord() for _ in config.phases]
     state = State(config, device, data, shape, model.to(device), engine, records=records, world=world)
     if not goes_on:
-        if config.init_from and older:
-            _take_over(state, config.init_from, older, say)
+        if source:
+            _take_over(state, source, older or checkpoints.load(source, config.train.backend, shape=shape), say)
         engine.check(state.model)
     state.config = state.config.with_data(first_sequence=0)
     data.check(state.first_sample + wanted)

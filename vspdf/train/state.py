@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -23,10 +24,13 @@ from vspdf.runs import checkpoint
 from vspdf.runs.folder import Run
 from vspdf.runs.record import PhaseRecord
 from vspdf.shapes import Shape
-from vspdf.sparsity.layer import build_plans
+from vspdf.sparsity.layer import build_plans, sparse_layers
 from vspdf.sparsity.phases import Phases
+from vspdf.sparsity.turnover import Turnover
 from vspdf.train.schedule import Position, position
 from vspdf.train.step import adamw
+
+log = logging.getLogger("vspdf")
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ class State:
         """
         if self.saved_step == self.step:
             return
-        config, revived = self.config, self.phases.revived
+        config, revived, turnover = self.config, self.phases.revived, self.phases.turnover
         body = {
             "vspdf": hardware.versions()["vspdf"],
             "model": asdict(self.shape),
@@ -182,13 +186,16 @@ class State:
             "samples": self.samples,
             "records": [record.to_json() for record in self.records],
             "revived_done": revived.done if revived else 0,
+            "mask_updates": turnover.updates if turnover else 0,
+            "survival": turnover.survival if turnover else None,
             "kernel_choices": tuning.choices(),
             "ranks": self.world.size,
             "threads": torch.get_num_threads(),
             "best": asdict(self.best) if self.best else None,
             "files": files,
         }
-        checkpoint.save(Path(config.run_dir), self.step, self.model, self.optimizer, body, self.phases.ramp[0])
+        moved = turnover.tensors() if turnover else {}
+        checkpoint.save(Path(config.run_dir), self.step, self.model, self.optimizer, body, self.phases.ramp[0], moved)
         self.prune()
         self.saved_step = self.step
 
@@ -226,6 +233,12 @@ class State:
                 f"the checkpoint belongs to another model: its {key} is {theirs[key]}, here it is {shape[key]}."
             )
         Run(Path(self.config.run_dir)).check(body)
+        threads = torch.get_num_threads()
+        if self.config.train.threads is None and body.get("threads", threads) != threads:
+            log.warning(
+                "resuming with %d threads a process instead of %d: results will differ in the last bits; "
+                "train.threads=%d keeps them.", threads, body["threads"], body["threads"],
+            )  # fmt: skip
         stored.restore(self.model, self.config.train.backend)
         tuning.pin(body["kernel_choices"])
         build_plans(self.model, self.config.train.memory)
@@ -234,4 +247,7 @@ class State:
         self.best = Best(**body["best"]) if body.get("best") else None  # none before it was kept
         self.records = [PhaseRecord.from_json(record) for record in body["records"]]
         self.phases.resume(self.model, self.step, (stored.before_switch(self.model), body["revived_done"]))
+        if stored.moved:
+            patterns = {name: layer.pattern for name, layer in sparse_layers(self.model).items()}
+            self.phases.turnover = Turnover.restored(patterns, stored.moved, body["mask_updates"], body["survival"])
         stored.restore_optimizer(self.model, self.renew_optimizer(self.config.phases[body["phase"]]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ def optimise(
     clip: float,
     take: Callable[[torch.optim.Optimizer], object] = lambda optimizer: optimizer.step(),
     world: World = ALONE,
+    beside: Sequence[Tensor] = (),
 ) -> tuple[float, float]:
     """Takes one optimizer step, unless loss or gradient is not finite: then the weights stay as they are.
 
@@ -60,6 +61,8 @@ def optimise(
         Takes the step with the gradients at hand, e.g. `vspdf.Phases.step`.
     world : World
         Who takes the step together. A `model` that it has wrapped sums gradients over ranks by itself.
+    beside : sequence of Tensor
+        What else gathers a gradient in the backward passes, in its ``.grad``, to be summed over ranks.
 
     Returns
     -------
@@ -79,13 +82,14 @@ def optimise(
         part.backward()
         losses.append(part.detach())
 
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [*(parameter for parameter in model.parameters() if parameter.requires_grad), *beside]
     parts: dict[tuple[int, int], list[Tensor | None]] = {}
     if world.wraps(model):
         for number in mine[:-1]:
             with world.accumulating(model):
                 backward(number)
-        backward(mine[-1])
+        with world.watched():
+            backward(mine[-1])
     else:
         for node in spans((0, len(micro)), mine):
             accumulate(node, backward, parameters)
@@ -95,6 +99,8 @@ def optimise(
         loss += part
     if math.isfinite(loss):
         world.sum(parameters, len(micro), parts)
+        if world.wraps(model) and beside:
+            world.sum(beside, world.size, {(world.rank, world.rank + 1): [tensor.grad for tensor in beside]})
         norm = float(nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf))
     if math.isfinite(norm):
         for group in optimizer.param_groups:

@@ -99,6 +99,8 @@ def _train(
 
         def prepared() -> tuple[torch.device, State]:
             where = device(config.train.device, "train.device", world.local_rank)
+            if where.type == "cuda" and world.size > 1:
+                torch.cuda.set_device(where)
             checked = writer.check(config, resume)
             if resume and world.first:
                 files.hold()
@@ -140,14 +142,14 @@ def _said(config: ResolvedConfig, where: torch.device, folder: Path, world: Worl
 
 def _loop(state: State, log: Log | Silent) -> dict[str, Any]:
     train, world, beside = state.config.train, state.world, Beside()
-    started, settled = time.perf_counter() - state.seconds, False
+    started, settled, form = time.perf_counter() - state.seconds, False, None
     with _signals() as stopped, _lost(state):
         while not state.finished:
             place = state.place
             phase, record = state.config.phases[place.phase], state.records[place.phase]
-            changed = _enter(state, phase, log)
-            if changed or not settled:
-                beside.forget()
+            if _enter(state, phase, record, log) or not settled:
+                if form != (form := state.phases.sparsity):  # masks that only moved leave a step as long as it was
+                    beside.forget()
                 common.settle(state)
                 settled = True
             line = _step(state, phase, record)
@@ -158,7 +160,7 @@ def _loop(state: State, log: Log | Silent) -> dict[str, Any]:
             evaluated = last or _due(train.eval_every, state.step)
             better = evaluated and state.judge(place.phase, _evaluate(state, record, line))
             if last or state.finished:
-                log.sample(state, phase)
+                log.left(state, phase, record)
             if evaluated or state.step == 1 or _due(train.log_every, state.step):
                 log.step(state, line)
             state.seconds = time.perf_counter() - started
@@ -201,10 +203,11 @@ def _due(every: int, step: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _enter(state: State, phase: ResolvedPhase, tell: Log | Silent) -> bool:
+def _enter(state: State, phase: ResolvedPhase, record: PhaseRecord, tell: Log | Silent) -> bool:
     """Brings the model into the form of the step at hand, and says whether it had another."""
     engine = state.phases
-    begun, old = engine.started, engine.now.phase
+    begun, old, sparsity = engine.started, engine.now.phase, engine.sparsity if engine.started else None
+    start, cpu_start = time.perf_counter(), time.process_time()
     if not begun:
         engine.start(state.model, state.optimizer)
     elif not engine.at(state.step, state.model, state.optimizer):
@@ -212,7 +215,10 @@ def _enter(state: State, phase: ResolvedPhase, tell: Log | Silent) -> bool:
     state.renew_optimizer(phase)
     build_plans(state.model, state.config.train.memory)
     if begun and engine.now.phase == old:
-        tell.densified(state)
+        assert sparsity is not None
+        if engine.turnover:  # masks that move time and again are a part of what training costs
+            record.spend(time.perf_counter() - start, time.process_time() - cpu_start)
+        tell.changed(state, sparsity)
         return True
     if engine.before and not phase.revived_warmup and phase.beta2 > 0.98:
         log.warning(
@@ -228,13 +234,13 @@ def _step(state: State, phase: ResolvedPhase, record: PhaseRecord) -> dict[str, 
     """Takes the next step and notes what it did; returns its line of metrics."""
     place, optimizer, config = state.place, state.optimizer, state.config
     assert optimizer is not None
-    lr = phase.learning_rate(place.step, config.optimizer.lr)
+    lr, sparsity = phase.learning_rate(place.step, config.optimizer.lr), state.phases.sparsity
     start, cpu_start = time.perf_counter(), time.process_time()
     batch = state.batch(place)
     state.world.spent()  # what was exchanged beside a step is none of its
     take = lambda: optimise(  # noqa: E731
         state.net or state.model, optimizer, batch, lr, config.train, config.optimizer.clip, state.phases.step,
-        state.world,
+        state.world, gradients.parameters if (gradients := state.phases.dense_gradients) else (),
     )  # fmt: skip
     with ledger.counting() as tally:
         # The second step: plans are built, nothing else is special about it. The profiler sees the CPU alone.
@@ -249,8 +255,7 @@ def _step(state: State, phase: ResolvedPhase, record: PhaseRecord) -> dict[str, 
     shape = replace(state.shape, sequence_length=batch[0].shape[1])
     for name, count in {**tally.products, **dense_counts(state.model, shape, batch[0].numel())}.items():
         record.tally.add(name, count)
-    record.seconds += seconds
-    record.cpu_seconds = None if record.cpu_seconds is None else record.cpu_seconds + cpu_seconds
+    record.spend(seconds, cpu_seconds)
     record.loss = loss
     if place.step > 1 or phase.steps in (1, 2):  # the first builds plans, the second is profiled
         record.step_seconds.append(seconds)
@@ -259,7 +264,7 @@ def _step(state: State, phase: ResolvedPhase, record: PhaseRecord) -> dict[str, 
     return {
         "step": state.step,
         "phase": phase.name,
-        "sparsity": state.phases.sparsity,
+        "sparsity": sparsity,
         "tokens": state.tokens(state.step),
         "loss": loss,
         "lr": lr,

@@ -1,0 +1,121 @@
+"""What a kept weight is worth, and studies whose arms train for equally long."""
+
+import pytest
+
+from vspdf.compare import budget, definition, results
+from vspdf.compare.multiplier import multipliers
+from vspdf.config import loading
+from vspdf.errors import UserError
+
+
+def arm(name, kept, weights, losses, seconds=None):
+    runs = [
+        {"seed": seed, "test_loss": loss, "cpu_seconds": seconds, "tokens": 1000} for seed, loss in enumerate(losses)
+    ]
+    return {"name": name, "kept": kept, "weights": weights, "runs": runs}
+
+
+DENSE = [arm("d1", 100.0, 100, [2.0, 2.1], 1.0), arm("d2", 400.0, 400, [1.5, 1.6], 3.0)]
+
+
+def test_m_is_the_size_of_the_dense_model_of_equal_loss_over_what_is_kept():
+    found = multipliers([*DENSE, arm("set", 100.0, 400, [1.75, 1.85], 2.0)], ["d1", "d2"])
+    (only,) = found
+    assert only["method"] == "set" and only["m"] == pytest.approx(2.0)  # half way between 1 and 4, in logarithms
+    assert only["low"] == pytest.approx(2.0) and only["high"] == pytest.approx(2.0) and only["seeds"] == [0, 1]
+    assert only["break_even"] == pytest.approx(2.0) and not only["extrapolated"]
+
+
+def test_intervals_are_of_seeds_and_what_lies_beyond_the_family_is_said():
+    (only,) = multipliers([*DENSE, arm("rigl", 50.0, 400, [1.75, 1.8])], ["d1", "d2"])
+    assert only["low"] < only["m"] < only["high"] and only["break_even"] is None
+    (only,) = multipliers([*DENSE, arm("best", 100.0, 400, [1.25, 1.35])], ["d1", "d2"])
+    assert only["m"] == pytest.approx(8.0) and only["extrapolated"]
+    assert multipliers([*DENSE, arm("dense-too", 400, 400, [1.0, 1.0])], ["d1", "d2"]) == []
+    flat = [arm("d1", 100.0, 100, [1.5]), arm("d2", 400.0, 400, [1.5])]
+    assert multipliers([*flat, arm("set", 100.0, 400, [1.4])], ["d1", "d2"]) == []
+
+
+STUDY = """
+seeds: [1, 2]
+tuning_seeds: [100]
+seconds: 60
+tuning_seconds: 15
+common:
+  model: {n_layer: 1, d_model: 32, n_head: 2, sequence_length: 16}
+  data: {corpus: stdlib, test_fraction: 0.1}
+  train: {threads: 1}
+arms:
+  dense: {phases: [{steps: 100}], tune: {optimizer.lr: [1.0e-3, 2.0e-3]}}
+  set-then-dense: {phases: [{sparsity: 0.75, steps: 80, algorithm: set}, {steps: 20}]}
+"""
+
+
+def test_steps_fill_the_time_with_the_moves_of_masks_counted():
+    pace = [{"step": 0.1, "update": 0.5}, {"step": 0.2, "update": 0.0}]
+    body = {"model": {"n_layer": 1, "d_model": 8, "n_head": 1, "sequence_length": 8}, "data": {"test_fraction": 0.1},
+            "phases": [{"sparsity": 0.75, "steps": 80, "algorithm": "set"}, {"steps": 20}]}  # fmt: skip
+    sparse, dense = budget._filling(definition.Arm("set", body, {}, "here"), pace, 300.0)
+    moves = len(range(50, int(0.75 * sparse), 50))  # by default; the first before the first step, which moves none
+    assert sparse * 0.1 + moves * 0.5 + dense * 0.2 == pytest.approx(300, rel=0.01)
+    assert sparse / dense == pytest.approx(4, rel=0.01)
+    with pytest.raises(UserError, match=r"here: a step takes too long to fill 0.1 seconds with 2 phases"):
+        budget._filling(definition.Arm("set", body, {}, "here"), pace, 0.1)
+
+
+def test_trials_are_shorter_and_what_was_measured_is_kept(tmp_path, monkeypatch):
+    path = tmp_path / "study.yaml"
+    path.write_text(STUDY)
+    calls = []
+    pace = {"dense": [{"step": 0.1, "update": 0.0}], "set-then-dense": [{"step": 0.05, "update": 0.1}] * 2}
+    monkeypatch.setattr(budget, "_measured", lambda arm: calls.append(arm.name) or pace[arm.name])
+    for _ in range(2):
+        study = budget.settle(definition.load(path), tmp_path / "runs")
+    assert calls == ["dense", "set-then-dense"]
+    dense = study.arms["dense"]
+    assert [dense.configure({}, seed).phases[0].steps for seed in (1, 100)] == [600, 150]
+    assert len(study.arms["set-then-dense"].configure({}, 1).phases) == 2
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("seconds=-1", r"'seconds' must be a number of CPU seconds, not -1"),
+        ("tuning_seeds=[1]", r"'tuning_seconds' goes with 'seconds', and with tuning_seeds apart from seeds"),
+        ("common.train.threads=2", r"CPU seconds of one thread"),
+        ("arms.dense.phases=[{tokens: 1000}]", r"with 'seconds', phases have steps"),
+        ("multiplier=[dense]", r"at least two dense arms"),
+        ("multiplier=[dense, set-then-dense]", r"arm 'set-then-dense' is not dense"),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path, change, message):
+    (tmp_path / "study.yaml").write_text(STUDY)
+    with pytest.raises(UserError, match=message):
+        definition.load(tmp_path / "study.yaml", [change])
+
+
+def test_arms_that_ended_apart_are_not_told_apart():
+    uneven = results._apart([arm("a", 1, 1, [1.0], 100.0), arm("b", 1, 1, [1.0], 104.0)], 100.0)
+    assert uneven["arms"] == ["b", "a"] and uneven["share"] == pytest.approx(0.04)
+    pair = {"a": "a", "b": "b", "verdict": "lower"}
+    assert results._refused(pair, uneven)["verdict"] == "refused: times 4.0% apart"
+    assert results._refused(pair, None)["verdict"] == "lower"
+
+
+def test_a_model_within_a_size_is_stored_in_what_its_values_and_masks_take():
+    study = definition.load("size-cap")
+    for name, ends in study.arms.items():
+        config = ends.configure({}, 1)
+        layers = sum(loading_layers(config).values())
+        shape = results.resolve.model_shape(config.model, 257)
+        assert results._stored(layers, 1 - config.phases[-1].end, shape.parameters) <= 4 * 104_000, name
+
+
+def loading_layers(config):
+    return results.resolve.linear_layers(config.model)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in loading.shipped("studies")])
+def test_studies_that_ship_can_be_read(name):
+    arms = [arm for arm in definition.load(name).arms.values() if not arm.untrained]
+    assert arms and all(arm.configure({}, 0).steps for arm in arms)

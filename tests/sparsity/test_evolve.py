@@ -1,0 +1,188 @@
+"""Masks that move: `Pattern.exchange`, and `vspdf.evolve` against a masked-dense reference."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import vspdf
+from vspdf.errors import UserError
+from vspdf.pattern import Pattern
+from vspdf.sparsity import evolve as moving
+from vspdf.sparsity.layer import sparse_layers
+
+
+def test_exchange_drops_and_adds_and_says_what_cannot_be():
+    pattern = Pattern.random((6, 8), 0.5, seed=1)
+    kept, masked = pattern.positions(), torch.from_numpy(np.flatnonzero(~pattern.mask().view(-1).numpy()))
+    found = pattern.exchange(kept[:3], masked[[4, 0]].tolist())
+    mask = pattern.mask().view(-1).clone()
+    mask[kept[:3]], mask[masked[[4, 0]]] = False, True
+    assert found is Pattern.from_mask(mask.view(6, 8)) and found.nnz == pattern.nnz - 1
+    assert pattern.exchange([], []) is pattern and pattern.exchange(kept[:2], kept[:2]) is pattern
+    for drop, add, message in (
+        (masked[:1], [], rf"`drop`: position {int(masked[0])} is masked already"),
+        ([], kept[5:6], rf"`add`: position {int(kept[5])} is kept already"),
+        ([], [int(masked[0])] * 2, rf"`add` has position {int(masked[0])} twice"),
+        ([48], [], r"`drop`: positions lie between 0 and 47, not 48 to 48"),
+        ([0.5], [], r"`drop` must be a list of flat positions, not float64"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pattern.exchange(drop, add)
+
+
+def mlp(sparsity=0.75, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 30), nn.GELU(), nn.Linear(30, 12)).to(dtype)
+    vspdf.sparsify(model, sparsity, seed=3)
+    return model
+
+
+def steps(model, optimizer, count=3, begin=0):
+    for step in range(begin, begin + count):
+        x = torch.randn(8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def dense(layer, vector):
+    return torch.zeros(layer.pattern.shape, dtype=vector.dtype).masked_scatter(layer.pattern.mask(), vector)
+
+
+def test_new_weights_are_zero_kept_ones_keep_all_and_dropped_ones_nothing():
+    model = mlp()
+    optimizer = torch.optim.AdamW(vspdf.parameter_groups(model, 0.1), lr=1e-2)
+    steps(model, optimizer)
+    model(torch.ones(2, 12, dtype=torch.float64)).sum().backward()
+    parts = lambda layer: {  # noqa: E731
+        "weight": layer.values.detach(), "grad": layer.values.grad, **{
+            key: optimizer.state[layer.values][key] for key in ("exp_avg", "exp_avg_sq")
+        },
+    }  # fmt: skip
+    layers = sparse_layers(model)
+    was = {name: {key: dense(layer, part) for key, part in parts(layer).items()} for name, layer in layers.items()}
+    bias = layers["0"].bias
+    before = vspdf.evolve(model, optimizer, 0.3, seed=5)
+    for name, layer in layers.items():
+        old, new = before[name].mask(), layer.pattern.mask()
+        count = int(0.3 * before[name].nnz)
+        assert layer.pattern.nnz == before[name].nnz and int((old & ~new).sum()) == int((new & ~old).sum()) == count
+        gone, stay = was[name]["weight"][old & ~new].abs(), was[name]["weight"][old & new].abs()
+        assert gone.max() <= stay.min()
+        for key, part in parts(layer).items():
+            assert torch.equal(dense(layer, part), was[name][key] * (old & new)), key
+        assert int(optimizer.state[layer.values]["step"]) == 3 and layer.values in set(
+            optimizer.param_groups[0]["params"]
+        )
+    assert layers["0"].bias is bias
+    steps(model, optimizer, begin=3)
+    assert bool((dense(layers["0"], layers["0"].values.detach())[layers["0"].pattern.mask()] != 0).all())
+
+
+def test_a_seed_a_layer_and_a_state_give_one_mask_and_ties_go_by_position():
+    masks = []
+    for seed in (5, 5, 6):
+        model = mlp()
+        vspdf.evolve(model, None, 0.5, seed=seed)
+        masks.append([layer.pattern for layer in sparse_layers(model).values()])
+    assert masks[0] == masks[1] and masks[0][0] is not masks[2][0]
+    model = mlp()
+    layer = model[0]
+    with torch.no_grad():
+        layer.values.fill_(1.0)
+    kept, free = layer.pattern.positions(), np.flatnonzero(~layer.pattern.mask().view(-1).numpy())
+    scores = {"0": torch.zeros(30, 12), "2": torch.zeros(12, 30)}
+    scores["0"].view(-1)[free[50]] = 1.0
+    vspdf.evolve(model, None, 0.1, grow=scores)
+    count = int(0.1 * len(kept))
+    mask = layer.pattern.mask().view(-1)
+    assert not mask[kept[:count]].any() and mask[kept[count:]].all()
+    assert mask[free[50]] and mask[free[: count - 1]].all() and int(mask[free[count - 1 :]].sum()) == 1
+
+
+def test_what_grows_by_scores_is_what_scores_most():
+    model, scores = mlp(), {"0": torch.rand(30, 12), "2": torch.rand(12, 30)}
+    before = vspdf.evolve(model, None, 0.4, grow=scores)
+    for name, layer in sparse_layers(model).items():
+        new = layer.pattern.mask() & ~before[name].mask()
+        never = ~layer.pattern.mask() & ~before[name].mask()
+        assert scores[name][new].min() >= scores[name][never].max()
+
+
+def test_a_full_layer_and_fractions_at_the_ends():
+    model = mlp(0.01)
+    before = vspdf.evolve(model, None, 1.0)  # three or four places are free: no more can move
+    for name, layer in sparse_layers(model).items():
+        free = ~before[name].mask()
+        assert layer.pattern.nnz == before[name].nnz and layer.pattern.mask()[free].all()
+    values = [layer.values for layer in sparse_layers(model).values()]
+    assert vspdf.evolve(model, None, 0.0) == {name: layer.pattern for name, layer in sparse_layers(model).items()}
+    assert [layer.values for layer in sparse_layers(model).values()] == values
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    {
+        "fraction": ({"drop_fraction": 1.5}, r"drop_fraction must lie in \[0, 1\], not 1.5"),
+        "word": ({"grow": "best"}, r"grow = 'best' is not known"),
+        "missing": ({"grow": {"0": torch.ones(30, 12)}}, r"no scores for layer '2'"),
+        "unknown": ({"grow": {"1": torch.ones(30, 12)}}, r"'1' is no sparse layer"),
+        "shape": ({"grow": dict.fromkeys("02", torch.ones(12, 30))}, r"expected \(out_features, in_features\) = "),
+        "NaN": ({"grow": {"0": torch.full((30, 12), torch.nan), "2": torch.ones(12, 30)}}, r"scores of '0' hold NaN"),
+    }.values(),
+    ids=["fraction", "word", "missing", "unknown", "shape", "NaN"],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_and_changes_nothing(wrong, message):
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=message):
+        vspdf.evolve(model, None, **{"drop_fraction": 0.3, **wrong})
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    with pytest.raises(UserError, match=r"evolve found no sparse layer"):
+        vspdf.evolve(nn.Linear(2, 2), None, 0.3)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.6, 0.97], ids=["few", "many", "nearly all"])
+def test_every_free_position_is_as_likely_as_any_other(share):
+    taken = np.zeros(400, dtype=bool)
+    taken[::3] = True
+    count, hits = int(share * 266), np.zeros(400)
+    random = np.random.default_rng(0)
+    for _ in range(600):
+        found = moving.draw(taken, count, random)
+        assert len(found) == len(set(found.tolist())) == count
+        hits[found] += 1
+    free = hits[~taken]
+    assert hits[taken].sum() == 0
+    expected = 600 * count / len(free)
+    chi = ((free - expected) ** 2 / expected).sum() / (1 - count / len(free))
+    assert abs(chi - len(free)) < 5 * np.sqrt(2 * len(free))
+
+
+@pytest.mark.parametrize("shape, sparsity", [((7, 9), 0.5), ((64, 129), 0.9), ((33, 70), 0.02)], ids=str)
+def test_compiled_and_plain_ways_agree(monkeypatch, shape, sparsity):
+    from vspdf.kernels import cpu
+
+    def moved(built):
+        monkeypatch.setattr(cpu, "_C", kept if built else None)
+        monkeypatch.setattr(cpu, "_missing", "left out", raising=False)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(shape[1], shape[0]))
+        vspdf.sparsify(model, sparsity, seed=1)
+        with torch.no_grad():  # many equal ones, zeros of both signs among them
+            model[0].values.copy_((model[0].values * 30).round() / 30)
+        before = model[0].values.detach().clone()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer.state[model[0].values]["momentum_buffer"] = before + 1
+        for seed in range(3):
+            vspdf.evolve(model, optimizer, 0.4, seed=seed)
+        state = optimizer.state[model[0].values]["momentum_buffer"]
+        return model[0].pattern, model[0].values.detach(), state
+
+    kept = cpu._C
+    assert kept is not None
+    (pattern, values, state), (other, plain, theirs) = moved(True), moved(False)
+    assert pattern is other and torch.equal(values, plain) and torch.equal(state, theirs)

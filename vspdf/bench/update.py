@@ -1,0 +1,89 @@
+"""What it costs to move masks: an update of one layer, with its plans, beside a training step of that layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from vspdf.bench.rounds import Timed, held_up, interval, others_at_work
+from vspdf.kernels import cpu, hardware
+from vspdf.sparsity.evolve import evolve
+from vspdf.sparsity.layer import SparseLinear
+from vspdf.sparsity.surgery import sparsify
+
+
+def bench_update(
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    sparsities: Sequence[float],
+    drop_fraction: float = 0.3,
+    threads: int | None = None,
+    rounds: int = 9,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Times steps and updates of one sparse layer, interleaved: all products and AdamW against `vspdf.evolve`
+    with the plans of the new mask.
+
+    Returns
+    -------
+    dict
+        `rows` with `step_seconds`, `update_seconds`, of these `plan_seconds`, and `share_of_step`, the median of the
+        rounds' ratios, with its 95 % interval from `share_low` to `share_high`; `hardware`, `versions`, `load`.
+    """
+    load, current = others_at_work(), torch.get_num_threads()
+    torch.set_num_threads(threads or current)
+    try:
+        rows = []
+        for sparsity in sparsities:
+            progress(f"{in_features} x {out_features} at {sparsity:g}")
+            found = _rounds(tokens, in_features, out_features, sparsity, drop_fraction, rounds)
+            ratios = [(moved.seconds + built.seconds) / step.seconds for step, moved, built in found]
+            low, high = interval(ratios)
+            rows.append({
+                "tokens": tokens, "in_features": in_features, "out_features": out_features, "sparsity": sparsity,
+                "drop_fraction": drop_fraction, "threads": torch.get_num_threads(),
+                "step_seconds": median(step.seconds for step, _, _ in found),
+                "update_seconds": median(moved.seconds + built.seconds for _, moved, built in found),
+                "plan_seconds": median(built.seconds for _, _, built in found),
+                "share_of_step": median(ratios), "share_low": low, "share_high": high,
+            })  # fmt: skip
+    finally:
+        torch.set_num_threads(current)
+    return {"rows": rows, "hardware": hardware.hardware(), "versions": hardware.versions(), "load": load}
+
+
+def _rounds(
+    tokens: int, in_features: int, out_features: int, sparsity: float, fraction: float, rounds: int
+) -> list[tuple[Timed, Timed, Timed]]:
+    """A step, a move of the mask, and the making of plans, of each round that others left alone, or of all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(in_features, out_features))
+    sparsify(model, sparsity, backend="cpu")
+    layer = model[0]
+    assert isinstance(layer, SparseLinear)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    x, gradient = torch.randn(tokens, in_features, requires_grad=True), torch.randn(tokens, out_features)
+
+    def step() -> None:
+        layer(x).backward(gradient)
+        optimizer.step()
+        optimizer.zero_grad()
+        x.grad = None
+
+    found = []
+    for i in range(rounds + 1):
+        step()  # what a new plan does not have yet, and memory
+        whole = Timed.of(step)
+        moved = Timed.of(partial(evolve, model, optimizer, fraction, seed=i))
+        timed = (whole, moved, Timed.of(lambda: cpu.prepare([layer.pattern])))
+        if i:  # round 0 warms up
+            found.append(timed)
+    steps = [timed[0] for timed in found]
+    good = [timed for timed, bad in zip(found, held_up(steps), strict=True) if not bad]
+    return good if 2 * len(good) >= len(found) else found

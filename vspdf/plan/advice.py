@@ -1,0 +1,179 @@
+"""Which model to train in a given time on this machine, dense or sparse: by laws that were measured, with their doubts.
+
+Loss over kept weights N and bytes D of text, read as bytes: ``L = e + a·(N/N₀)^-α + b·(D/D₀)^-β`` nats a byte, fitted
+to dense models on the Python standard library's sources (study "toy" and beside it); a kept weight of a sparse model
+counts for M dense ones. Seconds come from blocks that are timed here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vspdf.bench.calibrate import calibrate
+from vspdf.config.loading import find_config
+from vspdf.errors import UserError
+from vspdf.files import read_json
+from vspdf.shapes import Shape
+
+# The fit, and the two others with which it was compared: what they say apart is a part of the doubt.
+_ANCHOR = (98_304, 3.87e6)  # N₀ of d = 64 in two layers, D₀ of one epoch
+_TERMS = (0.53, 0.37, 0.63)
+_EXPONENTS = ((0.35, 0.35), (0.30, 0.40), (0.40, 0.30))
+_ERROR = 0.03  # of the loss: d = 256 in four layers, which took no part in the fit, ended 3 % above it
+_KNOWN = ((2.4e4, 1.6e6), (0.9e6, 1.1e7))  # weights and bytes between which models were measured
+# M, least, usual and most, of two seeds at d = 128 with a quarter kept, where study "multiplier" has no results: static
+# masks, and such as SET moves.
+_M = {"static": (1.8, 2.0, 2.2), "set": (2.1, 2.4, 2.7)}
+_WIDTHS = (48, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
+_TIMED = (64, 192, 512)  # widths of which a block is timed; others lie between, or beyond
+_TOKENS, _LENGTH, _VOCABULARY = 1024, 128, 257
+_SPARSITY = 0.75
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A model, and the loss to expect of it.
+
+    Attributes
+    ----------
+    shape : Shape
+    sparsity : float
+    method : str
+        "dense", "static" or "set".
+    expected_loss, low, high : float
+        Nats a byte on text like the standard library's, and between which the laws leave it.
+    steps : int
+        Of 8 sequences of 128 bytes.
+    extrapolated : bool
+        Whether it is larger, smaller, longer or shorter trained than what was measured.
+    others : dict of str to (Shape, float)
+        The best model of every method, and its loss.
+    """
+
+    shape: Shape
+    sparsity: float
+    method: str
+    expected_loss: float
+    low: float
+    high: float
+    steps: int
+    extrapolated: bool
+    others: dict[str, tuple[Shape, float]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": _sizes(self.shape), "sparsity": self.sparsity, "method": self.method,
+            "expected_loss": self.expected_loss, "low": self.low, "high": self.high, "steps": self.steps,
+            "extrapolated": self.extrapolated,
+            "others": {
+                name: {"model": _sizes(shape), "expected_loss": loss} for name, (shape, loss) in self.others.items()
+            },
+        }  # fmt: skip
+
+    def sentences(self) -> list[str]:
+        """What to read."""
+        best = f"{self.shape.n_layer} layers of width {self.shape.d_model}"
+        how = {"dense": "dense", "static": f"at {self.sparsity:.0%}, masks static",
+               "set": f"at {self.sparsity:.0%}, masks that SET moves"}[self.method]  # fmt: skip
+        rest = "; ".join(f"{name} {loss:.3f} (width {shape.d_model})" for name, (shape, loss) in self.others.items())
+        beyond = " It extrapolates: nothing so large, or so long trained, was measured." if self.extrapolated else ""
+        return [
+            f"Advice: {best}, {how}, {self.steps:,} steps of {_TOKENS:,} bytes: a loss of {self.expected_loss:.3f} "
+            f"nats a byte ({self.low:.3f} to {self.high:.3f}) on text like Python's standard library.{beyond}",
+            f"Best of each kind: {rest}. Differences below the interval are not told apart (docs/evidence.md).",
+        ]
+
+
+def _sizes(shape: Shape) -> dict[str, int]:
+    return {
+        key: getattr(shape, key) for key in ("n_layer", "d_model", "n_head", "d_ff", "d_attention", "sequence_length")
+    }
+
+
+def advise(hours: float, progress: Callable[[str], None] = lambda line: None) -> Advice:
+    """The model with the least expected loss among dense and sparse ones of many widths.
+
+    Parameters
+    ----------
+    hours : float
+        On this machine, all of its threads; above 0.
+    """
+    if not 0 < hours < math.inf:
+        raise UserError(f"hours must be positive, not {hours}.")
+    pace, worth = _pace(progress), _multipliers()
+    found: dict[str, tuple[float, Shape, float]] = {}
+    for method in ("dense", *worth):
+        sparsity = 0.0 if method == "dense" else _SPARSITY
+        for width in _WIDTHS:
+            shape = _shape(width)
+            tokens = hours * 3600 / pace(shape, sparsity)
+            m = 1.0 if method == "dense" else worth[method][1]
+            loss = _loss(m * (1 - sparsity) * shape.linear, tokens, 0)
+            if method not in found or loss < found[method][0]:
+                found[method] = (loss, shape, tokens)
+    method = min(found, key=lambda name: found[name][0])
+    loss, shape, tokens = found[method]
+    sparsity = 0.0 if method == "dense" else _SPARSITY
+    kept = (1 - sparsity) * shape.linear
+    ms = (1.0,) if method == "dense" else worth[method]
+    all_of_them = [_loss(m * kept, tokens, fit) for m in ms for fit in range(len(_EXPONENTS))]
+    weights, text = _KNOWN
+    beyond = not (weights[0] <= kept <= weights[1] and text[0] <= tokens <= text[1])
+    doubt = 2 * _ERROR if beyond else _ERROR
+    return Advice(
+        shape, sparsity, method, loss, min(all_of_them) * (1 - doubt), max(all_of_them) * (1 + doubt),
+        max(1, round(tokens / _TOKENS)), beyond, {name: (of, least) for name, (least, of, _) in found.items()},
+    )  # fmt: skip
+
+
+def _loss(weights: float, tokens: float, fit: int) -> float:
+    (e, a, b), (alpha, beta), (n, d) = _TERMS, _EXPONENTS[fit], _ANCHOR
+    return e + a * (weights / n) ** -alpha + b * (tokens / d) ** -beta
+
+
+def _shape(width: int) -> Shape:
+    layers = next(n for least, n in ((1280, 12), (768, 8), (512, 4), (0, 2)) if width >= least)
+    return Shape(layers, width, max(1, width // 64), 4 * width, _VOCABULARY, _LENGTH)
+
+
+def _pace(progress: Callable[[str], None]) -> Callable[[Shape, float], float]:
+    """Seconds a token of a training step, from blocks of three widths timed here."""
+    blocks: dict[float, list[float]] = {0.0: [], _SPARSITY: []}
+    rest, update = list[float](), 0.0
+    for width in _TIMED:
+        progress(f"timing a block of width {width}")
+        timed = calibrate(_shape(width), [_SPARSITY], _TOKENS, rounds=3)
+        for sparsity, column in blocks.items():
+            column.append(timed.block_seconds[sparsity] / timed.tokens)
+        rest.append(timed.vocabulary_seconds / timed.tokens)
+        update = timed.optimizer_seconds
+    between = lambda width, column: math.exp(_line(math.log(width), np.log(_TIMED), np.log(column)))  # noqa: E731
+
+    def seconds(shape: Shape, sparsity: float) -> float:
+        block, vocabulary = between(shape.d_model, blocks[sparsity]), between(shape.d_model, rest)
+        parameters = shape.parameters - sparsity * shape.linear
+        return shape.n_layer * block + vocabulary + parameters * update / _TOKENS
+
+    return seconds
+
+
+def _line(x: float, xs: np.ndarray, ys: np.ndarray) -> float:
+    """Between points along lines, beyond them along the last."""
+    i = min(max(int(np.searchsorted(xs, x)) - 1, 0), len(xs) - 2)
+    return float(ys[i] + (ys[i + 1] - ys[i]) * (x - xs[i]) / (xs[i + 1] - xs[i]))
+
+
+def _multipliers() -> Mapping[str, tuple[float, float, float]]:
+    """M by method: of study "multiplier" where its results are there, else what was known before it."""
+    file = find_config("multiplier", "studies", "study").parent / "results" / "multiplier.json"
+    found = {each["method"]: each for each in (read_json(file).get("multipliers", ()) if file.exists() else ())}
+    known = dict(_M)
+    for method in known:
+        if (each := found.get(f"{method}-75")) and each["low"] is not None:
+            known[method] = (each["low"], each["m"], each["high"])
+    return known

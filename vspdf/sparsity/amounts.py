@@ -1,0 +1,196 @@
+"""How much is kept over the steps of a phase, when masks move, how fast it learns: pure functions, no torch."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from vspdf.errors import did_you_mean, require
+from vspdf.sparsity import courses
+
+
+def plain_name(name: str) -> str:
+    """A module's name without what torch.compile puts before it: what globs match, and what masks are drawn by."""
+    return name.replace("_orig_mod.", "")
+
+
+class Stage(NamedTuple):
+    """A stretch of a phase at one sparsity, from `start` (a step of the phase) for `steps`."""
+
+    start: int
+    steps: int
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much of a model is kept over the steps of a phase, and how fast it learns, checked: see `Phase`.
+
+    Only `lr` and `lr_end` may be left open, for the optimizer to say.
+    """
+
+    name: str
+    sparsity: float
+    schedule: Any  # a name, or a course in full form
+    sparsity_end: float | None  # None where the schedule is constant or a course, as is update_every
+    levels: tuple[float, ...]
+    update_every: int | None
+    layers: Mapping[str, float]
+    init_method: str
+    init_file: str | None
+    count: str
+    algorithm: str
+    drop_fraction: Any  # a number, or a course in full form; None where nothing is dropped to grow elsewhere
+    update: Mapping[str, Any] | None  # in full form; None of static masks
+    random_share: float | None  # None where nothing grows by scores
+    rules: str
+    steps: int
+    moments: str
+    revived_warmup: int
+    lr: float | None
+    lr_multiple: float
+    lr_end: float | None
+    decay: str
+    warmup_steps: int
+
+    def learning_rate(self, step: int, lr: float) -> float:
+        """Learning rate of a step of the phase: linear warm-up to the peak, then decay, and its end from then on.
+
+        Parameters
+        ----------
+        step : int
+            From 0; the end is reached at the phase's last step.
+        lr : float
+            Peak of a phase that leaves it open; a tenth of it, or the phase's own peak if that is less, is the end of
+            a phase that leaves this open.
+        """
+        peak = (lr if self.lr is None else self.lr) * self.lr_multiple
+        if step < self.warmup_steps:
+            return peak * (step + 1) / self.warmup_steps
+        if self.decay == "constant":
+            return peak
+        end = min(lr / 10, peak) if self.lr_end is None else self.lr_end
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps))
+        if self.decay == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return peak + (end - peak) * progress
+
+    def stages(self) -> list[Stage]:
+        """The stretches of the phase: one where its schedule is constant, else one per update that changes something.
+
+        With u from 0 at the first update to 1 at the last, the sparsity s goes from a to b as: linear, a + (b − a)u;
+        exp, 1 − s grows by equal factors; power, b + (a − b)(1 − u)³ (arXiv:1710.01878); cosine,
+        b + (a − b)(1 + cos πu)/2; cycling, the levels one after the other. A course has a value at each update.
+        """
+        starts: Sequence[int] = self.update_steps()
+        dense = self.rules == "cstorch" and 0 not in starts  # there a mask that is not updated yet lets all through
+        points = [(0, 0.0 if dense else self.sparsity)]
+        if self.schedule != "constant":
+            points += [(start, self._amount(start, k, len(starts) - 1)) for k, start in enumerate(starts)]
+        elif dense and starts:
+            points.append((starts[0], self.sparsity))
+        kept = [points[0]]
+        for start, amount in points[1:]:
+            if start == 0:
+                kept = [(0, amount)]
+            elif amount != kept[-1][1]:
+                kept.append((start, amount))
+        ends = [start for start, _ in kept[1:]] + [self.steps]
+        return [Stage(start, end - start, amount) for (start, amount), end in zip(kept, ends, strict=True)]
+
+    def coarse_stages(self, most: int = 8) -> list[Stage]:
+        """At most so many stretches with the same weights trained in each: of a sparsity that changes all the time."""
+        stages = self.stages()
+        size = -(-len(stages) // most)
+        found = []
+        for some in (stages[i : i + size] for i in range(0, len(stages), size)):
+            steps = sum(stage.steps for stage in some)
+            mean = sum(stage.steps * stage.sparsity for stage in some) / steps if len(some) > 1 else some[0].sparsity
+            found.append(Stage(some[0].start, steps, round(mean, 12)))
+        return found
+
+    def update_steps(self) -> Sequence[int]:
+        """The steps of the phase, 0 its first, at which its sparsity changes or its masks move."""
+        if self.update is not None:
+            return courses.update_steps(self.update, self.steps)
+        return () if self.schedule == "constant" else range(0, self.steps, self.update_every or self.steps)
+
+    def moves(self, step: int) -> bool:
+        """Whether masks move before a step of the phase; those of its first step were drawn for it."""
+        return self.algorithm != "static" and step > 0 and step in self.update_steps()
+
+    def dropped(self, step: int) -> float:
+        """The fraction of weights that is dropped, for others to grow, before a step at which masks move."""
+        if self.drop_fraction is None:
+            return 0.0
+        before = bisect_left(self.update_steps(), step) if isinstance(self.drop_fraction, Mapping) else 0
+        return courses.amount(self.drop_fraction, step, before)
+
+    def _amount(self, start: int, k: int, last: int) -> float:
+        """Sparsity after update `k` of the phase, the first being 0, before its step `start`."""
+        if isinstance(self.schedule, Mapping):
+            return round(courses.amount(self.schedule, start, k), 12)
+        a, b = self.sparsity, self.end
+        if self.schedule == "cycling":
+            return self.levels[k % len(self.levels)]
+        if k >= last:
+            return b
+        u = k / last
+        if self.schedule == "linear":
+            s = a + (b - a) * u
+        elif self.schedule == "exp":
+            s = 1 - (1 - a) * ((1 - b) / (1 - a)) ** u
+        elif self.schedule == "power":
+            s = b + (a - b) * (1 - u) ** 3
+        else:
+            s = b + (a - b) * (1 + math.cos(math.pi * u)) / 2
+        return round(s, 12)
+
+    @property
+    def end(self) -> float:
+        """Sparsity at the phase's end."""
+        if isinstance(self.schedule, Mapping) or (self.rules == "cstorch" and self.schedule == "constant"):
+            return self.stages()[-1].sparsity
+        return self.sparsity if self.sparsity_end is None else self.sparsity_end
+
+    def of_layers(self, layers: Iterable[str], sparsity: float | None = None) -> dict[str, float]:
+        """Sparsity of each layer by its name, where the phase's own is `sparsity` (default: that of its start)."""
+        amount = self.sparsity if sparsity is None else sparsity
+        return {
+            name: next((s for glob, s in self.layers.items() if fnmatchcase(plain_name(name), glob)), amount)
+            for name in layers
+        }
+
+    def mean(self, layers: Mapping[str, int], sparsity: float | None = None) -> float:
+        """Sparsity over all weights of `layers` (how many each has), where the phase's own is `sparsity`."""
+        if not self.layers:
+            return self.sparsity if sparsity is None else sparsity
+        amounts = self.of_layers(layers, sparsity)
+        return sum(amounts[name] * weights for name, weights in layers.items()) / sum(layers.values())
+
+    def check_layers(self, key: str, previous: Amounts | None, layers: Sequence[str]) -> None:
+        """Whether the phase's globs match layers, and no layer is to be sparser than at the end of the phase before.
+
+        Raises
+        ------
+        UserError
+            Naming the glob or the layer.
+        """
+        for glob in self.layers:
+            require(
+                any(fnmatchcase(plain_name(name), glob) for name in layers),
+                f"{key}.layers: '{glob}' matches no layer.{did_you_mean(glob, map(plain_name, layers))}",
+            )
+        if previous and self.algorithm == "static" and (self.layers or previous.layers):
+            old = previous.of_layers(layers, previous.end)
+            for name, amount in self.of_layers(layers).items():
+                only_added(amount <= old[name], f"{key}: layer '{name}' would go from sparsity {old[name]} to {amount}")
+
+
+def only_added(ok: bool, what: str) -> None:
+    """Refuses what would drop weights of static masks."""
+    require(ok, f"{what}: weights are only ever added, unless by algorithm: set, rigl or gmp.")

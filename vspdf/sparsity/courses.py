@@ -1,0 +1,151 @@
+"""Amounts that change over the steps of a phase, and the steps at which its masks move; as cstorch.sparse writes them.
+
+An amount is written as a number, as a list (one value an update, over and over), or as ``{type: ..., ...}``. No torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from vspdf.errors import UserError, did_you_mean, percent_meant, require
+
+# Parameters by type, with their defaults (... where there is none), and the value at a step. cosine's `half_period` is
+# where masks move last, if it is left out.
+_TYPES: dict[str, tuple[dict[str, Any], Callable[..., float]]] = {
+    "constant": ({"value": ...}, lambda step, value: value),
+    "linear": ({"init": ..., "slope": ...}, lambda step, init, slope: init + step * slope),
+    "exp": (
+        {"init": ..., "gamma": ..., "final": 1.0},
+        lambda step, init, gamma, final: final - (final - init) * math.exp(min(step * gamma, 700.0)),
+    ),
+    "power": ({"init": ..., "beta": ...}, lambda step, init, beta: init * beta**step),
+    "cosine": (
+        {"init": ..., "half_period": None, "minimum": 0.0},
+        lambda step, init, half_period, minimum: (
+            (init + minimum) / 2 + (init - minimum) / 2 * math.cos(math.pi * step / half_period)
+        ),
+    ),
+}
+_CYCLING = "cycling"
+# Of a phase that says nothing about them: so many over its first three quarters, but no two closer than so many steps,
+# for what grows needs time before it is judged; in short phases so few.
+UPDATES, NEAREST, FEWEST = 60, 50, 6
+_LATEST = 0.75
+
+
+def is_course(written: Any) -> bool:
+    """Whether an amount is written as something that changes."""
+    return isinstance(written, list | tuple | Mapping)
+
+
+def checked(key: str, written: Any, last: int) -> float | dict[str, Any]:
+    """An amount in its full form: a number, or a mapping with every parameter.
+
+    Parameters
+    ----------
+    key : str
+        What error messages call it.
+    written : number, list or mapping
+    last : int
+        Where a cosine ends that does not say.
+
+    Raises
+    ------
+    UserError
+        For an unknown type or parameter, and for what is no number.
+    """
+    if isinstance(written, list | tuple):
+        written = {"type": _CYCLING, "values": list(written)}
+    if not isinstance(written, Mapping):
+        return number(key, written)
+    given = {str(name): value for name, value in written.items()}
+    kind = str(given.pop("type", "")).lower()
+    if kind == _CYCLING:
+        values = given.get("values")
+        if given.keys() != {"values"} or not isinstance(values, list | tuple) or not values:
+            raise UserError(f"{key}: type: cycling takes `values`, a list of at least one number.")
+        return {"type": kind, "values": [number(f"{key}.values", value) for value in values]}
+    if kind not in _TYPES:
+        known = (*_TYPES, _CYCLING)
+        raise UserError(f"{key}: expected a number, a list, or a type of {', '.join(known)}, not '{kind}'."
+                        f"{did_you_mean(kind, known)}")  # fmt: skip
+    parameters = _TYPES[kind][0]
+    for name in given:
+        require(name in parameters, f"{key}: type: {kind} has no '{name}'.{did_you_mean(name, parameters)}")
+    found: dict[str, Any] = {"type": kind}
+    for name, default in parameters.items():
+        value = given.get(name, last if default is None else default)
+        require(value is not ..., f"{key}: type: {kind} needs '{name}'.")
+        found[name] = number(f"{key}.{name}", value)
+    require(found.get("half_period", 1) > 0, f"{key}.half_period must be above 0, not {found.get('half_period')}.")
+    return found
+
+
+def number(key: str, value: Any) -> float:
+    """A finite number, or UserError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{key} must be a number, not {value!r}.{percent_meant(str(value))}")
+    return float(value)
+
+
+def amount(course: float | Mapping[str, Any], step: int, update: int) -> float:
+    """Its value at a step of the phase, `update` being how many updates came before; never outside [0, 1]."""
+    if not isinstance(course, Mapping):
+        return min(max(course, 0.0), 1.0)
+    if course["type"] == _CYCLING:
+        value = course["values"][update % len(course["values"])]
+    else:
+        value = _TYPES[course["type"]][1](step, **{name: v for name, v in course.items() if name != "type"})
+    return min(max(value, 0.0), 1.0)
+
+
+# -- when masks move ---------------------------------------------------------------------------------------------------
+
+
+def updates(key: str, written: Mapping[str, Any] | None, steps: int) -> dict[str, Any]:
+    """The steps at which masks move, in full form: ``{freq, start, stop}``, `stop` left out, or ``{steps}``.
+
+    Parameters
+    ----------
+    key : str
+        What error messages call it.
+    written : mapping, optional
+        Default: some sixty updates over the first three quarters of the phase, what grows later having no time left.
+    steps : int
+        Of the phase.
+
+    Raises
+    ------
+    UserError
+        For an unknown key and for steps outside the phase.
+    """
+    if written is None:
+        stop = max(1, int(_LATEST * steps))
+        return {"freq": max(-(-stop // UPDATES), min(NEAREST, -(-stop // FEWEST))), "start": 0, "stop": stop}
+    if not isinstance(written, Mapping) or not (
+        {"freq", "start", "stop"} >= written.keys() or written.keys() == {"steps"}
+    ):
+        raise UserError(f"{key} must be {{freq, start, stop}} or {{steps: [...]}}, not {written!r}.")
+    if "steps" in written:
+        listed = written["steps"]
+        whole = isinstance(listed, list | tuple) and bool(listed) and all(type(step) is int for step in listed)
+        require(whole and min(listed) >= 0, f"{key}.steps must be a list of steps of the phase, not {listed!r}.")
+        return {"steps": sorted(set(listed))}
+    given = {name: value for name, value in written.items() if value is not None}
+    freq, start, stop = given.get("freq", 1), given.get("start", 0), given.get("stop", steps)
+    for name, value, least in (("freq", freq, 1), ("start", start, 0), ("stop", stop, 1)):
+        require(
+            type(value) is int and value >= least,
+            f"{key}.{name} must be a whole number of at least {least}, not {value!r}.",
+        )
+    require(start < stop, f"{key}: start = {start} must come before stop = {stop}.")
+    return {"freq": freq, "start": start, "stop": stop}
+
+
+def update_steps(update: Mapping[str, Any], steps: int) -> Sequence[int]:
+    """The steps of a phase of `steps` steps at which masks move, 0 being its first."""
+    if "steps" in update:
+        return [step for step in update["steps"] if step < steps]
+    return range(update["start"], min(update["stop"], steps), update["freq"])

@@ -1,0 +1,104 @@
+"""One update of a phase's masks, by its algorithm: which weights go, which come, and the model with them."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vspdf.pattern import Pattern, kept_count
+from vspdf.sparsity.amounts import Amounts, plain_name
+from vspdf.sparsity.evolve import remask, renewed
+from vspdf.sparsity.layer import SparseLinear, sparse_layers
+from vspdf.sparsity.scores import DenseGradients
+from vspdf.sparsity.surgery import densify, sparsify
+
+log = logging.getLogger("vspdf")
+
+
+def move(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    phase: Amounts,
+    amounts: Mapping[str, float],
+    step: int,
+    seeds: tuple[int, int],
+    gradients: DenseGradients | None,
+    options: Mapping[str, Any],
+) -> dict[str, Pattern]:
+    """Moves masks in place, before a step of a phase; at its first they only go to the sparsities they are to have.
+
+    Parameters
+    ----------
+    amounts : mapping of str to float
+        Sparsity of each layer from here on; layers that are dense still become sparse.
+    step : int
+        Of the phase.
+    seeds : (int, int)
+        Of the run, and of this update.
+    gradients : DenseGradients, optional
+        What RigL has seen.
+    options : mapping
+        Of `sparsify`, for layers that become sparse.
+
+    Returns
+    -------
+    dict of str to Pattern
+        The patterns before.
+    """
+    if not any(amounts.values()):
+        return densify(model, optimizer)
+    dense = {name: amount for name, amount in amounts.items() if amount and name not in sparse_layers(model)}
+    if dense:
+        whole = {name: _whole(model.get_submodule(name)) for name in dense}
+        sparsify(model, whole, optimizer=optimizer, backend=options.get("backend", "auto"))
+    scores = _scores(phase, gradients, step)
+    moved = {}
+    for name, layer in sparse_layers(model).items():
+        if name not in amounts or not layer.values.requires_grad:
+            continue
+        if scores is not None and name not in scores:
+            log.warning("RigL: no gradient reached '%s' (is it compiled?): its mask stays as it is.", name)
+            continue
+        keep, target = _counts(phase, layer, amounts[name], step)
+        random = np.random.default_rng([*seeds, zlib.crc32(plain_name(name).encode())])
+        moved[name] = renewed(
+            layer, keep, target, random, scores[name] if scores else None, phase.random_share or 0.0,
+            anywhere=phase.rules == "cstorch",
+        )  # fmt: skip
+    return remask(model, moved, optimizer, "Phases")
+
+
+def _whole(layer: nn.Module) -> Pattern:
+    """The full pattern of a layer that is dense still."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    rows, columns = weight.shape if isinstance(layer, nn.Linear) else reversed(weight.shape)
+    return Pattern.random((rows, columns), 0.0)
+
+
+def _scores(phase: Amounts, gradients: DenseGradients | None, step: int) -> dict[str, Tensor] | None:
+    """Of masked positions, where RigL grows; None where it does not, or only goes to another sparsity."""
+    if phase.algorithm != "rigl" or not step:
+        return None
+    if gradients is None:
+        log.warning("RigL has seen no gradients for this update (Phases.step was not called?): it grows at random.")
+        return None
+    return gradients.scores(normalised=phase.rules == "vspdf")
+
+
+def _counts(phase: Amounts, layer: SparseLinear, amount: float, step: int) -> tuple[int, int]:
+    """How many of a layer's weights are kept, and how many it is to have."""
+    numel, nnz = layer.pattern.numel, layer.pattern.nnz
+    target = kept_count(numel, amount, truncate=phase.count == "truncate")
+    fraction = phase.dropped(step) if step else 0.0
+    if phase.rules == "cstorch" and phase.algorithm != "gmp":
+        keep = min(nnz, int((1 - fraction) * nnz))
+        return keep, max(keep, target)
+    keep = min(nnz, target)
+    return keep - int(fraction * keep), target
