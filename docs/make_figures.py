@@ -206,16 +206,15 @@ def performance() -> None:
     rows_of = -(-len(results) // columns)
     size = (8.6, 0.3 + 2.9 * rows_of)
     figure, axes = plt.subplots(rows_of, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
-    styles: dict[str, Any] = {}
+    names = list(bench_tables.LABELS.values())
     for axis, result in zip(axes.flat, results, strict=False):
         rows = bench_tables.curve_rows(result)
         amounts = bench_tables.sparsities(rows)
         axis.plot([100 * s for s in amounts], [1 / (1 - s) for s in amounts], "--", color=GREY, label="ideal 1/(1−s)")
         for label, points in bench_tables.curves(rows).items():
             x, y = zip(*points, strict=True)
-            i = len(styles)
-            colour, marker = f"C{i}" if i < 4 else GREY, "os^DvxP*"[i % 8]
-            style = styles.setdefault(label, {"color": colour, "marker": marker})
+            i = names.index(label.removesuffix(", forward"))
+            style = {"color": (BLUE, BLUE, ORANGE, GREEN, GREY, PINK, GREY, GREY, GREY)[i], "marker": "ooosXv^D*"[i]}
             axis.plot([100 * s for s in x], y, ms=3.5, label=label, **style, lw=2 if label.startswith("vspdf") else 1.1)
         axis.axhline(1, color=GREY, lw=0.6)
         axis.set_yscale("log", base=2)

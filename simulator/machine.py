@@ -60,12 +60,10 @@ class Machine:
     def __init__(self, parameters: Mapping[str, Parameter], note: str = ""):
         self.parameters = dict(parameters)
         self.note = note
+        self.__dict__ |= {name: parameter.value for name, parameter in self.parameters.items()}  # read a million times
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return self.__dict__["parameters"][name].value
-        except KeyError:
-            raise AttributeError(f"no machine parameter '{name}'.") from None
+        raise AttributeError(f"no machine parameter '{name}'.")
 
     def override(self, values: Mapping[str, Any]) -> Machine:
         """A copy with some values replaced; what is set is taken as known, and no longer sampled.

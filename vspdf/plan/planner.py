@@ -252,8 +252,7 @@ def plan(
         raise UserError(f"`split` {asked}: there is one stage, or those of {model}; `effective` asks for two.")
     if batch_size and source.phases:
         raise UserError(f"the batch size of {model} is in that file (train.batch_size): `batch_size` is for models.")
-    total = sum(n for _, n in phases) if phases else None
-    dense_steps, baseline = _dense_run(source, shape, steps, batch_size, total)
+    dense_steps, baseline = _dense_run(source, shape, steps, batch_size, sum(n for _, n in phases or ()) or None)
     step_tokens = settings.train.batch_size * shape.sequence_length
     run = _Wish(shape, dense_steps, step_tokens, split, sparsity, effective, convention, causal, progress)
 

@@ -270,8 +270,8 @@ class Phases:
         return model
 
     def due(self, step: int) -> bool:
-        """Whether `at` is going to change the model before the step numbered `step`."""
-        return self._now is not None and self._index(step) > self._now
+        """Whether masks change before the step numbered `step`, as `at` is going to say."""
+        return self._now is not None and (step == self._moved or self._index(step) > self._now or self._due(step))
 
     def at(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Before the step numbered `step`, from 0: switches where a boundary falls, moves masks where they are to move.
