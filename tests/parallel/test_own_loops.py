@@ -1,6 +1,8 @@
 """Loops of one's own on two processes: DistributedDataParallel, FSDP2 and torch's own checkpoints, at a switch."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -131,13 +133,13 @@ dist.destroy_process_group()
 """
 
 
-def torchrun(size, *arguments):
+def torchrun(*arguments):
     run = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
-        f"--nproc-per-node={size}",
+        "--nproc-per-node=2",
         *map(str, arguments),
     ]
     result = subprocess.run(run, capture_output=True, text=True, timeout=120)
@@ -153,7 +155,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(folder):
     (folder / "child.py").write_text(CHILD)
-    torchrun(2, folder / "child.py", folder)
+    torchrun(folder / "child.py", folder)
     return json.loads((folder / "found.json").read_text())
 
 
@@ -212,6 +214,12 @@ def test_a_dcp_index_that_would_run_code_is_refused(folder, found, tmp_path):
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_examples(name):
-    lines = torchrun(1, ROOT / "examples" / f"{name}.py").splitlines()
+    """As one process, which is quicker; what two do differently is tested above."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    told = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    run = [sys.executable, str(ROOT / "examples" / f"{name}.py")]
+    lines = subprocess.run(run, env=told, capture_output=True, text=True, check=True, timeout=120).stdout.splitlines()
     first, *_, last = (float(line.split("loss ")[1].split(",")[0]) for line in lines)
     assert len(lines) == 3 and last < first
