@@ -261,9 +261,9 @@ def plan(
         multiple = LR_MULTIPLE if any(s for s, _ in stages) else 1.0
         settings.phases = [PhaseConfig(sparsity=s, steps=n, lr_multiple=multiple) for s, n in stages if n]
     config = resolve.resolve(settings)
-    layers = resolve.linear_layers(config.model)
+    stretches = _stretches(config)
     if time or (machines is not None and machines.sharing(settings.train.batch_size)):
-        run.measure([p.mean(layers, s.sparsity) for p in config.phases for s in p.coarse_stages()])
+        run.measure([sparsity for _, sparsity, _, _ in stretches])
 
     def stage(name: str, s: float, steps: int, tokens: int) -> PlannedPhase:
         flops = ledger.training_flops(shape, [(s, tokens)], convention=convention, causal=causal)
@@ -273,14 +273,21 @@ def plan(
     return Plan(
         source.name, shape, convention, causal,
         stage("dense run", 0.0, dense_steps, dense_steps * step_tokens), baseline,
-        [
-            stage(f"{p.name} {s.sparsity:.4g}" if len(p.coarse_stages()) > 1 else p.name,
-                  p.mean(layers, s.sparsity), s.steps, s.steps * p.tokens // p.steps)
-            for p in config.phases
-            for s in p.coarse_stages()
-        ],
-        config, run.calibration, [*run.notes, *_moves(config)], machines,
+        [stage(*stretch) for stretch in stretches], config, run.calibration, [*run.notes, *_moves(config)], machines,
     )  # fmt: skip
+
+
+def _stretches(config: ResolvedConfig) -> list[tuple[str, float, int, int]]:
+    """Name, sparsity over all weights, steps and tokens of every stretch of a plan; where it changes often, a few."""
+    layers = resolve.linear_layers(config.model)
+    return [
+        (
+            f"{phase.name} {stage.sparsity:.4g}" if len(phase.coarse_stages()) > 1 else phase.name,
+            phase.mean(layers, stage.sparsity), stage.steps, stage.steps * phase.tokens // phase.steps,
+        )
+        for phase in config.phases
+        for stage in phase.coarse_stages()
+    ]  # fmt: skip
 
 
 def _moves(config: ResolvedConfig) -> list[str]:
