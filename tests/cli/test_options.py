@@ -45,6 +45,7 @@ arms:
 """
 
 ONES = "--shapes 8x16x16 --sparsity 0.5 --rounds 1 --threads 1 --no-peers"
+MASKS = "--rounds 1 --threads 1 --no-peers"
 SMALL_STEP = (
     "--n-layer 1 --d-model 16 --n-head 2 --sequence-length 8 --batch-size 1 --sparsity 0.5 --rounds 1 --threads 1"
 )
@@ -133,6 +134,8 @@ CASES = {
             "--memory": "--memory 1.5",
             "--hours": ("--model {config}", "--hours 1"),
             "--time": ("--model {config}", "--time"),
+            "--machines": ("--model {config}", "--machines 2"),
+            "--network": ("--model {config} --machines 2", "--network 1"),
             "--write": "--write mine.yaml",
         },
     ),
@@ -245,11 +248,19 @@ CASES = {
             "--sparsity": "--sparsity 0.9",
             "--threads": "--threads 2",
             "--rounds": "--rounds 2",
+            "--seconds": (ONES.replace("--rounds 1", ""), "--seconds 0"),
             "--peers": "--peers",
+            "--candidate": "--candidate vspdf.kernels.reference:Nothing",
+            "--dtype": "--dtype bfloat16",
+            "--mask": (MASKS, "--mask {mask} --tokens 8"),
+            "--tokens": (f"{MASKS} --mask {{mask}} --tokens 8", "--tokens 9"),
+            "--pattern": "--pattern banded",
+            "--compare": "--compare {study}",
+            "--roofline": "--roofline",
+            "--list": (MASKS, "--list"),
             "--csv": "--csv rows.csv",
             "--plot": "--plot p.svg",
             "--device": "--device tpu",
-            "--precision": "--precision bf16",
             "--tune": "--tune",
         },
     ),
@@ -267,7 +278,7 @@ CASES = {
     "bench decode": (
         "--model {run} --sparsity 0.5 --rounds 1 --tokens 1 --context 4",
         {
-            "--model": "--model {wordless}",
+            "--model": "--model llama-tiny",
             "--sparsity": "--sparsity 0.9",
             "--dtype": "--dtype float32",
             "--batch-size": "--batch-size 2",
@@ -289,7 +300,20 @@ CASES = {
             "--sparsity": "--sparsity 0.9",
             "--threads": "--threads 2",
             "--rounds": "--rounds 2",
+            "--seconds": (SMALL_STEP.replace("--rounds 1", ""), "--seconds 0"),
+            "--dtype": "--dtype bfloat16",
+            "--compile": "--compile",
+            "--compare": "--compare {study}",
             "--csv": "--csv rows.csv",
+        },
+    ),
+    "bench suite": (
+        "--tiny --sections memory",
+        {
+            "--output": "--output there",
+            "--name": "--name mine",
+            "--sections": ("--tiny --sections memory", "--sections plans"),
+            "--tiny": ("--sections roofline", "--tiny"),
         },
     ),
 }
@@ -313,7 +337,7 @@ REFUSED = {
     "one stage": ("plan --model gpt2-small --sparsity 0.5 --split add-on", "there is one stage"),
     "own stages": ("plan --model quickstart --split add-on", "there is one stage"),
     "a file has no words": ("convert {text} x.pt --tokenizer {run}/tokenizer.json", "leave --tokenizer away"),
-    "no such precision here": (f"bench linear {ONES} --precision fp16", "on a CPU fp32 and bf16 are timed"),
+    "no such precision here": (f"bench linear {ONES} --dtype fp16", "on a CPU float32 and bfloat16 are timed"),
 }  # fmt: skip
 
 

@@ -44,7 +44,7 @@ from vspdf.sparsity import surgery
 from vspdf.train import common, trainer
 
 rank, folder = int(os.environ["RANK"]), sys.argv[1]
-step, versions, seed = trainer._step, hardware.versions, surgery._layer_seed
+step, versions, seed = trainer._step, hardware.versions, surgery.layer_seed
 weights = common.weights
 train._draw = lambda folder: None  # reports take seconds
 world.time, meeting.CALL = types.SimpleNamespace(sleep=lambda seconds: None), 1.0
@@ -59,7 +59,7 @@ for number, order in enumerate(json.loads(sys.argv[2])):
 
     trainer._step = faulty
     hardware.versions = lambda mine=mine: versions() | ({"torch": "1.0"} if mine and fault.get("version") else {})
-    surgery._layer_seed = lambda a, name, mine=mine: seed(a, name) + bool(mine and fault.get("mask"))
+    surgery.layer_seed = lambda a, name, mine=mine: seed(a, name) + bool(mine and fault.get("mask"))
     drift = {"value in 'wte.weight'": "?"}
     common.weights = lambda s, when=fault.get("drift") if mine else None: weights(s) | (drift if when == s.step else {})
     stream = os.open(f"{folder}/said-{number}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

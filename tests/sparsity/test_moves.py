@@ -285,4 +285,4 @@ def test_growth_does_not_collapse_onto_a_column_of_large_activations():
             optimizer.zero_grad()
         grown = model[0].pattern.mask() & ~first
         shares[rules] = float(grown[:, 3].sum() / grown.sum())
-    assert shares["cstorch"] > 0.7 and shares["vspdf"] < 0.4, shares
+    assert shares["cstorch"] > 0.4 and shares["vspdf"] < 0.2, shares

@@ -260,7 +260,8 @@ def remask(
         old.packed.clear()  # whoever keeps the old pattern for what it was need not keep its plans
         exchanged.append((old_values, values))
     held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
-    if not any(id(new) in held for _, new in exchanged):  # who asks the interpreter who holds them waits for long
+    often = verb in ("evolve", "Phases")  # and each time the interpreter would take long to say who holds what
+    if not (often and any(id(new) in held for _, new in exchanged)):
         warn_of_stale(verb, exchanged, optimizer)
     if exchanged:
         warn_of_reducers(verb, model)
