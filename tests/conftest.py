@@ -14,6 +14,8 @@ import textwrap
 _cache = tempfile.TemporaryDirectory(prefix="vspdf-tests-")
 os.environ["VSPDF_CACHE"] = _cache.name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 
