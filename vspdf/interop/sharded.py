@@ -7,6 +7,7 @@ but what tensors there are and where.
 from __future__ import annotations
 
 import pickle
+from enum import Enum
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -41,10 +42,18 @@ class _Names(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] == "pathlib":
             return PurePath
+        if (module, name) == ("builtins", "getattr"):  # as some versions of Python write members of enumerations
+            return _member
         kind = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if kind or name in _PLAIN.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _member(kind: Any, name: str) -> Any:
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError("it names builtins.getattr")
+    return kind[name]
 
 
 def is_sharded(path: Path) -> bool:
