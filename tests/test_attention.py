@@ -100,3 +100,11 @@ def test_a_model_compiles_as_one_graph():
     gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_model_takes_other_lengths():
+    model = GPT(Shape(n_layer=1, d_model=16, n_head=2, d_ff=32, vocab_size=17, sequence_length=256))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for length in (16, 32, 48, 200):
+        tokens = torch.zeros(1, length, dtype=torch.long)
+        torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-4, atol=1e-6)

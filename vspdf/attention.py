@@ -50,12 +50,14 @@ def causal_attention(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor) -> Tensor:
 
 def _triangles(q_BHTd: Tensor) -> int:
     """Into how many triangles on the diagonal the work is cut: a power of two, 1 where torch does better."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return 1
     T, parts = q_BHTd.shape[2], 1
-    if q_BHTd.device.type != "cpu" or q_BHTd.dtype != torch.float32 or not TOKENS.start <= T < TOKENS.stop:
+    if q_BHTd.device.type != "cpu" or q_BHTd.dtype != torch.float32 or T not in TOKENS:
         return 1
     while T % 2 == 0 and T >= 2 * LEAST.start:
         T, parts = T // 2, 2 * parts
-    if T not in LEAST or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if T not in LEAST:
         return 1
     flash = torch._fused_sdp_choice(q_BHTd, q_BHTd, q_BHTd, is_causal=True) == SDPBackend.FLASH_ATTENTION.value
     return parts if flash else 1

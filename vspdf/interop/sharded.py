@@ -7,8 +7,8 @@ but what tensors there are and where.
 from __future__ import annotations
 
 import pickle
-from enum import Enum
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any
 
