@@ -166,7 +166,7 @@ def test_slow_bf16_is_said_before_the_first_round(vspdf, monkeypatch, tiny):
     from vspdf.kernels import hardware
 
     monkeypatch.setattr(cpu, "has_bf16", lambda: False)
-    hardware.slow_bf16_measured.cache_clear()
+    hardware._bf16_ratio.cache_clear()
     words = r"took \d+\.\d times as long here as in float32 \(measured\)"
     try:
         assert re.search(words, vspdf("bench", "linear", *SMALL, "--no-peers", "--dtype", "bfloat16")[2])
@@ -176,7 +176,7 @@ def test_slow_bf16_is_said_before_the_first_round(vspdf, monkeypatch, tiny):
         body = rows_of(vspdf, *SMALL)
         assert "dense_bf16" in body["missing"]
     finally:
-        hardware.slow_bf16_measured.cache_clear()
+        hardware._bf16_ratio.cache_clear()
 
 
 def test_explain_knows_where_dense_bf16_wins(monkeypatch):
