@@ -35,7 +35,9 @@ def test_a_column_that_ended_earlier_is_held_against_its_own_rounds():
     assert compared(quiet(2, 2, 9, 9), quiet(1, 1)) == (2, 2, 2, 0)
 
 
-@pytest.mark.parametrize("count, rank", [(1, 1), (5, 1), (6, 1), (8, 1), (9, 2), (12, 3), (20, 6), (100, 40)])
+@pytest.mark.parametrize(
+    "count, rank", [(1, 1), (5, 1), (6, 1), (8, 1), (9, 2), (12, 3), (20, 6), (100, 40), (1100, 518), (100_000, 49_690)]
+)
 def test_the_interval_of_a_median_is_by_ranks(count, rank):
     """Of n fair coins fewer than k fall on one side with at most 2.5 %: tables of the binomial distribution."""
     numbers = random.Random(0).sample(range(1, count + 1), count)

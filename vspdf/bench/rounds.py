@@ -136,11 +136,10 @@ def interval(numbers: Sequence[float]) -> tuple[float, float]:
 
     The k-th smallest and largest bound the median unless fewer than k of n fair coins fall on one side.
     """
-    ranked, n, k, chance = sorted(numbers), len(numbers), 0, 0.5 ** len(numbers)
-    while chance <= 0.025:
-        k += 1
-        chance += math.comb(n, k) * 0.5**n
-    k = max(k, 1)
+    from scipy.stats import binom
+
+    ranked, n = sorted(numbers), len(numbers)
+    k = max(1, int(binom.ppf(0.025, n, 0.5)))
     return ranked[k - 1], ranked[n - k]
 
 
