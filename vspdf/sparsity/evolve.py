@@ -89,7 +89,7 @@ def evolve(
         count = min(int(drop_fraction * pattern.nnz), pattern.numel - pattern.nnz)
         random = np.random.default_rng(layer_seed(seed, name))
         moved[name] = renewed(layer, pattern.nnz - count, pattern.nnz, random, scores.get(name))
-    return remask(model, moved, optimizer, "evolve")
+    return remask(model, moved, optimizer, "evolve", often=True)
 
 
 def check_scores(layers: Mapping[str, SparseLinear], scores: Mapping[str, Tensor]) -> None:
@@ -235,8 +235,21 @@ def remask(
     optimizer: torch.optim.Optimizer | None,
     verb: str,
     moments: str = "keep",
+    *,
+    often: bool = False,
 ) -> dict[str, Pattern]:
     """Gives sparse layers other patterns: weights in both keep value, gradient and state, new ones are zeros.
+
+    Parameters
+    ----------
+    patterns : mapping of str to Pattern
+        By module name; layers that it does not name stay as they are.
+    verb : str
+        What was called, as warnings say it.
+    moments : {"keep", "reset"}
+        Whether the optimizer's state of the weights goes along.
+    often : bool
+        Whether `verb` is called time and again, see `warn_of_stale`.
 
     Returns
     -------
@@ -259,10 +272,7 @@ def remask(
         mark(old_values, values, name)
         old.packed.clear()  # whoever keeps the old pattern for what it was need not keep its plans
         exchanged.append((old_values, values))
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
-    often = verb in ("evolve", "Phases")  # and each time the interpreter would take long to say who holds what
-    if not (often and any(id(new) in held for _, new in exchanged)):
-        warn_of_stale(verb, exchanged, optimizer)
+    warn_of_stale(verb, exchanged, optimizer, often=often)
     if exchanged:
         warn_of_reducers(verb, model)
     return before

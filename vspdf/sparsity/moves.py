@@ -71,7 +71,7 @@ def move(
             layer, keep, target, random, scores[name] if scores else None, phase.random_share or 0.0,
             anywhere=phase.rules == "cstorch",
         )  # fmt: skip
-    return remask(model, moved, optimizer, "Phases")
+    return remask(model, moved, optimizer, "Phases", often=True)
 
 
 def _whole(layer: nn.Module) -> Pattern:
