@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from vspdf.errors import UserError, check_sparsity, percent_meant
 from vspdf.pattern import Pattern
-from vspdf.sparsity.schedule import plain_name
+from vspdf.sparsity.amounts import plain_name
 
 Amount: TypeAlias = "float | Pattern | str | PathLike[str]"  # a sparsity, a mask, or a file of masks by layer
 

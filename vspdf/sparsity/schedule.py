@@ -13,7 +13,6 @@ from vspdf.mask_forms import block_of
 from vspdf.sparsity import courses
 from vspdf.sparsity.amounts import Amounts as Amounts
 from vspdf.sparsity.amounts import only_added
-from vspdf.sparsity.amounts import plain_name as plain_name
 
 # How first masks are drawn; "random:FORM" draws those that fit a form of `Pattern.random`
 INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard", "file")
