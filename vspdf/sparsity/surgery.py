@@ -20,7 +20,7 @@ from vspdf.sparsity.amounts import first_match, matches, plain_name
 from vspdf.sparsity.attached import hand_over, mark, place
 from vspdf.sparsity.evolve import layer_seed, remask
 from vspdf.sparsity.from_files import Amount, MaskFile, read_amounts
-from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, scatter, sparse_layers
+from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, sparse_layers
 from vspdf.sparsity.optimizer import carry, check_moments, check_takes_vectors, warn_of_stale
 from vspdf.sparsity.pretrained import teach_save_pretrained
 from vspdf.sparsity.schedule import check_init_method
@@ -385,8 +385,7 @@ def densify(
         assert isinstance(dense.weight, nn.Parameter)
         dense.weight.requires_grad_(layer.values.requires_grad)
         dense.register_parameter("bias", layer.bias)
-        spread = lambda t, p=layer.pattern, c=layer.conv1d: scatter(t, p).T if c else scatter(t, p)  # noqa: E731
-        carry(optimizer, layer.values, dense.weight, spread, moments)
+        carry(optimizer, layer.values, dense.weight, layer.spread, moments)
         mark(layer.values, dense.weight, name)
         hand_over(layer, dense)
         place(model, layer, dense)
