@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vspdf.errors import UserError, did_you_mean, require
 from vspdf.kernels import cpu
-from vspdf.pattern import Pattern
+from vspdf.pattern import Pattern, ones, pack, unpack
 from vspdf.sparsity.amounts import plain_name
 from vspdf.sparsity.attached import mark
 from vspdf.sparsity.layer import SparseLinear, require_whole, sparse_layers
@@ -140,17 +140,13 @@ def renewed(
     if count > 0:
         drawn = count if scores is None else int(random_share * count)
         if scores is not None:
-            flags = _unpacked(taken, pattern.numel)
+            flags = unpack(taken, pattern.numel)
             best = np.zeros_like(flags)
             best[highest(scores.detach().reshape(-1).float().cpu().numpy(), flags, count - drawn)] = True
-            survivors |= np.packbits(best, bitorder="little")
+            survivors |= pack(best)
             taken |= survivors
         _draw(taken, survivors, pattern.numel, drawn, random)
     return Pattern(pattern.shape, survivors)
-
-
-def _unpacked(bits: np.ndarray, numel: int) -> np.ndarray:
-    return np.unpackbits(bits, count=numel, bitorder="little").view(np.bool_)
 
 
 def _drop(bits: np.ndarray, layer: SparseLinear, count: int) -> None:
@@ -160,25 +156,21 @@ def _drop(bits: np.ndarray, layer: SparseLinear, count: int) -> None:
         values = values.contiguous()
         cpu.extension().drop_lowest(bits, layer.pattern.numel, values.data_ptr(), len(values), count)
         return
-    flat = _unpacked(bits, layer.pattern.numel)
+    flat = unpack(bits, layer.pattern.numel)
     flat[np.flatnonzero(flat)[lowest(_magnitudes(values), count)]] = False
-    bits[:] = np.packbits(flat, bitorder="little")
+    bits[:] = pack(flat)
 
 
 def _draw(taken: np.ndarray, bits: np.ndarray, numel: int, count: int, random: np.random.Generator) -> None:
     """Sets `count` bits that are not taken, each set of them as likely as any other."""
-    if cpu.unavailable() is None and not _crowded(numel, numel - _ones(taken), count):
+    if cpu.unavailable() is None and not _crowded(numel, numel - ones(taken), count):
         while count:
             hits = random.integers(numel, size=count + count // 8)
             count -= cpu.extension().accept(taken, bits, numel, hits, count)
         return
     flat = np.zeros(numel, dtype=bool)
-    flat[draw(_unpacked(taken, numel), count, random)] = True
-    bits |= np.packbits(flat, bitorder="little")
-
-
-def _ones(bits: np.ndarray) -> int:
-    return int(np.count_nonzero(np.unpackbits(bits)))
+    flat[draw(unpack(taken, numel), count, random)] = True
+    bits |= pack(flat)
 
 
 def _crowded(positions: int, free: int, count: int) -> bool:
@@ -187,7 +179,6 @@ def _crowded(positions: int, free: int, count: int) -> bool:
 
 
 def _magnitudes(values: Tensor) -> np.ndarray:
-    values = values.detach()
     return (values if values.dtype in (torch.float32, torch.float64) else values.float()).abs().cpu().numpy()
 
 
