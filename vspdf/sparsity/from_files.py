@@ -35,6 +35,7 @@ class MaskFile:
         return pattern
 
     def check_used(self, layers: Iterable[str]) -> None:
+        """Raises UserError if `of` has found a mask for none of the layers it was asked for."""
         if not self.used:
             theirs, ours = list(self.found)[:3], list(layers)[:3]
             raise UserError(

@@ -53,9 +53,9 @@ def move(
     """
     if not any(amounts.values()):
         return densify(model, optimizer)
-    dense = {name: amount for name, amount in amounts.items() if amount and name not in sparse_layers(model)}
-    if dense:
-        whole = {name: _whole(model.get_submodule(name)) for name in dense}
+    layers = sparse_layers(model)
+    whole = {n: _whole(model.get_submodule(n)) for n, amount in amounts.items() if amount and n not in layers}
+    if whole:
         sparsify(model, whole, optimizer=optimizer, backend=options.get("backend", "auto"))
     scores = _scores(phase, gradients, step)
     moved = {}
