@@ -56,7 +56,8 @@ def move(
     layers = sparse_layers(model)
     whole = {n: _whole(model.get_submodule(n)) for n, amount in amounts.items() if amount and n not in layers}
     if whole:
-        sparsify(model, whole, optimizer=optimizer, backend=options.get("backend", "auto"))
+        how = {option: options[option] for option in ("backend", "memory") if option in options}
+        sparsify(model, whole, optimizer=optimizer, **how)
     scores = _scores(phase, gradients, step)
     moved = {}
     for name, layer in sparse_layers(model).items():

@@ -237,7 +237,8 @@ class Phases:
         UserError
             If the state does not belong to these phases at this step.
         """
-        adopt(model, state_dict, backend=self.options.get("backend", "auto"))
+        how = {option: self.options[option] for option in ("backend", "memory") if option in self.options}
+        adopt(model, state_dict, **how)
         return self.resume(model, step, ramp)
 
     def resume(self, model: nn.Module, step: int, ramp: tuple[Mapping[str, Pattern], int] | None = None) -> nn.Module:

@@ -395,7 +395,9 @@ def densify(
     return {name: layer.pattern for name, layer in layers.items()}
 
 
-def adopt(model: nn.Module, state_dict: Mapping[str, Tensor], *, backend: str = "auto") -> dict[str, Pattern]:
+def adopt(
+    model: nn.Module, state_dict: Mapping[str, Tensor], *, backend: str = "auto", memory: str = "normal"
+) -> dict[str, Pattern]:
     """Makes those layers of a dense model sparse whose patterns a state_dict holds, so that it can be loaded.
 
     Returns
@@ -419,4 +421,4 @@ def adopt(model: nn.Module, state_dict: Mapping[str, Tensor], *, backend: str = 
         assert isinstance(weight, Tensor)
         out_features, in_features = reversed(weight.shape) if is_conv1d(modules[name]) else weight.shape
         patterns[name] = Pattern((out_features, in_features), bits.cpu().numpy())
-    return sparsify(model, patterns, backend=backend) if patterns else {}
+    return sparsify(model, patterns, backend=backend, memory=memory) if patterns else {}
