@@ -25,6 +25,16 @@ def is_conv1d(module: nn.Module | None) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
+def sides(layer: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a linear layer, sparse or dense, transformers' Conv1D too."""
+    if isinstance(layer, SparseLinear):
+        return layer.pattern.shape
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    out_features, in_features = reversed(weight.shape) if is_conv1d(layer) else weight.shape
+    return out_features, in_features
+
+
 class SparseLinear(nn.Linear):
     """Linear layer in which only the kept weights exist.
 
@@ -312,6 +322,11 @@ def _multiplied(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     """All sparse layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def patterns_of(model: nn.Module) -> dict[str, Pattern]:
+    """The patterns of all sparse layers of a model by name."""
+    return {name: layer.pattern for name, layer in sparse_layers(model).items()}
 
 
 def build_plans(model: nn.Module, memory: str | None = None) -> None:

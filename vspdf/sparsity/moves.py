@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vspdf.pattern import Pattern, kept_count
 from vspdf.sparsity.amounts import Amounts, plain_name
 from vspdf.sparsity.evolve import remask, renewed
-from vspdf.sparsity.layer import SparseLinear, sparse_layers
+from vspdf.sparsity.layer import SparseLinear, sides, sparse_layers
 from vspdf.sparsity.scores import DenseGradients
 from vspdf.sparsity.surgery import densify, sparsify
 
@@ -77,10 +77,7 @@ def move(
 
 def _whole(layer: nn.Module) -> Pattern:
     """The full pattern of a layer that is dense still."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    rows, columns = weight.shape if isinstance(layer, nn.Linear) else reversed(weight.shape)
-    return Pattern.random((rows, columns), 0.0)
+    return Pattern.random(sides(layer), 0.0)
 
 
 def _scores(phase: Amounts, gradients: DenseGradients | None, step: int) -> dict[str, Tensor] | None:

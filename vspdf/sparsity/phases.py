@@ -16,7 +16,7 @@ from vspdf.errors import UserError, check_sparsity, require
 from vspdf.pattern import Pattern, kept_count
 from vspdf.sparsity.amounts import Amounts, only_added
 from vspdf.sparsity.from_files import MaskFile
-from vspdf.sparsity.layer import SparseLinear, sparse_layers
+from vspdf.sparsity.layer import SparseLinear, patterns_of, sparse_layers
 from vspdf.sparsity.moves import move
 from vspdf.sparsity.optimizer import RevivedWarmup
 from vspdf.sparsity.schedule import Phase
@@ -409,7 +409,7 @@ class Phases:
         self.revived = (
             RevivedWarmup(model, before, phase.revived_warmup, done) if before and phase.revived_warmup else None
         )
-        patterns = {name: layer.pattern for name, layer in sparse_layers(model).items()}
+        patterns = patterns_of(model)
         if phase.algorithm == "static" or not patterns:
             self.turnover = None
         elif self.turnover is None or not self.turnover.follows(patterns):

@@ -20,7 +20,7 @@ from vspdf.sparsity.amounts import first_match, matches, plain_name
 from vspdf.sparsity.attached import hand_over, mark, place
 from vspdf.sparsity.evolve import layer_seed, remask
 from vspdf.sparsity.from_files import Amount, MaskFile, read_amounts
-from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, sparse_layers
+from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, sides, sparse_layers
 from vspdf.sparsity.optimizer import carry, check_moments, check_takes_vectors, warn_of_stale
 from vspdf.sparsity.pretrained import teach_save_pretrained
 from vspdf.sparsity.schedule import check_init_method
@@ -417,8 +417,5 @@ def adopt(
             continue
         if name not in modules or not _is_linear(modules[name]):
             raise UserError(f"the state holds a sparse layer '{name}', the model has no linear layer of that name.")
-        weight = modules[name].weight
-        assert isinstance(weight, Tensor)
-        out_features, in_features = reversed(weight.shape) if is_conv1d(modules[name]) else weight.shape
-        patterns[name] = Pattern((out_features, in_features), bits.cpu().numpy())
+        patterns[name] = Pattern(sides(modules[name]), bits.cpu().numpy())
     return sparsify(model, patterns, backend=backend, memory=memory) if patterns else {}
