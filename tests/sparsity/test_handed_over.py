@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.nn.utils import prune
@@ -145,6 +146,25 @@ def test_another_optimizer_than_the_one_handed_over_is_named(caplog):
     with caplog.at_level(logging.WARNING, "vspdf"):
         vspdf.densify(model, elsewhere)
     assert "densify: the optimizer holds none of the 1 parameters that were replaced" in caplog.text
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_reducer_that_was_made_before_the_model_became_sparse_is_named_and_refused(group, caplog):
+    model = one()
+    net = nn.parallel.DistributedDataParallel(model)
+    vspdf.sparsify(nn.Sequential(one()), 0.5)
+    assert not caplog.records
+    vspdf.sparsify(model, 0.5)
+    assert "sparsify: DistributedDataParallel was made before" in caplog.text
+    with pytest.raises(UserError, match="wrap the model anew"):
+        net(torch.ones(1, 48))
+    nn.parallel.DistributedDataParallel(model)(torch.ones(1, 48))
 
 
 def test_no_optimizer_no_word(caplog):

@@ -187,6 +187,8 @@ def sparsify(
         _put_sparse(model, name, linears[name], layer, optimizer)
     exchanged = [(linears[name].weight, layer.values) for name, layer in layers.items()]
     warn_of_stale("sparsify", exchanged, optimizer)  # type: ignore[arg-type]
+    if exchanged:
+        warn_of_reducers("sparsify", model)
     teach_save_pretrained(model)
     return {name: layer.pattern for name, layer in layers.items()}
 
