@@ -23,9 +23,14 @@ from vspdf.sparsity.optimizer import carry, warn_of_stale
 from vspdf.sparsity.wrapped import warn_of_reducers
 
 
+def layer_number(name: str) -> int:
+    """What tells a layer from the others where something is drawn: 32 bits of its name."""
+    return zlib.crc32(plain_name(name).encode())
+
+
 def layer_seed(seed: int, name: str) -> int:
     """Masks of different layers are independent, and a layer's does not depend on the others."""
-    return (seed << 32) | zlib.crc32(plain_name(name).encode())
+    return (seed << 32) | layer_number(name)
 
 
 def evolve(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vspdf.pattern import Pattern, kept_count
-from vspdf.sparsity.amounts import Amounts, plain_name
-from vspdf.sparsity.evolve import remask, renewed
+from vspdf.sparsity.amounts import Amounts
+from vspdf.sparsity.evolve import layer_number, remask, renewed
 from vspdf.sparsity.layer import SparseLinear, sides, sparse_layers
 from vspdf.sparsity.scores import DenseGradients
 from vspdf.sparsity.surgery import densify, sparsify
@@ -67,7 +66,7 @@ def move(
             log.warning("RigL: no gradient reached '%s' (is it compiled?): its mask stays as it is.", name)
             continue
         keep, target = _counts(phase, layer, amounts[name], step)
-        random = np.random.default_rng([*seeds, zlib.crc32(plain_name(name).encode())])
+        random = np.random.default_rng([*seeds, layer_number(name)])
         moved[name] = renewed(
             layer, keep, target, random, scores[name] if scores else None, phase.random_share or 0.0,
             anywhere=phase.rules == "cstorch",
