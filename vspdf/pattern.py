@@ -44,6 +44,21 @@ def kept_count(numel: int, sparsity: float, truncate: bool = False) -> int:
     return numel - round(Fraction(repr(float(sparsity))) * numel)
 
 
+def pack(mask: np.ndarray) -> np.ndarray:
+    """Bits of a boolean array as a pattern holds them: uint8, row-major, little-endian within a byte."""
+    return np.packbits(mask.reshape(-1), bitorder="little")
+
+
+def unpack(bits: np.ndarray, numel: int) -> np.ndarray:
+    """What `pack` packed, as `numel` booleans in one dimension."""
+    return np.unpackbits(bits, count=numel, bitorder="little").view(np.bool_)
+
+
+def ones(bits: np.ndarray) -> int:
+    """How many of the bits are set."""
+    return int(np.count_nonzero(np.unpackbits(bits)))
+
+
 def _sides(shape: tuple[int, int]) -> tuple[int, int]:
     out_features, in_features = (int(n) for n in shape)
     if out_features < 1 or in_features < 1:
@@ -105,7 +120,7 @@ class Pattern:
                 self = super().__new__(cls)
                 bits.setflags(write=False)
                 self.shape, self.bits, self.digest = shape, bits, digest
-                self.nnz = int(np.count_nonzero(np.unpackbits(bits)))
+                self.nnz = ones(bits)
                 self.packed = {}
                 _alive[digest] = self
         return self
@@ -146,7 +161,7 @@ class Pattern:
             log.warning("no mask of %d x %d that keeps %d weights fits %s: it is drawn without.", *shape, keep, fits)
         mask = np.zeros(numel, dtype=bool)
         mask[np.random.default_rng(seed).choice(numel, keep, replace=False, shuffle=False)] = True
-        return cls(shape, np.packbits(mask, bitorder="little"))
+        return cls(shape, pack(mask))
 
     @classmethod
     def from_mask(cls, mask: torch.Tensor | np.ndarray) -> Pattern:
@@ -160,7 +175,7 @@ class Pattern:
         array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
         if array.ndim != 2 or array.dtype != np.bool_:
             raise UserError(f"a mask must be a boolean matrix [out, in], got {array.dtype} of shape {array.shape}.")
-        return cls((array.shape[0], array.shape[1]), np.packbits(array.reshape(-1), bitorder="little"))
+        return cls((array.shape[0], array.shape[1]), pack(array))
 
     @classmethod
     def from_positions(
@@ -182,7 +197,7 @@ class Pattern:
         mask[rows, columns] = True
         if unique and np.count_nonzero(mask) != len(rows):
             raise UserError(f"{where}: {len(rows) - np.count_nonzero(mask)} positions come more than once.")
-        return cls(shape, np.packbits(mask.reshape(-1), bitorder="little"))
+        return cls(shape, pack(mask))
 
     @classmethod
     def from_sparse(cls, matrix: Any) -> Pattern:
@@ -267,7 +282,7 @@ class Pattern:
         keep = kept_count(weight.numel(), sparsity, truncate)
         mask = np.zeros(weight.numel(), dtype=bool)
         mask[np.argsort(-weight.detach().abs().float().cpu().numpy().reshape(-1), kind="stable")[:keep]] = True
-        return cls(shape, np.packbits(mask, bitorder="little"))
+        return cls(shape, pack(mask))
 
     @classmethod
     def checkerboard(cls, shape: tuple[int, int], sparsity: float, *, truncate: bool = False) -> Pattern:
@@ -284,7 +299,7 @@ class Pattern:
         i = np.arange(numel, dtype=np.int64)
         even = ((i + 1) * keep // numel > i * keep // numel).reshape(shape)
         turned = (np.arange(columns) + np.arange(rows)[:, None]) % columns
-        return cls(shape, np.packbits(np.take_along_axis(even, turned, axis=1).reshape(-1), bitorder="little"))
+        return cls(shape, pack(np.take_along_axis(even, turned, axis=1)))
 
     def grow(self, sparsity: float, seed: int = 0) -> Pattern:
         """This pattern plus random positions, until its sparsity is `sparsity`; no position is dropped.
@@ -301,7 +316,7 @@ class Pattern:
             )
         flat = self._flat()
         flat[np.random.default_rng(seed).choice(np.flatnonzero(~flat), add, replace=False, shuffle=False)] = True
-        return Pattern(self.shape, np.packbits(flat, bitorder="little"))
+        return Pattern(self.shape, pack(flat))
 
     def exchange(
         self, drop: Sequence[int] | np.ndarray | torch.Tensor, add: Sequence[int] | np.ndarray | torch.Tensor
@@ -328,7 +343,7 @@ class Pattern:
             if abs(np.count_nonzero(flat) - count) < len(positions):
                 twice = int(np.argmax(np.bincount(positions) > 1))
                 raise UserError(f"`{name}` has position {twice} twice.")
-        return Pattern(self.shape, np.packbits(flat, bitorder="little"))
+        return Pattern(self.shape, pack(flat))
 
     def _positions(self, name: str, given: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
         """Flat positions within the matrix, as int64."""
@@ -379,7 +394,7 @@ class Pattern:
         return 1 - self.density
 
     def _flat(self) -> np.ndarray:
-        return np.unpackbits(self.bits, count=self.numel, bitorder="little").view(np.bool_)
+        return unpack(self.bits, self.numel)
 
     def mask(self) -> torch.Tensor:
         """Boolean tensor [out_features, in_features] on the CPU; True means kept."""

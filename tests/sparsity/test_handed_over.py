@@ -1,4 +1,4 @@
-"""What users hand over (hooks, attributes, lists, optimizers, edits, states, adapters) is carried over or refused."""
+"""What users hand over (hooks, attributes, lists, optimizers, edits, states) is carried over or refused."""
 
 import copy
 import logging
@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.nn.utils import prune
@@ -27,14 +28,6 @@ def sparse_one(sparsity=0.8, **how):
     model = one()
     vspdf.sparsify(model, sparsity, **how)
     return model
-
-
-def llama(**how):
-    config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, **how
-    )
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config)
 
 
 TOKENS = torch.arange(8)[None]
@@ -145,6 +138,25 @@ def test_another_optimizer_than_the_one_handed_over_is_named(caplog):
     with caplog.at_level(logging.WARNING, "vspdf"):
         vspdf.densify(model, elsewhere)
     assert "densify: the optimizer holds none of the 1 parameters that were replaced" in caplog.text
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_reducer_that_was_made_before_the_model_became_sparse_is_named_and_refused(group, caplog):
+    model = one()
+    net = nn.parallel.DistributedDataParallel(model)
+    vspdf.sparsify(nn.Sequential(one()), 0.5)
+    assert not caplog.records
+    vspdf.sparsify(model, 0.5)
+    assert "sparsify: DistributedDataParallel was made before" in caplog.text
+    with pytest.raises(UserError, match="wrap the model anew"):
+        net(torch.ones(1, 48))
+    nn.parallel.DistributedDataParallel(model)(torch.ones(1, 48))
 
 
 def test_no_optimizer_no_word(caplog):
@@ -347,8 +359,8 @@ def test_half_of_a_state_is_refused_though_not_strict(state, said):
 
 
 @pytest.mark.parametrize("kind", ["Llama", "GPT-2 (Conv1D)"])
-def test_save_pretrained_while_sparse_is_the_same_function(kind, tmp_path):
-    model = llama() if kind == "Llama" else transformers.GPT2LMHeadModel(
+def test_save_pretrained_while_sparse_is_the_same_function(kind, llama, tmp_path):
+    model = llama if kind == "Llama" else transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=97, n_embd=24, n_head=4, n_layer=2, n_positions=32)
     )  # fmt: skip
     model.eval()
@@ -423,8 +435,8 @@ def test_subclasses_that_compute_the_same_are_taken(caplog):
     assert type(model[0]) is Renamed and type(model[2]).__name__ == "Plain"
 
 
-def test_heads_and_experts(caplog):
-    head = transformers.LlamaForSequenceClassification(llama().config)
+def test_heads_and_experts(llama, caplog):
+    head = transformers.LlamaForSequenceClassification(llama.config)
     assert not any("score" in name for name in vspdf.sparsify(head, 0.5))
     bert = transformers.BertConfig(
         vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
@@ -513,50 +525,3 @@ def test_more_than_65536_features():
         dense[0].weight.mul_(pattern.mask())
     x = torch.randn(4, 16)
     torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-5)
-
-
-# -- LoRA -------------------------------------------------------------------------------------------------------------
-
-peft = pytest.importorskip("peft", reason="peft is not installed: no LoRA test")
-LORA = {"r": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_lora_adapters_stay_dense_and_the_frozen_base_is_taken():
-    model = peft.get_peft_model(llama(), peft.LoraConfig(**LORA))
-    patterns = vspdf.sparsify(model, 0.9)
-    assert len(patterns) == 14 and not any("lora_" in name for name in patterns)
-    assert not any(layer.values.requires_grad for layer in sparse_layers(model).values())
-    model(TOKENS, labels=TOKENS).loss.backward()
-    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["IA3", "LoHa", "AdaLora", "Vera"])
-def test_other_adapters_on_a_sparse_model_merge_within_the_mask(kind):
-    options = {"IA3": {"feedforward_modules": []}, "AdaLora": {"init_r": 6, "total_step": 10}}.get(kind, {})
-    model = llama()
-    patterns = vspdf.sparsify(model, 0.9)
-    tuned = peft.get_peft_model(model, getattr(peft, f"{kind}Config")(target_modules=["q_proj"], **options))
-    tuned(TOKENS, labels=TOKENS).loss.backward()
-    merged = tuned.merge_and_unload()
-    assert {key: layer.pattern for key, layer in sparse_layers(merged).items()} == patterns
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["some", "all-linear"])
-def test_lora_on_a_sparse_model_trains_and_merges_within_the_mask(targets, caplog):
-    model = llama()
-    patterns = vspdf.sparsify(model, 0.9)
-    tuned = peft.get_peft_model(model, peft.LoraConfig(**{**LORA, "target_modules": targets}))
-    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
-    tuned(TOKENS, labels=TOKENS).loss.backward()
-    optimizer.step()
-    name = next(iter(patterns))
-    layer = tuned.base_model.model.get_submodule(name)
-    expected = layer.base_layer.weight.detach() + layer.get_delta_weight("default").detach() * patterns[name].mask()
-    with caplog.at_level(logging.WARNING, "vspdf"):
-        merged = tuned.merge_and_unload()
-    assert {key: layer.pattern for key, layer in sparse_layers(merged).items()} == patterns
-    torch.testing.assert_close(merged.get_submodule(name).weight.detach(), expected.as_subclass(torch.Tensor))
-    assert "dropped, the mask stays" in caplog.text

@@ -178,6 +178,29 @@ def test_a_loop_that_was_stopped_anywhere_ends_in_the_same_weights(settings, rul
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)), stop
 
 
+def from_dense(wrap=lambda model: model, **options):
+    """A model pruned from dense up to a step, and one that was restored there."""
+    stages = [vspdf.Phase(steps=50, **ALGORITHMS["gmp"][0])]
+    model, phases = wrap(mlp()), vspdf.Phases(stages, **options)
+    phases.start(model)
+    for step in range(12):
+        phases.at(step, model)
+    again = wrap(mlp())
+    vspdf.Phases(stages, **options).restore(again, model.state_dict(), 12)
+    return [list(sparse_layers(each).values()) for each in (model, again)]
+
+
+def test_layers_that_become_sparse_take_backend_and_memory_of_the_phases():
+    for layers in from_dense(backend="cpu", memory="low"):
+        assert [(layer.backend, layer.memory) for layer in layers] == [("cpu", "low")] * 2
+
+
+def test_compiled_models_become_sparse_and_are_restored_as_others_are():
+    plain, compiled = from_dense(), from_dense(torch.compile)
+    patterns = [[layer.pattern for layer in layers] for layers in (*plain, *compiled)]
+    assert patterns == [patterns[0]] * 4 and len(patterns[0]) == 2 and patterns[0][0].sparsity > 0.4
+
+
 def test_the_ledger_counts_the_dense_gradient_as_executed_on_update_steps_only():
     model, phases = mlp(), vspdf.Phases([vspdf.Phase(steps=20, algorithm="rigl", sparsity=0.75, update={"freq": 4})])
     phases.start(model)

@@ -7,15 +7,27 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from vspdf.errors import did_you_mean, require
 from vspdf.sparsity import courses
+
+T = TypeVar("T")
 
 
 def plain_name(name: str) -> str:
     """A module's name without what torch.compile puts before it: what globs match, and what masks are drawn by."""
     return name.replace("_orig_mod.", "")
+
+
+def matches(name: str, glob: str) -> bool:
+    """Whether a glob over modules takes one of that name; either may have what torch.compile puts before it."""
+    return fnmatchcase(plain_name(name), plain_name(glob))
+
+
+def first_match(rules: Mapping[str, T], name: str, default: T) -> T:
+    """What the first glob of `rules` says that takes a module of that name, or `default`."""
+    return next((rule for glob, rule in rules.items() if matches(name, glob)), default)
 
 
 class Stage(NamedTuple):
@@ -160,10 +172,7 @@ class Amounts:
     def of_layers(self, layers: Iterable[str], sparsity: float | None = None) -> dict[str, float]:
         """Sparsity of each layer by its name, where the phase's own is `sparsity` (default: that of its start)."""
         amount = self.sparsity if sparsity is None else sparsity
-        return {
-            name: next((s for glob, s in self.layers.items() if fnmatchcase(plain_name(name), glob)), amount)
-            for name in layers
-        }
+        return {name: first_match(self.layers, name, amount) for name in layers}
 
     def mean(self, layers: Mapping[str, int], sparsity: float | None = None) -> float:
         """Sparsity over all weights of `layers` (how many each has), where the phase's own is `sparsity`."""
@@ -182,7 +191,7 @@ class Amounts:
         """
         for glob in self.layers:
             require(
-                any(fnmatchcase(plain_name(name), glob) for name in layers),
+                any(matches(name, glob) for name in layers),
                 f"{key}.layers: '{glob}' matches no layer.{did_you_mean(glob, map(plain_name, layers))}",
             )
         if previous and self.algorithm == "static" and (self.layers or previous.layers):

@@ -149,3 +149,10 @@ def update_steps(update: Mapping[str, Any], steps: int) -> Sequence[int]:
     if "steps" in update:
         return [step for step in update["steps"] if step < steps]
     return range(update["start"], min(update["stop"], steps), update["freq"])
+
+
+def end_of(update: Mapping[str, Any], steps: int) -> int:
+    """The step of a phase by which masks have moved for the last time: where a cosine ends that does not say."""
+    moves = update_steps(update, steps)
+    last: int = update.get("stop", moves[-1] if moves else steps)
+    return last

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vspdf.errors import UserError, did_you_mean, require
 from vspdf.kernels import cpu
-from vspdf.pattern import Pattern
+from vspdf.pattern import Pattern, ones, pack, unpack
 from vspdf.sparsity.amounts import plain_name
 from vspdf.sparsity.attached import mark
 from vspdf.sparsity.layer import SparseLinear, require_whole, sparse_layers
@@ -23,9 +23,14 @@ from vspdf.sparsity.optimizer import carry, warn_of_stale
 from vspdf.sparsity.wrapped import warn_of_reducers
 
 
+def layer_number(name: str) -> int:
+    """What tells a layer from the others where something is drawn: 32 bits of its name."""
+    return zlib.crc32(plain_name(name).encode())
+
+
 def layer_seed(seed: int, name: str) -> int:
     """Masks of different layers are independent, and a layer's does not depend on the others."""
-    return (seed << 32) | zlib.crc32(plain_name(name).encode())
+    return (seed << 32) | layer_number(name)
 
 
 def evolve(
@@ -89,7 +94,7 @@ def evolve(
         count = min(int(drop_fraction * pattern.nnz), pattern.numel - pattern.nnz)
         random = np.random.default_rng(layer_seed(seed, name))
         moved[name] = renewed(layer, pattern.nnz - count, pattern.nnz, random, scores.get(name))
-    return remask(model, moved, optimizer, "evolve")
+    return remask(model, moved, optimizer, "evolve", often=True)
 
 
 def check_scores(layers: Mapping[str, SparseLinear], scores: Mapping[str, Tensor]) -> None:
@@ -140,17 +145,13 @@ def renewed(
     if count > 0:
         drawn = count if scores is None else int(random_share * count)
         if scores is not None:
-            flags = _unpacked(taken, pattern.numel)
+            flags = unpack(taken, pattern.numel)
             best = np.zeros_like(flags)
             best[highest(scores.detach().reshape(-1).float().cpu().numpy(), flags, count - drawn)] = True
-            survivors |= np.packbits(best, bitorder="little")
+            survivors |= pack(best)
             taken |= survivors
         _draw(taken, survivors, pattern.numel, drawn, random)
     return Pattern(pattern.shape, survivors)
-
-
-def _unpacked(bits: np.ndarray, numel: int) -> np.ndarray:
-    return np.unpackbits(bits, count=numel, bitorder="little").view(np.bool_)
 
 
 def _drop(bits: np.ndarray, layer: SparseLinear, count: int) -> None:
@@ -160,25 +161,21 @@ def _drop(bits: np.ndarray, layer: SparseLinear, count: int) -> None:
         values = values.contiguous()
         cpu.extension().drop_lowest(bits, layer.pattern.numel, values.data_ptr(), len(values), count)
         return
-    flat = _unpacked(bits, layer.pattern.numel)
+    flat = unpack(bits, layer.pattern.numel)
     flat[np.flatnonzero(flat)[lowest(_magnitudes(values), count)]] = False
-    bits[:] = np.packbits(flat, bitorder="little")
+    bits[:] = pack(flat)
 
 
 def _draw(taken: np.ndarray, bits: np.ndarray, numel: int, count: int, random: np.random.Generator) -> None:
     """Sets `count` bits that are not taken, each set of them as likely as any other."""
-    if cpu.unavailable() is None and not _crowded(numel, numel - _ones(taken), count):
+    if cpu.unavailable() is None and not _crowded(numel, numel - ones(taken), count):
         while count:
             hits = random.integers(numel, size=count + count // 8)
             count -= cpu.extension().accept(taken, bits, numel, hits, count)
         return
     flat = np.zeros(numel, dtype=bool)
-    flat[draw(_unpacked(taken, numel), count, random)] = True
-    bits |= np.packbits(flat, bitorder="little")
-
-
-def _ones(bits: np.ndarray) -> int:
-    return int(np.count_nonzero(np.unpackbits(bits)))
+    flat[draw(unpack(taken, numel), count, random)] = True
+    bits |= pack(flat)
 
 
 def _crowded(positions: int, free: int, count: int) -> bool:
@@ -187,7 +184,6 @@ def _crowded(positions: int, free: int, count: int) -> bool:
 
 
 def _magnitudes(values: Tensor) -> np.ndarray:
-    values = values.detach()
     return (values if values.dtype in (torch.float32, torch.float64) else values.float()).abs().cpu().numpy()
 
 
@@ -235,8 +231,21 @@ def remask(
     optimizer: torch.optim.Optimizer | None,
     verb: str,
     moments: str = "keep",
+    *,
+    often: bool = False,
 ) -> dict[str, Pattern]:
     """Gives sparse layers other patterns: weights in both keep value, gradient and state, new ones are zeros.
+
+    Parameters
+    ----------
+    patterns : mapping of str to Pattern
+        By module name; layers that it does not name stay as they are.
+    verb : str
+        What was called, as warnings say it.
+    moments : {"keep", "reset"}
+        Whether the optimizer's state of the weights goes along.
+    often : bool
+        Whether `verb` is called time and again, see `warn_of_stale`.
 
     Returns
     -------
@@ -259,10 +268,7 @@ def remask(
         mark(old_values, values, name)
         old.packed.clear()  # whoever keeps the old pattern for what it was need not keep its plans
         exchanged.append((old_values, values))
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
-    often = verb in ("evolve", "Phases")  # and each time the interpreter would take long to say who holds what
-    if not (often and any(id(new) in held for _, new in exchanged)):
-        warn_of_stale(verb, exchanged, optimizer)
+    warn_of_stale(verb, exchanged, optimizer, often=often)
     if exchanged:
         warn_of_reducers(verb, model)
     return before

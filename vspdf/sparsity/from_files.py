@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from vspdf.errors import UserError, check_sparsity, percent_meant
 from vspdf.pattern import Pattern
-from vspdf.sparsity.schedule import plain_name
+from vspdf.sparsity.amounts import plain_name
 
 Amount: TypeAlias = "float | Pattern | str | PathLike[str]"  # a sparsity, a mask, or a file of masks by layer
 
@@ -35,6 +35,7 @@ class MaskFile:
         return pattern
 
     def check_used(self, layers: Iterable[str]) -> None:
+        """Raises UserError if `of` has found a mask for none of the layers it was asked for."""
         if not self.used:
             theirs, ours = list(self.found)[:3], list(layers)[:3]
             raise UserError(

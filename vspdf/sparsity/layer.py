@@ -25,6 +25,16 @@ def is_conv1d(module: nn.Module | None) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
+def sides(layer: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a linear layer, sparse or dense, transformers' Conv1D too."""
+    if isinstance(layer, SparseLinear):
+        return layer.pattern.shape
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    out_features, in_features = reversed(weight.shape) if is_conv1d(layer) else weight.shape
+    return out_features, in_features
+
+
 class SparseLinear(nn.Linear):
     """Linear layer in which only the kept weights exist.
 
@@ -152,7 +162,7 @@ class SparseLinear(nn.Linear):
         `values`; what they would put at masked positions is dropped.
         """
         require_whole(self.values)
-        return DenseView.of(scatter(self.values, self.pattern), self)
+        return DenseView.of(reference.materialise(self.values, self.pattern), self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "weight" or not isinstance(value, Tensor):
@@ -172,19 +182,27 @@ class SparseLinear(nn.Linear):
         with torch.no_grad():
             dense = dense.detach()
             self.values.copy_(reference.sample(dense, self.pattern))
-            if not self._told and bool((scatter(self.values, self.pattern) != dense).any()):
+            if not self._told and bool((reference.materialise(self.values, self.pattern) != dense).any()):
                 self._told = True
                 log.warning(
                     "what was written to the weight of a sparse %d x %d layer had non-zeros at masked positions: "
                     "dropped, the mask stays.", self.out_features, self.in_features,
                 )  # fmt: skip
 
+    def spread(self, vector: Tensor) -> Tensor:
+        """A vector over the kept weights, shape (nnz,), as the layer this one was made from has its weight.
+
+        Zeros at masked positions; shape (out_features, in_features), of transformers' Conv1D the other way round.
+        """
+        dense = reference.materialise(vector, self.pattern)
+        return dense.T.contiguous() if self.conv1d else dense
+
     def to_linear(self) -> nn.Linear:
         """Dense `nn.Linear` with zeros at masked positions."""
         like = {"device": self.values.device, "dtype": self.values.dtype}
         linear = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, bias=self.bias is not None, **like)
         with torch.no_grad():
-            linear.weight.copy_(scatter(self.values, self.pattern))
+            linear.weight.copy_(reference.materialise(self.values, self.pattern))
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
         return linear.train(self.training)
@@ -193,8 +211,8 @@ class SparseLinear(nn.Linear):
         """Dense layer of the class this one was made from, with zeros at masked positions and this layer's own bias."""
         if self.origin is None:
             return self.to_linear()
-        layer, dense = shell(self.origin), scatter(self.values.detach(), self.pattern)
-        layer.weight = nn.Parameter(dense.T.contiguous() if self.conv1d else dense, self.values.requires_grad)
+        layer = shell(self.origin)
+        layer.weight = nn.Parameter(self.spread(self.values.detach()), self.values.requires_grad)
         layer.bias = self.bias
         return layer.train(self.training)
 
@@ -301,18 +319,14 @@ def _multiplied(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if cast else dtype
 
 
-def scatter(values: Tensor, pattern: Pattern, inside: Pattern | None = None) -> Tensor:
-    """`values` of `pattern` spread over the dense matrix, or over the positions of `inside`, with zeros between.
-
-    Returns a tensor of shape `pattern.shape`, or (inside.nnz,).
-    """
-    dense = reference.materialise(values, pattern)
-    return dense if inside is None else reference.sample(dense, inside)
-
-
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     """All sparse layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def patterns_of(model: nn.Module) -> dict[str, Pattern]:
+    """The patterns of all sparse layers of a model by name."""
+    return {name: layer.pattern for name, layer in sparse_layers(model).items()}
 
 
 def build_plans(model: nn.Module, memory: str | None = None) -> None:

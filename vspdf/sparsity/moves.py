@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vspdf.pattern import Pattern, kept_count
-from vspdf.sparsity.amounts import Amounts, plain_name
-from vspdf.sparsity.evolve import remask, renewed
-from vspdf.sparsity.layer import SparseLinear, sparse_layers
+from vspdf.sparsity.amounts import Amounts
+from vspdf.sparsity.evolve import layer_number, remask, renewed
+from vspdf.sparsity.layer import SparseLinear, sides, sparse_layers
 from vspdf.sparsity.scores import DenseGradients
 from vspdf.sparsity.surgery import densify, sparsify
 
@@ -53,10 +52,11 @@ def move(
     """
     if not any(amounts.values()):
         return densify(model, optimizer)
-    dense = {name: amount for name, amount in amounts.items() if amount and name not in sparse_layers(model)}
-    if dense:
-        whole = {name: _whole(model.get_submodule(name)) for name in dense}
-        sparsify(model, whole, optimizer=optimizer, backend=options.get("backend", "auto"))
+    layers = sparse_layers(model)
+    whole = {n: _whole(model.get_submodule(n)) for n, amount in amounts.items() if amount and n not in layers}
+    if whole:
+        how = {option: options[option] for option in ("backend", "memory") if option in options}
+        sparsify(model, whole, optimizer=optimizer, **how)
     scores = _scores(phase, gradients, step)
     moved = {}
     for name, layer in sparse_layers(model).items():
@@ -66,20 +66,17 @@ def move(
             log.warning("RigL: no gradient reached '%s' (is it compiled?): its mask stays as it is.", name)
             continue
         keep, target = _counts(phase, layer, amounts[name], step)
-        random = np.random.default_rng([*seeds, zlib.crc32(plain_name(name).encode())])
+        random = np.random.default_rng([*seeds, layer_number(name)])
         moved[name] = renewed(
             layer, keep, target, random, scores[name] if scores else None, phase.random_share or 0.0,
             anywhere=phase.rules == "cstorch",
         )  # fmt: skip
-    return remask(model, moved, optimizer, "Phases")
+    return remask(model, moved, optimizer, "Phases", often=True)
 
 
 def _whole(layer: nn.Module) -> Pattern:
     """The full pattern of a layer that is dense still."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    rows, columns = weight.shape if isinstance(layer, nn.Linear) else reversed(weight.shape)
-    return Pattern.random((rows, columns), 0.0)
+    return Pattern.random(sides(layer), 0.0)
 
 
 def _scores(phase: Amounts, gradients: DenseGradients | None, step: int) -> dict[str, Tensor] | None:

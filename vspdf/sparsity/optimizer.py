@@ -127,15 +127,16 @@ def check_takes_vectors(optimizer: torch.optim.Optimizer | None, weights: Sequen
     """
     if optimizer is None or isinstance(optimizer, (torch.optim.Adam, torch.optim.SGD)):
         return
-    ids = {id(weight) for weight in weights}
-    if (
-        any(id(p) in ids for group in optimizer.param_groups for p in group["params"])
-        and _kind(optimizer) == "matrices"
-    ):
+    if _held(optimizer) & {id(weight) for weight in weights} and _kind(optimizer) == "matrices":
         raise UserError(
             f"{type(optimizer).__name__} takes matrices only, and sparse weights are vectors: leave them "
             "to AdamW (vspdf.parameter_groups(model, weight_decay)) and give it the matrices that stay dense."
         )
+
+
+def _held(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Ids of the parameters that an optimizer trains."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def check_moments(moments: str) -> None:
@@ -145,7 +146,11 @@ def check_moments(moments: str) -> None:
 
 
 def warn_of_stale(
-    verb: str, exchanged: Sequence[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer | None
+    verb: str,
+    exchanged: Sequence[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    often: bool = False,
 ) -> None:
     """Says so where an optimizer would train nothing.
 
@@ -157,12 +162,17 @@ def warn_of_stale(
         Parameters that were replaced, and those in their place. A living optimizer that holds the former was forgotten.
     optimizer : torch.optim.Optimizer or None
         The one that was handed over; it holds the latter, or is another model's.
+    often : bool
+        Whether `verb` is called time and again: the interpreter takes long to say who holds what, so that it is only
+        asked where `optimizer` holds none of the latter.
     """
     if not exchanged:
         return
     replaced, new = zip(*exchanged, strict=True)
-    ours = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
-    if optimizer is not None and any(p.requires_grad for p in new) and not ours & {id(p) for p in new}:
+    trained = optimizer is not None and bool(_held(optimizer) & {id(p) for p in new})
+    if often and trained:
+        return
+    if optimizer is not None and any(p.requires_grad for p in new) and not trained:
         log.warning("%s: the optimizer holds none of the %d parameters that were replaced.", verb, len(new))
     held = set()
     for holder in gc.get_referrers(*replaced):

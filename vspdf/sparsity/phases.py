@@ -16,7 +16,7 @@ from vspdf.errors import UserError, check_sparsity, require
 from vspdf.pattern import Pattern, kept_count
 from vspdf.sparsity.amounts import Amounts, only_added
 from vspdf.sparsity.from_files import MaskFile
-from vspdf.sparsity.layer import SparseLinear, sparse_layers
+from vspdf.sparsity.layer import SparseLinear, patterns_of, sparse_layers
 from vspdf.sparsity.moves import move
 from vspdf.sparsity.optimizer import RevivedWarmup
 from vspdf.sparsity.schedule import Phase
@@ -237,7 +237,8 @@ class Phases:
         UserError
             If the state does not belong to these phases at this step.
         """
-        adopt(model, state_dict, backend=self.options.get("backend", "auto"))
+        how = {option: self.options[option] for option in ("backend", "memory") if option in self.options}
+        adopt(model, state_dict, **how)
         return self.resume(model, step, ramp)
 
     def resume(self, model: nn.Module, step: int, ramp: tuple[Mapping[str, Pattern], int] | None = None) -> nn.Module:
@@ -336,8 +337,8 @@ class Phases:
             raise UserError(f"{type(optimizer).__name__} has lr = {lr:g}: phases need a positive one to go by.")
 
         def factor(step: int) -> float:
-            phase = self.stages[self._index(step)].phase
-            return self.phases[phase].learning_rate(step - self._begins[phase], lr) / lr
+            phase, inside = self._place(step)
+            return phase.learning_rate(inside, lr) / lr
 
         return LambdaLR(optimizer, factor)
 
@@ -346,17 +347,20 @@ class Phases:
     def _index(self, step: int) -> int:
         return bisect_right(self._starts, step) - 1
 
+    def _place(self, step: int) -> tuple[Amounts, int]:
+        """The phase that a step is of, and its number there."""
+        phase = self.stages[self._index(step)].phase
+        return self.phases[phase], step - self._begins[phase]
+
     def _due(self, step: int) -> bool:
         """Whether masks are to move before a step, within its phase; by RigL, of which the gradients were seen."""
-        phase = self.stages[self._index(step)].phase
-        rules = self.phases[phase]
-        return rules.moves(step - self._begins[phase]) and (rules.algorithm != "rigl" or self._gradients is not None)
+        phase, inside = self._place(step)
+        return phase.moves(inside) and (phase.algorithm != "rigl" or self._gradients is not None)
 
     def _collect(self, step: int, model: nn.Module) -> None:
         """Lets dense gradients be seen if RigL moves masks before a step, by those of the step that is at hand."""
-        phase = self.stages[self._index(step)].phase
-        moves = self.phases[phase].algorithm == "rigl" and self.phases[phase].moves(step - self._begins[phase])
-        if moves and self._gradients is None:
+        phase, inside = self._place(step)
+        if phase.algorithm == "rigl" and phase.moves(inside) and self._gradients is None:
             self._gradients = DenseGradients({name: model.get_submodule(name) for name in self._weights})
 
     def _change(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
@@ -364,16 +368,15 @@ class Phases:
         assert self._now is not None
         old, index = self.stages[self._now], self._index(step)
         new, gradients = self.stages[index], self._gradients
-        phase, self._gradients = self.phases[new.phase], None
+        (phase, inside), self._gradients = self._place(step), None
         if gradients is not None:
             gradients.close()
         if phase.algorithm == "static":
             before = self._grow(model, optimizer, new)
         else:
             amounts = phase.of_layers(self._weights, new.sparsity)
-            inside = step - self._begins[new.phase]
             before = move(model, optimizer, phase, amounts, inside, (self.seed, step), gradients, self.options)
-        if optimizer is not None and new.phase != old.phase and self.phases[new.phase].moments == "reset":
+        if optimizer is not None and new.phase != old.phase and phase.moments == "reset":
             for parameter in model.parameters():
                 optimizer.state.pop(parameter, None)
         self._enter(model, index, before)
@@ -406,7 +409,7 @@ class Phases:
         self.revived = (
             RevivedWarmup(model, before, phase.revived_warmup, done) if before and phase.revived_warmup else None
         )
-        patterns = {name: layer.pattern for name, layer in sparse_layers(model).items()}
+        patterns = patterns_of(model)
         if phase.algorithm == "static" or not patterns:
             self.turnover = None
         elif self.turnover is None or not self.turnover.follows(patterns):

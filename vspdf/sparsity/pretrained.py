@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vspdf.sparsity.layer import SparseLinear, scatter, sparse_layers
+from vspdf.sparsity.layer import SparseLinear, sparse_layers
 
 log = logging.getLogger("vspdf")
 
@@ -52,6 +52,5 @@ def _with_dense(state: dict[str, Tensor], layers: dict[str, SparseLinear]) -> di
     state = dict(state)
     for name, layer in layers.items():
         if (values := state.get(f"{name}.values")) is not None:
-            dense = scatter(values.detach(), layer.pattern)
-            state[f"{name}.weight"] = dense.T.contiguous() if layer.conv1d else dense
+            state[f"{name}.weight"] = layer.spread(values.detach())
     return state

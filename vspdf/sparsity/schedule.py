@@ -13,7 +13,6 @@ from vspdf.mask_forms import block_of
 from vspdf.sparsity import courses
 from vspdf.sparsity.amounts import Amounts as Amounts
 from vspdf.sparsity.amounts import only_added
-from vspdf.sparsity.amounts import plain_name as plain_name
 
 # How first masks are drawn; "random:FORM" draws those that fit a form of `Pattern.random`
 INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard", "file")
@@ -153,11 +152,8 @@ class Phase:
         update = courses.updates(f"{key}.update", self.update, steps)
         if self.algorithm == "gmp":
             return update, None, None
-        moves = courses.update_steps(update, steps)
-        last = update.get("stop", moves[-1] if moves else steps)
-        drop = courses.checked(
-            f"{key}.drop_fraction", _DROP if self.drop_fraction is None else self.drop_fraction, last
-        )
+        written = _DROP if self.drop_fraction is None else self.drop_fraction
+        drop = courses.checked(f"{key}.drop_fraction", written, courses.end_of(update, steps))
         require(
             isinstance(drop, dict) or 0 <= drop <= 1,
             f"{key}.drop_fraction must lie in [0, 1], not {self.drop_fraction}.",
@@ -200,8 +196,7 @@ class Phase:
             f"{key}: levels, sparsity_end and update_every go with a schedule by name.",
         )
         assert update is not None
-        moves = courses.update_steps(update, steps)
-        course = courses.checked(f"{key}.sparsity", written, update.get("stop", moves[-1] if moves else steps))
+        course = courses.checked(f"{key}.sparsity", written, courses.end_of(update, steps))
         if isinstance(course, dict) and course["type"] != "constant":
             return round(courses.amount(course, 0, 0), 12), course, None, None
         start = course["value"] if isinstance(course, dict) else course
@@ -222,9 +217,13 @@ class Phase:
         )
         moves = [step for step in found.update_steps() if step]
         near = min((b - a for a, b in pairwise(moves)), default=found.steps)
+        self._check_ramp(key, near)
+
+    def _check_ramp(self, key: str, every: int) -> None:
+        """Whether updates of new weights are no longer ramped when the next come, after so many steps."""
         require(
-            self.revived_warmup <= near,
-            f"{key}.revived_warmup = {self.revived_warmup} must end before the next update, after {near} steps.",
+            self.revived_warmup <= every,
+            f"{key}.revived_warmup = {self.revived_warmup} must end before the next update, after {every} steps.",
         )
 
     def _check_rates(self, key: str, steps: int, warmup: int) -> None:
@@ -259,10 +258,7 @@ class Phase:
         only_added(0 <= end <= start, f"{key}.sparsity_end = {end} must lie between 0 and sparsity = {start}")
         every = -(-steps // (len(self.levels) or 10)) if self.update_every is None else self.update_every
         require(1 <= every < steps, f"{key}.update_every = {every} must lie between 1 and the phase's {steps} steps.")
-        require(
-            self.revived_warmup <= every,
-            f"{key}.revived_warmup = {self.revived_warmup} must end before the next update, after {every} steps.",
-        )
+        self._check_ramp(key, every)
         seen = [self.levels[k % len(self.levels)] for k in range(-(-steps // every))] if self.levels else []
         for a, b in pairwise(seen):
             only_added(b <= a, f"{key}.levels go from {a} up to {b}: that would drop weights")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vspdf import ledger
-from vspdf.sparsity.layer import SparseLinear, is_conv1d
+from vspdf.sparsity.layer import SparseLinear, sides
 
 
 class DenseGradients:
@@ -38,10 +38,7 @@ class DenseGradients:
             values = layer.values if isinstance(layer, SparseLinear) else layer.weight
             assert isinstance(values, Tensor)
             dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-            conv1d = is_conv1d(layer)
-            shape = (
-                layer.pattern.shape if isinstance(layer, SparseLinear) else values.T.shape if conv1d else values.shape
-            )
+            shape = sides(layer)
             self._places[name] = (values.new_empty(shape, dtype=dtype), values.new_empty(shape[1], dtype=dtype))
         self._handles = [layer.register_forward_hook(partial(self._see, name)) for name, layer in layers.items()]
 

@@ -9,7 +9,6 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +16,14 @@ from torch import Tensor, nn
 from vspdf.errors import UserError, did_you_mean
 from vspdf.kernels import reference
 from vspdf.pattern import Pattern
+from vspdf.sparsity.amounts import first_match, matches, plain_name
 from vspdf.sparsity.attached import hand_over, mark, place
 from vspdf.sparsity.evolve import layer_seed, remask
 from vspdf.sparsity.from_files import Amount, MaskFile, read_amounts
-from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, scatter, sparse_layers
+from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, sides, sparse_layers
 from vspdf.sparsity.optimizer import carry, check_moments, check_takes_vectors, warn_of_stale
 from vspdf.sparsity.pretrained import teach_save_pretrained
-from vspdf.sparsity.schedule import check_init_method, plain_name
+from vspdf.sparsity.schedule import check_init_method
 from vspdf.sparsity.wrapped import warn_of_reducers
 
 log = logging.getLogger("vspdf")
@@ -83,7 +83,7 @@ def _globs(globs: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs)
+    return any(matches(name, glob) for glob in globs)
 
 
 def sparsify(
@@ -157,7 +157,7 @@ def sparsify(
     uses = _uses(model)
     layers: dict[str, SparseLinear] = {}
     for name, module in _chosen(linears, include, exclude).items():
-        amount = next((rule for glob, rule in rules.items() if fnmatchcase(plain_name(name), glob)), 0.0)
+        amount = first_match(rules, name, 0.0)
         if isinstance(amount, MaskFile):
             amount = amount.of(name)
         if amount == 0.0:
@@ -187,6 +187,8 @@ def sparsify(
         _put_sparse(model, name, linears[name], layer, optimizer)
     exchanged = [(linears[name].weight, layer.values) for name, layer in layers.items()]
     warn_of_stale("sparsify", exchanged, optimizer)  # type: ignore[arg-type]
+    if exchanged:
+        warn_of_reducers("sparsify", model)
     teach_save_pretrained(model)
     return {name: layer.pattern for name, layer in layers.items()}
 
@@ -208,7 +210,7 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], bool]:
         name: module
         for name, module in model.named_modules()
         if name not in adapters
-        and not _matches(plain_name(name), UNEMBEDDINGS)
+        and not _matches(name, UNEMBEDDINGS)
         and (output is None or module is not output)
         and _is_linear(module)
     }
@@ -228,7 +230,7 @@ def _name_others(model: nn.Module) -> None:
     """Logs what holds many weights and yet stays dense."""
     adapters, _ = _adapters(model)
     for name, module in model.named_modules():
-        head = name in adapters or _matches(plain_name(name), UNEMBEDDINGS)
+        head = name in adapters or _matches(name, UNEMBEDDINGS)
         dense = isinstance(module, nn.Linear) and not isinstance(module, SparseLinear)
         if dense and not head and not _is_linear(module):
             log.warning("sparsify: '%s' stays dense: %s is a kind of its own.", name, type(module).__name__)
@@ -244,8 +246,7 @@ def _chosen(
     linears: Mapping[str, nn.Module], include: str | Iterable[str], exclude: str | Iterable[str]
 ) -> dict[str, nn.Module]:
     include, exclude = _globs(include), _globs(exclude)
-    plain = {name: plain_name(name) for name in linears}
-    return {n: m for n, m in linears.items() if _matches(plain[n], include) and not _matches(plain[n], exclude)}
+    return {n: m for n, m in linears.items() if _matches(n, include) and not _matches(n, exclude)}
 
 
 def _uses(model: nn.Module) -> Counter[int]:
@@ -258,10 +259,10 @@ def _check_globs(
 ) -> None:
     names = [plain_name(name) for name in linears]
     for glob in chosen:
-        if not any(fnmatchcase(name, glob) for name in names):
+        if not any(matches(name, glob) for name in names):
             raise UserError(f"'{glob}' matches no linear layer.{did_you_mean(glob, names)}")
     for glob in exclude:
-        if not any(fnmatchcase(plain_name(name), glob) for name, _ in model.named_modules()):
+        if not any(matches(name, glob) for name, _ in model.named_modules()):
             raise UserError(f"'{glob}' matches no module.{did_you_mean(glob, names)}")
 
 
@@ -342,11 +343,11 @@ def set_sparsity(
         raise UserError("set_sparsity found no sparse layer: call vspdf.sparsify(model, ...) first.")
     rules = sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}
     for glob in rules:
-        if not any(fnmatchcase(plain_name(name), plain_name(glob)) for name in layers):
+        if not any(matches(name, glob) for name in layers):
             raise UserError(f"'{glob}' matches no sparse layer.{did_you_mean(glob, map(plain_name, layers))}")
     grown = {}
     for name, layer in layers.items():
-        amount = next((rule for glob, rule in rules.items() if fnmatchcase(plain_name(name), plain_name(glob))), None)
+        amount = first_match(rules, name, None)
         if amount is not None:
             grown[name] = layer.pattern.grow(amount, seed=layer_seed(seed, name))
     return remask(model, grown, optimizer, "set_sparsity", moments)
@@ -386,8 +387,7 @@ def densify(
         assert isinstance(dense.weight, nn.Parameter)
         dense.weight.requires_grad_(layer.values.requires_grad)
         dense.register_parameter("bias", layer.bias)
-        spread = lambda t, p=layer.pattern, c=layer.conv1d: scatter(t, p).T if c else scatter(t, p)  # noqa: E731
-        carry(optimizer, layer.values, dense.weight, spread, moments)
+        carry(optimizer, layer.values, dense.weight, layer.spread, moments)
         mark(layer.values, dense.weight, name)
         hand_over(layer, dense)
         place(model, layer, dense)
@@ -397,7 +397,9 @@ def densify(
     return {name: layer.pattern for name, layer in layers.items()}
 
 
-def adopt(model: nn.Module, state_dict: Mapping[str, Tensor], *, backend: str = "auto") -> dict[str, Pattern]:
+def adopt(
+    model: nn.Module, state_dict: Mapping[str, Tensor], *, backend: str = "auto", memory: str = "normal"
+) -> dict[str, Pattern]:
     """Makes those layers of a dense model sparse whose patterns a state_dict holds, so that it can be loaded.
 
     Returns
@@ -417,8 +419,5 @@ def adopt(model: nn.Module, state_dict: Mapping[str, Tensor], *, backend: str = 
             continue
         if name not in modules or not _is_linear(modules[name]):
             raise UserError(f"the state holds a sparse layer '{name}', the model has no linear layer of that name.")
-        weight = modules[name].weight
-        assert isinstance(weight, Tensor)
-        out_features, in_features = reversed(weight.shape) if is_conv1d(modules[name]) else weight.shape
-        patterns[name] = Pattern((out_features, in_features), bits.cpu().numpy())
-    return sparsify(model, patterns, backend=backend) if patterns else {}
+        patterns[name] = Pattern(sides(modules[name]), bits.cpu().numpy())
+    return sparsify(model, patterns, backend=backend, memory=memory) if patterns else {}

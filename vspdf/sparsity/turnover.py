@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vspdf.pattern import Pattern
+from vspdf.pattern import Pattern, ones
 
 
 class Turnover:
@@ -40,8 +40,8 @@ class Turnover:
         grew = stayed = 0
         for name, new in patterns.items():
             bits, old = self._bits[name], self._now[name]
-            grew += _count(bits["grown"])
-            stayed += _count(bits["grown"] & new.bits)
+            grew += ones(bits["grown"])
+            stayed += ones(bits["grown"] & new.bits)
             bits["ever"] = bits["ever"] | new.bits
             bits["grown"] = new.bits & ~old.bits
         self._now.update(patterns)
@@ -56,11 +56,11 @@ class Turnover:
         """For a line of metrics: `mask_updates`, `coverage` (the share of positions that were ever alive),
         `mask_overlap` (of the first masks, the share that is alive now) and, from the second update on, `survival`."""
         numel = sum(pattern.numel for pattern in self._now.values())
-        first = sum(_count(bits["first"]) for bits in self._bits.values())
-        both = sum(_count(self._bits[name]["first"] & pattern.bits) for name, pattern in self._now.items())
+        first = sum(ones(bits["first"]) for bits in self._bits.values())
+        both = sum(ones(self._bits[name]["first"] & pattern.bits) for name, pattern in self._now.items())
         found = {
             "mask_updates": self.updates,
-            "coverage": sum(_count(bits["ever"]) for bits in self._bits.values()) / numel,
+            "coverage": sum(ones(bits["ever"]) for bits in self._bits.values()) / numel,
             "mask_overlap": both / first if first else 1.0,
         }
         return found if self.survival is None else found | {"survival": self.survival}
@@ -86,7 +86,3 @@ class Turnover:
             kind, _, name = key.partition(":")
             found._bits[name][kind] = tensor.numpy()
         return found
-
-
-def _count(bits: np.ndarray) -> int:
-    return int(np.count_nonzero(np.unpackbits(bits)))

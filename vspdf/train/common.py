@@ -137,12 +137,12 @@ def _try(state: State) -> None:
 
 def add_up(world: World, tally: Tally, cpu_seconds: float) -> float:
     """Makes a tally that of all ranks, and returns the CPU seconds of all."""
+    if world.size == 1:
+        return cpu_seconds
     names = sorted(tally.products)
     counts = [tally.products[name] for name in names]
     mine = [round(cpu_seconds * 1e9)]
     mine += [n for count in counts for n in (count.dense, count.useful, count.executed, round(count.seconds * 1e9))]
-    if world.size == 1:
-        return cpu_seconds
     total, *sums = (sum(column) for column in zip(*world.gather(mine), strict=True))
     for i, count in enumerate(counts):
         count.dense, count.useful, count.executed = (int(n) for n in sums[4 * i : 4 * i + 3])

@@ -23,7 +23,7 @@ from vspdf.kernels import hardware
 from vspdf.runs.record import PhaseRecord
 from vspdf.runs.writer import Writer
 from vspdf.sparsity import schedule
-from vspdf.sparsity.layer import sparse_layers
+from vspdf.sparsity.layer import patterns_of, sparse_layers
 from vspdf.train.boards import Board
 from vspdf.train.state import State
 
@@ -56,8 +56,8 @@ class Log:
 
     def entered(self, state: State, phase: ResolvedPhase) -> None:
         """A phase begins: its masks, and what it will be."""
-        if layers := sparse_layers(state.model):
-            self.writer.masks(state.phases.now.phase, {name: layer.pattern for name, layer in layers.items()})
+        if patterns := patterns_of(state.model):
+            self.writer.masks(state.phases.now.phase, patterns)
         tokens = state.tokens(state.step + phase.steps) - state.tokens(state.step)
         self.say(f"phase '{phase.name}': {phase.steps:,} steps, {tokens:,} tokens; {_form(state.model)}")
 
@@ -80,8 +80,7 @@ class Log:
         """A phase ends: masks that moved, and generated text if the configuration wants any."""
         if state.phases.turnover:
             record.masks = state.phases.turnover.figures()
-            patterns = {name: layer.pattern for name, layer in sparse_layers(state.model).items()}
-            self.writer.end_masks(state.phases.now.phase, patterns)
+            self.writer.end_masks(state.phases.now.phase, patterns_of(state.model))
         count = state.config.train.sample_tokens
         if not count:
             return

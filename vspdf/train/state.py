@@ -24,7 +24,7 @@ from vspdf.runs import checkpoint
 from vspdf.runs.folder import Run
 from vspdf.runs.record import PhaseRecord
 from vspdf.shapes import Shape
-from vspdf.sparsity.layer import build_plans, sparse_layers
+from vspdf.sparsity.layer import build_plans, patterns_of
 from vspdf.sparsity.phases import Phases
 from vspdf.sparsity.turnover import Turnover
 from vspdf.train.schedule import Position, position
@@ -248,6 +248,7 @@ class State:
         self.records = [PhaseRecord.from_json(record) for record in body["records"]]
         self.phases.resume(self.model, self.step, (stored.before_switch(self.model), body["revived_done"]))
         if stored.moved:
-            patterns = {name: layer.pattern for name, layer in sparse_layers(self.model).items()}
-            self.phases.turnover = Turnover.restored(patterns, stored.moved, body["mask_updates"], body["survival"])
+            self.phases.turnover = Turnover.restored(
+                patterns_of(self.model), stored.moved, body["mask_updates"], body["survival"]
+            )
         stored.restore_optimizer(self.model, self.renew_optimizer(self.config.phases[body["phase"]]))
