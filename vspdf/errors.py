@@ -34,6 +34,11 @@ class Interrupted(Exception):
     told = False  # as of a `UserError`
 
 
+def in_one_line(error: BaseException, most: int = 160) -> str:
+    """What an error of other people's code says, in at most so many characters; its type where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The tail of an error message: `` Did you mean 'n_layer'?``, or the known words where none is near."""
     known = list(known)

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from vspdf.bench.problem import DTYPES
 from vspdf.bench.rounds import Timed, compared, others_at_work
 from vspdf.kernels import hardware
 from vspdf.model import GPT, Cache
 from vspdf.sparsity.layer import SparseLinear, sparse_layers
 from vspdf.sparsity.surgery import sparsify
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Side(NamedTuple):

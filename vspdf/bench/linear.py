@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from vspdf.bench import candidates as known
-from vspdf.bench.problem import DTYPES, TOLERANCE, Problem, facts
+from vspdf.bench.problem import DTYPES, TOLERANCE, Problem, check_dtypes, facts
 from vspdf.bench.rounds import (
-    NOISE,
     PRODUCTS,
     Budget,
     Candidate,
@@ -29,7 +28,7 @@ from vspdf.bench.rounds import (
     sensors,
     time_rounds,
 )
-from vspdf.errors import UserError, did_you_mean
+from vspdf.errors import in_one_line
 from vspdf.kernels import cpu, hardware
 from vspdf.pattern import Pattern
 
@@ -62,7 +61,7 @@ class Row:
     ratio_to_dense: float | None = None  # median of the rounds' ratios to dense of the first dtype
     ratio_low: float | None = None
     ratio_high: float | None = None
-    noisy: bool = False  # an interval wider than NOISE, or most rounds disturbed
+    noisy: bool = False  # as `Ratio.noisy` judges
     gflops_useful: float | None = None
     peak_fraction: float | None = None  # of the measured float32 FMA peak; bf16 may go beyond it
     prepare_seconds: float | None = None  # for the mask, once
@@ -152,9 +151,7 @@ def bench_linear(
     UserError
         If a dtype or a candidate is not known.
     """
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise UserError(f"`dtype` {dtype}: on a CPU {' and '.join(DTYPES)} are timed.{did_you_mean(dtype, DTYPES)}")
+    check_dtypes(dtypes)
     extension = cpu.extension()
     names, missing = known.peers() if peers else ([], {})
     if "bfloat16" in dtypes:
@@ -208,7 +205,7 @@ def _sides(
         try:
             seconds = problem.prepared(candidate)
         except Exception as error:  # others' code
-            missing[name] = " ".join(str(error).split())[:160] or type(error).__name__
+            missing[name] = in_one_line(error)
             continue
         own = getattr(candidate, "dtype", None)
         for dtype in [own] if own else [d for d in dtypes if d in getattr(candidate, "dtypes", DTYPES)]:
@@ -259,7 +256,7 @@ def _timed(row: Row, case: Case, column: Sequence[Timed], dense: Sequence[Timed]
     rate = flops * case.pattern.nnz / median / 1e9
     row.seconds_median, (row.seconds_low, row.seconds_high) = median, interval(seconds)
     row.ratio_to_dense, row.ratio_low, row.ratio_high, row.disturbed_rounds = ratio
-    row.noisy = ratio.width > NOISE or 2 * ratio.disturbed > len(column)
+    row.noisy = ratio.noisy(len(column))
     row.gflops_useful, row.peak_fraction, row.rounds = rate, rate / peak if bound else None, len(column)
     row.possible = not bound or rate <= peak
     return row

@@ -54,6 +54,10 @@ class Ratio(NamedTuple):
         """Of the interval, as a fraction of the median."""
         return (self.high - self.low) / self.median
 
+    def noisy(self, rounds: int) -> bool:
+        """Whether it is noise: its interval is wider than `NOISE`, or most of all rounds were disturbed."""
+        return self.width > NOISE or 2 * self.disturbed > rounds
+
 
 class Budget(NamedTuple):
     """How many rounds: exactly `rounds`, or until the interval of every ratio is `width` wide or `seconds` are gone."""
