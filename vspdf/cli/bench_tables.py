@@ -35,7 +35,7 @@ def of(table: Any) -> Table:
     """A table of the report wing, for the terminal."""
     made = Table(title=table.title, title_justify="left")
     for i, head in enumerate(table.head):
-        made.add_column(str(head), justify="left" if not i else "right")
+        made.add_column(str(head), justify="left" if table.is_words(i) else "right")
     for row in table.rows:
         made.add_row(*(Text(str(cell), GREY if hasattr(cell, "grey") else "") for cell in row))
     return made
