@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from vspdf.bench import candidates as known
 from vspdf.bench.problem import DTYPES, TOLERANCE, Problem, check_dtypes, facts
 from vspdf.bench.rounds import (
@@ -24,6 +22,7 @@ from vspdf.bench.rounds import (
     Timed,
     compared,
     interval,
+    on_threads,
     others_at_work,
     sensors,
     time_rounds,
@@ -160,12 +159,11 @@ def bench_linear(
     wanted = {name: known.find(name) for name in dict.fromkeys((*known.OWN, *names, *candidates))}
     counts = list(threads or sorted({1, hardware.hardware()["cores"]}))
     todo = cases(shapes, sparsities, counts, masks, tokens)
-    before, load, felt = torch.get_num_threads(), others_at_work(), sensors()
+    load, felt = others_at_work(), sensors()
     found: list[tuple[Case, dict[tuple[str, str], Side], dict[tuple[str, str], list[Timed]]]] = []
     peaks: dict[int, float] = {}
-    try:
-        for case in todo:
-            torch.set_num_threads(case.threads)
+    for case in todo:
+        with on_threads(case.threads):
             # Measured anew beside each problem: the highest counts, what a busy machine lets through does not.
             peaks[case.threads] = max(peaks.get(case.threads, 0.0), extension.fma_peak(case.threads, 0.03))
             progress(case.about)
@@ -174,9 +172,7 @@ def bench_linear(
             times = time_rounds(
                 {_key(*key): side.calls for key, side in sides.items()}, budget, _key("dense", dtypes[0])
             )
-            found.append((case, sides, {(n, p): column for (n, p), column in times.items()}))
-    finally:
-        torch.set_num_threads(before)
+            found.append((case, sides, times))
     rows = [row for case, sides, times in found for row in _rows(case, sides, times, dtypes[0], peaks[case.threads])]
     return {
         "rows": [asdict(row) for row in rows],

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from vspdf.attention import plain
 from vspdf.bench.problem import check_dtypes
-from vspdf.bench.rounds import Budget, Timed, compared, ideal, interval, others_at_work, sensors, time_rounds
+from vspdf.bench.rounds import (
+    Budget,
+    Timed,
+    compared,
+    ideal,
+    interval,
+    on_threads,
+    others_at_work,
+    sensors,
+    time_rounds,
+)
 from vspdf.errors import in_one_line
 from vspdf.kernels import cpu, hardware
 from vspdf.model import GPT, Attention
@@ -72,19 +82,16 @@ def bench_step(
     from vspdf.sparsity.layer import training_state_bytes
 
     check_dtypes(dtypes)
-    before = torch.get_num_threads()
-    if threads:
-        torch.set_num_threads(threads)
     shape = Shape(n_layer, d_model, n_head, 4 * d_model, 257, sequence_length)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(257, (batch_size, sequence_length + 1), generator=generator)
     sides = _sides(sparsities, dtypes, compiled)
-    models = {(side.sparsity, side.attention): _model(shape, side) for side in sides}
-    optimizers = {key: _optimizer(model) for key, model in models.items()}
     load, felt, missing = others_at_work(), sensors(), {}
     steps: dict[Side, Callable[[], None]] = {}
     first: dict[Side, float] = {}
-    try:
+    with on_threads(threads) as used:
+        models = {(side.sparsity, side.attention): _model(shape, side) for side in sides}
+        optimizers = {key: _optimizer(model) for key, model in models.items()}
         for side in sides:
             key = (side.sparsity, side.attention)
             step = _training_step(models[key], optimizers[key], tokens, side)
@@ -99,9 +106,6 @@ def bench_step(
         progress("rounds")
         times = time_rounds({_name(side): {"layer": step} for side, step in steps.items()}, budget, _name(BASE))
         memory = {key: training_state_bytes(model) if key[0] else None for key, model in models.items()}
-        used = torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
     columns = {side: times[_name(side), "layer"] for side in steps}
     rows = [
         {**side._asdict(), "threads": used, "prepare_seconds": first[side]}
