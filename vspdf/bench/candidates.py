@@ -287,7 +287,7 @@ BUILT_IN = {
 }  # fmt: skip
 OWN = ("dense", "vspdf", "auto")
 # Of `vspdf bench linear --device cuda`, which has its own rounds.
-ON_GPUS = {"cublas": "dense", "cusparse": "torch.sparse CSR", "cusparselt alone": "torch's 2:4"}
+ON_GPUS = {"cublas": "dense", "cusparse": "torch.sparse CSR", "2:4": "cuSPARSELt, on masks that are 2:4"}
 
 
 def why_missing(name: str) -> str | None:
