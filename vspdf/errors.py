@@ -34,11 +34,6 @@ class Interrupted(Exception):
     told = False  # as of a `UserError`
 
 
-def in_one_line(error: BaseException, most: int = 160) -> str:
-    """What an error of other people's code says, in at most so many characters; its type where it says nothing."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
-
-
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The tail of an error message: `` Did you mean 'n_layer'?``, or the known words where none is near."""
     known = list(known)
@@ -61,6 +56,11 @@ def near_path(path: Path, keywords: Iterable[str] = ()) -> str:
         if get_close_matches(missing.stem, [Path(near).stem]):
             return f" Did you mean '{missing.with_name(near) / path.relative_to(missing)}'?"
     return ""
+
+
+def in_one_line(error: BaseException, most: int = 160) -> str:
+    """What an error of other people's code says, in at most so many characters; its type where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def check_sparsity(key: str, value: float, *, all_masked: bool = False) -> None:
