@@ -34,6 +34,11 @@ class Interrupted(Exception):
     told = False  # as of a `UserError`
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, cut to a line; its kind, where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The tail of an error message: `` Did you mean 'n_layer'?``, or the known words where none is near."""
     known = list(known)

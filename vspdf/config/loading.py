@@ -15,7 +15,7 @@ from yaml import YAMLError
 from vspdf.config.resolve import resolve, resolve_model
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.config.settings import Config, ModelConfig
-from vspdf.errors import UserError, did_you_mean, percent_meant
+from vspdf.errors import UserError, did_you_mean, first_line, percent_meant
 
 _CEREBRAS = {"trainer", "runconfig", "train_input", "sparsity"}  # one of them is in each of its files
 
@@ -65,9 +65,9 @@ def read_yaml(path: Path) -> Any:
     except RecursionError:
         raise UserError(f"{path} nests too deep.") from None
     except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {_first_line(error)}.") from None
+        raise UserError(f"{path} cannot be read: {first_line(error)}.") from None
     except Exception as error:  # of tags that do not fit their values, YAML's constructors raise whatever they meet
-        raise UserError(f"{path} is not valid YAML: {_first_line(error)}.") from None
+        raise UserError(f"{path} is not valid YAML: {first_line(error)}.") from None
 
 
 def build(
@@ -157,10 +157,6 @@ def to_dict(config: ResolvedConfig) -> dict[str, Any]:
     return body | {"phases": [phase | {"levels": list(phase["levels"])} for phase in body["phases"]]}
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 def _keys(node: Any) -> list[str]:
     return [str(key) for key in node] if isinstance(node, DictConfig) else []
 
@@ -220,7 +216,7 @@ def _explained(error: OmegaConfBaseException, where: str) -> UserError:
     key = re.sub(r"\[(\d+)\]", r".\1", error.full_key or str(error.key or ""))
     written = re.search(r"Value '(.*?)' of type 'str' could not be converted to Float", str(error))
     meant = percent_meant(written[1]) if written else ""
-    return UserError(f"{where}: {f'{key!r}: ' if key else ''}{_first_line(error)}.{meant}")
+    return UserError(f"{where}: {f'{key!r}: ' if key else ''}{first_line(error)}.{meant}")
 
 
 # A resumed run may differ in these: they do not touch the numbers.

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vspdf.errors import BackendUnavailable, Interrupted, RankLost, UserError
+from vspdf.errors import BackendUnavailable, Interrupted, RankLost, UserError, first_line
 from vspdf.parallel import traffic
 from vspdf.parallel.meeting import Member, Roll, meet
 from vspdf.parallel.tree import Span, add, spans
@@ -47,8 +47,9 @@ def join() -> Group:
         dist.init_process_group(store=store, rank=rank, world_size=size, timeout=PATIENCE)
         return Group(store=store, owned=True)
     except RuntimeError as error:
+        reason = first_line(error).rstrip(".")
         raise UserError(
-            f"rank {rank} on {socket.gethostname()} cannot reach the others: {_first_line(error)}. On several "
+            f"rank {rank} on {socket.gethostname()} cannot reach the others: {reason}. On several "
             "machines, GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) names the network's interface."
         ) from None
 
@@ -105,7 +106,7 @@ class Group(World):
                 raise
             patience = (PATIENCE if patient else self._within).total_seconds()
             told = f"{patience:g} s" if patient else f"{patience:g} s (train.timeout)"
-            raise RankLost(self._roll.call(_first_line(error), told)) from None
+            raise RankLost(self._roll.call(first_line(error).rstrip("."), told)) from None
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
         exact = all(isinstance(number, int) for number in numbers)
@@ -233,10 +234,6 @@ class Group(World):
             return future.value()[0]
 
         return dist.all_reduce(buffer, group=self._group, async_op=True).get_future().then(done)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _shown(value: str | None) -> str:

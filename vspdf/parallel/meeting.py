@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from vspdf.errors import UserError
+from vspdf.errors import UserError, first_line
 
 CALL = 5.0  # seconds in which a rank that lives answers a roll call
 _STEP = 0.02  # seconds between two looks into the store
@@ -37,8 +37,7 @@ def meet(rank: int, size: int, patience: timedelta) -> dist.Store:
         store = dist.TCPStore(address, int(port), size, ours, patience, wait_for_workers=False, multi_tenant=True)
         return _own(store, rank, size, patience.total_seconds())
     except (RuntimeError, ValueError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"rank {rank} does not find the others at {address}:{port}: {reason}") from None
+        raise UserError(f"rank {rank} does not find the others at {address}:{port}: {first_line(error)}") from None
 
 
 def _own(store: Any, rank: int, size: int, patience: float) -> dist.Store:
