@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from vspdf.bench.rounds import PRODUCTS
-from vspdf.errors import UserError
+from vspdf.errors import UserError, first_line
 from vspdf.kernels import hardware, reference, tuning
 from vspdf.kernels.gpu import bitmap, launch, two_four
 from vspdf.kernels.ops import PATHS
@@ -91,7 +91,7 @@ class Layer:
             tokens = self.x if product == "forward" else self.grad
             return two_four.search(product, tokens, self.values, self.pattern)
         except RuntimeError as error:
-            self.missing[f"2:4 search {product}"] = _why(error)
+            self.missing[f"2:4 search {product}"] = first_line(error)[:160]
             return 0
 
     def bounds(self, product: str) -> dict[str, Call]:
@@ -154,11 +154,6 @@ class Stopwatch:
         return begin.elapsed_time(end) / 1e3
 
 
-def _why(error: RuntimeError) -> str:
-    """The first line of what torch says: CUDA's others are advice on debugging."""
-    return str(error).strip().partition("\n")[0][:160] or type(error).__name__
-
-
 def time_rounds(
     calls: dict[str, Call], rounds: int, stopwatch: Stopwatch
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
@@ -172,7 +167,7 @@ def time_rounds(
             try:
                 spent = stopwatch(run)
             except RuntimeError as error:  # a library without this dtype, or out of memory
-                failed[name] = _why(error)
+                failed[name] = first_line(error)[:160]
                 seconds.pop(name, None)
                 continue
             if i:
