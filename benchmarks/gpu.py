@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from vspdf.bench.linear_gpu import PRODUCTS, TOLERANCE, Layer, Stopwatch, measure, precision, require_cuda
+from vspdf.bench.linear_gpu import TOLERANCE, Layer, Stopwatch, measure, precision, require_cuda
+from vspdf.bench.rounds import PRODUCTS
 from vspdf.errors import UserError
 from vspdf.kernels import hardware
 from vspdf.kernels.tuning import GpuTiming

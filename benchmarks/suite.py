@@ -24,11 +24,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     output = Path(tempfile.mkdtemp()) if arguments.tiny else ROOT / "benchmarks" / "results"
-    verb = [sys.executable, "-c", "from vspdf.cli import main; main()", "bench", "suite", "--output", str(output)]
-    verb += ["--name", arguments.name] * bool(arguments.name) + ["--sections", arguments.sections] * bool(
-        arguments.sections
-    )
-    subprocess.run(verb + ["--tiny"] * arguments.tiny, check=True)
+    verb = [sys.executable, "-m", "vspdf", "bench", "suite", "--output", str(output)]
+    verb += ["--name", arguments.name, "--sections", arguments.sections] + ["--tiny"] * arguments.tiny
+    subprocess.run(verb, check=True)
     if not arguments.tiny:
         subprocess.run([sys.executable, str(ROOT / "docs" / "make_figures.py"), "performance"], check=True)
 

@@ -206,7 +206,7 @@ def performance() -> None:
     rows_of = -(-len(results) // columns)
     size = (8.6, 0.3 + 2.9 * rows_of)
     figure, axes = plt.subplots(rows_of, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
-    names = list(bench_tables.LABELS.values())
+    names = [bench_tables.LABELS[name] for name in bench_tables.DRAWN]
     for axis, result in zip(axes.flat, results, strict=False):
         rows = bench_tables.curve_rows(result)
         amounts = bench_tables.sparsities(rows)
@@ -214,7 +214,7 @@ def performance() -> None:
         for label, points in bench_tables.curves(rows).items():
             x, y = zip(*points, strict=True)
             i = names.index(label.removesuffix(", forward"))
-            style = {"color": (BLUE, BLUE, ORANGE, GREEN, GREY, PINK, GREY, GREY, GREY)[i], "marker": "ooosXv^D*"[i]}
+            style = {"color": (BLUE, ORANGE, GREEN, GREY, PINK, GREY, GREY, GREY)[i], "marker": "oosXv^D*"[i]}
             axis.plot([100 * s for s in x], y, ms=3.5, label=label, **style, lw=2 if label.startswith("vspdf") else 1.1)
         axis.axhline(1, color=GREY, lw=0.6)
         axis.set_yscale("log", base=2)

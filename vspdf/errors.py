@@ -63,6 +63,11 @@ def near_path(path: Path, keywords: Iterable[str] = ()) -> str:
     return ""
 
 
+def in_one_line(error: BaseException, most: int = 160) -> str:
+    """What an error of other people's code says, in at most so many characters; its type where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def check_sparsity(key: str, value: float, *, all_masked: bool = False) -> None:
     """Refuses what is no sparsity, a number in [0, 1), or 1 too; of a percentage the message says what was meant."""
     end = "]" if all_masked else ")"

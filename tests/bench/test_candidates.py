@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from vspdf.bench import candidates, compare, patterns
+from vspdf.bench import candidates, compare, linear_gpu, patterns
 from vspdf.bench.problem import TOLERANCE, Problem, facts
 from vspdf.errors import UserError
-from vspdf.kernels import cpu
+from vspdf.kernels import cpu, ops
 from vspdf.pattern import Pattern
 
 SMALL = ("--shapes", "24x32x48", "--sparsity", "0.5", "--rounds", 2, "--threads", 1)
@@ -136,6 +136,12 @@ def test_packages_name_candidates_by_an_entry_point(mine, monkeypatch):
     monkeypatch.syspath_prepend(".")
     assert hasattr(candidates.find("theirs"), "forward")
     assert ("theirs", f"{mine}:Csr, of a package", "available") in candidates.listed()
+
+
+def test_candidates_of_gpus_have_the_names_that_they_are_timed_by():
+    layer = linear_gpu.Layer(8, 16, 16, 0.5, "fp32", torch.device("cpu"))
+    timed = {*ops.PATHS, *layer.bounds("forward"), *layer.peers("forward")}
+    assert candidates.ON_GPUS.keys() <= timed
 
 
 def test_missing_peers_are_named_once(vspdf, monkeypatch):

@@ -225,6 +225,8 @@ def test_no_checkpoint(vspdf, tmp_path, verb):
 BAD_BENCH = {
     "shape of two": (["linear", "--shapes", "3x4"], "--shapes '3x4': expected TOKENSxINxOUT"),
     "shape of words": (["linear", "--shapes", "axbxc"], "expected TOKENSxINxOUT"),
+    "shape of four": (["update", "--shape", "8x16x16xmany"], "--shape '8x16x16xmany': expected TOKENSxINxOUT"),
+    "two shapes": (["update", "--shape", "8x16x16,8x16x16"], "--shape '8x16x16,8x16x16': expected TOKENSxINxOUT"),
     "sparsity of words": (["linear", "--sparsity", "0.5,x"], "--sparsity '0.5,x': expected numbers with commas"),
     "sparsity above 1": (["linear", "--sparsity", "1.5"], "--sparsity '1.5': expected numbers from 0 to 1, not 1.5"),
     "no thread": (["linear", "--threads", "0"], "--threads '0': expected numbers of at least 1, not 0"),

@@ -13,6 +13,7 @@ from vspdf.cli import app
 from vspdf.config import loading, resolve
 from vspdf.errors import UserError
 from vspdf.model import GPT
+from vspdf.plan.machines import Machines
 from vspdf.plan.planner import plan
 from vspdf.plan.wish import _Wish, state_bytes
 from vspdf.plan.write import write
@@ -374,3 +375,11 @@ def test_hugging_face_folders_that_cannot_be_planned(tmp_path, body, message):
     (tmp_path / "config.json").write_text(body)
     with pytest.raises(UserError, match=message):
         plan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "asked", [{}, {"time": True}, {"effective": None, "hours": 1.0}], ids=["alone", "beside a timing", "for a wish"]
+)
+def test_machines_that_cannot_share_a_step_are_refused_before_anything_is_measured(asked):
+    with pytest.raises(UserError, match="7 machines cannot share the 12 sequences of a step evenly"):
+        plan("gpt2-small", batch_size=12, machines=Machines(7, 10.0), progress=pytest.fail, **asked)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vspdf.bench.rounds import PRODUCTS
-from vspdf.errors import UserError, did_you_mean
+from vspdf.errors import UserError, did_you_mean, in_one_line
 from vspdf.kernels import cpu, ops
 from vspdf.kernels.hardware import slow_bf16
 from vspdf.pattern import Pattern
@@ -287,7 +287,7 @@ BUILT_IN = {
 }  # fmt: skip
 OWN = ("dense", "vspdf", "auto")
 # Of `vspdf bench linear --device cuda`, which has its own rounds.
-ON_GPUS = {"cublas": "dense", "cusparse": "torch.sparse CSR", "cusparselt alone": "torch's 2:4"}
+ON_GPUS = {"cublas": "dense", "cusparse": "torch.sparse CSR", "2:4": "cuSPARSELt, on masks that are 2:4"}
 
 
 def why_missing(name: str) -> str | None:
@@ -331,8 +331,9 @@ def find(name: str) -> Any:
     except UserError:
         raise
     except Exception as error:  # others' code
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"candidate '{name}' cannot be loaded: {type(error).__name__}: {said}.") from None
+        raise UserError(
+            f"candidate '{name}' cannot be loaded: {type(error).__name__}: {in_one_line(error, 200)}."
+        ) from None
     if not any(hasattr(made, product) for product in (*PRODUCTS, "layer")):
         raise UserError(f"candidate '{name}' has none of forward, grad_input, grad_values and layer.")
     return made

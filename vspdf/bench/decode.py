@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from vspdf.bench.rounds import Timed, compared, others_at_work
+from vspdf.bench.problem import DTYPES
+from vspdf.bench.rounds import Timed, compared, on_threads, others_at_work
 from vspdf.kernels import hardware
 from vspdf.model import GPT, Cache
 from vspdf.sparsity.layer import SparseLinear, sparse_layers
 from vspdf.sparsity.surgery import sparsify
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Side(NamedTuple):
@@ -67,11 +66,8 @@ def bench_decode(
         (against dense bfloat16, where it was timed) and ``bytes``, read for a token: weights, masks, output head;
         ``model``, ``load``, ``hardware``, ``versions``.
     """
-    before = torch.get_num_threads()
-    if threads:
-        torch.set_num_threads(threads)
     load, taken = others_at_work(), tuple(dict.fromkeys(["float32", *dtypes]))
-    try:
+    with on_threads(threads) as used:
         models = _models(model, sparsities, taken)
         kept = dict.fromkeys(s for s, _ in models)
         sides = [
@@ -85,9 +81,6 @@ def bench_decode(
                 timed = Timed.of(turn)
                 if i:  # the first warms up: plans, tuning
                     times[side].append(timed)
-        used = torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
     rows = []
     for side, column in times.items():
         seconds = statistics.median(timed.seconds for timed in column) / tokens

@@ -13,23 +13,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from vspdf.bench import candidates as known
-from vspdf.bench.problem import DTYPES, TOLERANCE, Problem, facts
+from vspdf.bench.problem import DTYPES, TOLERANCE, Problem, check_dtypes, facts
 from vspdf.bench.rounds import (
-    NOISE,
     PRODUCTS,
     Budget,
     Candidate,
     Timed,
     compared,
     interval,
+    on_threads,
     others_at_work,
     sensors,
     time_rounds,
 )
-from vspdf.errors import UserError, did_you_mean
+from vspdf.errors import in_one_line
 from vspdf.kernels import cpu, hardware
 from vspdf.pattern import Pattern
 
@@ -62,7 +60,7 @@ class Row:
     ratio_to_dense: float | None = None  # median of the rounds' ratios to dense of the first dtype
     ratio_low: float | None = None
     ratio_high: float | None = None
-    noisy: bool = False  # an interval wider than NOISE, or most rounds disturbed
+    noisy: bool = False  # as `Ratio.noisy` judges
     gflops_useful: float | None = None
     peak_fraction: float | None = None  # of the measured float32 FMA peak; bf16 may go beyond it
     prepare_seconds: float | None = None  # for the mask, once
@@ -152,9 +150,7 @@ def bench_linear(
     UserError
         If a dtype or a candidate is not known.
     """
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise UserError(f"`dtype` {dtype}: on a CPU {' and '.join(DTYPES)} are timed.{did_you_mean(dtype, DTYPES)}")
+    check_dtypes(dtypes)
     extension = cpu.extension()
     names, missing = known.peers() if peers else ([], {})
     if "bfloat16" in dtypes:
@@ -163,12 +159,11 @@ def bench_linear(
     wanted = {name: known.find(name) for name in dict.fromkeys((*known.OWN, *names, *candidates))}
     counts = list(threads or sorted({1, hardware.hardware()["cores"]}))
     todo = cases(shapes, sparsities, counts, masks, tokens)
-    before, load, felt = torch.get_num_threads(), others_at_work(), sensors()
+    load, felt = others_at_work(), sensors()
     found: list[tuple[Case, dict[tuple[str, str], Side], dict[tuple[str, str], list[Timed]]]] = []
     peaks: dict[int, float] = {}
-    try:
-        for case in todo:
-            torch.set_num_threads(case.threads)
+    for case in todo:
+        with on_threads(case.threads):
             # Measured anew beside each problem: the highest counts, what a busy machine lets through does not.
             peaks[case.threads] = max(peaks.get(case.threads, 0.0), extension.fma_peak(case.threads, 0.03))
             progress(case.about)
@@ -177,9 +172,7 @@ def bench_linear(
             times = time_rounds(
                 {_key(*key): side.calls for key, side in sides.items()}, budget, _key("dense", dtypes[0])
             )
-            found.append((case, sides, {(n, p): column for (n, p), column in times.items()}))
-    finally:
-        torch.set_num_threads(before)
+            found.append((case, sides, times))
     rows = [row for case, sides, times in found for row in _rows(case, sides, times, dtypes[0], peaks[case.threads])]
     return {
         "rows": [asdict(row) for row in rows],
@@ -208,7 +201,7 @@ def _sides(
         try:
             seconds = problem.prepared(candidate)
         except Exception as error:  # others' code
-            missing[name] = " ".join(str(error).split())[:160] or type(error).__name__
+            missing[name] = in_one_line(error)
             continue
         own = getattr(candidate, "dtype", None)
         for dtype in [own] if own else [d for d in dtypes if d in getattr(candidate, "dtypes", DTYPES)]:
@@ -259,7 +252,7 @@ def _timed(row: Row, case: Case, column: Sequence[Timed], dense: Sequence[Timed]
     rate = flops * case.pattern.nnz / median / 1e9
     row.seconds_median, (row.seconds_low, row.seconds_high) = median, interval(seconds)
     row.ratio_to_dense, row.ratio_low, row.ratio_high, row.disturbed_rounds = ratio
-    row.noisy = ratio.width > NOISE or 2 * ratio.disturbed > len(column)
+    row.noisy = ratio.noisy(len(column))
     row.gflops_useful, row.peak_fraction, row.rounds = rate, rate / peak if bound else None, len(column)
     row.possible = not bound or rate <= peak
     return row

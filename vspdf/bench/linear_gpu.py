@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vspdf.errors import UserError
+from vspdf.bench.rounds import PRODUCTS
+from vspdf.errors import UserError, first_line
 from vspdf.kernels import hardware, reference, tuning
 from vspdf.kernels.gpu import bitmap, launch, two_four
 from vspdf.kernels.ops import PATHS
 from vspdf.pattern import Pattern
 
-PRODUCTS = ("forward", "grad_input", "grad_values")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 # Largest error as a fraction of the largest value: rounding of inputs and output, TF32's 10 bits of mantissa.
 TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "tf32": 2e-3, "fp32": 1e-5}
@@ -90,8 +90,8 @@ class Layer:
         try:
             tokens = self.x if product == "forward" else self.grad
             return two_four.search(product, tokens, self.values, self.pattern)
-        except (RuntimeError, NotImplementedError) as error:
-            self.missing[f"2:4 search {product}"] = str(error).strip().splitlines()[0][:160]
+        except RuntimeError as error:
+            self.missing[f"2:4 search {product}"] = first_line(error)[:160]
             return 0
 
     def bounds(self, product: str) -> dict[str, Call]:
@@ -166,8 +166,8 @@ def time_rounds(
                 continue
             try:
                 spent = stopwatch(run)
-            except (RuntimeError, NotImplementedError) as error:  # a library without this dtype, or out of memory
-                failed[name] = str(error).strip().splitlines()[0][:160]
+            except RuntimeError as error:  # a library without this dtype, or out of memory
+                failed[name] = first_line(error)[:160]
                 seconds.pop(name, None)
                 continue
             if i:

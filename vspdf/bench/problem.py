@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,12 +12,21 @@ import torch
 from torch import Tensor
 
 from vspdf.bench.rounds import PRODUCTS, Candidate, Timed
+from vspdf.errors import did_you_mean, in_one_line, require
 from vspdf.kernels import reference
 from vspdf.pattern import Pattern
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Largest error as a fraction of the largest value: the rounding of sums of thousands of terms, and of a bf16 result.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+
+
+def check_dtypes(names: Sequence[str]) -> None:
+    """Refuses names that are not in `DTYPES`."""
+    for name in names:
+        require(
+            name in DTYPES, f"`dtype` {name}: on a CPU {' and '.join(DTYPES)} are timed.{did_you_mean(name, DTYPES)}"
+        )
 
 
 @dataclass
@@ -110,7 +119,7 @@ class Problem:
             try:
                 errors[product] = self.error(product, call())
             except Exception as error:  # others' code may raise anything
-                failed[product] = " ".join(str(error).split())[:160] or type(error).__name__
+                failed[product] = in_one_line(error)
         return errors, failed
 
 

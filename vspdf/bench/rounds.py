@@ -12,10 +12,12 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 PRODUCTS = ("forward", "grad_input", "grad_values")
 HELD_UP = 0.85  # of a call's best share of the processor: below it, others had the cores
@@ -41,6 +43,17 @@ class Timed(NamedTuple):
         return cls((time.perf_counter() - start) / repeats, (time.process_time() - cpu) / repeats)
 
 
+@contextmanager
+def on_threads(count: int | None) -> Iterator[int]:
+    """torch works on so many threads inside the block, on as many as it has by default; gives their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield count or before
+    finally:
+        torch.set_num_threads(before)
+
+
 class Ratio(NamedTuple):
     """How many times faster: median of the ratios of undisturbed rounds, and its 95 % interval."""
 
@@ -53,6 +66,10 @@ class Ratio(NamedTuple):
     def width(self) -> float:
         """Of the interval, as a fraction of the median."""
         return (self.high - self.low) / self.median
+
+    def noisy(self, rounds: int) -> bool:
+        """Whether it is noise: its interval is wider than `NOISE`, or most of all rounds were disturbed."""
+        return self.width > NOISE or 2 * self.disturbed > rounds
 
 
 class Budget(NamedTuple):

@@ -13,9 +13,19 @@ import torch
 from torch import Tensor
 
 from vspdf.attention import plain
-from vspdf.bench.problem import DTYPES
-from vspdf.bench.rounds import NOISE, Budget, Timed, compared, ideal, interval, others_at_work, sensors, time_rounds
-from vspdf.errors import UserError, did_you_mean
+from vspdf.bench.problem import check_dtypes
+from vspdf.bench.rounds import (
+    Budget,
+    Timed,
+    compared,
+    ideal,
+    interval,
+    on_threads,
+    others_at_work,
+    sensors,
+    time_rounds,
+)
+from vspdf.errors import in_one_line
 from vspdf.kernels import cpu, hardware
 from vspdf.model import GPT, Attention
 from vspdf.shapes import Shape
@@ -71,20 +81,17 @@ def bench_step(
     """
     from vspdf.sparsity.layer import training_state_bytes
 
-    _check(dtypes)
-    before = torch.get_num_threads()
-    if threads:
-        torch.set_num_threads(threads)
+    check_dtypes(dtypes)
     shape = Shape(n_layer, d_model, n_head, 4 * d_model, 257, sequence_length)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(257, (batch_size, sequence_length + 1), generator=generator)
     sides = _sides(sparsities, dtypes, compiled)
-    models = {(side.sparsity, side.attention): _model(shape, side) for side in sides}
-    optimizers = {key: _optimizer(model) for key, model in models.items()}
     load, felt, missing = others_at_work(), sensors(), {}
     steps: dict[Side, Callable[[], None]] = {}
     first: dict[Side, float] = {}
-    try:
+    with on_threads(threads) as used:
+        models = {(side.sparsity, side.attention): _model(shape, side) for side in sides}
+        optimizers = {key: _optimizer(model) for key, model in models.items()}
         for side in sides:
             key = (side.sparsity, side.attention)
             step = _training_step(models[key], optimizers[key], tokens, side)
@@ -93,15 +100,12 @@ def bench_step(
             try:
                 step()
             except Exception as error:  # a compiler that is not there says so in many ways
-                missing[_name(side)] = " ".join(str(error).split())[:160] or type(error).__name__
+                missing[_name(side)] = in_one_line(error)
                 continue
             steps[side], first[side] = step, time.perf_counter() - start
         progress("rounds")
         times = time_rounds({_name(side): {"layer": step} for side, step in steps.items()}, budget, _name(BASE))
         memory = {key: training_state_bytes(model) if key[0] else None for key, model in models.items()}
-        used = torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
     columns = {side: times[_name(side), "layer"] for side in steps}
     rows = [
         {**side._asdict(), "threads": used, "prepare_seconds": first[side]}
@@ -115,12 +119,6 @@ def bench_step(
         "sensors": {"before": felt, "after": sensors()},
         "hardware": hardware.hardware(), "versions": hardware.versions(), "missing": missing,
     }  # fmt: skip
-
-
-def _check(dtypes: Sequence[str]) -> None:
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise UserError(f"`dtype` {dtype}: on a CPU {' and '.join(DTYPES)} are timed.{did_you_mean(dtype, DTYPES)}")
 
 
 def _sides(sparsities: Sequence[float], dtypes: Sequence[str], compiled: bool) -> list[Side]:
@@ -146,7 +144,7 @@ def _figures(side: Side, columns: dict[Side, list[Timed]], column: Sequence[Time
     return {
         "seconds_median": statistics.median(seconds), "seconds_low": low, "seconds_high": high,
         "ratio_to_dense": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high,
-        "noisy": ratio.width > NOISE or 2 * ratio.disturbed > len(column),
+        "noisy": ratio.noisy(len(column)),
         "possible": not plain_side or compared(alike, column[: len(alike)]).median <= ideal(side.sparsity),
         "rounds": len(column), "disturbed_rounds": ratio.disturbed,
     }  # fmt: skip

@@ -90,7 +90,7 @@ def _budget(section: str, tiny: bool) -> Budget:
 
 
 def _layers(tiny: bool, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Our kernels and dense, in float32 and bfloat16, on one thread and on all."""
+    """Our kernels and dense in float32, and dense in its other forms, on one thread and on all."""
     shapes, sparsities = (((16, 32, 48),), (0.5, 0.9)) if tiny else (SHAPES, SPARSITIES)
     dense = [name for name in ("dense_onednn", OPPONENT) if not why_missing(name)]
     threads = [1] if tiny else None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vspdf.bench.rounds import Timed, held_up, interval, others_at_work
+from vspdf.bench.rounds import Timed, held_up, interval, on_threads, others_at_work
 from vspdf.kernels import cpu, hardware
 from vspdf.sparsity.evolve import evolve
 from vspdf.sparsity.layer import SparseLinear
@@ -36,10 +36,8 @@ def bench_update(
         `rows` with `step_seconds`, `update_seconds`, of these `plan_seconds`, and `share_of_step`, the median of the
         rounds' ratios, with its 95 % interval from `share_low` to `share_high`; `hardware`, `versions`, `load`.
     """
-    load, current = others_at_work(), torch.get_num_threads()
-    torch.set_num_threads(threads or current)
-    try:
-        rows = []
+    load, rows = others_at_work(), []
+    with on_threads(threads) as used:
         for sparsity in sparsities:
             progress(f"{in_features} x {out_features} at {sparsity:g}")
             found = _rounds(tokens, in_features, out_features, sparsity, drop_fraction, rounds)
@@ -47,14 +45,12 @@ def bench_update(
             low, high = interval(ratios)
             rows.append({
                 "tokens": tokens, "in_features": in_features, "out_features": out_features, "sparsity": sparsity,
-                "drop_fraction": drop_fraction, "threads": torch.get_num_threads(),
+                "drop_fraction": drop_fraction, "threads": used,
                 "step_seconds": median(step.seconds for step, _, _ in found),
                 "update_seconds": median(moved.seconds + built.seconds for _, moved, built in found),
                 "plan_seconds": median(built.seconds for _, _, built in found),
                 "share_of_step": median(ratios), "share_low": low, "share_high": high,
             })  # fmt: skip
-    finally:
-        torch.set_num_threads(current)
     return {"rows": rows, "hardware": hardware.hardware(), "versions": hardware.versions(), "load": load}
 
 

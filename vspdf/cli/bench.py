@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from vspdf.cli import bench_tables as tables
-from vspdf.cli.console import Json, Verb, emit, err, murmur, say, show, tell
+from vspdf.cli.console import Json, Verb, emit, murmur, say, show, tell
 from vspdf.errors import UserError, one_of, percent_meant, require
 from vspdf.kernels.hardware import crowded, keep_freed_memory, slow_bf16_measured
 
@@ -31,7 +31,6 @@ Candidates = Annotated[
 Dtypes = Annotated[
     str, typer.Option("--dtype", "--precision", help="float32 (default), bfloat16; on a GPU float16, tf32 too.")
 ]
-SPARSITIES = (0.5, 0.75, 0.9, 0.95, 0.99)
 bench = typer.Typer(help="Sparse against dense and peers, interleaved in one process.", no_args_is_help=True)
 
 SHORT = {"fp32": "float32", "bf16": "bfloat16"}
@@ -53,17 +52,18 @@ def _numbers(text: str, kind: type, what: str, least: float = 0, most: float = m
     return numbers
 
 
-def _shapes(text: str) -> list[tuple[int, int, int]]:
+def _shapes(text: str, what: str = "--shapes") -> list[tuple[int, int, int]]:
     try:
         found: Any = [tuple(int(n) for n in shape.split("x")) for shape in text.split(",") if shape]
         assert all(len(shape) == 3 and min(shape) > 0 for shape in found)
     except (ValueError, AssertionError):
-        raise UserError(f"--shapes '{text}': expected TOKENSxINxOUT, e.g. 1024x768x3072.") from None
+        raise UserError(f"{what} '{text}': expected TOKENSxINxOUT, e.g. 1024x768x3072.") from None
     return found
 
 
 def _layers(shapes: str, sparsity: str, dtype: str) -> tuple[list[tuple[int, int, int]], list[float], str]:
     """Shapes, sparsities and dtypes as named, or of the sparse phases of a configuration."""
+    from vspdf.bench.linear import SPARSITIES
     from vspdf.config.loading import find_config
 
     amounts = _numbers(sparsity, float, "--sparsity", most=1)
@@ -119,14 +119,14 @@ def _finish(
         roofs.add(result, sorted({row["threads"] for row in result["rows"]}))
     if csv:
         write_csv(result, csv)
-        err.print(f"wrote {csv}")
+        say(f"wrote {csv}")
     if old is not None:
         result["comparison"] = compare.compare(old, result)
     if as_json:
         emit(result)
     if plot:
         plots.plot(result, plot)
-        err.print(f"wrote {plot}")
+        say(f"wrote {plot}")
 
 
 def _earlier(path: Path | None) -> dict[str, Any] | None:
@@ -254,7 +254,7 @@ def bench_update(
     drop_fraction: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.3,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 9,
-    csv: Annotated[Path | None, typer.Option(help="Write all rows here.")] = None,
+    csv: Csv = None,
     as_json: Json = False,
 ) -> None:
     """An update of a mask that moves, with its new plans, beside a training step of the same layer.
@@ -264,13 +264,13 @@ def bench_update(
     from vspdf.bench import update
 
     _destination(csv, "--csv", (".csv",))
-    sides = [int(side) for side in shape.split("x") if side.isdigit() and int(side)]
-    if len(sides) != 3:
+    shapes = _shapes(shape, "--shape")
+    if len(shapes) != 1:
         raise UserError(f"--shape '{shape}': expected TOKENSxINxOUT, e.g. 1024x768x3072.")
     sparsities = _numbers(sparsity, float, "--sparsity", most=1)
     _warn_of_crowds([threads] if threads else [])
     keep_freed_memory()
-    result = update.bench_update(sides[0], sides[1], sides[2], sparsities, drop_fraction, threads, rounds, murmur)
+    result = update.bench_update(*shapes[0], sparsities, drop_fraction, threads, rounds, murmur)
     _finish(result, csv, None, as_json)
     if not as_json:
         tables.print_update(result)
@@ -365,7 +365,7 @@ def bench_decode(
     max_tokens: Annotated[int, typer.Option("--tokens", min=1, help="Timed in a round, one by one.")] = 8,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
-    csv: Annotated[Path | None, typer.Option(help="Write all rows here.")] = None,
+    csv: Csv = None,
     as_json: Json = False,
 ) -> None:
     """Generation, a token at a time: sparse models beside the same one dense, in float32 and bfloat16.
@@ -375,12 +375,13 @@ def bench_decode(
     `vspdf bench decode --model pruned/ --sparsity zeros`
     """
     from vspdf.bench import decode
+    from vspdf.bench.problem import DTYPES
 
     _destination(csv, "--csv", (".csv",))
     sparsities = [] if sparsity == "zeros" else _numbers(sparsity, float, "--sparsity", most=1)
     batches, dtypes = _numbers(batch_size, int, "--batch-size", least=1), dtype.split(",")
     for one in dtypes:
-        one_of("--dtype", one, decode.DTYPES)
+        one_of("--dtype", one, DTYPES)
     _warn_of_crowds([threads] if threads else [])
     keep_freed_memory()
     result = decode.bench_decode(

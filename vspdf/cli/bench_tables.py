@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from vspdf.cli.console import emit, out, show, tell
+from vspdf.cli.console import emit, show, tell
 from vspdf.draw import words
 
 GREY = "bright_black"
@@ -35,7 +35,7 @@ def of(table: Any) -> Table:
     """A table of the report wing, for the terminal."""
     made = Table(title=table.title, title_justify="left")
     for i, head in enumerate(table.head):
-        made.add_column(str(head), justify="left" if not i else "right")
+        made.add_column(str(head), justify="left" if table.is_words(i) else "right")
     for row in table.rows:
         made.add_row(*(Text(str(cell), GREY if hasattr(cell, "grey") else "") for cell in row))
     return made
@@ -56,7 +56,7 @@ def print_linear_gpu(result: dict[str, Any]) -> None:
         )  # fmt: skip
     show(table)
     for name, reason in result["missing"].items():
-        out.print(f"{name} was not timed: {reason}", highlight=False)
+        tell(f"{name} was not timed: {reason}")
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
@@ -85,11 +85,7 @@ def print_linear(result: dict[str, Any]) -> None:
         "less of the processor than in its best round. Grey: the interval is wider than a tenth, or most rounds were "
         "disturbed."
     )
-    _tell_of_quiet(result)
-    if result["missing"]:
-        tell("not timed: " + "; ".join(f"{name} ({reason})" for name, reason in result["missing"].items()))
-    if "comparison" in result:
-        _print_comparison(result["comparison"])
+    _print_rest(result)
 
 
 def _label(row: dict[str, Any]) -> str:
@@ -256,11 +252,7 @@ def print_step(result: dict[str, Any]) -> None:
         "bfloat16: under autocast."
     )
     tell(f"Beside the state, the sparse kernels keep {result['scratch_bytes'] / 2**20:.0f} MiB of working memory.")
-    _tell_of_quiet(result)
-    if result["missing"]:
-        tell("not timed: " + "; ".join(f"{name} ({reason})" for name, reason in result["missing"].items()))
-    if "comparison" in result:
-        _print_comparison(result["comparison"])
+    _print_rest(result)
 
 
 def print_decode(result: dict[str, Any]) -> None:
@@ -270,16 +262,8 @@ def print_decode(result: dict[str, Any]) -> None:
         f"{result['rows'][0]['threads']} threads",
         title_justify="left",
     )
-    for column in (
-        "sparsity",
-        "dtype",
-        "batch",
-        "tokens/s",
-        "MB a token",
-        "of dense fp32",
-        "95 % interval",
-        "of dense bf16",
-    ):
+    for column in ("sparsity", "dtype", "batch", "tokens/s", "MB a token", "of dense fp32", "95 % interval",
+                   "of dense bf16"):  # fmt: skip
         table.add_column(column, justify="left" if column == "dtype" else "right")
     for row in result["rows"]:
         other = row["ratio_to_bfloat16"]
@@ -292,7 +276,31 @@ def print_decode(result: dict[str, Any]) -> None:
     tell("Medians of the ratios of interleaved rounds; the output head is dense everywhere.")
 
 
+def print_update(result: dict[str, Any]) -> None:
+    """What moves of a mask take beside steps of its layer."""
+    first = result["rows"][0]
+    shape = f"{first['tokens']} tokens, {first['in_features']} -> {first['out_features']}"
+    title = f"an update of {shape}, {first['drop_fraction']:.0%} dropped, {first['threads']} threads"
+    table = Table(title=title, title_justify="left")
+    for column in ("sparsity", "step, ms", "update, ms", "of it plans, ms", "in steps", "95 %"):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        times = (f"{1e3 * row[key]:.1f}" for key in ("step_seconds", "update_seconds", "plan_seconds"))
+        spread = f"{row['share_low']:.2f}-{row['share_high']:.2f}"
+        table.add_row(f"{row['sparsity']:.4g}", *times, f"{row['share_of_step']:.2f}", spread)
+    show(table)
+
+
 # ---- what is said of both --------------------------------------------------------------------------------------------
+
+
+def _print_rest(result: dict[str, Any]) -> None:
+    """How quiet the machine was, what was not timed, and what changed since an earlier result."""
+    _tell_of_quiet(result)
+    if result["missing"]:
+        tell("not timed: " + "; ".join(f"{name} ({reason})" for name, reason in result["missing"].items()))
+    if "comparison" in result:
+        _print_comparison(result["comparison"])
 
 
 def _print_comparison(found: dict[str, Any]) -> None:
@@ -324,18 +332,3 @@ def _tell_of_quiet(result: dict[str, Any]) -> None:
         tell("More than half of some rounds were disturbed: all of these count then, and are worth little.")
     if not all(row["possible"] for row in rows):
         tell("(no result): above the FMA peak, or of steps above what the sparsity allows: disturbed.")
-
-
-def print_update(result: dict[str, Any]) -> None:
-    """What moves of a mask take beside steps of its layer."""
-    first = result["rows"][0]
-    shape = f"{first['tokens']} tokens, {first['in_features']} -> {first['out_features']}"
-    title = f"an update of {shape}, {first['drop_fraction']:.0%} dropped, {first['threads']} threads"
-    table = Table(title=title, title_justify="left")
-    for column in ("sparsity", "step, ms", "update, ms", "of it plans, ms", "in steps", "95 %"):
-        table.add_column(column, justify="right")
-    for row in result["rows"]:
-        times = (f"{1e3 * row[key]:.1f}" for key in ("step_seconds", "update_seconds", "plan_seconds"))
-        spread = f"{row['share_low']:.2f}-{row['share_high']:.2f}"
-        table.add_row(f"{row['sparsity']:.4g}", *times, f"{row['share_of_step']:.2f}", spread)
-    show(table)

@@ -81,16 +81,7 @@ def _print_layer(result: dict[str, Any]) -> None:
     cost_columns(table, "product")
     for name, pair in result["products"].items():
         cost_row(table, name, pair)
-    total = {
-        "dense": {"cycles": result["cycles"]["dense"], "bound_by": result["bound_by_dense"]},
-        "sparse": {
-            "cycles": result["cycles"]["sparse"]["central"],
-            "bound_by": result["bound_by"],
-            "overhead": result["overhead"]["sparse"],
-        },
-    }
-    table.add_section()
-    cost_row(table, "layer", total)
+    total_row(table, "layer", result)
     show(table)
     tell(
         *[
@@ -137,14 +128,7 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> Table:
         title=f"a training step, sparse against dense; {first['machine']} estimated, {first['central']}",
         title_justify="left",
     )
-    for column in (
-        "phase",
-        "sparsity",
-        "CPU, measured",
-        "ideal",
-        first["machine"],
-        "band",
-    ):
+    for column in ("phase", "sparsity", "CPU, measured", "ideal", first["machine"], "band"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for row in rows:
         measured = words.speedup(row["cpu"]["median"], row["ideal"]) if row["cpu"] else "-"
@@ -172,6 +156,20 @@ def cost_row(table: Table, name: str, pair: dict[str, Any]) -> None:
         name, words.cycles(dense["cycles"]), dense["bound_by"], words.cycles(sparse["cycles"]), sparse["bound_by"],
         ratio, f"{sparse['overhead']:.0%}",
     )  # fmt: skip
+
+
+def total_row(table: Table, name: str, result: dict[str, Any]) -> None:
+    """What a whole layer or step costs, below its parts."""
+    total = {
+        "dense": {"cycles": result["cycles"]["dense"], "bound_by": result["bound_by_dense"]},
+        "sparse": {
+            "cycles": result["cycles"]["sparse"]["central"],
+            "bound_by": result["bound_by"],
+            "overhead": result["overhead"]["sparse"],
+        },
+    }
+    table.add_section()
+    cost_row(table, name, total)
 
 
 def band(result: dict[str, Any]) -> str:

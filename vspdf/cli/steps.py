@@ -18,6 +18,7 @@ from vspdf.cli.simulate import (
     load_machine,
     note,
     tornado_table,
+    total_row,
     where,
 )
 from vspdf.draw import words
@@ -62,8 +63,6 @@ def step(
     from vspdf.plan import cs2
 
     wafer = load_machine(machine, settings)
-    if (model is None) == (run is None):
-        raise UserError("expected `model` NAME or `run` RUN, one of them.")
     require(not (details and as_json), "`details` is for people: `as_json` has them all.")
     result = cs2.step_by_request(
         wafer, model=model, run=run, batch=batch, sequence=sequence, systems=systems, sparsity=sparsity, tokens=tokens,
@@ -249,16 +248,7 @@ def _print_details(result: dict[str, Any]) -> None:
         if name == "linear layers":
             for product, costs in result["products"].items():
                 cost_row(table, f"  {product}", costs)
-    table.add_section()
-    total = {
-        "dense": {"cycles": result["cycles"]["dense"], "bound_by": result["bound_by_dense"]},
-        "sparse": {
-            "cycles": result["cycles"]["sparse"]["central"],
-            "bound_by": result["bound_by"],
-            "overhead": result["overhead"]["sparse"],
-        },
-    }
-    cost_row(table, "step", total)
+    total_row(table, "step", result)
     show(table)
     lines = [where(result["breakdown"].values())]
     for kind, m in result["mapping"].items():

@@ -35,8 +35,9 @@ def collect(study: Study, root: Path, jobs: int | None = None) -> dict[str, Any]
     dict
         `arms` (`name`, `phases`, `tuned`, `trials`, `runs` with `seed`, `val_loss`, `test_loss`, `seconds`, `flops` and
         the `curve` of evaluations while training, ...), `paired` (`a`, `b`, `mean`, `low`, `high` of a − b on the test
-        text, `seeds`, `verdict`), `tasks` (`arms` with the `bleu` of their `runs`, `paired`), `complete`, and what the
-        figures depend on.
+        text, `seeds`, `verdict`, and as `reach` what a had spent when it came to b's loss), `multipliers` (as
+        `vspdf.compare.multiplier` has them), `apart` (how far arms of a study with `seconds` differ in CPU time),
+        `tasks` (`arms` with the `bleu` of their `runs`, `paired`), `complete`, and what the figures depend on.
 
     Raises
     ------

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vspdf.errors import UserError, did_you_mean, near_path
+from vspdf.errors import UserError, did_you_mean, in_one_line, near_path
 from vspdf.files import read_json, write_whole
 from vspdf.interop.cerebras_tensors import from_cerebras
 from vspdf.interop.hugging_face import _LINEAR, ARCHITECTURES
@@ -236,7 +236,7 @@ def _smtx(path: Path) -> Pattern:
         rows, columns, kept = (int(part) for part in head.replace(",", " ").split())
         numbers = np.array(body.split(), dtype=np.int64)
     except (OSError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} is no .smtx file ({_line(error)}): expected {_SMTX}.") from None
+        raise UserError(f"{path} is no .smtx file ({in_one_line(error)}): expected {_SMTX}.") from None
     _check_size(rows, columns, path)
     pointers, indices = numbers[: rows + 1], numbers[rows + 1 :]
     whole = len(pointers) == rows + 1 and len(indices) == kept and pointers[0] == 0 and pointers[-1] == kept
@@ -263,7 +263,9 @@ def _mtx(path: Path) -> Pattern:
     except UserError:
         raise
     except (OSError, ValueError, OverflowError, MemoryError) as error:
-        raise UserError(f"{path} is no whole .mtx file ({_line(error)}): expected Matrix Market's form.") from None
+        raise UserError(
+            f"{path} is no whole .mtx file ({in_one_line(error)}): expected Matrix Market's form."
+        ) from None
     if isinstance(matrix, np.ndarray):
         return Pattern.from_mask(np.ascontiguousarray(matrix != 0))
     return Pattern.from_sparse(matrix)
@@ -292,7 +294,7 @@ def _npz(path: Path, name: str | None) -> dict[str, Pattern]:
         raise
     except Exception as error:  # a damaged archive can raise anything
         raise UserError(
-            f"{path} is no whole .npz file of a mask ({_line(error)}): expected scipy.sparse's or boolean arrays."
+            f"{path} is no whole .npz file of a mask ({in_one_line(error)}): expected scipy.sparse's or boolean arrays."
         ) from None
     return _patterns(canonical(arrays, str(path)).tensors, path, name)
 
@@ -310,10 +312,6 @@ def _scipy_npz(path: Path, archive: Any) -> Pattern:
         raise UserError(f"{path}: a sparse array of shape {shape}: expected a matrix.")
     _check_size(shape[0], shape[1], path)
     return Pattern.from_sparse(scipy.sparse.load_npz(path))
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vspdf.errors import UserError, near_path
+from vspdf.errors import UserError, in_one_line, near_path
 from vspdf.files import read_json
 from vspdf.interop import sharded
 
@@ -40,7 +40,7 @@ def read(file: Path) -> Any:
         try:
             return load_file(file)
         except Exception as error:  # of damaged headers the library raises its own errors, torch's and Python's
-            raise UserError(f"{file} is no whole safetensors file: {_line(error)}.") from None
+            raise UserError(f"{file} is no whole safetensors file: {in_one_line(error, 200)}.") from None
     if file.suffix not in PICKLES:
         raise UserError(f"'{file}': expected a .safetensors file, or a pickle ({', '.join(PICKLES)}).")
     tree = _unpickled(file)
@@ -72,9 +72,9 @@ def _unpickled(file: Path) -> Any:
                 f"{file} holds more than tensors and plain values, and reading that could run code: refused. "
                 "Write it as safetensors where you trust it."
             ) from None
-        raise UserError(f"{file} is no whole checkpoint: {_line(error)}.") from None
+        raise UserError(f"{file} is no whole checkpoint: {in_one_line(error, 200)}.") from None
     except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"{file} is no whole checkpoint: {_line(error)}.") from None
+        raise UserError(f"{file} is no whole checkpoint: {in_one_line(error, 200)}.") from None
 
 
 def _check_tree(tree: Any, file: Path) -> None:
@@ -167,7 +167,3 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Tensor]:
     for key, value in items:
         found.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
     return found
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -34,8 +34,8 @@ class Machines:
             0 < self.network < float("inf"), f"`network` must be positive, in gigabits a second, not {self.network}."
         )
 
-    def sharing(self, batch_size: int) -> Machines:
-        """Themselves, if they can share a step.
+    def require_even_shares(self, batch_size: int) -> None:
+        """Refuses a number of machines that cannot share a step's sequences evenly.
 
         Raises
         ------
@@ -47,7 +47,6 @@ class Machines:
                 f"{self.count} machines cannot share the {batch_size} sequences of a step evenly: `machines` "
                 f"{divisors(batch_size)}."
             )
-        return self
 
     def bytes_per_step(self, shape: Shape, sparsity: float) -> int:
         """That a machine sends, and receives, in a step."""

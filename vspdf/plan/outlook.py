@@ -181,7 +181,7 @@ def plot_tornado(result: dict[str, Any], title: str, path: Any) -> None:
     Raises
     ------
     UserError
-        As `check_picture`, where there is no band to draw, or where the file cannot be written.
+        If there is no band to draw, or the file cannot be written.
     """
     require(bool(result["tornado"]), "`plot`: a dense step has no speed-up to draw; give a `sparsity` or a `sweep`.")
     from matplotlib.figure import Figure
@@ -222,11 +222,8 @@ def plot_rows(rows: Sequence[dict[str, Any]], name: str, title: str, path: Any) 
     Raises
     ------
     UserError
-        As `check_picture`, or where the file cannot be written.
+        If the file cannot be written.
     """
-    from vspdf.simulator.aggregate.estimates import check_picture
-
-    check_picture(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")

@@ -253,6 +253,8 @@ def plan(
     if batch_size and source.phases:
         raise UserError(f"the batch size of {model} is in that file (train.batch_size): `batch_size` is for models.")
     dense_steps, baseline = _dense_run(source, shape, steps, batch_size, sum(n for _, n in phases or ()) or None)
+    if machines is not None:
+        machines.require_even_shares(settings.train.batch_size)
     step_tokens = settings.train.batch_size * shape.sequence_length
     run = _Wish(shape, dense_steps, step_tokens, split, sparsity, effective, convention, causal, progress)
 
@@ -262,7 +264,7 @@ def plan(
         settings.phases = [PhaseConfig(sparsity=s, steps=n, lr_multiple=multiple) for s, n in stages if n]
     config = resolve.resolve(settings)
     stretches = _stretches(config)
-    if time or (machines is not None and machines.sharing(settings.train.batch_size)):
+    if time or machines is not None:
         run.measure([sparsity for _, sparsity, _, _ in stretches])
 
     def stage(name: str, s: float, steps: int, tokens: int) -> PlannedPhase:

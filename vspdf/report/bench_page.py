@@ -12,12 +12,11 @@ from vspdf.draw.svg import Series, line_chart
 from vspdf.draw.words import listed
 from vspdf.files import make_folder, write_whole
 from vspdf.report import bench_tables
-from vspdf.report.bench_tables import LABELS, mean, tables
+from vspdf.report.bench_tables import DRAWN, LABELS, curve, tables
 
 __all__ = ["render", "tables", "write"]
 
 TEMPLATE = Path(__file__).with_name("templates") / "bench.html"
-CURVES = ("vspdf", "dense_onednn", "dense_bf16", "dense_mask", "torch_csr", "torch_bsr", "scipy_csr", "sparselab")
 NOTES = {
     "layers": "Speed-up over torch's dense GEMM in float32; packing of activations, transposes and the refresh of "
     "values counted. Medians of the ratios of interleaved rounds.",
@@ -71,7 +70,7 @@ def _charts(result: dict[str, Any], section: str) -> tuple[list[tuple[Element, s
     """Pictures of a section, each with its caption, and a legend of their colours."""
     rows = result["sections"].get(section, {}).get("rows", [])
     if section in ("layers", "peers") and rows:
-        names = [name for name in CURVES if any(row["candidate"] == name for row in rows)]
+        names = [name for name in DRAWN if any(row["candidate"] == name for row in rows)]
         threads = sorted({row["threads"] for row in rows if row.get("threads")})
         charts = [(_speedups(rows, names, count), _counted(count)) for count in threads]
         return [each for each in charts if each[0] is not None], [(LABELS[name], i) for i, name in enumerate(names)]
@@ -94,11 +93,8 @@ def _speedups(rows: list[dict[str, Any]], names: list[str], threads: int) -> Ele
     """Speed-up of a layer over sparsity, doubling from tick to tick."""
     series, highest = [], 1.0
     for i, name in enumerate(names):
-        mine = [row for row in rows if row["candidate"] == name and row["threads"] == threads]
-        product = "layer" if any(row["product"] == "layer" for row in mine) else "forward"
-        points = [(s, mean([row for row in mine if (row["product"], row["sparsity"]) == (product, s)]))
-                  for s in bench_tables.sparsities(mine)]  # fmt: skip
-        known = [(100 * s, math.log2(ratio)) for s, ratio in points if ratio]
+        _, points = curve([row for row in rows if row["threads"] == threads], name)
+        known = [(100 * s, math.log2(ratio)) for s, ratio in points]
         if known:
             x, y = zip(*known, strict=True)
             highest = max(highest, *y)

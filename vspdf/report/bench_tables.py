@@ -6,11 +6,12 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vspdf.draw import words
 from vspdf.errors import UserError
 from vspdf.files import read_json
+from vspdf.report.tables import Table
 
 SCHEMA = 1  # of `vspdf.bench.suite`
 PRODUCTS = ("forward", "grad_input", "grad_values", "layer")
@@ -20,6 +21,7 @@ LABELS = {
     "dense_mask": "dense x mask", "torch_csr": "torch.sparse CSR (MKL)", "torch_bsr": "torch.sparse BSR (MKL)",
     "scipy_csr": "scipy CSR (one thread)", "sparselab": "SparseLab",
 }  # fmt: skip
+DRAWN = tuple(name for name in LABELS if name != "auto")  # of pictures, in this order
 _SPMM = ((1.4, 1.7), (2.7, 3.5), (5, 7), (7, 10), (12, 15))
 GOALS = {  # must and aim by sparsity
     "forward": _SPMM,
@@ -33,19 +35,6 @@ class Noise(str):
     """A figure that is noise: grey where colours are."""
 
     grey = True
-
-
-class Table(NamedTuple):
-    """A table of text; the first column names the rows."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-
-    def markdown(self) -> str:
-        """The table in Markdown."""
-        lines = [self.head, ("---", *("---:" for _ in self.head[1:])), *self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -107,6 +96,11 @@ def _rows(result: dict[str, Any], section: str) -> list[dict[str, Any]]:
 
 def _of(rows: Iterable[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def _widest(rows: Sequence[dict[str, Any]]) -> str:
+    """The product by which a candidate is shown: all three, or the forward product of one that has no more."""
+    return "layer" if _of(rows, product="layer") else "forward"
 
 
 def _possible(row: dict[str, Any]) -> bool:
@@ -183,7 +177,7 @@ def peers(result: dict[str, Any]) -> Table | None:
     amounts, lines = sparsities(rows), []
     for name in dict.fromkeys(row["candidate"] for row in rows if row["candidate"] not in ("dense", "auto")):
         mine = _of(rows, candidate=name)
-        product = "layer" if _of(mine, product="layer") else "forward"
+        product = _widest(mine)
         cells = [_cell(_of(mine, product=product, sparsity=s)) for s in amounts]
         seconds = [row["prepare_seconds"] for row in mine if row.get("prepare_seconds")]
         prepared = f"{1e3 * max(seconds):.0f} ms" if seconds and max(seconds) > 5e-4 else ""
@@ -331,13 +325,18 @@ def curve_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in rows if (row.get("threads") or 0) == most]
 
 
+def curve(rows: Sequence[dict[str, Any]], candidate: str) -> tuple[str, list[tuple[float, float]]]:
+    """Points (sparsity, speed-up) of a candidate, and of which product: "layer", or "forward" where it has no more."""
+    mine = _of(rows, candidate=candidate)
+    product = _widest(mine)
+    return product, [(s, ratio) for s in sparsities(mine) if (ratio := mean(_of(mine, product=product, sparsity=s)))]
+
+
 def curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
     """Speed-up of a layer over sparsity by candidate; of one without all products, of its forward product."""
     found = {}
-    for name in LABELS:
-        mine = _of(rows, candidate=name) if name != "auto" else []
-        product = "layer" if _of(mine, product="layer") else "forward"
-        points = [(s, ratio) for s in sparsities(mine) if (ratio := mean(_of(mine, product=product, sparsity=s)))]
+    for name in DRAWN:
+        product, points = curve(rows, name)
         if points:
             found[LABELS[name] + (", forward" if product == "forward" else "")] = points
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def moving(run: Run) -> dict[str, Any] | None:
         ),
         "legend": [(s.name, i) for i, s in enumerate(series)],
         "rows": rows or [("so far", "", f"{lines[-1]['mask_updates']:,}", *_shares(lines[-1]))],
-        "pictures": [picture for name in list(_after(run))[:PICTURES] for picture in _pictures(run, name)],
+        "pictures": _pictures(run),
     }  # fmt: skip
 
 
@@ -82,17 +83,17 @@ def _after(run: Run) -> dict[str, np.ndarray]:
     return found
 
 
-def _pictures(run: Run, name: str) -> list[dict[str, str]]:
-    """A corner of a layer's mask when the phase began, and where it got to; dense before it was pruned."""
-    after = _after(run)[name]
-    before = run.masks(_phase(run)).get(name, np.ones_like(after))
-    found = []
-    for when, mask in (("before", before), ("after", after)):
-        crop = mask[:CROP, :CROP]
-        both = (before & after)[:CROP, :CROP].sum() / max(1, crop.sum())
-        shared = f", {both:.0%} of it there before" if when == "after" else ""
-        found.append({
-            "source": mask_png(crop, INK), "alt": f"mask of {name} {when}",
-            "caption": f"{name} {when}: {crop.mean():.1%} kept{shared}",
-        })  # fmt: skip
+def _pictures(run: Run) -> list[dict[str, str]]:
+    """Corners of some layers' masks when the phase began, and where they got to; dense before they were pruned."""
+    first, found = run.masks(_phase(run)), []
+    for name, after in itertools.islice(_after(run).items(), PICTURES):
+        before = first.get(name, np.ones_like(after))
+        for when, mask in (("before", before), ("after", after)):
+            crop = mask[:CROP, :CROP]
+            both = (before & after)[:CROP, :CROP].sum() / max(1, crop.sum())
+            shared = f", {both:.0%} of it there before" if when == "after" else ""
+            found.append({
+                "source": mask_png(crop, INK), "alt": f"mask of {name} {when}",
+                "caption": f"{name} {when}: {crop.mean():.1%} kept{shared}",
+            })  # fmt: skip
     return found

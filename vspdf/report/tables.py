@@ -133,7 +133,7 @@ def notes(results: dict[str, Any]) -> list[str]:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-_WORDS = ("arm", "a − b", "a is", "setting", "value: loss")  # columns that are no figures
+_WORDS = ("a is", "setting", "value: loss")  # columns beside the first that are no figures
 
 
 class Table(NamedTuple):
@@ -141,11 +141,11 @@ class Table(NamedTuple):
 
     title: str
     head: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
     def is_words(self, column: int) -> bool:
         """Whether a column holds words, so that it is set to the left."""
-        return self.head[column] in _WORDS
+        return not column or self.head[column] in _WORDS
 
     def markdown(self) -> str:
         """The table in Markdown."""
