@@ -46,19 +46,23 @@ class Layout(NamedTuple):
     write: Callable[[Shape, str], dict[str, Any]]
 
 
-def whole(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
-    """A positive whole number of a configuration.
+def whole_number(value: Any, key: str, where: str) -> int:
+    """A value that must be a positive whole number.
 
     Raises
     ------
     UserError
         If it is none.
     """
-    value = config.get(key)
-    value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{where}: {key} must be a whole number of at least 1, not {value!r}.")
     return value
+
+
+def whole(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
+    """The same of a key of a configuration; `default` where the key is absent or null."""
+    value = config.get(key)
+    return whole_number(default if value is None else value, key, where)
 
 
 def only(config: Mapping[str, Any], allowed: Mapping[str, Any], where: str) -> None:

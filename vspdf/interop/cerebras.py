@@ -18,6 +18,7 @@ from vspdf import shapes
 from vspdf.config.resolve import model_shape, resolve_model
 from vspdf.config.settings import ModelConfig
 from vspdf.errors import UserError, did_you_mean
+from vspdf.interop.architectures import whole_number
 from vspdf.interop.cerebras_forms import CHOICES, NUMBERS, forms
 from vspdf.interop.cerebras_sparsity import roles_of, sparsity
 
@@ -81,7 +82,7 @@ def translate(body: Mapping[str, Any], where: str, fine_tuning: bool = False) ->
     now = "trainer" in body
     model = _model_block(body, where)
     steps, data, extra = _current(body, init, where) if now else _older(body, where)
-    batch, length = _whole(data.get("batch_size"), "batch_size", where), data.get("max_sequence_length")
+    batch, length = whole_number(data.get("batch_size"), "batch_size", where), data.get("max_sequence_length")
     optimizer, rates = _optimizer(init if now else body, now, where)
     ours = _model(model, where)
     block = init.get("sparsity") if now else body.get("sparsity")
@@ -238,7 +239,7 @@ def _current(body: Mapping[str, Any], init: Mapping[str, Any], where: str) -> tu
         "log_every": _mapping(init.get("logging"), "trainer.init.logging", where).get("log_steps"),
     }
     return (
-        _whole(loop.get("max_steps"), "trainer.init.loop.max_steps", where),
+        whole_number(loop.get("max_steps"), "trainer.init.loop.max_steps", where),
         data,
         {key: value for key, value in every.items() if value is not None},
     )
@@ -249,7 +250,7 @@ def _older(body: Mapping[str, Any], where: str) -> tuple[int, Mapping, dict[str,
     every = {"checkpoint_every": run.get("checkpoint_steps"), "eval_every": run.get("eval_frequency"),
              "log_every": run.get("log_steps")}  # fmt: skip
     return (
-        _whole(run.get("max_steps"), "runconfig.max_steps", where),
+        whole_number(run.get("max_steps"), "runconfig.max_steps", where),
         _mapping(body.get("train_input"), "train_input", where),
         {key: value for key, value in every.items() if value is not None},
     )
@@ -312,7 +313,7 @@ def _stretch(rate: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise UserError(f"{where}: a learning rate must be a number of at least 0, not {value!r}.")
     steps = next((rate[key] for key in ("total_iters", "steps", "decay_steps") if rate.get(key) is not None), None)
     if steps is not None:
-        _whole(steps, "total_iters of the learning rate", where)
+        whole_number(steps, "total_iters of the learning rate", where)
     return {"kind": kind, "start": float(start), "end": float(end), "steps": steps}
 
 
@@ -320,7 +321,7 @@ def _rates(stretches: list[dict[str, Any]], steps: int, where: str) -> dict[str,
     """Warm-up and decay of a phase."""
     warmup = 0
     if len(stretches) > 1 and stretches[0]["kind"] == "linear" and stretches[0]["start"] == 0:
-        warmup = _whole(stretches[0]["steps"], "total_iters of the warm-up", where)
+        warmup = whole_number(stretches[0]["steps"], "total_iters of the warm-up", where)
         peak = stretches.pop(0)["end"]
     else:
         peak = stretches[0]["start"]
@@ -345,12 +346,6 @@ def _mapping(value: Any, key: str, where: str) -> Mapping[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise UserError(f"{where}: {key} must be a mapping, not {value!r}.")
-    return value
-
-
-def _whole(value: Any, key: str, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{where}: {key} must be a whole number of at least 1, not {value!r}.")
     return value
 
 
