@@ -17,7 +17,7 @@ log = logging.getLogger("vspdf")
 
 # Activations of their configurations that our GPT has; the three forms by tanh are one function.
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
-_REFUSED = {"quantization_config": None, "sparsity_config": None, "compression_config": None}
+REFUSED = {"quantization_config": None, "sparsity_config": None, "compression_config": None}
 _SIZES = {"n_layer": "num_hidden_layers", "d_model": "hidden_size", "n_head": "num_attention_heads",
           "d_ff": "intermediate_size", "vocab_size": "vocab_size",
           "sequence_length": "max_position_embeddings"}  # fmt: skip
@@ -136,7 +136,7 @@ def _read_llama(config: Mapping[str, Any], where: str) -> Shape:
     bias: bool | str = "qkv" if kind == "qwen2" else bool(config.get("attention_bias"))
     only(
         config,
-        {**_REFUSED, "hidden_act": "silu", "attention_bias": bias if kind == "llama" else kind == "qwen2"},
+        {**REFUSED, "hidden_act": "silu", "attention_bias": bias if kind == "llama" else kind == "qwen2"},
         where,
     )
     if kind == "llama" and bool(config.get("mlp_bias")) != bias:
@@ -164,7 +164,7 @@ def _write_llama(shape: Shape, kind: str) -> dict[str, Any]:
 
 
 def _read_neox(config: Mapping[str, Any], where: str) -> Shape:
-    only(config, _REFUSED | {"attention_bias": True}, where)
+    only(config, REFUSED | {"attention_bias": True}, where)
     activation = config.get("hidden_act", "gelu")
     if activation not in ACTIVATIONS:
         raise UserError(

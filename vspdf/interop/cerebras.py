@@ -46,7 +46,6 @@ _MUP = ("mup_base_hidden_size", "mup_base_filter_size", "embeddings_scale", "out
 _LARGEST_RATE = 1e6
 _STD = 0.02  # of an initializer that is left out
 _FACTORS = ("embeddings_scale", "output_logits_scale", "output_logits_alpha", "attention_logits_alpha")  # 1: as here
-_LARGEST = {"num_hidden_layers": 10_000}  # sizes beyond which nothing is built, not even a list
 _OPTIMIZER = ("optimizer_type", "betas", "beta1", "beta2", "eps", "epsilon", "weight_decay", "weight_decay_rate",
               "learning_rate", "max_gradient_norm", "correct_bias", "use_bias_correction", "adjust_learning_rate",
               "log_summaries", "loss_scaling_factor", "initial_loss_scale", "steps_per_increase", "min_loss_scale",
@@ -186,7 +185,7 @@ def _sizes(model: Mapping[str, Any], where: str, llama: bool = False) -> dict[st
     found: dict[str, int] = {}
     for theirs, ours in _SIZES.items():
         value = model.get(theirs)
-        largest = _LARGEST.get(theirs, 1 << 31)
+        largest = shapes.MOST_LAYERS if theirs == "num_hidden_layers" else 1 << 31
         if isinstance(value, int) and not isinstance(value, bool) and not 0 < value <= largest:
             raise UserError(f"{where}: model.{theirs} = {value} must lie between 1 and {largest:,}.")
         if not isinstance(value, int) or isinstance(value, bool):
@@ -370,7 +369,7 @@ def translated(body: Any, where: str, fine_tuning: bool) -> Any:
     settings = model if isinstance(model, dict) else {}
     named = shapes.named_shape(str(settings["name"])).n_layer if "name" in settings else 0
     n_layer = settings.get("n_layer") or named
-    if not isinstance(n_layer, int) or not 0 <= n_layer <= _LARGEST["num_hidden_layers"]:
+    if not isinstance(n_layer, int) or not 0 <= n_layer <= shapes.MOST_LAYERS:
         raise UserError(f"{where}: model.n_layer must be a whole number of layers, not {n_layer!r}.")
     found = sparsity(block, n_layer, where, older=True, roles=roles_of(_block(settings)))
     seed = {"seed": found.pop("seed")} if "seed" in found else {}
