@@ -17,6 +17,7 @@ log = logging.getLogger("vspdf")
 
 # Activations of their configurations that our GPT has; the three forms by tanh are one function.
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+# Keys of models whose weights are no plain tensors, as they are where there is nothing of it.
 REFUSED = {"quantization_config": None, "sparsity_config": None, "compression_config": None}
 _SIZES = {"n_layer": "num_hidden_layers", "d_model": "hidden_size", "n_head": "num_attention_heads",
           "d_ff": "intermediate_size", "vocab_size": "vocab_size",

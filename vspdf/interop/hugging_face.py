@@ -202,7 +202,7 @@ def read_theirs(
     if tokenizer is not None:
         check_tokenizer(tokenizer, shape, str(folder), end)
     kind = config["model_type"]
-    found = canonical(_with_masks(read_folder(folder), turned=kind in GPT2), str(folder)).tensors
+    found = canonical(with_masks(read_folder(folder), turned=kind in GPT2), str(folder)).tensors
     tensors, masks = finalize(cerebras_tensors.from_cerebras(found, str(folder)), str(folder))
     name_zeros(tensors, masks, str(folder))
     if kind in LAYOUTS:
@@ -212,7 +212,7 @@ def read_theirs(
     return model, tokenizer, state, patterns
 
 
-def _with_masks(tensors: Mapping[str, Tensor], turned: bool) -> dict[str, Tensor]:
+def with_masks(tensors: Mapping[str, Tensor], turned: bool) -> dict[str, Tensor]:
     """What `save_pretrained` wrote of a sparse model, with a mask beside each weight in place of values and pattern."""
     found = dict(tensors)
     for name in [name.removesuffix("._extra_state") for name in tensors if name.endswith("._extra_state")]:
