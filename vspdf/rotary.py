@@ -1,8 +1,7 @@
 """Rotary positions (arXiv:2104.09864): queries and keys are turned by angles that grow with the position.
 
 Feature i of the first half of what is rotated and feature i of the second are one pair, as transformers has them.
-Angles are float32, whatever the model is. B batch, T tokens, H heads, d width of a head, r features
-rotated.
+Angles are float32, whatever the model is. B batch, T tokens, H heads, d width of a head, r features rotated.
 """
 
 from __future__ import annotations

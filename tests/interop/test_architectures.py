@@ -10,7 +10,7 @@ import vspdf as public
 from vspdf.data.tokenizer import Tokenizer
 from vspdf.errors import UserError
 from vspdf.evaluate.generate import Decoding, generate
-from vspdf.interop import checkpoints, hugging_face
+from vspdf.interop import checkpoints, hugging_face, mask_files
 from vspdf.interop.architecture_tensors import to_ours
 from vspdf.interop.architectures import LAYOUTS
 from vspdf.interop.convert import convert
@@ -142,11 +142,14 @@ def test_shards_and_bfloat16(tmp_path, name):
 def test_what_a_sparse_model_saved_comes_back_sparse(tmp_path, name):
     theirs = made(name)
     patterns = public.sparsify(theirs, 0.7)
+    with torch.no_grad():
+        next(iter(sparse_layers(theirs).values())).values[:3] = 0  # kept, as weights that were revived are
     theirs.save_pretrained(tmp_path)
     ours = checkpoints.load(tmp_path).model
     layers = sparse_layers(ours)
     assert sum(layer.pattern.nnz for layer in layers.values()) == sum(p.nnz for p in patterns.values())
     assert len(layers) == (12 if name == "gpt-neox" else len(patterns))  # one matrix there is three here
+    assert mask_files.read_all(tmp_path) == patterns
     with torch.no_grad():
         torch.testing.assert_close(ours(TOKENS), theirs(TOKENS).logits, rtol=1e-5, atol=1e-5)
 

@@ -106,7 +106,7 @@ def convert(
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json, for IN without one.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Checkpoint to Hugging Face GPT-2 folder and back, and sparse to dense (NaN or `_mask` tensors become zeros).
+    """Checkpoint to Hugging Face folder and back, and sparse to dense (NaN or `_mask` tensors become zeros).
 
     `vspdf convert runs/quickstart quickstart-hf`
 

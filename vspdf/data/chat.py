@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -37,21 +38,28 @@ def encode(tokenizer: Tokenizer, said: Said, answer: str | None = None) -> tuple
 
 def _rendered(tokenizer: Tokenizer, said: Said, ask: bool) -> str:
     from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     assert tokenizer.chat_template is not None
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     messages = [{"role": role, "content": content} for role, content in said]
     begin = next((token for token in _BEGINS if token in tokenizer.vocabulary), tokenizer.end_token)
     try:
-        return environment.from_string(tokenizer.chat_template).render(
+        return _compiled(tokenizer.chat_template).render(
             messages=messages, add_generation_prompt=ask, eos_token=tokenizer.end_token, bos_token=begin, tools=None
         )
     except (TemplateError, TypeError, ValueError) as error:
         raise UserError(f"the chat template of {tokenizer.name}: {' '.join(str(error).split())}.") from None
+
+
+@lru_cache(maxsize=4)
+def _compiled(template: str) -> Any:
+    """A template, read once for all conversations that it writes."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    return environment.from_string(template)
 
 
 _BEGINS = ("<s>", "<|begin_of_text|>", "<bos>")

@@ -8,8 +8,8 @@ from vspdf.errors import UserError, did_you_mean
 
 # Names that others give the two, ours first.
 CONTEXTS = ("context", "prompt", "instruction", "question", "messages")
-Said = tuple[tuple[str, str], ...]  # role and content of the messages of a conversation
 ANSWERS = ("completion", "completions", "response", "output", "answer", "references")
+Said = tuple[tuple[str, str], ...]  # role and content of the messages of a conversation
 
 
 class Conversation(str):

@@ -17,7 +17,7 @@ from vspdf.parallel.world import ALONE, World
 
 Progress = Callable[[int], None]
 LONGEST = 2048  # tokens of a window of one's own text: models of 131,072 positions would make logits of gigabytes
-_LOGITS = 1 << 28  # at a time
+_LOGITS = 1 << 28  # of a batch by default, at most: 1 GB
 
 
 def on_run(

@@ -17,7 +17,8 @@ log = logging.getLogger("vspdf")
 
 # Activations of their configurations that our GPT has; the three forms by tanh are one function.
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
-_REFUSED = {"quantization_config": None, "sparsity_config": None, "compression_config": None}
+# Keys of models whose weights are no plain tensors, as they are where there is nothing of it.
+REFUSED = {"quantization_config": None, "sparsity_config": None, "compression_config": None}
 _SIZES = {"n_layer": "num_hidden_layers", "d_model": "hidden_size", "n_head": "num_attention_heads",
           "d_ff": "intermediate_size", "vocab_size": "vocab_size",
           "sequence_length": "max_position_embeddings"}  # fmt: skip
@@ -46,19 +47,23 @@ class Layout(NamedTuple):
     write: Callable[[Shape, str], dict[str, Any]]
 
 
-def whole(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
-    """A positive whole number of a configuration.
+def whole_number(value: Any, key: str, where: str) -> int:
+    """A value that must be a positive whole number.
 
     Raises
     ------
     UserError
         If it is none.
     """
-    value = config.get(key)
-    value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{where}: {key} must be a whole number of at least 1, not {value!r}.")
     return value
+
+
+def whole(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
+    """The same of a key of a configuration; `default` where the key is absent or null."""
+    value = config.get(key)
+    return whole_number(default if value is None else value, key, where)
 
 
 def only(config: Mapping[str, Any], allowed: Mapping[str, Any], where: str) -> None:
@@ -132,7 +137,7 @@ def _read_llama(config: Mapping[str, Any], where: str) -> Shape:
     bias: bool | str = "qkv" if kind == "qwen2" else bool(config.get("attention_bias"))
     only(
         config,
-        {**_REFUSED, "hidden_act": "silu", "attention_bias": bias if kind == "llama" else kind == "qwen2"},
+        {**REFUSED, "hidden_act": "silu", "attention_bias": bias if kind == "llama" else kind == "qwen2"},
         where,
     )
     if kind == "llama" and bool(config.get("mlp_bias")) != bias:
@@ -160,7 +165,7 @@ def _write_llama(shape: Shape, kind: str) -> dict[str, Any]:
 
 
 def _read_neox(config: Mapping[str, Any], where: str) -> Shape:
-    only(config, _REFUSED | {"attention_bias": True}, where)
+    only(config, REFUSED | {"attention_bias": True}, where)
     activation = config.get("hidden_act", "gelu")
     if activation not in ACTIVATIONS:
         raise UserError(

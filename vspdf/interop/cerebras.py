@@ -18,6 +18,7 @@ from vspdf import shapes
 from vspdf.config.resolve import model_shape, resolve_model
 from vspdf.config.settings import ModelConfig
 from vspdf.errors import UserError, did_you_mean
+from vspdf.interop.architectures import whole_number
 from vspdf.interop.cerebras_forms import CHOICES, NUMBERS, forms
 from vspdf.interop.cerebras_sparsity import roles_of, sparsity
 
@@ -45,7 +46,6 @@ _MUP = ("mup_base_hidden_size", "mup_base_filter_size", "embeddings_scale", "out
 _LARGEST_RATE = 1e6
 _STD = 0.02  # of an initializer that is left out
 _FACTORS = ("embeddings_scale", "output_logits_scale", "output_logits_alpha", "attention_logits_alpha")  # 1: as here
-_LARGEST = {"num_hidden_layers": 10_000}  # sizes beyond which nothing is built, not even a list
 _OPTIMIZER = ("optimizer_type", "betas", "beta1", "beta2", "eps", "epsilon", "weight_decay", "weight_decay_rate",
               "learning_rate", "max_gradient_norm", "correct_bias", "use_bias_correction", "adjust_learning_rate",
               "log_summaries", "loss_scaling_factor", "initial_loss_scale", "steps_per_increase", "min_loss_scale",
@@ -81,7 +81,7 @@ def translate(body: Mapping[str, Any], where: str, fine_tuning: bool = False) ->
     now = "trainer" in body
     model = _model_block(body, where)
     steps, data, extra = _current(body, init, where) if now else _older(body, where)
-    batch, length = _whole(data.get("batch_size"), "batch_size", where), data.get("max_sequence_length")
+    batch, length = whole_number(data.get("batch_size"), "batch_size", where), data.get("max_sequence_length")
     optimizer, rates = _optimizer(init if now else body, now, where)
     ours = _model(model, where)
     block = init.get("sparsity") if now else body.get("sparsity")
@@ -185,7 +185,7 @@ def _sizes(model: Mapping[str, Any], where: str, llama: bool = False) -> dict[st
     found: dict[str, int] = {}
     for theirs, ours in _SIZES.items():
         value = model.get(theirs)
-        largest = _LARGEST.get(theirs, 1 << 31)
+        largest = shapes.MOST_LAYERS if theirs == "num_hidden_layers" else 1 << 31
         if isinstance(value, int) and not isinstance(value, bool) and not 0 < value <= largest:
             raise UserError(f"{where}: model.{theirs} = {value} must lie between 1 and {largest:,}.")
         if not isinstance(value, int) or isinstance(value, bool):
@@ -238,7 +238,7 @@ def _current(body: Mapping[str, Any], init: Mapping[str, Any], where: str) -> tu
         "log_every": _mapping(init.get("logging"), "trainer.init.logging", where).get("log_steps"),
     }
     return (
-        _whole(loop.get("max_steps"), "trainer.init.loop.max_steps", where),
+        whole_number(loop.get("max_steps"), "trainer.init.loop.max_steps", where),
         data,
         {key: value for key, value in every.items() if value is not None},
     )
@@ -249,7 +249,7 @@ def _older(body: Mapping[str, Any], where: str) -> tuple[int, Mapping, dict[str,
     every = {"checkpoint_every": run.get("checkpoint_steps"), "eval_every": run.get("eval_frequency"),
              "log_every": run.get("log_steps")}  # fmt: skip
     return (
-        _whole(run.get("max_steps"), "runconfig.max_steps", where),
+        whole_number(run.get("max_steps"), "runconfig.max_steps", where),
         _mapping(body.get("train_input"), "train_input", where),
         {key: value for key, value in every.items() if value is not None},
     )
@@ -312,7 +312,7 @@ def _stretch(rate: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise UserError(f"{where}: a learning rate must be a number of at least 0, not {value!r}.")
     steps = next((rate[key] for key in ("total_iters", "steps", "decay_steps") if rate.get(key) is not None), None)
     if steps is not None:
-        _whole(steps, "total_iters of the learning rate", where)
+        whole_number(steps, "total_iters of the learning rate", where)
     return {"kind": kind, "start": float(start), "end": float(end), "steps": steps}
 
 
@@ -320,7 +320,7 @@ def _rates(stretches: list[dict[str, Any]], steps: int, where: str) -> dict[str,
     """Warm-up and decay of a phase."""
     warmup = 0
     if len(stretches) > 1 and stretches[0]["kind"] == "linear" and stretches[0]["start"] == 0:
-        warmup = _whole(stretches[0]["steps"], "total_iters of the warm-up", where)
+        warmup = whole_number(stretches[0]["steps"], "total_iters of the warm-up", where)
         peak = stretches.pop(0)["end"]
     else:
         peak = stretches[0]["start"]
@@ -348,12 +348,6 @@ def _mapping(value: Any, key: str, where: str) -> Mapping[str, Any]:
     return value
 
 
-def _whole(value: Any, key: str, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{where}: {key} must be a whole number of at least 1, not {value!r}.")
-    return value
-
-
 def _block(settings: Mapping[str, Any]) -> Iterable[str]:
     """Names of the matrices of a block of a model that settings of ours describe."""
     forms = {key: settings[key] for key in ("position", "mlp", "qk_norm") if settings.get(key) is not None}
@@ -375,7 +369,7 @@ def translated(body: Any, where: str, fine_tuning: bool) -> Any:
     settings = model if isinstance(model, dict) else {}
     named = shapes.named_shape(str(settings["name"])).n_layer if "name" in settings else 0
     n_layer = settings.get("n_layer") or named
-    if not isinstance(n_layer, int) or not 0 <= n_layer <= _LARGEST["num_hidden_layers"]:
+    if not isinstance(n_layer, int) or not 0 <= n_layer <= shapes.MOST_LAYERS:
         raise UserError(f"{where}: model.n_layer must be a whole number of layers, not {n_layer!r}.")
     found = sparsity(block, n_layer, where, older=True, roles=roles_of(_block(settings)))
     seed = {"seed": found.pop("seed")} if "seed" in found else {}

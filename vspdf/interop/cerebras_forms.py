@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vspdf.errors import UserError
+from vspdf.interop.architectures import whole_number
 
 # Settings whose values are read here; the first is their default where the key is absent.
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -48,11 +49,11 @@ def forms(model: Mapping[str, Any], where: str) -> dict[str, Any]:
     if (eps := model.get("layer_norm_epsilon")) is not None and eps != 1e-5:
         found["norm_eps"] = _number(eps, "layer_norm_epsilon", where)
     if (inner := model.get("attention_inner_dim")) is not None:
-        found["d_attention"] = _whole(inner, "attention_inner_dim", where)
+        found["d_attention"] = whole_number(inner, "model.attention_inner_dim", where)
     if say("attention_module") == "multiquery_attention":
         groups = model.get("extra_attention_params") or {}
         count = groups.get("num_kv_groups", 1) if isinstance(groups, dict) else groups
-        found["n_kv_head"] = _whole(count, "extra_attention_params.num_kv_groups", where)
+        found["n_kv_head"] = whole_number(count, "model.extra_attention_params.num_kv_groups", where)
     return found
 
 
@@ -60,7 +61,7 @@ def _rotary(model: Mapping[str, Any], where: str) -> dict[str, Any]:
     found: dict[str, Any] = {"position": "rope"}
     heads, inner = model.get("num_heads"), model.get("attention_inner_dim") or model.get("hidden_size")
     if isinstance(heads, int) and isinstance(inner, int) and heads > 0 and model.get("rotary_dim") is not None:
-        part = _whole(model["rotary_dim"], "rotary_dim", where) / (inner / heads)
+        part = whole_number(model["rotary_dim"], "model.rotary_dim", where) / (inner / heads)
         found |= {"rope_fraction": part} if part != 1 else {}
     base = _number(model.get("rope_theta") or 10_000.0, "rope_theta", where)
     found |= {"rope_base": base} if base != 10_000.0 else {}
@@ -79,9 +80,3 @@ def _number(value: Any, key: str, where: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise UserError(f"{where}: model.{key} must be a number, not {value!r}.")
     return float(value)
-
-
-def _whole(value: Any, key: str, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{where}: model.{key} must be a whole number of at least 1, not {value!r}.")
-    return value

@@ -11,7 +11,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from vspdf.errors import UserError, did_you_mean
-from vspdf.shapes import MOST_LAYERS
 from vspdf.sparsity import courses
 from vspdf.sparsity.schedule import INIT_METHODS
 
@@ -228,8 +227,6 @@ def _matches(name: str, rule: Mapping[str, Any], where: str) -> bool:
 
 def _by_layer(rules: list[dict[str, Any]], n_layer: int, where: str, roles: Mapping[str, list[str]]) -> dict[str, Any]:
     """Sparsity of each of our layers."""
-    if n_layer > MOST_LAYERS:
-        raise UserError(f"{where}: {n_layer:,} layers; expected at most {MOST_LAYERS:,}.")
     for rule in rules:
         for never in _NEVER_SPARSE:
             if rule["sparsity"] and _matches(never, rule, where):

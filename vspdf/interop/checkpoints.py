@@ -1,4 +1,4 @@
-"""The one door to any checkpoint: ours, a run directory, a Hugging Face folder, the Cerebras stack's."""
+"""The one door to any checkpoint: ours, a Hugging Face folder, the Cerebras stack's, torch.distributed.checkpoint's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Loaded(NamedTuple):
     tokenizer : Tokenizer or None
         None where nothing beside the weights tells it.
     state : dict
-        At least `step` (0 for a Hugging Face folder) and `model` (its shape); of a run also `corpus`.
+        At least `step` (0 of all but our own) and `model` (its shape); of a run also `corpus`.
     """
 
     model: GPT
@@ -68,7 +68,7 @@ def load(
     path: str | Path, backend: str = "auto", tokenizer: Tokenizer | None = None, device: str = "cpu",
     shape: Shape | None = None,
 ) -> Loaded:  # fmt: skip
-    """Model, tokenizer and state of any checkpoint: of ours, a Hugging Face GPT-2 folder, or the Cerebras stack's.
+    """Model, tokenizer and state of any checkpoint that `kind` knows.
 
     Parameters
     ----------

@@ -33,7 +33,7 @@ def convert(
     Parameters
     ----------
     source : path
-        A run directory, a step folder, a Hugging Face GPT-2 folder, a folder with a checkpoint of the Cerebras stack
+        A run directory, a step folder, a Hugging Face folder, a folder with a checkpoint of the Cerebras stack
         and its YAML, a folder of torch.distributed.checkpoint (with a run's configuration or a config.json beside it,
         or to a file), or a single file of tensors (safetensors, or a pickle of tensors and plain values).
     target : path

@@ -23,7 +23,7 @@ from vspdf.errors import UserError
 from vspdf.files import read_json
 from vspdf.interop import cerebras, cerebras_tensors
 from vspdf.interop.architecture_tensors import to_ours, to_theirs
-from vspdf.interop.architectures import ACTIVATIONS, LAYOUTS, only, whole, written_as
+from vspdf.interop.architectures import ACTIVATIONS, LAYOUTS, REFUSED, only, whole, written_as
 from vspdf.interop.masks import MASK, canonical, finalize, name_zeros
 from vspdf.interop.tensors import read_folder
 from vspdf.model import GPT
@@ -38,8 +38,6 @@ ARCHITECTURES = (*GPT2, *LAYOUTS)
 _LINEAR = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # [in, out] there
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
 _LARGEST = 1e30  # of scales
-_OTHER = {"add_cross_attention": False, "quantization_config": None, "sparsity_config": None,
-          "compression_config": None}  # fmt: skip
 _SIZES = {"n_layer": "n_layer", "d_model": "n_embd", "n_head": "n_head", "d_ff": "n_inner",
           "vocab_size": "vocab_size", "sequence_length": "n_positions"}  # fmt: skip
 
@@ -113,7 +111,7 @@ def _read_gpt2(config: Mapping[str, Any], where: str) -> Shape:
     sizes["d_ff"] = whole(config, "n_inner", where, 4 * sizes["d_model"])
     if config.get("position_embedding_type") != "absolute":
         only(config, {"position_embedding_type": "learned"}, where)
-    only(config, _OTHER, where)
+    only(config, {"add_cross_attention": False, **REFUSED}, where)
     activation = config.get("activation_function", "gelu_new")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise UserError(
@@ -204,7 +202,7 @@ def read_theirs(
     if tokenizer is not None:
         check_tokenizer(tokenizer, shape, str(folder), end)
     kind = config["model_type"]
-    found = canonical(_with_masks(read_folder(folder), turned=kind in GPT2), str(folder)).tensors
+    found = canonical(with_masks(read_folder(folder), turned=kind in GPT2), str(folder)).tensors
     tensors, masks = finalize(cerebras_tensors.from_cerebras(found, str(folder)), str(folder))
     name_zeros(tensors, masks, str(folder))
     if kind in LAYOUTS:
@@ -214,7 +212,7 @@ def read_theirs(
     return model, tokenizer, state, patterns
 
 
-def _with_masks(tensors: Mapping[str, Tensor], turned: bool) -> dict[str, Tensor]:
+def with_masks(tensors: Mapping[str, Tensor], turned: bool) -> dict[str, Tensor]:
     """What `save_pretrained` wrote of a sparse model, with a mask beside each weight in place of values and pattern."""
     found = dict(tensors)
     for name in [name.removesuffix("._extra_state") for name in tensors if name.endswith("._extra_state")]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from vspdf.errors import UserError, did_you_mean, in_one_line, near_path
 from vspdf.files import read_json, write_whole
 from vspdf.interop.cerebras_tensors import from_cerebras
-from vspdf.interop.hugging_face import _LINEAR, ARCHITECTURES
+from vspdf.interop.hugging_face import _LINEAR, GPT2, with_masks
 from vspdf.interop.masks import EMBEDDINGS, MASK, ZEROS, canonical
 from vspdf.interop.tensors import PICKLES, flatten, read_folder
 from vspdf.interop.tensors import read as read_tensors
@@ -96,7 +96,7 @@ def files(path: Path) -> Iterator[tuple[str, Pattern]]:
         found = read_all(path)
         yield from ((path.stem if len(found) == 1 else name, pattern) for name, pattern in found.items())
         return
-    inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXPECTED.replace(" or", ",").split(", "))
+    inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in _WRITERS)
     if not inside:
         raise UserError(f"'{path}' holds no file of masks: expected {EXPECTED}, a run or a Hugging Face folder.")
     for file in inside:
@@ -154,8 +154,9 @@ def _of_folder(folder: Path, name: str | None) -> dict[str, Pattern]:
     if not kind:
         raise UserError(f"'{folder}' is no folder of a model or a run: expected one, or a file ({EXPECTED}).")
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    turned = config.get("model_type", "gpt2") in ARCHITECTURES  # their matrices are [in, out]
-    tensors = from_cerebras(canonical(read_folder(folder), str(folder)).tensors, str(folder))
+    turned = config.get("model_type", "gpt2") in GPT2  # their matrices are [in, out]
+    tensors = canonical(with_masks(read_folder(folder), turned), str(folder)).tensors
+    tensors = from_cerebras(tensors, str(folder))
     turn = lambda key, tensor: tensor.T if key.removesuffix(MASK).endswith(_LINEAR) else tensor  # noqa: E731
     if turned:
         tensors = {key: turn(key, tensor) if tensor.dim() == 2 else tensor for key, tensor in tensors.items()}
