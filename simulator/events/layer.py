@@ -48,7 +48,6 @@ def event_layer(
     require(
         machine.sum_bytes == 2, "`level` event adds up in fp16: sum_bytes must be 2 there, other sums are in the law."
     )
-    clock = next(iter(machine.clocks.values()))
     random = np.random.default_rng(seed)
     shape = (weights.out_features, weights.in_features)
     kept = random.random(shape) < weights.density if weights.mask is None else weights.mask
@@ -58,11 +57,11 @@ def event_layer(
     products: dict[str, Any] = {name: {} for name in layer.PRODUCTS}
     mappings, beyond = {}, {}
     for kind, matrix in (("dense", Weights(*shape)), ("sparse", real)):
-        chosen = layer.estimate_layer(machine, clock, matrix, tokens)
+        chosen = layer.estimate_layer(machine, machine.clock, matrix, tokens)
         mappings[kind] = mapping = _ring(chosen.mapping)
         mask = np.ones(shape, bool) if kind == "dense" else kept
         drawn = plot if kind == "sparse" else None
-        closed = layer.product_costs(machine, clock, matrix, mapping)
+        closed = layer.product_costs(machine, machine.clock, matrix, mapping)
         beyond[kind] = (machine.width + mapping.rows) * machine.hop_cycles
         for name, cycles in _products(machine, mask, mapping, random, drawn).items():
             products[name][kind] = {"cycles": cycles + beyond[kind], "aggregate": round(closed[name].cycles)}

@@ -25,10 +25,6 @@ SWEPT = ("sparsity", "batch", "systems")
 SWEEP_SAMPLES = 40
 
 
-def _clock(machine: Machine) -> float:
-    return next(iter(machine.clocks.values()))
-
-
 def better_batch(machine: Machine, model: Model, columns: tuple[int, ...]) -> dict[str, Any] | None:
     """The nearest batch with at least 2 % more tokens a second; None where there is none within a quarter.
 
@@ -36,7 +32,7 @@ def better_batch(machine: Machine, model: Model, columns: tuple[int, ...]) -> di
     """
 
     def rate(batch: int) -> float:
-        return batch / step.search(machine, _clock(machine), replace(model, batch=batch), columns).seconds
+        return batch / step.search(machine, machine.clock, replace(model, batch=batch), columns).seconds
 
     own = rate(model.batch)
     for distance in range(1, max(4, model.batch // 4) + 1):
@@ -153,7 +149,7 @@ def scale(machine: Machine, model: Model, systems: Sequence[int], weak: bool = F
     UserError
         If a system would have nothing to do.
     """
-    clock, rows = _clock(machine), []
+    clock, rows = machine.clock, []
 
     def run(count: int) -> tuple[int, step.Estimate]:
         batch = model.batch * count if weak else model.batch
