@@ -43,6 +43,11 @@ class Weights:
     mask: np.ndarray | None = field(default=None, compare=False, repr=False)
     _counts: dict[tuple[int, bool], np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
+    @classmethod
+    def of_mask(cls, mask: np.ndarray) -> Weights:
+        """Of real positions, bool [out_features, in_features]."""
+        return cls(*mask.shape, float(mask.mean()), mask)
+
     @property
     def numel(self) -> int:
         return self.out_features * self.in_features

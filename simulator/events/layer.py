@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def event_layer(
     kept = random.random(shape) < weights.density if weights.mask is None else weights.mask
     if not kept.any():
         raise UserError("not a single weight is kept: there is nothing to stream.")
-    real = Weights(*shape, float(kept.mean()), kept)
+    real = Weights.of_mask(kept)
     products: dict[str, Any] = {name: {} for name in layer.PRODUCTS}
     mappings, beyond = {}, {}
     for kind, matrix in (("dense", Weights(*shape)), ("sparse", real)):
@@ -90,7 +90,7 @@ def event_layer(
 
 def _ring(mapping: Mapping) -> Mapping:
     """The same with two columns at least, which a ring has."""
-    return mapping if mapping.columns > 1 else Mapping(2, *list(asdict(mapping).values())[1:])
+    return mapping if mapping.columns > 1 else replace(mapping, columns=2)
 
 
 def _products(
