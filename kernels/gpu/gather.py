@@ -103,11 +103,7 @@ def _panel_steps(lengths: Tensor) -> int:
 
 def tables(pattern: Pattern, device: torch.device) -> Tables:
     """The tables of a pattern on a device, kept with the pattern."""
-    key = f"gather {device}"
-    found = pattern.packed.get(key)
-    if found is None:
-        found = pattern.packed.setdefault(key, Tables(pattern, device))
-    return found
+    return pattern.derived(f"gather {device}", lambda: Tables(pattern, device))
 
 
 # --- Packed activations ----------------------------------------------------------------------------------------------
