@@ -228,7 +228,7 @@ def step_by_request(
         result |= outlook.training(machine, result, tokens)
     if swept:
         name, values = swept
-        result["swept"], result["rows"] = name, outlook.sweep(machine, what, sparsity or 0.0, name, values)
+        result["swept"], result["rows"] = name, outlook.sweep(machine, what, name, values)
         if plot is not None:
             outlook.plot_rows(result["rows"], name, f"{machine.name}: a training step over {name}", plot)
     elif plot is not None:

@@ -120,12 +120,16 @@ def parse_sweep(text: str) -> tuple[str, list[float]]:
     return name, numbers if name == "sparsity" else [int(n) for n in numbers]
 
 
-def sweep(machine: Machine, model: Model, sparsity: float, name: str, values: Sequence[float]) -> list[dict[str, Any]]:
-    """A step's figures for each value of one quantity."""
+def sweep(machine: Machine, model: Model, name: str, values: Sequence[float]) -> list[dict[str, Any]]:
+    """A step's figures for each value of one quantity: sparsities by chance, batches and systems with its masks."""
     rows = []
     for value in values:
-        given = {"sparsity": sparsity, "batch": model.batch, "systems": model.systems} | {name: value}
-        one = Model.uniform(model.shape, int(given["batch"]), given["sparsity"], int(given["systems"]))
+        if name == "sparsity":
+            one = Model.uniform(model.shape, model.batch, value, model.systems)
+        elif name == "batch":
+            one = replace(model, batch=int(value))
+        else:
+            one = replace(model, systems=int(value))
         found = simulate_step(machine, one, sensitivity=False, samples=SWEEP_SAMPLES)
         rows.append(
             {name: value}
