@@ -5,7 +5,7 @@
     python benchmarks/ladder.py --sizes 8,16 --only meshgemm,forward
 
 Each rung replaces its line of `benchmarks/results/ladder.csv` when it is done, the other lines stay. Level 2 never runs
-level 1. tests/test_simulator_ladder.py holds small rungs.
+level 1. tests/simulator/test_ladder.py holds small rungs.
 """
 
 from __future__ import annotations

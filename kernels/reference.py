@@ -13,11 +13,7 @@ from vspdf.pattern import Pattern
 
 def positions(pattern: Pattern, device: torch.device) -> Tensor:
     """Flat positions of the kept weights, int64 [nnz], kept with the pattern: made once per device."""
-    key = f"positions {device}"
-    found = pattern.packed.get(key)
-    if found is None:
-        found = pattern.packed.setdefault(key, pattern.positions().to(device))
-    return found
+    return pattern.derived(f"positions {device}", lambda: pattern.positions().to(device))
 
 
 def materialise(values: Tensor, pattern: Pattern, where: Tensor | None = None) -> Tensor:

@@ -93,6 +93,11 @@ class Machine:
         """Hz by label; results are given at both."""
         return {f"{ghz:g}GHz": ghz * 1e9 for ghz in (self.clock_sdk, self.clock_hot_chips)}
 
+    @property
+    def clock(self) -> float:
+        """Hz at which a result's main figures are given: the first of `clocks`."""
+        return next(iter(self.clocks.values()))
+
     def fabric(self) -> dict[str, Any]:
         """The part that the event simulator's core takes."""
         return {name: getattr(self, name) for name in CORE}

@@ -79,7 +79,7 @@ def _step(about: dict[str, Any], machine: Machine, level: str) -> Iterator[dict[
     shape = Transformer.of(named_shape(about["model"]), predicted=about.get("predicted_positions", 1.0))
     systems = about.get("systems", 1)
     model = Model.uniform(shape.at(about["sequence"]), about["batch"], 0.0, systems)
-    seconds = step.search(machine, next(iter(machine.clocks.values())), model).seconds
+    seconds = step.search(machine, machine.clock, model).seconds
     case = f", {about['model']}, {about['sequence']} tokens, batch {about['batch']}, systems: {systems}, samples/s"
     yield _within(about, case, "samples", float(about["published"]), ("aggregate", about["batch"] / seconds))
 
@@ -87,8 +87,7 @@ def _step(about: dict[str, Any], machine: Machine, level: str) -> Iterator[dict[
 def _utilisation(machine: Machine, case: dict[str, Any]) -> float:
     """Useful FLOPs a second of one system."""
     model = Model.uniform(named_shape(case["model"]), case["batch"], 0.0, case["systems"])
-    clock = next(iter(machine.clocks.values()))
-    return model.flops() / step.search(machine, clock, model).seconds / case["systems"]
+    return model.flops() / step.search(machine, machine.clock, model).seconds / case["systems"]
 
 
 def _relative(about: dict[str, Any], machine: Machine, level: str) -> Iterator[dict[str, Any]]:
@@ -134,8 +133,7 @@ def _reduce(about: dict[str, Any], machine: Machine, level: str) -> Iterator[dic
     for row, line in enumerate(table(about["table"])):
         work = simulate.reduce(machine, 512, 4096, int(line["group_size"]))
         found = _figure(work, level, "cycles")
-        made = _within(about, f", groups of {line['group_size']}", row, float(line["measured_cycles"]), found)
-        yield made
+        yield _within(about, f", groups of {line['group_size']}", row, float(line["measured_cycles"]), found)
 
 
 def _kind(line: dict[str, str]) -> tuple[float, ...]:

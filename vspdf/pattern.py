@@ -10,7 +10,7 @@ import hashlib
 import logging
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from importlib import import_module
 from os import PathLike
@@ -93,7 +93,7 @@ class Pattern:
     digest : str
         Content hash of shape and bits.
     packed : dict
-        What backends derived from this pattern, by backend name.
+        What backends derived from this pattern, by backend name; see `derived`.
     """
 
     shape: tuple[int, int]
@@ -392,6 +392,12 @@ class Pattern:
     def sparsity(self) -> float:
         """The fraction of positions that is not kept."""
         return 1 - self.density
+
+    def derived(self, key: str, make: Callable[[], Any]) -> Any:
+        """What `make` derives from this pattern: made at first use, then kept in `packed` under `key`."""
+        if (found := self.packed.get(key)) is None:
+            found = self.packed.setdefault(key, make())  # of two threads that make it, both get the same
+        return found
 
     def _flat(self) -> np.ndarray:
         return unpack(self.bits, self.numel)

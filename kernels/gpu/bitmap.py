@@ -58,11 +58,7 @@ def _make(pattern: Pattern, device: torch.device) -> Bitmap:
 
 def bitmap(pattern: Pattern, device: torch.device) -> Bitmap:
     """The bitmap of a pattern on a device, kept with the pattern."""
-    key = f"bitmap {device}"
-    found = pattern.packed.get(key)
-    if found is None:
-        found = pattern.packed.setdefault(key, _make(pattern, device))
-    return found
+    return pattern.derived(f"bitmap {device}", lambda: _make(pattern, device))
 
 
 def _blocks(columns: int) -> tuple[int, int]:

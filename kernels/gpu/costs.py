@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from vspdf.kernels.gpu.gather import BLOCK_N
+
 SUSTAINED = 0.8  # of a published peak that cuBLAS and streaming kernels reach on large shapes
 GATHER = 0.4  # of the L1 bandwidth: idle rows of a panel, instructions beside the loads
 L1_BYTES = 128  # per clock and multiprocessor
-PANEL = 32  # rows that share what they read from L2
 GAIN = 1.15  # a sparse path is chosen unmeasured only if it is predicted so much faster than dense
 
 
@@ -78,7 +79,7 @@ def predict(
         from_l2 = tokens * nnz * size / (cycles * device.l2 * SUSTAINED)
         seconds["triton"] = 2 * tokens * features * size / bandwidth + max(2 * from_l1, from_l2)
         return seconds
-    shared = (1 - (1 - density) ** PANEL) / PANEL
+    shared = (1 - (1 - density) ** BLOCK_N) / BLOCK_N  # rows of a panel share what they read
     from_l2 = tokens * numel * size * shared / (cycles * device.l2 * SUSTAINED)
     inside, outside = (shape[1], shape[0]) if product == "forward" else shape
     moved = tokens * (2 * inside + outside) * size + nnz * 3 * (size + 2)

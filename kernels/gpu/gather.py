@@ -18,6 +18,7 @@ from vspdf.pattern import Pattern
 
 BLOCK_N = 32  # rows of a panel
 BLOCK_E = 64  # kept weights of a program of the SDDMM
+LINE = 128  # bytes of a feature that a program reads at a time: a line of the cache
 UNROLL = 2  # kept weights of a row in flight
 PITCH = 64  # tokens that packed activations are padded to a multiple of
 WIDE = 1 << 31  # elements of packed activations from which offsets take 64 bits
@@ -102,11 +103,7 @@ def _panel_steps(lengths: Tensor) -> int:
 
 def tables(pattern: Pattern, device: torch.device) -> Tables:
     """The tables of a pattern on a device, kept with the pattern."""
-    key = f"gather {device}"
-    found = pattern.packed.get(key)
-    if found is None:
-        found = pattern.packed.setdefault(key, Tables(pattern, device))
-    return found
+    return pattern.derived(f"gather {device}", lambda: Tables(pattern, device))
 
 
 # --- Packed activations ----------------------------------------------------------------------------------------------
@@ -171,7 +168,7 @@ def _gather(x: Tensor, values: Tensor, bias: Tensor | None, side: Side) -> tuple
     kind = KINDS[x.dtype]
     if side.columns.dtype == torch.int32:  # a column takes more than half a word: float32 words hold both
         values, kind = values.float(), "fp32"
-    block_t = 32 if x.element_size() == 4 else 64  # 128 bytes: a line
+    block_t = LINE // x.element_size()
     with on(x.device):
         words, packed = _words(values, side), _packed(x)
         blocks, panels = up(tokens, block_t), up(rows, BLOCK_N)
@@ -204,7 +201,7 @@ def grad_values(
     if not tokens or not count:
         return x.new_zeros(count, dtype=dtype), 0
     here = tables(pattern, x.device)
-    block_t = 32 if x.element_size() == 4 else 64
+    block_t = LINE // x.element_size()
     with on(x.device):
         packed_grad, packed_x = _packed(grad_output), _packed(x)
         pitch, programs = packed_x.stride(0), up(count, BLOCK_E)

@@ -61,8 +61,7 @@ def kernels() -> Any:
 
 def takes(tensor: Tensor) -> bool:
     """Whether the kernels can work on a tensor like this one."""
-    here = tensor.device.type == "cuda" or (tensor.device.type == "cpu" and interpreted())
-    return here and tensor.dtype in KINDS and _installed()
+    return _installed() and refusal(tensor.dtype, tensor.device) is None
 
 
 def refusal(dtype: torch.dtype, device: torch.device) -> str | None:

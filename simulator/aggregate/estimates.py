@@ -37,10 +37,9 @@ def central(machine: Machine) -> str:
     return CENTRAL.format(trigger_cycles=machine.trigger_cycles)
 
 
-def _report(machine: Machine, solve: Solve, found: band.Band | None, ideal: float) -> tuple[Case, dict[str, Any]]:
-    """The central case at the first clock, and what layers and steps have in common; no `found`: dense, 1."""
+def _report(machine: Machine, middle: Case, solve: Solve, found: band.Band | None, ideal: float) -> dict[str, Any]:
+    """What layers and steps have in common; `middle`: the central case at the first clock; no `found`: dense, 1."""
     label, clock = next(iter(machine.clocks.items()))
-    middle = solve(machine, clock)
     one: dict[str, Any] = {
         "low": 1.0,
         "central": 1.0,
@@ -60,7 +59,7 @@ def _report(machine: Machine, solve: Solve, found: band.Band | None, ideal: floa
             "dense": whole,
             "sparse": {k: whole / (v * case.speedup / speedup["central"]) for k, v in three.items()},
         }
-    body: dict[str, Any] = {
+    return {
         "machine": machine.name,
         "note": machine.note,
         "level": "aggregate",
@@ -81,7 +80,6 @@ def _report(machine: Machine, solve: Solve, found: band.Band | None, ideal: floa
             for kind, estimate in (("dense", middle.dense), ("sparse", middle.sparse))
         },
     }
-    return middle, body
 
 
 def _cost(cost: Cost) -> dict[str, Any]:
@@ -133,10 +131,10 @@ def simulate_layer(
         dense = layer.estimate_layer(machine, clock, whole, tokens)
         return Case(dense, layer.estimate_layer(machine, clock, weights, tokens) if sparse_one else dense)
 
+    clock = machine.clock
+    middle = solve(machine, clock)
     found = None
     if sparse_one:
-        clock = next(iter(machine.clocks.values()))
-        middle = solve(machine, clock)
         near = _near(machine, middle.dense.mapping.columns, middle.sparse.mapping.columns)
 
         def by_chance(machine: Machine) -> float:
@@ -144,7 +142,7 @@ def simulate_layer(
             return dense.total.cycles / layer.estimate_layer(machine, clock, chance, tokens, near).total.cycles
 
         found = _scaled(band.band(machine, by_chance, samples, tornado=sensitivity), middle.speedup, by_chance(machine))
-    middle, body = _report(machine, solve, found, weights.numel / weights.nnz)
+    body = _report(machine, middle, solve, found, weights.numel / weights.nnz)
     return {
         "tokens": tokens,
         "in_features": weights.in_features,
@@ -310,10 +308,10 @@ def simulate_step(
         dense = step.search(machine, clock, whole)
         return Case(dense, step.search(machine, clock, model) if sparse_one else dense)
 
+    clock = machine.clock
+    middle = solve(machine, clock)
     found = None
     if sparse_one:
-        clock = next(iter(machine.clocks.values()))
-        middle = solve(machine, clock)
         near = _near(machine, middle.dense.placement.ring.columns, middle.sparse.placement.ring.columns)
 
         def by_chance(machine: Machine) -> float:
@@ -323,8 +321,8 @@ def simulate_step(
         sampled = band.band(machine, by_chance, samples, tornado=sensitivity)
         found = _scaled(sampled, middle.speedup, by_chance(machine))
     flops = {"dense": model.flops(dense=True), "sparse": model.flops()}
-    middle, body = _report(machine, solve, found, flops["dense"] / flops["sparse"])
-    s, clock = model.shape, machine.clocks[body["clock"]]
+    body = _report(machine, middle, solve, found, flops["dense"] / flops["sparse"])
+    s = model.shape
     peak = machine.width * machine.height * machine.fmac_fp16_rate * 2 * model.systems
     for kind in ("dense", "sparse"):
         seconds = body["seconds"][body["clock"]][kind]

@@ -140,7 +140,7 @@ def _binomial(trials: int, density: float) -> tuple[np.ndarray, np.ndarray]:
     mean, sigma = trials * density, math.sqrt(trials * density * (1 - density))
     low, high = max(0, int(mean - 12 * sigma - 12)), min(trials, int(mean + 12 * sigma + 24))
     k = np.arange(low, high + 1)
-    logs = _log_factorial(trials)
+    logs = _log_factorials(1 << trials.bit_length())
     log_pmf = logs[trials] - logs[k] - logs[trials - k] + k * math.log(density) + (trials - k) * math.log1p(-density)
     return k, np.exp(log_pmf)
 
@@ -152,16 +152,10 @@ def _normal_most(columns: int) -> float:
     return float((x * np.diff(np.minimum(below, 1.0) ** columns, prepend=0.0)).sum())
 
 
-@lru_cache(maxsize=1)
-def _factorials() -> list[np.ndarray]:
-    return [np.zeros(1)]
-
-
-def _log_factorial(n: int) -> np.ndarray:
-    table = _factorials()
-    if len(table[0]) <= n:
-        table[0] = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, max(n, 1024) + 1)))])
-    return table[0]
+@lru_cache(maxsize=64)
+def _log_factorials(n: int) -> np.ndarray:
+    """ln 0! to ln n!"""
+    return np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
 
 
 @lru_cache(maxsize=65536)

@@ -9,7 +9,7 @@ tests/simulator/test_law.py holds it against the events' recurrences, docs/simul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil
@@ -42,6 +42,11 @@ class Weights:
     density: float = 1.0
     mask: np.ndarray | None = field(default=None, compare=False, repr=False)
     _counts: dict[tuple[int, bool], np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of_mask(cls, mask: np.ndarray) -> Weights:
+        """Of real positions, bool [out_features, in_features]."""
+        return cls(*mask.shape, float(mask.mean()), mask)
 
     @property
     def numel(self) -> int:
@@ -77,6 +82,14 @@ class Cost:
     bounds: dict[str, float] = field(default_factory=dict)
     macs: float = 0.0  # multiply-adds asked for, over the wafer
     io: float = 0.0  # cycles that the host's link is busy
+
+    @classmethod
+    def sum(cls, costs: Iterable[Cost]) -> Cost:
+        """Several, added up."""
+        total = cls()
+        for cost in costs:
+            total.add(cost)
+        return total
 
     def add(self, other: Cost, times: float = 1.0) -> None:
         self.cycles += times * other.cycles
@@ -252,10 +265,7 @@ class Estimate:
 
     @property
     def total(self) -> Cost:
-        total = Cost()
-        for cost in self.products.values():
-            total.add(cost)
-        return total
+        return Cost.sum(self.products.values())
 
 
 def estimate_layer(

@@ -60,7 +60,7 @@ class Model:
         shape = Transformer.of(shape)
         left, layers = Counter(matrices(shape)), []
         for mask in patterns.values():
-            layers.append((Weights(mask.shape[0], mask.shape[1], float(mask.mean()), mask), 1))
+            layers.append((Weights.of_mask(mask), 1))
             left[mask.shape] -= 1
         if sum(w.numel for w, _ in layers) < shape.linear:
             layers += [(Weights(o, i), n) for (o, i), n in left.items() if n > 0]

@@ -1,7 +1,7 @@
 """Level 2: the whole wafer in closed form and short recurrences, from the same parameters and instruction counts.
 
 It never runs level 1: kernels' instruction counts come from the same `Code` listings, banks from the same rules, routes
-from geometry. tests/test_simulator_ladder.py holds it against level 1 on a ladder of grids.
+from geometry. tests/simulator/test_ladder.py holds it against level 1 on a ladder of grids.
 """
 
 from __future__ import annotations

@@ -51,10 +51,7 @@ class Estimate:
 
     @property
     def total(self) -> Cost:
-        total = Cost()
-        for cost in self.parts.values():
-            total.add(cost)
-        return total
+        return Cost.sum(self.parts.values())
 
     @property
     def seconds(self) -> float:
@@ -156,9 +153,7 @@ def vocabulary(machine: Machine, clock: float, model: Model, place: Placement, e
     s, ring = model.shape, place.ring
     if s.predicted < 1:
         ring = Mapping.of(machine, ring.columns, max(1, round(ring.tokens * s.predicted)))
-    total = Cost()
-    for cost in layer.product_costs(machine, clock, Weights(s.vocab_size, s.d_model), ring, exact).values():
-        total.add(cost)
+    total = Cost.sum(layer.product_costs(machine, clock, Weights(s.vocab_size, s.d_model), ring, exact).values())
     total.add(_passes(machine, 2 * ring.local * s.vocab_size / ring.columns))
     return total
 
@@ -173,10 +168,7 @@ def estimate(machine: Machine, clock: float, model: Model, place: Placement, exa
         for name, cost in costs.items():
             products[name].add(cost, place.passes * count * (again if name == "forward" else 1))
             products[name].macs -= place.passes * count * cost.macs * (again - 1 if name == "forward" else 0)
-    linear = Cost()
-    for cost in products.values():
-        linear.add(cost)
-    parts = {"linear layers": linear}
+    parts = {"linear layers": Cost.sum(products.values())}
     once = {
         "attention": (attention(machine, model, place), s.n_layer),
         "elementwise": (elementwise(machine, model, place), s.n_layer),

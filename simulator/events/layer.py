@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +48,20 @@ def event_layer(
     require(
         machine.sum_bytes == 2, "`level` event adds up in fp16: sum_bytes must be 2 there, other sums are in the law."
     )
-    clock = next(iter(machine.clocks.values()))
     random = np.random.default_rng(seed)
     shape = (weights.out_features, weights.in_features)
     kept = random.random(shape) < weights.density if weights.mask is None else weights.mask
     if not kept.any():
         raise UserError("not a single weight is kept: there is nothing to stream.")
-    real = Weights(*shape, float(kept.mean()), kept)
+    real = Weights.of_mask(kept)
     products: dict[str, Any] = {name: {} for name in layer.PRODUCTS}
     mappings, beyond = {}, {}
     for kind, matrix in (("dense", Weights(*shape)), ("sparse", real)):
-        chosen = layer.estimate_layer(machine, clock, matrix, tokens)
+        chosen = layer.estimate_layer(machine, machine.clock, matrix, tokens)
         mappings[kind] = mapping = _ring(chosen.mapping)
         mask = np.ones(shape, bool) if kind == "dense" else kept
         drawn = plot if kind == "sparse" else None
-        closed = layer.product_costs(machine, clock, matrix, mapping)
+        closed = layer.product_costs(machine, machine.clock, matrix, mapping)
         beyond[kind] = (machine.width + mapping.rows) * machine.hop_cycles
         for name, cycles in _products(machine, mask, mapping, random, drawn).items():
             products[name][kind] = {"cycles": cycles + beyond[kind], "aggregate": round(closed[name].cycles)}
@@ -91,7 +90,7 @@ def event_layer(
 
 def _ring(mapping: Mapping) -> Mapping:
     """The same with two columns at least, which a ring has."""
-    return mapping if mapping.columns > 1 else Mapping(2, *list(asdict(mapping).values())[1:])
+    return mapping if mapping.columns > 1 else replace(mapping, columns=2)
 
 
 def _products(

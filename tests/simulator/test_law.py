@@ -112,7 +112,7 @@ def test_the_more_columns_a_link_feeds_the_slower(block, density):
 
 
 def test_the_fullest_column_is_the_published_example():
-    """K/P_x = 16 at 90 %, 750 columns: the fullest has 6.3 weights, the average 1.6 (cs2.md)."""
+    """K/P_x = 16 at 90 %, 750 columns: the fullest has 6.3 weights, the average 1.6."""
     assert pace(only_weights(1, wait=1.0), 10, 16, 0.1, 750, 10_000) == pytest.approx(6.3, abs=0.05)
     assert pace(only_weights(1, wait=0.0), 10, 16, 0.1, 750, 10_000) == pytest.approx(1.6, rel=0.04)
 

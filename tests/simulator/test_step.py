@@ -10,6 +10,7 @@ import pytest
 
 from vspdf.errors import UserError
 from vspdf.ledger import flops_per_token
+from vspdf.plan import outlook
 from vspdf.plan.cs2 import step_by_request
 from vspdf.plan.wafer_models import transformer
 from vspdf.runs.folder import Run
@@ -213,6 +214,12 @@ def test_random_masks_cost_what_chance_expects():
     assert real["mask"] == "real"
     for key in ("low", "central", "high", "ideal"):
         assert real["speedup"][key] == pytest.approx(chance["speedup"][key], rel=0.05)
+
+
+def test_a_sweep_of_batches_keeps_the_masks():
+    model = Model.of_patterns(TINY, masks(TINY, 0.1), 8)
+    rows = outlook.sweep(CS2, model, "batch", [4, 8])
+    assert [row["batch"] for row in rows] == [4, 8] and all(row["speedup"]["ideal"] > 1.5 for row in rows)
 
 
 def test_a_lopsided_mask_gains_less():

@@ -133,10 +133,6 @@ def compare_phases(
 # ---- as asked for, on the command line or in Python ------------------------------------------------------------------
 
 
-def _weights(mask: np.ndarray) -> Weights:
-    return Weights(mask.shape[0], mask.shape[1], float(mask.mean()), mask)
-
-
 def layer_by_request(
     machine: Machine, *, tokens: int | None = None, in_features: int | None = None, out_features: int | None = None,
     sparsity: float | None = None, run: str | Path | None = None, mask: str | Path | None = None,
@@ -166,7 +162,7 @@ def layer_by_request(
             raise UserError("`mask` gives the layer's size and mask: `tokens` is still to be given.")
         from vspdf.pattern import Pattern  # brings torch
 
-        weights = _weights(Pattern.read(mask, name=layer).mask().numpy())
+        weights = Weights.of_mask(Pattern.read(mask, name=layer).mask().numpy())
     elif run is not None:
         done = Run(Path(run)).require(finished=True).check(whole=False)
         masks = done.masks(0)
@@ -174,7 +170,7 @@ def layer_by_request(
             raise UserError(f"`layer`: which of {', '.join(masks) or 'none: the run was dense'}?")
         if layer not in masks:
             raise UserError(f"'{run}' has no sparse layer '{layer}'.{did_you_mean(layer, masks)}")
-        weights = _weights(masks[layer])
+        weights = Weights.of_mask(masks[layer])
         tokens = tokens or _batch(done.summary["phases"][0], done.shape) * done.shape.sequence_length
     elif tokens is None or in_features is None or out_features is None:
         raise UserError(
@@ -232,7 +228,7 @@ def step_by_request(
         result |= outlook.training(machine, result, tokens)
     if swept:
         name, values = swept
-        result["swept"], result["rows"] = name, outlook.sweep(machine, what, sparsity or 0.0, name, values)
+        result["swept"], result["rows"] = name, outlook.sweep(machine, what, name, values)
         if plot is not None:
             outlook.plot_rows(result["rows"], name, f"{machine.name}: a training step over {name}", plot)
     elif plot is not None:

@@ -25,10 +25,6 @@ SWEPT = ("sparsity", "batch", "systems")
 SWEEP_SAMPLES = 40
 
 
-def _clock(machine: Machine) -> float:
-    return next(iter(machine.clocks.values()))
-
-
 def better_batch(machine: Machine, model: Model, columns: tuple[int, ...]) -> dict[str, Any] | None:
     """The nearest batch with at least 2 % more tokens a second; None where there is none within a quarter.
 
@@ -36,7 +32,7 @@ def better_batch(machine: Machine, model: Model, columns: tuple[int, ...]) -> di
     """
 
     def rate(batch: int) -> float:
-        return batch / step.search(machine, _clock(machine), replace(model, batch=batch), columns).seconds
+        return batch / step.search(machine, machine.clock, replace(model, batch=batch), columns).seconds
 
     own = rate(model.batch)
     for distance in range(1, max(4, model.batch // 4) + 1):
@@ -124,12 +120,16 @@ def parse_sweep(text: str) -> tuple[str, list[float]]:
     return name, numbers if name == "sparsity" else [int(n) for n in numbers]
 
 
-def sweep(machine: Machine, model: Model, sparsity: float, name: str, values: Sequence[float]) -> list[dict[str, Any]]:
-    """A step's figures for each value of one quantity."""
+def sweep(machine: Machine, model: Model, name: str, values: Sequence[float]) -> list[dict[str, Any]]:
+    """A step's figures for each value of one quantity: sparsities by chance, batches and systems with its masks."""
     rows = []
     for value in values:
-        given = {"sparsity": sparsity, "batch": model.batch, "systems": model.systems} | {name: value}
-        one = Model.uniform(model.shape, int(given["batch"]), given["sparsity"], int(given["systems"]))
+        if name == "sparsity":
+            one = Model.uniform(model.shape, model.batch, value, model.systems)
+        elif name == "batch":
+            one = replace(model, batch=int(value))
+        else:
+            one = replace(model, systems=int(value))
         found = simulate_step(machine, one, sensitivity=False, samples=SWEEP_SAMPLES)
         rows.append(
             {name: value}
@@ -153,7 +153,7 @@ def scale(machine: Machine, model: Model, systems: Sequence[int], weak: bool = F
     UserError
         If a system would have nothing to do.
     """
-    clock, rows = _clock(machine), []
+    clock, rows = machine.clock, []
 
     def run(count: int) -> tuple[int, step.Estimate]:
         batch = model.batch * count if weak else model.batch
