@@ -144,7 +144,6 @@ struct Channel {
     int colour = 0;
     std::vector<SwitchPosition> positions;
     int position = 0;
-    bool starved_by_switch = false;
     Fifo fifo;
     uint8_t pending = 0;  // ports that the head still has to leave by
     bool head_open = false;

@@ -46,7 +46,8 @@ class Weights:
     @classmethod
     def of_mask(cls, mask: np.ndarray) -> Weights:
         """Of real positions, bool [out_features, in_features]."""
-        return cls(*mask.shape, float(mask.mean()), mask)
+        out_features, in_features = mask.shape
+        return cls(out_features, in_features, float(mask.mean()), mask)
 
     @property
     def numel(self) -> int:
