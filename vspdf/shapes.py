@@ -11,10 +11,9 @@ from vspdf.errors import UserError, did_you_mean, one_of, require
 
 STATE_BYTES = 16  # a weight, its gradient and two AdamW moments, float32; in mixed precision they are no less
 # What a path of the kernels keeps beside them: bytes for every position of a sparse matrix, kept or not, and for every
-# kept weight. "cpu": a bit, and what `Plan.nbytes` has with AVX-512, all products run, on layers of 512² to 2048²: for
-# a kept weight 17.5 at 50 %, 19 at 75 %, 23 at 90 %, 37 at 99 %; the line meets the state within 7 % up to 98 %, at 99 %
-# it is 17 % above. On a GPU "dense" and "2:4" have bits and prefix sums, "triton" the gathers' indices (sides of up to
-# 65,536).
+# kept weight. "cpu": a bit, and `Plan.nbytes` with AVX-512, all products run, on layers of 512² to 2048²: 17.5 a kept
+# weight at 50 %, 19 at 75 %, 23 at 90 %, 37 at 99 %; the line meets the state within 7 % up to 98 %, at 99 % it is 17 %
+# above. On a GPU "dense" and "2:4" have bits and prefix sums, "triton" the gathers' indices (sides of up to 65,536).
 PATH_BYTES = {"cpu": (0.425, 18.5), "dense": (3 / 16, 0.0), "2:4": (3 / 16, 0.0), "triton": (0.0, 10.0)}
 
 # ---------------------------------------------------------------------------------------------------------------------
