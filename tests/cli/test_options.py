@@ -472,7 +472,7 @@ def test_every_option_has_a_case():
     }
 
 
-@pytest.mark.parametrize("verb, option", rows(), ids=lambda word: word)
+@pytest.mark.parametrize("verb, option", list(rows()), ids=lambda word: word)
 def test_an_option_moves_something(observe, verb, option):
     usual, options = CASES[verb]
     case = options[option]
