@@ -33,6 +33,12 @@ SETTINGS = (
     "train.checkpoint_every=4",
     "train.measure_dense=1",
 )
+MOVING = (
+    "phases=[{name: set, sparsity: 0.9, steps: 5, algorithm: set, update: {freq: 2}}, "
+    "{name: rigl, sparsity: 0.5, steps: 5, algorithm: rigl, update: {freq: 2}}, {name: dense, steps: 2}]",
+    "train.micro_batch_size=2",
+    "train.checkpoint_every=4",
+)
 
 # Runs commands one after the other on every rank; each is a list of arguments, and what goes wrong on which rank.
 CHILD = """
@@ -125,13 +131,23 @@ def configured(place, tiny_config):
 
 
 @pytest.fixture(scope="module")
-def one(place, configured):
+def alone(place, configured):
+    """Trains in this process."""
+
+    def train(name, settings):
+        sys.argv = ["vspdf", "train", str(configured), f"run_dir={place}/{name}", *settings]
+        with pytest.raises(SystemExit) as end:
+            app.main()
+        assert not end.value.code
+        return place / name
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def one(alone):
     """The run of one process that all others must equal."""
-    sys.argv = ["vspdf", "train", str(configured), f"run_dir={place}/one", *SETTINGS]
-    with pytest.raises(SystemExit) as end:
-        app.main()
-    assert not end.value.code
-    return place / "one"
+    return alone("one", SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +170,8 @@ def two(place, configured, one):
         order("eval", one, "--json"),
         order("compare", "toy"),
         order(*train, f"run_dir={place}/one-micro", "train.micro_batch_size=8", "phases=[{sparsity: 0.9, steps: 2}]"),
+        order("train", configured, *MOVING, f"run_dir={place}/moving"),
+        order("train", configured, *MOVING, f"run_dir={place}/moving-ddp", "train.data_parallel=ddp"),
     )  # fmt: skip
 
 
@@ -176,6 +194,16 @@ def test_two_end_as_one(place, one, two):
 def test_four_end_as_one(place, one, four):
     assert four.status(0) == 0, four.said(0)
     assert same(place / "four-run", one)
+
+
+def test_masks_move_alike_on_all(place, alone, two):
+    """Drawn, and by dense gradients that are summed over ranks; ranks whose masks differ are refused."""
+    single = alone("moving-alone", MOVING)
+    assert two.status(13) == two.status(14) == 0, two.said(13) + two.said(14)
+    assert same(place / "moving", single)
+    assert len({line["mask_overlap"] for line in lines(single) if "mask_overlap" in line}) > 3, "masks that moved"
+    for ours, theirs in zip(lines(single), lines(place / "moving-ddp"), strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=2e-3)
 
 
 def test_gradients_travel_at_nnz(place, one, two, four):
