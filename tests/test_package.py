@@ -154,7 +154,9 @@ def lines_of_code(function):
 
 
 def test_files_and_functions_are_short():
-    assert {m: n for m, path in SOURCES.items() if (n := len(path.read_text().splitlines())) > 450} == {}
+    folders = ("vspdf", "kernels", "simulator", "tests", "benchmarks", "examples", "docs")
+    files = {str(path.relative_to(ROOT)): path for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    assert {name: n for name, path in files.items() if (n := len(path.read_text().splitlines())) > 450} == {}
     functions = {
         f"{module}.{node.name}": lines_of_code(node)
         for module, path in SOURCES.items()

@@ -77,7 +77,7 @@ def test_saved_and_loaded_again_it_is_the_same(load, tmp_path):
 
 SHIPPED = sorted(path.stem for path in loading.shipped())
 FINE_TUNING = [name for name in SHIPPED if name.startswith("dart")]
-A_STAGE_A_FILE = [name for name in SHIPPED if name.startswith("cerebras-6.7b")]  # tests/test_cerebras.py
+A_STAGE_A_FILE = [name for name in SHIPPED if name.startswith("cerebras-6.7b")]  # tests/interop/test_cerebras.py
 
 
 @pytest.mark.parametrize("name", FINE_TUNING)

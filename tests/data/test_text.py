@@ -1,12 +1,5 @@
-import inspect
-import json
-import logging
-import os
-import platform
-import random
-import subprocess
-import sys
-import textwrap
+"""Text as samples: held-out documents, the order, validation; and what cannot be prepared, in one line."""
+
 from itertools import pairwise
 
 import numpy as np
@@ -18,214 +11,17 @@ from hypothesis import strategies as st
 from vspdf.config.resolve import resolve_data
 from vspdf.config.resolved import ResolvedData
 from vspdf.config.settings import DataConfig
-from vspdf.data import text as data_text
-from vspdf.data import tokens as data_tokens
 from vspdf.data.corpora import load_documents
 from vspdf.data.text import Dataset, prepare
-from vspdf.data.tokenizer import Tokenizer
 from vspdf.data.tokens import TEST, TRAIN, VALIDATION, held_out, split
 from vspdf.errors import UserError
-from vspdf.files import user_cache
-
-WORDS = ["sparse", "dense", "weight", "token", "layer", "gradient", "step", "café", "naïve", "世界", "\U0001f600"]
-
-
-def prose(seed: int, paragraphs: int = 60) -> str:
-    rng = random.Random(seed)
-    return "\n\n".join(" ".join(rng.choices(WORDS, k=rng.randint(5, 60))) for _ in range(paragraphs)) + "\n"
-
-
-@pytest.fixture
-def text_file(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(prose(1), encoding="utf-8", newline="")
-    return path
-
-
-@pytest.fixture
-def settings_for(tmp_path):
-    def settings(corpus, **more):
-        return resolve_data(DataConfig(**{"corpus": str(corpus), "cache_dir": str(tmp_path / "cache")} | more))
-
-    return settings
-
-
-@pytest.fixture
-def refused(settings_for):
-    """The one line with which `prepare` refuses."""
-
-    def message(corpus, sequence_length=16, seed=0, **more) -> str:
-        with pytest.raises(UserError) as error:
-            prepare(settings_for(corpus, **more), sequence_length, seed)
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
-    return message
 
 
 def texts(config: ResolvedData) -> list[str]:
     return [document.text for document in load_documents(config)]
 
 
-# --- Corpora
-
-
-def test_standard_library_is_its_sources(settings_for):
-    names = [name for name, _ in load_documents(settings_for("stdlib"))]
-    assert len(names) > 100 and names == sorted(names) and {"os.py", "logging.py"} & set(names) == {"os.py"}
-    assert not any(name.startswith(("_sysconfigdata", "sitecustomize")) for name in names)
-    dataset = prepare(settings_for("stdlib"), 256, 0)
-    assert dataset.manifest["corpus"]["python"] == platform.python_version()
-    assert dataset.manifest["corpus"]["documents"] == len(names)
-    assert dataset.n_samples > 10_000
-    share = dataset.manifest["validation"]["bytes"] / dataset.manifest["corpus"]["bytes"]
-    assert 0.045 < share <= 0.05
-
-
-def test_all_of_the_standard_library_is_more_than_its_top(settings_for):
-    whole, top = ({name for name, _ in load_documents(settings_for(name))} for name in ("stdlib-all", "stdlib"))
-    assert top < whole and "json/decoder.py" in whole
-    assert not any("site-packages" in name or name.startswith("_sysconfigdata") for name in whole)
-
-
-def test_documentation_of_the_standard_library_is_english(settings_for):
-    found = dict(load_documents(settings_for("stdlib-docs")))
-    assert inspect.getdoc(textwrap.dedent) in found["textwrap.py"] and "import re" not in found["textwrap.py"]
-    assert "topic lambda" in found and not any("test" in name.split("/") for name in found)
-
-
-def test_several_corpora_are_one_after_the_other(text_file, tmp_path, settings_for, refused):
-    (tmp_path / "b.txt").write_text("bee")
-    both = settings_for(f"{text_file} + {tmp_path / 'b.txt'}")
-    assert texts(both) == [*texts(settings_for(text_file)), "bee"]
-    assert load_documents(both).python is None and load_documents(settings_for(f"{text_file} + stdlib")).python
-    assert "Corpus 'nothing.txt' not found" in refused(f"{text_file} + nothing.txt")
-
-
-def test_a_file_is_cut_into_whole_paragraphs(text_file, settings_for):
-    sections = texts(settings_for(text_file))
-    assert "".join(sections) == prose(1)
-    assert 20 < len(sections) <= 60
-    assert all(section.endswith("\n\n") for section in sections[:-1])
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["x" * 100_000, "word " * 20_000, "line\n" * 2000, "\ufeffbegin\r\n\r\n" * 500, "é" * 60_000],
-    ids=lambda t: ascii(t[:8]),
-)
-def test_any_file_is_cut_and_kept(text, tmp_path, settings_for):
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    sections = texts(settings_for(tmp_path / "a.txt"))
-    assert "".join(sections) == text.removeprefix("\ufeff") and len(sections) > 2
-
-
-def test_a_folder_is_its_text_files_in_order(tmp_path, settings_for, caplog):
-    root = tmp_path / "corpus"
-    (root / "sub").mkdir(parents=True)
-    (root / ".hidden").mkdir()
-    (root / "b.md").write_text("bee")
-    (root / "a.TXT").write_text("ay")
-    (root / "sub" / "c.jsonl").write_text('{"text": "one"}\n\n{"text": ""}\n{"text": "two"}\n')
-    (root / "empty.py").write_text("")
-    (root / "picture.png").write_bytes(b"\x89PNG\xff")
-    (root / ".hidden" / "d.txt").write_text("no")
-    assert texts(settings_for(root)) == ["ay", "bee", "one", "two"]
-    assert "1 other files ignored (.png)" in caplog.text
-
-
-def test_json_lines(tmp_path, settings_for):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"body": f"é {i}\nx"}) + "\n" for i in range(5)))
-    assert texts(settings_for(path, text_field="body")) == [f"é {i}\nx" for i in range(5)]
-
-
-def test_hugging_face_dataset(tmp_path, settings_for, monkeypatch):
-    pytest.importorskip("datasets")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    (folder / "train.jsonl").write_text("".join(json.dumps({"text": prose(i, 3)}) + "\n" for i in range(9)))
-    assert texts(settings_for(f"hf:{folder}")) == [prose(i, 3) for i in range(9)]
-    with pytest.raises(UserError, match="Did you mean 'text'"):
-        texts(settings_for(f"hf:{folder}", text_field="texts"))
-
-
-def test_unreachable_hugging_face_dataset(refused, monkeypatch):
-    pytest.importorskip("datasets")
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    assert "Cannot load corpus 'hf:nobody/nothing'" in refused("hf:nobody/nothing")
-
-
-def test_missing_datasets_package(refused, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install datasets" in refused("hf:wikitext:wikitext-2-raw-v1")
-
-
 # --- Bad input
-
-
-def test_missing_corpus(tmp_path, refused):
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "train.txt").write_text("x")
-    assert f"Did you mean '{tmp_path / 'corpus' / 'train.txt'}'?" in refused(tmp_path / "corpus" / "trian.txt")
-    assert f"Did you mean '{tmp_path / 'corpus' / 'train.txt'}'?" in refused(tmp_path / "corpsu" / "train.txt")
-    assert "Did you mean 'stdlib'?" in refused("stdlb")
-    message = refused("/nowhere/at/all")
-    assert "'/nowhere/at/all' not found: expected" in message and "FILE.jsonl" in message
-
-
-@pytest.mark.parametrize("name", ["empty.txt", "blank.txt", "empty.jsonl", "folder"])
-def test_empty_corpus(name, tmp_path, refused):
-    path = tmp_path / name
-    if name == "folder":
-        path.mkdir()
-        (path / "a.txt").write_text("")
-    else:
-        path.write_text("  \n\n" * 5000 if name == "blank.txt" else "")
-    assert f"Corpus '{path}' is empty" in refused(path)
-
-
-def test_folder_without_text(tmp_path, refused):
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    assert "has no text: expected files in .txt" in refused(folder)
-    (folder / "a.png").write_bytes(b"x")
-    assert "found .png" in refused(folder)
-
-
-def test_not_utf8(tmp_path, refused):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"fine\nna\xefve\n")
-    assert f"'{path}' is not UTF-8 (byte 0xef" in refused(path)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "b.txt").write_text("x", encoding="utf-16")
-    assert "b.txt' is UTF-16, not UTF-8" in refused(tmp_path / "folder")
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
-def test_unreadable_file(text_file, refused):
-    text_file.chmod(0)
-    assert f"Cannot read '{text_file}' (Permission denied)" in refused(text_file)
-
-
-@pytest.mark.parametrize(
-    "line, parts",
-    [
-        ('{"text": ', ["line 2", "no JSON"]),
-        ('["text"]', ["line 2", "no object"]),
-        ('{"txt": "x"}', ["line 2", "no field 'text'", "Did you mean 'txt'?"]),
-        ('{"text": 3}', ["line 2", "'text' is int, expected text"]),
-        ('{"text": "\\ud800"}', ["line 2", "surrogate"]),
-    ],
-    ids=["no json", "no object", "no field", "no text", "surrogate"],
-)
-def test_unfit_json_lines(line, parts, tmp_path, refused):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "x"}\n' + line + "\n")
-    message = refused(path)
-    for part in [str(path), *parts]:
-        assert part in message
 
 
 def test_corpus_shorter_than_a_sequence(text_file, tmp_path, refused):
@@ -252,34 +48,6 @@ def test_unfit_settings(text_file, refused):
     assert "sequence_length is 0" in refused(text_file, 0)
     assert "seed is -1" in refused(text_file, seed=-1)
     assert "Did you mean 'bytes'?" in refused(text_file, tokenizer="byts")
-
-
-def test_cache_that_cannot_be_written(text_file, refused):
-    assert "set data.cache_dir or VSPDF_CACHE" in refused(text_file, cache_dir=str(text_file / "cache"))
-
-
-def test_no_space_left(text_file, tmp_path, refused):
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        message = refused(text_file)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "Cannot keep the token cache" in message and "room" in message
-    assert cache_files(tmp_path) == []
-
-
-def test_a_corpus_that_changes_while_it_is_read(text_file, refused, monkeypatch):
-    class Late(data_tokens._Survey):
-        @classmethod
-        def of(cls, corpus):
-            survey = super().of(corpus)
-            text_file.write_text(prose(2), encoding="utf-8")
-            return survey
-
-    monkeypatch.setattr(data_text, "_Survey", Late)
-    assert "changed while it was read" in refused(text_file)
 
 
 # --- Held-out documents
@@ -371,7 +139,7 @@ def everything(dataset: Dataset) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
-def test_streams_are_whole_documents(tokenizer, text_file, settings_for):
+def test_streams_are_whole_documents(tokenizer, text_file, settings_for, prose):
     config = settings_for(text_file, tokenizer=tokenizer)
     dataset = prepare(config, 16, 0)
     train, validation = everything(dataset)
@@ -391,7 +159,7 @@ def test_streams_are_whole_documents(tokenizer, text_file, settings_for):
 
 
 @pytest.fixture(scope="module")
-def datasets(tmp_path_factory):
+def datasets(tmp_path_factory, prose):
     """Datasets by sequence length, seed and repeat, on one small corpus."""
     folder = tmp_path_factory.mktemp("order")
     (folder / "text.txt").write_text(prose(3), encoding="utf-8")
@@ -478,7 +246,7 @@ def test_end_of_data(datasets):
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
 @pytest.mark.parametrize("length", [1, 16, 10_000])
-def test_every_held_out_token_is_a_target_once(tokenizer, length, tmp_path, settings_for):
+def test_every_held_out_token_is_a_target_once(tokenizer, length, tmp_path, settings_for, prose):
     (tmp_path / "long.txt").write_text(prose(5, 300), encoding="utf-8")
     dataset = prepare(settings_for(tmp_path / "long.txt", tokenizer=tokenizer), length, 0)
     batches = list(dataset.validation_batches(4))
@@ -502,154 +270,3 @@ def test_part_of_the_validation_text(text_file, settings_for):
     whole = torch.cat([batch.targets for batch in dataset.validation_batches(1, total - 1)])
     positions = [int((whole == row).all(1).nonzero()[0]) for row in part]
     assert max(positions) > len(whole) * 2 / 3  # spread over the text, not its beginning
-
-
-# --- The token cache
-
-
-def cache_files(tmp_path):
-    return [path for path in (tmp_path / "cache").iterdir()]
-
-
-def samples(dataset: Dataset) -> list:
-    return [dataset.batch(0, dataset.n_samples)[0].tolist(), dataset.manifest, dataset.tokenizer.to_json()]
-
-
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
-def test_tokens_are_made_once(tokenizer, text_file, tmp_path, settings_for, caplog):
-    config = settings_for(text_file, tokenizer=tokenizer)
-    with caplog.at_level(logging.INFO, "vspdf"):
-        first = samples(prepare(config, 16, 0))
-        assert "Tokenising" in caplog.text
-        caplog.clear()
-        (file,) = cache_files(tmp_path)
-        stamp = file.stat().st_mtime_ns
-        assert samples(prepare(config, 16, 0)) == first
-        prepare(config, 32, 9)
-    assert caplog.text == "" and file.stat().st_mtime_ns == stamp and cache_files(tmp_path) == [file]
-
-
-def test_other_text_split_or_tokenizer_is_another_cache(text_file, tmp_path, settings_for):
-    prepare(settings_for(text_file), 16, 0)
-    prepare(settings_for(text_file, tokenizer="bpe:300"), 16, 0)
-    prepare(settings_for(text_file, validation_fraction=0.3), 16, 0)
-    text_file.write_text(prose(2), encoding="utf-8")
-    prepare(settings_for(text_file), 16, 0)
-    assert len(cache_files(tmp_path)) == 4
-
-
-def test_an_edit_that_keeps_the_split_is_another_cache(tmp_path, settings_for):
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    (folder / "held.txt").write_text("short")
-    for letter in "ab":
-        (folder / "train.txt").write_text(letter * 100)
-        tokens, _ = prepare(settings_for(folder), 16, 0).batch(0, 1)
-        assert tokens[0, -1] == ord(letter)
-
-
-def flip(content: bytes, at: int) -> bytes:
-    return content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
-
-
-@pytest.mark.parametrize(
-    "harm, said",
-    [
-        (lambda content: b"", "truncated"),
-        (lambda content: content[: len(content) // 2], "truncated"),
-        (lambda content: content[:-1], "truncated"),
-        (lambda content: content[1:], "truncated"),
-        (lambda content: b"something else entirely, which is longer than the tail", "no token cache"),
-        (lambda content: flip(content, 100), "damaged"),
-        (lambda content: flip(content, len(content) - 100), "damaged"),
-        (lambda content: flip(content, len(content) - 1), "no token cache"),
-    ],
-    ids=["empty", "half", "last byte", "first byte", "foreign", "flipped token", "flipped footer", "flipped magic"],
-)
-def test_a_damaged_cache_is_made_anew(harm, said, text_file, tmp_path, settings_for, caplog):
-    config = settings_for(text_file)
-    first = samples(prepare(config, 16, 0))
-    (file,) = cache_files(tmp_path)
-    content = file.read_bytes()
-    file.write_bytes(harm(content))
-    assert samples(prepare(config, 16, 0)) == first
-    assert said in caplog.text and "made anew" in caplog.text
-    assert file.read_bytes() == content
-
-
-def test_the_cache_of_another_corpus_is_not_taken(text_file, tmp_path, settings_for, caplog):
-    config = settings_for(text_file)
-    first = samples(prepare(config, 16, 0))
-    (mine,) = cache_files(tmp_path)
-    (tmp_path / "other.txt").write_text(prose(9), encoding="utf-8")
-    prepare(settings_for(tmp_path / "other.txt"), 16, 0)
-    (other,) = (file for file in cache_files(tmp_path) if file != mine)
-    mine.write_bytes(other.read_bytes())
-    assert samples(prepare(config, 16, 0)) == first
-    assert "belongs to another corpus" in caplog.text
-
-
-PREPARE = """
-import json, sys
-from vspdf.config.resolve import resolve_data
-from vspdf.config.settings import DataConfig
-from vspdf.data.text import prepare
-
-sys.stdin.readline()  # both start at the parent's word
-config = DataConfig(corpus=sys.argv[1], tokenizer="bpe:300", cache_dir=sys.argv[2])
-dataset = prepare(resolve_data(config), 16, 0)
-print(json.dumps([dataset.manifest, dataset.batch(0, 20)[0].tolist()]))
-"""
-
-
-def test_two_processes_prepare_at_once(text_file, tmp_path):
-    command = [sys.executable, "-c", PREPARE, str(text_file), str(tmp_path / "cache")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    workers = [subprocess.Popen(command, **pipes) for _ in range(2)]
-    for worker in workers:
-        worker.stdin.write("go\n")
-        worker.stdin.flush()
-    first, second = (json.loads(worker.communicate(timeout=60)[0]) for worker in workers)
-    assert first == second
-    assert len(cache_files(tmp_path)) == 1
-
-
-def test_large_vocabularies_take_four_bytes(text_file, tmp_path, settings_for):
-    content = json.loads(Tokenizer.bytewise().to_json())
-    content["model"]["vocab"]["<far>"] = 70_000
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    dataset = prepare(settings_for(text_file, tokenizer=str(tmp_path / "tokenizer.json")), 16, 0)
-    assert dataset.vocab_size == 70_001
-    plain = prepare(settings_for(text_file), 16, 0)
-    assert torch.equal(dataset.batch(0, 9)[0], plain.batch(0, 9)[0])
-    large, small = sorted((file.stat().st_size for file in cache_files(tmp_path)), reverse=True)
-    assert large - small > plain.manifest["train"]["tokens"] * 2
-
-
-# --- The user's cache folder
-
-
-def test_user_cache_follows_the_environment(tmp_path, monkeypatch):
-    monkeypatch.setenv("VSPDF_CACHE", str(tmp_path / "own"))
-    assert user_cache() == tmp_path / "own" and user_cache().is_dir()
-    monkeypatch.delenv("VSPDF_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert user_cache() == tmp_path / "xdg" / "vspdf"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert user_cache() == tmp_path / "home" / ".cache" / "vspdf"
-
-
-def test_user_cache_that_cannot_be_written(tmp_path, monkeypatch, caplog):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("VSPDF_CACHE", str(tmp_path / "file" / "cache"))
-    folder = user_cache()
-    assert folder.is_dir() and folder == user_cache()
-    (record,) = caplog.records
-    assert "not writable" in record.getMessage() and "VSPDF_CACHE" in record.getMessage()
-
-
-def test_default_cache_is_the_users(text_file, tmp_path, monkeypatch):
-    monkeypatch.setenv("VSPDF_CACHE", str(tmp_path / "own"))
-    prepare(resolve_data(DataConfig(corpus=str(text_file))), 16, 0)
-    assert len(list((tmp_path / "own" / "tokens").iterdir())) == 1

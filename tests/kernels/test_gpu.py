@@ -28,12 +28,13 @@ linux = pytest.mark.skipif(platform.system() != "Linux", reason="Triton is for L
 
 @linux
 def test_kernels_in_the_interpreter():
-    """Everything in gpu/interpreted.py: values, gradients, host work, and what is really multiplied."""
+    """Values, gradients and what is really multiplied; host work; which path runs: a file of gpu/ each."""
     numpy = tuple(int(n) for n in version("numpy").split(".")[:2])
     if version("triton") == "3.6.0" and numpy >= (2, 4):
         pytest.skip("triton 3.6.0, which CUDA builds of torch 2.10 and 2.11 pin, cannot interpret with numpy 2.4")
+    files = [HERE / f"{name}.py" for name in ("interpreted", "steps", "choices")]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "--import-mode=importlib", HERE / "interpreted.py"],
+        [sys.executable, "-m", "pytest", "-q", "-x", "--import-mode=importlib", *files],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]

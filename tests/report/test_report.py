@@ -1,11 +1,8 @@
 """Reports: what the page says is what the runs did, bad input is one line, and a browser shows it without complaint."""
 
-import base64
 import json
 import re
 import shutil
-import struct
-import zlib
 from html import unescape
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from vspdf.config import loading
-from vspdf.draw import png, svg
+from vspdf.draw import svg
 from vspdf.errors import UserError
 from vspdf.plan import cs2
 from vspdf.report import comparison, run_page, weights
@@ -248,51 +245,6 @@ def test_what_cannot_be_compared_is_not(runs, copy, older):
     assert "The corpora differ, so losses are not compared." in words and "at equal tokens" not in words
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (3, 13), (1, 1)], ids=str)
-def test_a_mask_survives_its_png(shape):
-    mask = np.random.default_rng(0).random(shape) < 0.5
-    content = base64.b64decode(png.mask_png(mask, (1, 2, 3)).partition(",")[2])
-    assert content.startswith(b"\x89PNG\r\n\x1a\n")
-    chunks, i = {}, 8
-    while i < len(content):
-        (size,) = struct.unpack_from(">I", content, i)
-        kind, data = content[i + 4 : i + 8], content[i + 8 : i + 8 + size]
-        assert struct.unpack_from(">I", content, i + 8 + size)[0] == zlib.crc32(kind + data)
-        chunks[kind], i = data, i + 12 + size
-    assert struct.unpack(">IIBBBBB", chunks[b"IHDR"]) == (shape[1], shape[0], 1, 3, 0, 0, 0)
-    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), dtype=np.uint8).reshape(shape[0], -1)
-    assert not rows[:, 0].any()
-    assert np.array_equal(np.unpackbits(rows[:, 1:], axis=1, count=shape[1]).astype(bool), mask)
-
-
-# -- while training ---------------------------------------------------------------------------------------------------
-
-
-def test_train_draws_while_it_runs(tiny):
-    """Each evaluation finds a page of that step; the last one that of the finished run."""
-    seen = []
-
-    def draw(folder):
-        run_page.refresh(folder)
-        seen.append(text((folder / "report.html").read_text()))
-
-    settings = loading.load(tiny, ["phases=[{sparsity: 0.9, steps: 4}, {steps: 4}]", "train.eval_every=2"])
-    train(settings, on_evaluation=draw)
-    states = [re.search(r"step \d of 8|finished, 8 steps", words)[0] for words in seen]
-    assert states == ["step 2 of 8", "step 4 of 8", "step 6 of 8", "finished, 8 steps"]
-
-
-def test_a_report_that_cannot_be_drawn_ends_no_run(tiny, tmp_path, vspdf, caplog):
-    (tmp_path / "run" / "report.html").mkdir(parents=True)
-    status, _, _ = vspdf("train", tiny, "phases=[{steps: 2}]")
-    assert status == 0 and (tmp_path / "run" / "summary.json").exists()
-    (warning,) = (record.message for record in caplog.records if "report.html" in record.message)
-    assert "was not drawn" in warning and "\n" not in warning
-
-
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -304,11 +256,6 @@ def test_the_command(vspdf, runs, tmp_path, monkeypatch):
     assert vspdf("report", runs / "half", runs / "dense-0")[1] == "wrote report.html\n"
     assert "2 runs" in (tmp_path / "report.html").read_text()
     assert vspdf("report", runs / "half", "--output", "mine.html")[0] == 0 and (tmp_path / "mine.html").is_file()
-
-
-def test_train_leaves_a_report(vspdf, tiny, tmp_path):
-    assert vspdf("train", tiny, "phases=[{steps: 2}]")[0] == 0
-    assert "finished, 2 steps" in text((tmp_path / "run" / "report.html").read_text())
 
 
 def no_run(folder):

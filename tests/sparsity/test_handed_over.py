@@ -1,4 +1,4 @@
-"""What users hand over (hooks, attributes, lists, optimizers, edits, states) is carried over or refused."""
+"""What users hand over (hooks, attributes, lists, edits, states, models of any kind) is carried over or refused."""
 
 import copy
 import logging
@@ -115,31 +115,6 @@ def test_lists_dicts_and_tuples_of_a_model_follow():
     assert model.a.weight.grad is not None
 
 
-@pytest.mark.parametrize("verb", ["sparsify", "set_sparsity", "densify"])
-def test_an_optimizer_that_was_forgotten_is_named(verb, caplog):
-    model = one() if verb == "sparsify" else sparse_one()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    change = {"sparsify": (0.5,), "set_sparsity": (0.5,), "densify": ()}[verb]
-    with caplog.at_level(logging.WARNING, "vspdf"):
-        getattr(vspdf, verb)(model, *change)
-    assert f"{verb}: an optimizer made before still holds 1 of the parameters" in caplog.text
-    del optimizer
-
-
-def test_another_optimizer_than_the_one_handed_over_is_named(caplog):
-    model = sparse_one()
-    forgotten, given = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
-    with caplog.at_level(logging.WARNING, "vspdf"):
-        vspdf.set_sparsity(model, 0.5, given)
-    assert "set_sparsity: an optimizer made before still holds 1" in caplog.text
-    caplog.clear()
-    elsewhere = torch.optim.SGD(one().parameters(), lr=0.1)
-    del forgotten, given
-    with caplog.at_level(logging.WARNING, "vspdf"):
-        vspdf.densify(model, elsewhere)
-    assert "densify: the optimizer holds none of the 1 parameters that were replaced" in caplog.text
-
-
 @pytest.fixture
 def group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -157,12 +132,6 @@ def test_a_reducer_that_was_made_before_the_model_became_sparse_is_named_and_ref
     with pytest.raises(UserError, match="wrap the model anew"):
         net(torch.ones(1, 48))
     nn.parallel.DistributedDataParallel(model)(torch.ones(1, 48))
-
-
-def test_no_optimizer_no_word(caplog):
-    with caplog.at_level(logging.WARNING, "vspdf"):
-        vspdf.densify(sparse_one())
-    assert not caplog.records
 
 
 # -- edits of layer.weight --------------------------------------------------------------------------------------------
@@ -235,102 +204,6 @@ def test_a_sparse_layer_is_copied_and_pickled_with_what_it_was_made_from():
         assert torch.equal(other[0].weight, model[0].weight)
         vspdf.densify(other)
         assert type(other[0]) is nn.Linear
-
-
-# -- optimizers -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("make", [torch.optim.Adafactor, transformers.Adafactor], ids=["torch", "transformers"])
-def test_adafactor_goes_on_after_a_switch_with_a_word(make, caplog):
-    model = sparse_one()
-    optimizer = make(model.parameters(), lr=1e-2, **({} if make is torch.optim.Adafactor else {"relative_step": False}))
-    with caplog.at_level(logging.WARNING, "vspdf"):
-        for change in (
-            lambda: None,
-            lambda: vspdf.densify(model, optimizer),
-            lambda: vspdf.sparsify(model, 0.5, optimizer=optimizer),
-        ):
-            change()
-            model(torch.randn(4, 48)).sum().backward()
-            optimizer.step(), optimizer.zero_grad()
-    assert [r for r in caplog.records if "Adafactor keeps state that is not element by element" in r.getMessage()]
-
-
-class Own(torch.optim.Optimizer):
-    """Gradient descent with state of a form of its own, which must fit the parameter at every step."""
-
-    def __init__(self, params, make):
-        super().__init__(params, {"make": make})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["own"] = group["make"](p)
-                for like, tensor in zip(group["make"](p), state["own"], strict=True):
-                    tensor.add_(like)
-                p.sub_(p.grad, alpha=1e-2)
-
-
-# What the state of a weight holds, and whether it can follow the weight into another form.
-FORMS = {
-    "a tuple of moments": (lambda p: (torch.ones_like(p), torch.ones_like(p)), True),
-    "a matrix a side": (lambda p: [torch.eye(side) for side in p.shape], False),
-    "a flat vector": (lambda p: [torch.ones(p.numel())], False),
-    "blocks": (lambda p: [torch.ones(-(-p.numel() // 64))], False),
-}
-
-
-@pytest.mark.parametrize("make, follows", FORMS.values(), ids=FORMS)
-def test_state_of_any_form_follows_or_starts_anew_with_a_word(make, follows, caplog):
-    model = one()
-    optimizer = Own(model.parameters(), make)
-    with caplog.at_level(logging.WARNING, "vspdf"):
-        for change in (
-            lambda: None,
-            lambda: vspdf.sparsify(model, 0.5, optimizer=optimizer),
-            lambda: vspdf.set_sparsity(model, 0.3, optimizer),
-            lambda: vspdf.densify(model, optimizer),
-        ):
-            change()
-            model(torch.randn(4, 48)).sum().backward()
-            optimizer.step(), optimizer.zero_grad()
-    said = "Own keeps state that is not element by element (own)" in caplog.text
-    assert said is not follows
-    if follows:
-        mask = model[0].weight != 0
-        assert (optimizer.state[model[0].weight]["own"][0][mask] >= 2).any()
-
-
-def test_lbfgs_history_is_reset_with_a_word(caplog):
-    model = sparse_one()
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
-    closure = lambda: (loss := model(torch.ones(4, 48)).square().mean(), optimizer.zero_grad(), loss.backward())[0]  # noqa: E731
-    optimizer.step(closure)
-    with caplog.at_level(logging.WARNING, "vspdf"):
-        vspdf.densify(model, optimizer)
-    assert "LBFGS keeps state that is not element by element" in caplog.text
-
-
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_an_optimizer_for_matrices_is_refused_before_anything_changes():
-    model = one()
-    optimizer = torch.optim.Muon([model[0].weight], lr=1e-2)
-    with pytest.raises(UserError, match=r"Muon takes matrices only.*vspdf.parameter_groups"):
-        vspdf.sparsify(model, 0.5, optimizer=optimizer)
-    assert type(model[0]) is nn.Linear
-
-
-def test_parameter_groups_decay_sparse_values_as_matrices():
-    model = nn.Sequential(nn.Linear(48, 96), nn.LayerNorm(96), nn.Linear(96, 8))
-    model[2].bias.requires_grad_(False)
-    vspdf.sparsify(model, 0.5, include="0")
-    decayed, rest = vspdf.parameter_groups(model, 0.1)
-    assert decayed["weight_decay"] == 0.1 and rest["weight_decay"] == 0.0
-    assert {id(p) for p in decayed["params"]} == {id(model[0].values), id(model[2].weight)}
-    assert {id(p) for p in rest["params"]} == {id(model[0].bias), id(model[1].weight), id(model[1].bias)}
 
 
 # -- values under another mask ----------------------------------------------------------------------------------------

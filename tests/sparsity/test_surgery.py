@@ -20,11 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 import vspdf
 from vspdf.errors import UserError
-from vspdf.kernels import cpu
 from vspdf.pattern import Pattern, kept_count
-from vspdf.sparsity.layer import SparseLinear, build_plans, sparse_layers, training_state_bytes
-from vspdf.sparsity.optimizer import RevivedWarmup
-from vspdf.sparsity.surgery import sparsify
+from vspdf.sparsity.layer import SparseLinear, sparse_layers
 
 TINY = {"vocab_size": 97, "hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2}
 HUGGING_FACE = {
@@ -68,58 +65,6 @@ def masked(model, patterns):
         conv1d = isinstance(model.get_submodule(name), Conv1D)
         state[f"{name}.weight"] *= pattern.mask().T if conv1d else pattern.mask()
     return state
-
-
-# -- one layer --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_from_linear_and_back(bias):
-    linear = nn.Linear(10, 6, bias=bias).eval()
-    pattern = Pattern.random((6, 10), 0.7)
-    layer = SparseLinear.from_linear(linear, pattern)
-    assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == (
-        {"values": (pattern.nnz,)} | ({"bias": (6,)} if bias else {})
-    )
-    assert torch.equal(layer.values, linear.weight[pattern.mask()]) and not layer.training
-    back = layer.to_linear()
-    assert type(back) is nn.Linear and not back.training
-    assert torch.equal(back.weight, linear.weight * pattern.mask()) and torch.equal(layer.weight, back.weight)
-    x = torch.randn(3, 10)
-    torch.testing.assert_close(layer(x), back(x))
-    with torch.no_grad():  # copies, not views
-        layer.values.zero_()
-    assert linear.weight.abs().sum() > 0 and back.weight.abs().sum() > 0
-    assert "sparsity=0.7" in repr(layer) and f"bias={bias}" in repr(layer)
-
-
-def test_code_that_reads_a_layers_weight_gets_one_that_learns():
-    layer = SparseLinear.from_linear(nn.Linear(10, 6), Pattern.random((6, 10), 0.7))
-    x = torch.randn(3, 10)
-    by_hand = torch.autograd.grad(nn.functional.linear(x, layer.weight, layer.bias).sum(), layer.values)
-    torch.testing.assert_close(by_hand, torch.autograd.grad(layer(x).sum(), layer.values))
-
-
-def test_a_layer_moves_between_dtypes():
-    layer = SparseLinear.from_linear(nn.Linear(10, 6), Pattern.random((6, 10), 0.7)).bfloat16()
-    assert (
-        layer(torch.randn(3, 10).bfloat16()).dtype == torch.bfloat16
-        and layer.to_linear().weight.dtype == torch.bfloat16
-    )
-
-
-def test_a_state_dict_with_another_number_of_weights_is_refused():
-    layer = SparseLinear.from_linear(nn.Linear(10, 6), Pattern.random((6, 10), 0.7))
-    other = SparseLinear.from_linear(nn.Linear(10, 6), Pattern.random((6, 10), 0.5))
-    with pytest.raises(UserError, match=r"the stored pattern has 30 weights, this layer 18"):
-        layer.load_state_dict(other.state_dict())
-
-
-def test_a_pattern_of_another_shape_is_refused():
-    with pytest.raises(UserError, match=r"Pattern\(10x6, .*\) does not fit a layer of shape \(6, 10\) \(out, in\)"):
-        SparseLinear.from_linear(nn.Linear(10, 6), Pattern.random((10, 6), 0.5))
-    with pytest.raises(UserError, match=r"values of shape \(3,\)"):
-        SparseLinear(Pattern.random((10, 6), 0.5), torch.ones(3))
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -282,74 +227,6 @@ def test_set_sparsity_only_adds():
             assert torch.equal(layer.weight, weights[name])  # new weights are zeros
 
 
-OPTIMIZERS = {
-    "fused AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
-    "AdamW amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
-    "SGD momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
-}
-
-
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize("conv1d", [False, True], ids=["Linear", "Conv1D"])
-def test_optimizer_state_travels_all_the_way(make, conv1d):
-    """dense -> sparse -> less sparse -> dense: state follows its weight, positions without one hold zeros."""
-    model = nn.Sequential(Conv1D(30, 12), nn.GELU(), Conv1D(12, 30)) if conv1d else mlp()
-    optimizer = make(model.parameters())
-    adam_steps(model, optimizer)
-
-    def matrices(key):
-        """State tensors of all weights in dense row-major form."""
-        found = []
-        for module in (model[0], model[2]):
-            if isinstance(module, SparseLinear):
-                dense = torch.zeros(module.pattern.shape)
-                dense[module.pattern.mask()] = optimizer.state[module.values][key]
-                found.append(dense)
-            else:
-                tensor = optimizer.state[module.weight][key]
-                found.append(tensor.T.clone() if isinstance(module, Conv1D) else tensor.clone())
-        return found
-
-    state = optimizer.state[model[0].weight]
-    keys = [key for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim()]
-    assert keys
-    dense = {key: matrices(key) for key in keys}
-    patterns = list(vspdf.sparsify(model, 0.6, optimizer=optimizer).values())
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert held == {id(p) for p in model.parameters()} and set(map(id, optimizer.state)) == held
-    for key in keys:
-        for found, exact, pattern in zip(matrices(key), dense[key], patterns, strict=True):
-            assert torch.equal(found, exact * pattern.mask())
-    for change in (lambda: vspdf.set_sparsity(model, 0.3, optimizer), lambda: vspdf.densify(model, optimizer)):
-        adam_steps(model, optimizer)
-        before = {key: matrices(key) for key in keys}
-        steps = [s.get("step", torch.tensor(0.0)).item() for s in optimizer.state.values()]
-        change()
-        for key in keys:
-            assert all(torch.equal(a, b) for a, b in zip(matrices(key), before[key], strict=True))
-        assert [s.get("step", torch.tensor(0.0)).item() for s in optimizer.state.values()] == steps
-        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
-            id(p) for p in model.parameters()
-        }
-    adam_steps(model, optimizer)
-
-
-SWITCHES = {
-    "set_sparsity": lambda model, optimizer, **how: vspdf.set_sparsity(model, 0.4, optimizer, **how),
-    "densify": vspdf.densify,
-}
-
-
-@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
-def test_moments_reset(switch):
-    model = mlp()
-    vspdf.sparsify(model, 0.6)
-    optimizer = torch.optim.AdamW(model.parameters())
-    adam_steps(model, optimizer)
-    switch(model, optimizer, moments="reset")
-    assert set(map(id, optimizer.state)) == {id(model[0].bias), id(model[2].bias)}
-
-
 def test_training_sparse_equals_training_masked_dense():
     """Ten AdamW steps with decay: sparse values against a dense model whose masked weights and gradients are zeroed."""
     sparse, dense = mlp(), mlp()
@@ -365,49 +242,6 @@ def test_training_sparse_equals_training_masked_dense():
             sparse.get_submodule(name).weight, dense.get_submodule(name).weight, rtol=1e-4, atol=1e-6
         )
         assert not dense.get_submodule(name).weight[~pattern.mask()].any()
-
-
-@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
-@pytest.mark.parametrize("conv1d", [False, True], ids=["Linear", "Conv1D"])
-def test_revived_weights_ramp_up(switch, conv1d):
-    model = nn.Sequential(Conv1D(30, 12), nn.GELU(), Conv1D(12, 30)) if conv1d else mlp()
-    vspdf.sparsify(model, 0.8)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
-    adam_steps(model, optimizer)
-    before = switch(model, optimizer)
-    plain, plain_optimizer = copy.deepcopy((model, optimizer))
-
-    def weights(of):
-        """Dense row-major copies by layer."""
-        found = {name: of.get_submodule(name) for name in before}
-        return {n: (m.weight.T if isinstance(m, Conv1D) else m.weight).detach().clone() for n, m in found.items()}
-
-    x = torch.randn(8, 12)
-    warmup = RevivedWarmup(model, before, steps=3)
-    for done in range(1, 6):
-        for one in (model, plain):
-            one.zero_grad()
-            one(x).square().mean().backward()
-        start, plain_start = weights(model), weights(plain)
-        warmup.step(optimizer)
-        plain_optimizer.step()
-        if done == 1:  # from the same state: the update of revived weights is a quarter of the plain one
-            for name, old in before.items():
-                update, full = weights(model)[name] - start[name], weights(plain)[name] - plain_start[name]
-                ramp = torch.where(old.mask(), 1.0, 0.25)
-                torch.testing.assert_close(update, full * ramp, rtol=1e-3, atol=1e-7)
-                assert full[~old.mask()].abs().sum() > 0
-        assert warmup.done == min(done, 3)
-
-
-def test_state_bytes_count_what_exists():
-    model = mlp()
-    patterns = vspdf.sparsify(model, 0.9)
-    sizes = training_state_bytes(model)
-    nnz, numel = sum(p.nnz for p in patterns.values()), sum(p.numel for p in patterns.values())
-    assert sizes["sparsified"]["dense"] == 16 * numel
-    assert sizes["sparsified"]["sparse"] == 16 * nnz + sum(p.bits.nbytes for p in patterns.values())
-    assert sizes["model"]["dense"] == 16 * (numel + 42)
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -522,42 +356,3 @@ def test_layers_densify_at_their_own_pace():
     assert model[2].pattern.sparsity == pytest.approx(0.5) and model[2].pattern.issuperset(before["2"])
     with pytest.raises(UserError, match=r"'3' matches no sparse layer"):
         vspdf.set_sparsity(model, {"3": 0.5})
-
-
-def test_low_memory_is_loops_with_a_quarter_of_the_bytes():
-    model = nn.Sequential(nn.Linear(256, 512))
-    sparsify(model, 0.75, memory="low", seed=17)
-    layer, x = model[0], torch.randn(80, 256)
-    wanted = layer(x)
-    assert "row loops" in vspdf.explain(model, 80)
-    build_plans(model)
-    assert layer.pattern.packed["cpu"].nbytes < 6 * layer.pattern.nnz
-    vspdf.set_sparsity(model, 0.5)
-    assert layer.memory == "low" and "row loops" in vspdf.explain(model, 80)
-    build_plans(model, "normal")
-    if cpu.isa() == "avx512":
-        assert "generated code" in vspdf.explain(model, 80)
-    torch.testing.assert_close(layer(x), wanted)
-    with pytest.raises(UserError, match=r"unknown memory 'lo'.*'low'"):
-        layer.memory = "lo"
-
-
-def test_training_state_of_layers_counts_their_code():
-    """The weights, gradients, moments, pattern and plan of sparse layers against the same dense."""
-    for sparsity, most in ((0.75, 0.55), (0.9, 0.25)):
-        model = nn.Sequential(nn.Linear(768, 3072))
-        sparsify(model, sparsity, seed=3)
-        build_plans(model)
-        layers = training_state_bytes(model)["sparsified"]
-        assert 0.1 < layers["sparse"] / layers["dense"] < most
-
-
-def test_build_plans_builds_every_plan_that_a_kernel_may_use():
-    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64), nn.Linear(64, 32))
-    sparsify(model, 0.9)
-    model[2].backend = "reference"
-    build_plans(model)
-    sizes = [layer.pattern.packed["cpu"].nbytes for layer in model[:2]]
-    model(torch.randn(80, 64, requires_grad=True)).sum().backward()
-    assert sizes == [layer.pattern.packed["cpu"].nbytes for layer in model[:2]]
-    assert "cpu" not in model[2].pattern.packed

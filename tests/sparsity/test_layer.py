@@ -1,0 +1,115 @@
+"""One sparse layer: from a dense one and back, its states, its plans, and the bytes that it takes."""
+
+import pytest
+import torch
+from torch import nn
+
+import vspdf
+from vspdf.errors import UserError
+from vspdf.kernels import cpu
+from vspdf.pattern import Pattern
+from vspdf.sparsity.layer import SparseLinear, build_plans, training_state_bytes
+from vspdf.sparsity.surgery import sparsify
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 30), nn.GELU(), nn.Linear(30, 12))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_from_linear_and_back(bias):
+    linear = nn.Linear(10, 6, bias=bias).eval()
+    pattern = Pattern.random((6, 10), 0.7)
+    layer = SparseLinear.from_linear(linear, pattern)
+    assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == (
+        {"values": (pattern.nnz,)} | ({"bias": (6,)} if bias else {})
+    )
+    assert torch.equal(layer.values, linear.weight[pattern.mask()]) and not layer.training
+    back = layer.to_linear()
+    assert type(back) is nn.Linear and not back.training
+    assert torch.equal(back.weight, linear.weight * pattern.mask()) and torch.equal(layer.weight, back.weight)
+    x = torch.randn(3, 10)
+    torch.testing.assert_close(layer(x), back(x))
+    with torch.no_grad():  # copies, not views
+        layer.values.zero_()
+    assert linear.weight.abs().sum() > 0 and back.weight.abs().sum() > 0
+    assert "sparsity=0.7" in repr(layer) and f"bias={bias}" in repr(layer)
+
+
+def test_code_that_reads_a_layers_weight_gets_one_that_learns():
+    layer = SparseLinear.from_linear(nn.Linear(10, 6), Pattern.random((6, 10), 0.7))
+    x = torch.randn(3, 10)
+    by_hand = torch.autograd.grad(nn.functional.linear(x, layer.weight, layer.bias).sum(), layer.values)
+    torch.testing.assert_close(by_hand, torch.autograd.grad(layer(x).sum(), layer.values))
+
+
+def test_a_layer_moves_between_dtypes():
+    layer = SparseLinear.from_linear(nn.Linear(10, 6), Pattern.random((6, 10), 0.7)).bfloat16()
+    assert (
+        layer(torch.randn(3, 10).bfloat16()).dtype == torch.bfloat16
+        and layer.to_linear().weight.dtype == torch.bfloat16
+    )
+
+
+def test_a_state_dict_with_another_number_of_weights_is_refused():
+    layer = SparseLinear.from_linear(nn.Linear(10, 6), Pattern.random((6, 10), 0.7))
+    other = SparseLinear.from_linear(nn.Linear(10, 6), Pattern.random((6, 10), 0.5))
+    with pytest.raises(UserError, match=r"the stored pattern has 30 weights, this layer 18"):
+        layer.load_state_dict(other.state_dict())
+
+
+def test_a_pattern_of_another_shape_is_refused():
+    with pytest.raises(UserError, match=r"Pattern\(10x6, .*\) does not fit a layer of shape \(6, 10\) \(out, in\)"):
+        SparseLinear.from_linear(nn.Linear(10, 6), Pattern.random((10, 6), 0.5))
+    with pytest.raises(UserError, match=r"values of shape \(3,\)"):
+        SparseLinear(Pattern.random((10, 6), 0.5), torch.ones(3))
+
+
+def test_state_bytes_count_what_exists():
+    model = mlp()
+    patterns = vspdf.sparsify(model, 0.9)
+    sizes = training_state_bytes(model)
+    nnz, numel = sum(p.nnz for p in patterns.values()), sum(p.numel for p in patterns.values())
+    assert sizes["sparsified"]["dense"] == 16 * numel
+    assert sizes["sparsified"]["sparse"] == 16 * nnz + sum(p.bits.nbytes for p in patterns.values())
+    assert sizes["model"]["dense"] == 16 * (numel + 42)
+
+
+def test_low_memory_is_loops_with_a_quarter_of_the_bytes():
+    model = nn.Sequential(nn.Linear(256, 512))
+    sparsify(model, 0.75, memory="low", seed=17)
+    layer, x = model[0], torch.randn(80, 256)
+    wanted = layer(x)
+    assert "row loops" in vspdf.explain(model, 80)
+    build_plans(model)
+    assert layer.pattern.packed["cpu"].nbytes < 6 * layer.pattern.nnz
+    vspdf.set_sparsity(model, 0.5)
+    assert layer.memory == "low" and "row loops" in vspdf.explain(model, 80)
+    build_plans(model, "normal")
+    if cpu.isa() == "avx512":
+        assert "generated code" in vspdf.explain(model, 80)
+    torch.testing.assert_close(layer(x), wanted)
+    with pytest.raises(UserError, match=r"unknown memory 'lo'.*'low'"):
+        layer.memory = "lo"
+
+
+def test_training_state_of_layers_counts_their_code():
+    """The weights, gradients, moments, pattern and plan of sparse layers against the same dense."""
+    for sparsity, most in ((0.75, 0.55), (0.9, 0.25)):
+        model = nn.Sequential(nn.Linear(768, 3072))
+        sparsify(model, sparsity, seed=3)
+        build_plans(model)
+        layers = training_state_bytes(model)["sparsified"]
+        assert 0.1 < layers["sparse"] / layers["dense"] < most
+
+
+def test_build_plans_builds_every_plan_that_a_kernel_may_use():
+    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64), nn.Linear(64, 32))
+    sparsify(model, 0.9)
+    model[2].backend = "reference"
+    build_plans(model)
+    sizes = [layer.pattern.packed["cpu"].nbytes for layer in model[:2]]
+    model(torch.randn(80, 64, requires_grad=True)).sum().backward()
+    assert sizes == [layer.pattern.packed["cpu"].nbytes for layer in model[:2]]
+    assert "cpu" not in model[2].pattern.packed
