@@ -26,9 +26,6 @@ _TERMS = (0.53, 0.37, 0.63)
 _EXPONENTS = ((0.35, 0.35), (0.30, 0.40), (0.40, 0.30))
 _ERROR = 0.03  # of the loss: d = 256 in four layers, which took no part in the fit, ended 3 % above it
 _KNOWN = ((2.4e4, 1.6e6), (0.9e6, 1.1e7))  # weights and bytes between which models were measured
-# M, least, usual and most, of two seeds at d = 128 with a quarter kept, where no study "multiplier" has results: static
-# masks, and such as SET moves.
-_M = {"static": (1.8, 2.0, 2.2), "set": (2.1, 2.4, 2.7)}
 _WIDTHS = (48, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
 _TIMED = (64, 192, 512)  # widths of which a block is timed; others lie between, or beyond
 _TOKENS, _LENGTH, _VOCABULARY = 1024, 128, 257
@@ -169,14 +166,10 @@ def _line(x: float, xs: np.ndarray, ys: np.ndarray) -> float:
 
 
 def _multipliers() -> Mapping[str, tuple[float, float, float]]:
-    """M by method: of study "multiplier" where its results are there, else of its sister at d = 128."""
+    """M by method, least, usual and most: of study "multiplier" where its results are there, or its sister at d = 128."""
     found: dict[str, Any] = {}
     for study in ("multiplier-128", "multiplier"):
         file = find_config(study, "studies", "study").parent / "results" / f"{study}.json"
         if file.exists():
-            found.update({each["method"]: each for each in read_json(file).get("multipliers", ())})
-    known = dict(_M)
-    for method in known:
-        if (each := found.get(f"{method}-75")) and each["low"] is not None:
-            known[method] = (each["low"], each["m"], each["high"])
-    return known
+            found.update({each["method"]: each for each in read_json(file)["multipliers"]})
+    return {method: tuple(found[f"{method}-75"][key] for key in ("low", "m", "high")) for method in ("static", "set")}
