@@ -166,7 +166,7 @@ def _line(x: float, xs: np.ndarray, ys: np.ndarray) -> float:
 
 
 def _multipliers() -> Mapping[str, tuple[float, float, float]]:
-    """M by method, least, usual and most: of study "multiplier" where its results are there, or its sister at d = 128."""
+    """M by method, least, usual and most: of study "multiplier" where it has results, else of its sister at d = 128."""
     found: dict[str, Any] = {}
     for study in ("multiplier-128", "multiplier"):
         file = find_config(study, "studies", "study").parent / "results" / f"{study}.json"
