@@ -43,6 +43,12 @@ arms:
 """
 
 
+@pytest.fixture(scope="session")
+def one_phase():
+    """A configuration of one sparse phase; CORPUS stands for its text."""
+    return CONFIG
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, corpus):
     """What the arguments name."""

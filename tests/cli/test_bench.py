@@ -2,22 +2,13 @@
 
 import pytest
 
-CONFIG = """
-name: one
-run_dir: run
-model: {n_layer: 1, d_model: 16, n_head: 2, sequence_length: 32}
-data: {corpus: CORPUS, validation_fraction: 0.01}
-train: {batch_size: 8, threads: 1, eval_every: 0, eval_tokens: 512, sample_tokens: 0, measure_dense: 0}
-phases: [{sparsity: 0.5, steps: 2}]
-"""
 
-
-def test_bench_takes_the_layers_of_a_configuration(tmp_path, monkeypatch):
+def test_bench_takes_the_layers_of_a_configuration(tmp_path, monkeypatch, one_phase):
     from vspdf.cli.bench import _layers
     from vspdf.errors import UserError
 
     monkeypatch.chdir(tmp_path)
-    text = CONFIG.replace("steps: 2}]", "steps: 2, layers: {'h.0.mlp.*': 0.4}}, {steps: 2}]")
+    text = one_phase.replace("steps: 2}]", "steps: 2, layers: {'h.0.mlp.*': 0.4}}, {steps: 2}]")
     (tmp_path / "mine.yaml").write_text(text.replace("CORPUS", "stdlib"))
     shapes, sparsities, dtype = _layers("mine.yaml", "", "")
     assert shapes == [(256, 16, 48), (256, 16, 16), (256, 16, 64), (256, 64, 16)]

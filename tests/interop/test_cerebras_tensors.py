@@ -5,37 +5,10 @@ import shutil
 
 import pytest
 import torch
-import transformers
 
 from vspdf.errors import UserError
 from vspdf.interop import checkpoints
 from vspdf.sparsity.layer import sparse_layers
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        out = model.eval()(tokens)
-    return out if torch.is_tensor(out) else out.logits
-
-
-def some_tokens(vocab_size=257, length=16):
-    return torch.randint(vocab_size, (3, length), generator=torch.Generator().manual_seed(0))
-
-
-TINY = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_inner": 96, "vocab_size": 61, "n_positions": 24}
-
-
-def theirs(folder, save=True, **settings):
-    """A random GPT-2 of transformers with every parameter drawn, and its folder."""
-    torch.manual_seed(0)
-    made = transformers.GPT2LMHeadModel(transformers.GPT2Config(**TINY, bos_token_id=1, eos_token_id=1, **settings))
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    if save:
-        made.save_pretrained(folder)
-    return made.eval()
-
 
 MUP = {
     "by older names": {"embeddings_scale": 10.0, "output_logits_scale": 0.5, "scale_qk_dot_by_d": True},
@@ -90,7 +63,7 @@ def stack_folder(folder, tensors, form="older", **settings):
 
 
 @pytest.mark.parametrize("release", ["names alone", "under model.", "since 2.1"])
-def test_the_stacks_names_become_gpt2s(tmp_path, vspdf, release):
+def test_the_stacks_names_become_gpt2s(tmp_path, vspdf, release, logits, some_tokens, theirs):
     """Sentinels in Q, K, V and an FFN matrix, and in optimizer state, whose logits equal those of zeros there."""
     made = theirs(tmp_path, save=False, activation_function="gelu")
     masks = {n: torch.rand(made.get_parameter(n).shape) < 0.4 for n in ("transformer.h.0.attn.c_attn.weight",
@@ -121,7 +94,7 @@ def test_the_stacks_names_become_gpt2s(tmp_path, vspdf, release):
 
 
 @pytest.mark.parametrize("names", ["by older names", "by base sizes"])
-def test_scales_of_the_stacks_mup_are_folded_likewise(tmp_path, names):
+def test_scales_of_the_stacks_mup_are_folded_likewise(tmp_path, names, logits, some_tokens, theirs):
     keys = MUP[names]
     made = theirs(tmp_path / "hf", activation_function="gelu")
     file = tmp_path / "hf" / "config.json"
@@ -150,14 +123,14 @@ UNLIKE = {
 
 
 @pytest.mark.parametrize("change, settings, message", UNLIKE.values(), ids=UNLIKE)
-def test_what_the_stack_has_otherwise_is_refused_by_name(tmp_path, change, settings, message):
+def test_what_the_stack_has_otherwise_is_refused_by_name(tmp_path, change, settings, message, theirs):
     made = theirs(tmp_path, save=False, activation_function="gelu")
     folder = stack_folder(tmp_path / "theirs", change(stack_names(made.state_dict())), **settings)
     with pytest.raises(UserError, match=message):
         checkpoints.load(folder)
 
 
-def test_one_checkpoint_and_one_configuration_are_expected(tmp_path):
+def test_one_checkpoint_and_one_configuration_are_expected(tmp_path, theirs):
     made = theirs(tmp_path, save=False, activation_function="gelu")
     folder = stack_folder(tmp_path / "theirs", stack_names(made.state_dict()))
     shutil.copy(folder / "checkpoint_10.mdl", folder / "checkpoint_20.mdl")

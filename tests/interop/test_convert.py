@@ -34,21 +34,11 @@ def step(run, number):
     return run / "checkpoints" / f"step-{number:08d}"
 
 
-def logits(model, tokens):
-    with torch.no_grad():
-        out = model.eval()(tokens)
-    return out if torch.is_tensor(out) else out.logits
-
-
-def some_tokens(vocab_size=257, length=16):
-    return torch.randint(vocab_size, (3, length), generator=torch.Generator().manual_seed(0))
-
-
 # -- to Hugging Face and back -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [12, 20, 28], ids=["90 % sparse", "half sparse", "dense"])
-def test_hugging_face_reads_our_model_and_its_logits_are_ours(trained, tmp_path, vspdf, number):
+def test_hugging_face_reads_our_model_and_its_logits_are_ours(trained, tmp_path, vspdf, number, logits, some_tokens):
     status, out, err = vspdf("convert", step(trained, number), tmp_path / "hf", "--json")
     assert status == 0, err
     found = json.loads(out)
@@ -64,7 +54,7 @@ def test_hugging_face_reads_our_model_and_its_logits_are_ours(trained, tmp_path,
     assert words.eos_token_id == theirs.config.eos_token_id == theirs.generation_config.eos_token_id == 256
 
 
-def test_there_and_back_every_bit_is_the_same(trained, tmp_path, vspdf):
+def test_there_and_back_every_bit_is_the_same(trained, tmp_path, vspdf, logits, some_tokens):
     vspdf("convert", trained, tmp_path / "hf")
     status, out, _ = vspdf("convert", tmp_path / "hf", tmp_path / "again")
     assert status == 0 and "a Hugging Face folder" in out and "wrote" in out

@@ -19,31 +19,6 @@ from vspdf.sparsity.layer import SparseLinear, sparse_layers
 SEVEN = [name for name in MODELS if name.startswith("cerebras-gpt")]
 
 
-def logits(model, tokens):
-    with torch.no_grad():
-        out = model.eval()(tokens)
-    return out if torch.is_tensor(out) else out.logits
-
-
-def some_tokens(vocab_size=257, length=16):
-    return torch.randint(vocab_size, (3, length), generator=torch.Generator().manual_seed(0))
-
-
-TINY = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_inner": 96, "vocab_size": 61, "n_positions": 24}
-
-
-def theirs(folder, save=True, **settings):
-    """A random GPT-2 of transformers with every parameter drawn, and its folder."""
-    torch.manual_seed(0)
-    made = transformers.GPT2LMHeadModel(transformers.GPT2Config(**TINY, bos_token_id=1, eos_token_id=1, **settings))
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    if save:
-        made.save_pretrained(folder)
-    return made.eval()
-
-
 # -- configurations ---------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +65,7 @@ def test_cerebras_gpt_is_known_at_all_seven_sizes(name):
     ],
     ids=lambda settings: ", ".join(f"{k}={v}" for k, v in settings.items()),
 )
-def test_their_gpt2_becomes_ours_with_equal_logits(tmp_path, settings):
+def test_their_gpt2_becomes_ours_with_equal_logits(tmp_path, settings, logits, some_tokens, theirs):
     dtype = settings.pop("dtype", None)
     made = theirs(tmp_path, save=False, **settings)
     if dtype:
@@ -103,7 +78,7 @@ def test_their_gpt2_becomes_ours_with_equal_logits(tmp_path, settings):
     )
 
 
-def test_shards_and_pickles_without_code_are_read_too(tmp_path):
+def test_shards_and_pickles_without_code_are_read_too(tmp_path, logits, some_tokens, theirs):
     made = theirs(tmp_path / "shards", save=False, activation_function="gelu")
     made.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
@@ -125,7 +100,7 @@ MUP = {
 
 
 @pytest.mark.parametrize("keys", MUP.values(), ids=MUP)
-def test_mup_scales_are_folded_into_the_weights(tmp_path, keys):
+def test_mup_scales_are_folded_into_the_weights(tmp_path, keys, logits, some_tokens, theirs):
     """Against a model that applies them one by one: embeddings x 10, logits x 0.5, scores / d_head."""
     made = theirs(tmp_path, activation_function="gelu")
     body = json.loads((tmp_path / "config.json").read_text())
@@ -165,7 +140,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("change, message", REFUSED.values(), ids=REFUSED)
-def test_what_our_gpt_does_not_cover_is_refused_by_name(tmp_path, change, message):
+def test_what_our_gpt_does_not_cover_is_refused_by_name(tmp_path, change, message, theirs):
     theirs(tmp_path, activation_function="gelu")
     body = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(body | change))
@@ -173,7 +148,7 @@ def test_what_our_gpt_does_not_cover_is_refused_by_name(tmp_path, change, messag
         checkpoints.load(tmp_path)
 
 
-def test_a_bent_configuration_is_read_or_refused(tmp_path):
+def test_a_bent_configuration_is_read_or_refused(tmp_path, theirs):
     chance = random.Random(0)
     theirs(tmp_path, activation_function="gelu")
     whole = json.loads((tmp_path / "config.json").read_text())
@@ -192,7 +167,7 @@ NASTY = [None, True, "", "x", -1, 0, 1, 0.5, 10**9, 2**63, -(2**70), 1e308, floa
          [None], {"": 1}, "\0", "\ud800"]  # fmt: skip
 
 
-def test_an_output_head_of_its_own(tmp_path):
+def test_an_output_head_of_its_own(tmp_path, theirs):
     """Is taken over where the configuration says so, and refused where it says otherwise."""
     made = theirs(tmp_path, save=False, activation_function="gelu", tie_word_embeddings=False)
     made.lm_head.weight = torch.nn.Parameter(torch.randn(61, 32))
@@ -224,7 +199,7 @@ def masked(made, how):
 
 
 @pytest.mark.parametrize("how", ["NaN", "masks over other values", "masks over NaN"])
-def test_sentinels_and_masks_become_zeros_and_the_pattern_is_recovered(tmp_path, vspdf, how):
+def test_sentinels_and_masks_become_zeros_and_the_pattern_is_recovered(tmp_path, vspdf, how, theirs):
     made = theirs(tmp_path / "hf", activation_function="gelu")
     tensors, kept = masked(made, how)
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
@@ -246,7 +221,7 @@ def test_sentinels_and_masks_become_zeros_and_the_pattern_is_recovered(tmp_path,
     assert vspdf("convert", tmp_path / "dense", tmp_path / "x", "--to", "sparse")[0] == 2
 
 
-def test_a_folder_pruned_by_torch_is_sparse_here(tmp_path, vspdf):
+def test_a_folder_pruned_by_torch_is_sparse_here(tmp_path, vspdf, theirs):
     """torch.nn.utils.prune's names, of a compiled model; an embedding that is pruned but keeps everything is taken."""
     made = theirs(tmp_path / "in", activation_function="gelu")
     for block in made.transformer.h:
@@ -266,25 +241,28 @@ def test_a_folder_pruned_by_torch_is_sparse_here(tmp_path, vspdf):
 
 
 WRONG = {
-    "missing": (lambda folder: folder / "mising", r"'.*mising' not found."),
+    "missing": (lambda folder, theirs: folder / "mising", r"'.*mising' not found."),
     "empty folder": (
-        lambda folder: folder.mkdir() or folder,
+        lambda folder, theirs: folder.mkdir() or folder,
         r"no checkpoint in '.*in': expected a run directory",
     ),
     "no weights": (
-        lambda folder: made_folder(folder, "config.json"),
+        lambda folder, theirs: made_folder(folder, theirs, "config.json"),
         r"holds no model.safetensors and no pytorch",
     ),
-    "truncated": (lambda folder: made_folder(folder, cut=True), r"model.safetensors is no whole safetensors file"),
-    "not JSON": (lambda folder: made_folder(folder, text="{"), r"config.json is no JSON"),
+    "truncated": (
+        lambda folder, theirs: made_folder(folder, theirs, cut=True),
+        r"model.safetensors is no whole safetensors file",
+    ),
+    "not JSON": (lambda folder, theirs: made_folder(folder, theirs, text="{"), r"config.json is no JSON"),
     "no mapping": (
-        lambda folder: made_folder(folder, text="[]"),
+        lambda folder, theirs: made_folder(folder, theirs, text="[]"),
         r"cannot be read: expected a JSON object",
     ),
 }
 
 
-def made_folder(folder, *only, cut=False, text=None):
+def made_folder(folder, theirs, *only, cut=False, text=None):
     theirs(folder, activation_function="gelu")
     for file in folder.iterdir():
         if only and file.name not in only:
@@ -298,8 +276,8 @@ def made_folder(folder, *only, cut=False, text=None):
 
 
 @pytest.mark.parametrize("make, message", WRONG.values(), ids=WRONG)
-def test_what_is_no_checkpoint_is_said_in_a_line(tmp_path, vspdf, make, message):
-    path = make(tmp_path / "in")
+def test_what_is_no_checkpoint_is_said_in_a_line(tmp_path, vspdf, theirs, make, message):
+    path = make(tmp_path / "in", theirs)
     with pytest.raises(UserError, match=message):
         checkpoints.load(path)
     status, out, err = vspdf("convert", path, tmp_path / "out")

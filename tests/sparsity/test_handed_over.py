@@ -18,25 +18,13 @@ from vspdf.errors import UserError
 from vspdf.pattern import Pattern
 from vspdf.sparsity.layer import SparseLinear, sparse_layers
 
-
-def one(out_features=96, in_features=48):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(in_features, out_features))
-
-
-def sparse_one(sparsity=0.8, **how):
-    model = one()
-    vspdf.sparsify(model, sparsity, **how)
-    return model
-
-
 TOKENS = torch.arange(8)[None]
 
 
 # -- hooks, attributes, places ----------------------------------------------------------------------------------------
 
 
-def test_hooks_run_and_their_handles_remove_them_through_all_forms():
+def test_hooks_run_and_their_handles_remove_them_through_all_forms(one):
     model, seen = one(), []
     forward = model[0].register_forward_hook(lambda *a: seen.append("forward"))
     model[0].register_forward_pre_hook(lambda *a, **k: seen.append("before"), with_kwargs=True)
@@ -58,7 +46,7 @@ def test_hooks_run_and_their_handles_remove_them_through_all_forms():
     assert seen == ["before"]
 
 
-def test_attributes_buffers_and_gradients_stay():
+def test_attributes_buffers_and_gradients_stay(one):
     model = one()
     model[0].role, model[0].weight.no_decay = "up", True
     model[0].register_buffer("scale", torch.ones(3))
@@ -73,7 +61,7 @@ def test_attributes_buffers_and_gradients_stay():
     assert torch.equal(model[0].weight.grad, gradient * pattern.mask()) and "0.scale" in model.state_dict()
 
 
-def test_a_hook_on_the_weight_itself_is_named(caplog):
+def test_a_hook_on_the_weight_itself_is_named(caplog, one):
     model = one()
     model[0].weight.register_hook(lambda g: g)
     with caplog.at_level(logging.WARNING, "vspdf"):
@@ -81,7 +69,7 @@ def test_a_hook_on_the_weight_itself_is_named(caplog):
     assert "'0': hooks on the weight itself are gone" in caplog.text
 
 
-def test_hooks_around_load_state_dict_get_the_layer_that_is_there():
+def test_hooks_around_load_state_dict_get_the_layer_that_is_there(one):
     model, seen = one(), []
     model[0].register_load_state_dict_pre_hook(lambda module, *a: seen.append(module))
     model[0].register_load_state_dict_post_hook(lambda module, *a: seen.append(module))
@@ -122,7 +110,7 @@ def group():
     dist.destroy_process_group()
 
 
-def test_a_reducer_that_was_made_before_the_model_became_sparse_is_named_and_refused(group, caplog):
+def test_a_reducer_that_was_made_before_the_model_became_sparse_is_named_and_refused(group, caplog, one):
     model = one()
     net = nn.parallel.DistributedDataParallel(model)
     vspdf.sparsify(nn.Sequential(one()), 0.5)
@@ -152,14 +140,14 @@ EDITS = {
 
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
-def test_an_edit_in_place_reaches_the_values(edit):
+def test_an_edit_in_place_reaches_the_values(edit, sparse_one):
     layer = sparse_one()[0]
     edit(layer)
     assert (layer.values == 3).all()
     assert torch.equal(layer.weight != 0, layer.pattern.mask())
 
 
-def test_its_own_weight_may_be_assigned_and_frozen(caplog):
+def test_its_own_weight_may_be_assigned_and_frozen(caplog, sparse_one):
     layer = sparse_one()[0]
     before = layer.values.detach().clone()
     with caplog.at_level(logging.WARNING, "vspdf"):
@@ -177,14 +165,14 @@ def test_its_own_weight_may_be_assigned_and_frozen(caplog):
         layer.weight = torch.zeros(3, 3)
 
 
-def test_what_lies_outside_the_mask_is_dropped_and_said_once(caplog):
+def test_what_lies_outside_the_mask_is_dropped_and_said_once(caplog, sparse_one):
     layer = sparse_one()[0]
     with caplog.at_level(logging.WARNING, "vspdf"):
         layer.weight.data.fill_(1.0), layer.weight.data.fill_(2.0)
     assert len(caplog.records) == 1 and "had non-zeros at masked positions" in caplog.text
 
 
-def test_edits_that_cannot_be_honoured_are_refused():
+def test_edits_that_cannot_be_honoured_are_refused(sparse_one):
     layer = sparse_one()[0]
     with pytest.raises(UserError, match=r"edit it in place under torch.no_grad\(\), or change layer.values"):
         layer.weight.mul_(2)
@@ -198,7 +186,7 @@ def test_edits_that_cannot_be_honoured_are_refused():
     assert torch.equal(layer.values, before)
 
 
-def test_a_sparse_layer_is_copied_and_pickled_with_what_it_was_made_from():
+def test_a_sparse_layer_is_copied_and_pickled_with_what_it_was_made_from(sparse_one):
     model = sparse_one()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other[0].weight, model[0].weight)
@@ -210,7 +198,7 @@ def test_a_sparse_layer_is_copied_and_pickled_with_what_it_was_made_from():
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_values_without_their_pattern_are_refused(strict):
+def test_values_without_their_pattern_are_refused(strict, sparse_one):
     a, b = sparse_one(seed=1), sparse_one(seed=2)
     stripped = {key: value for key, value in a.state_dict().items() if "_extra_state" not in key}
     with pytest.raises(RuntimeError, match=r"'0.values' comes without its pattern"):
@@ -224,7 +212,7 @@ def test_values_without_their_pattern_are_refused(strict):
     [({"0._extra_state"}, "pattern that comes without its '0.values'"), (set(), "is dense, the layer sparse")],
     ids=["a pattern without values", "a dense weight"],
 )
-def test_half_of_a_state_is_refused_though_not_strict(state, said):
+def test_half_of_a_state_is_refused_though_not_strict(state, said, one, sparse_one):
     given = sparse_one(seed=1).state_dict()
     given = {key: value for key, value in given.items() if key in state} or one().state_dict()
     with pytest.raises(RuntimeError, match=said):
@@ -331,7 +319,7 @@ def test_pruned_by_torch_is_named(caplog):
     assert "torch.nn.utils.prune.remove" in caplog.text
 
 
-def test_compiled_models_get_the_same_masks():
+def test_compiled_models_get_the_same_masks(one):
     assert list(vspdf.sparsify(torch.compile(one()), 0.8).values()) == list(vspdf.sparsify(one(), 0.8).values())
 
 
@@ -348,7 +336,7 @@ def test_globs_match_the_names_of_a_compiled_model_as_they_were_before():
     assert found[0] == found[1] and [round(p.sparsity, 1) for p in found[0]] == [0.5, 0.9, 0.2, 0.2]
 
 
-def test_a_percentage_is_asked_about():
+def test_a_percentage_is_asked_about(one, sparse_one):
     with pytest.raises(UserError, match=r"not 90. Did you mean 0.9\?"):
         vspdf.sparsify(one(), 90)
     for call in (
@@ -377,7 +365,7 @@ def test_a_phase_that_is_none_is_named(phase, said):
         vspdf.Phases([phase])
 
 
-def test_a_model_on_the_meta_device():
+def test_a_model_on_the_meta_device(one, sparse_one):
     with torch.device("meta"):
         model = one()
     pattern = vspdf.sparsify(model, 0.8)["0"]

@@ -12,11 +12,6 @@ from vspdf.sparsity.layer import SparseLinear, build_plans, training_state_bytes
 from vspdf.sparsity.surgery import sparsify
 
 
-def mlp():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 30), nn.GELU(), nn.Linear(30, 12))
-
-
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_from_linear_and_back(bias):
     linear = nn.Linear(10, 6, bias=bias).eval()
@@ -66,7 +61,7 @@ def test_a_pattern_of_another_shape_is_refused():
         SparseLinear(Pattern.random((10, 6), 0.5), torch.ones(3))
 
 
-def test_state_bytes_count_what_exists():
+def test_state_bytes_count_what_exists(mlp):
     model = mlp()
     patterns = vspdf.sparsify(model, 0.9)
     sizes = training_state_bytes(model)

@@ -14,31 +14,6 @@ from vspdf.errors import UserError
 from vspdf.sparsity.layer import SparseLinear
 from vspdf.sparsity.optimizer import RevivedWarmup
 
-
-def one(out_features=96, in_features=48):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(in_features, out_features))
-
-
-def sparse_one(sparsity=0.8, **how):
-    model = one()
-    vspdf.sparsify(model, sparsity, **how)
-    return model
-
-
-def mlp():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 30), nn.GELU(), nn.Linear(30, 12))
-
-
-def adam_steps(model, optimizer, count=3, width=12):
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(count):
-        optimizer.zero_grad()
-        model(torch.randn(8, width, generator=generator)).square().mean().backward()
-        optimizer.step()
-
-
 # -- moments and revived weights --------------------------------------------------------------------------------------
 
 OPTIMIZERS = {
@@ -50,7 +25,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("conv1d", [False, True], ids=["Linear", "Conv1D"])
-def test_optimizer_state_travels_all_the_way(make, conv1d):
+def test_optimizer_state_travels_all_the_way(make, conv1d, mlp, adam_steps):
     """dense -> sparse -> less sparse -> dense: state follows its weight, positions without one hold zeros."""
     model = nn.Sequential(Conv1D(30, 12), nn.GELU(), Conv1D(12, 30)) if conv1d else mlp()
     optimizer = make(model.parameters())
@@ -100,7 +75,7 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
-def test_moments_reset(switch):
+def test_moments_reset(switch, mlp, adam_steps):
     model = mlp()
     vspdf.sparsify(model, 0.6)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -111,7 +86,7 @@ def test_moments_reset(switch):
 
 @pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
 @pytest.mark.parametrize("conv1d", [False, True], ids=["Linear", "Conv1D"])
-def test_revived_weights_ramp_up(switch, conv1d):
+def test_revived_weights_ramp_up(switch, conv1d, mlp, adam_steps):
     model = nn.Sequential(Conv1D(30, 12), nn.GELU(), Conv1D(12, 30)) if conv1d else mlp()
     vspdf.sparsify(model, 0.8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
@@ -146,7 +121,7 @@ def test_revived_weights_ramp_up(switch, conv1d):
 
 
 @pytest.mark.parametrize("verb", ["sparsify", "set_sparsity", "densify"])
-def test_an_optimizer_that_was_forgotten_is_named(verb, caplog):
+def test_an_optimizer_that_was_forgotten_is_named(verb, caplog, one, sparse_one):
     model = one() if verb == "sparsify" else sparse_one()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     change = {"sparsify": (0.5,), "set_sparsity": (0.5,), "densify": ()}[verb]
@@ -156,7 +131,7 @@ def test_an_optimizer_that_was_forgotten_is_named(verb, caplog):
     del optimizer
 
 
-def test_another_optimizer_than_the_one_handed_over_is_named(caplog):
+def test_another_optimizer_than_the_one_handed_over_is_named(caplog, one, sparse_one):
     model = sparse_one()
     forgotten, given = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
     with caplog.at_level(logging.WARNING, "vspdf"):
@@ -170,14 +145,14 @@ def test_another_optimizer_than_the_one_handed_over_is_named(caplog):
     assert "densify: the optimizer holds none of the 1 parameters that were replaced" in caplog.text
 
 
-def test_no_optimizer_no_word(caplog):
+def test_no_optimizer_no_word(caplog, sparse_one):
     with caplog.at_level(logging.WARNING, "vspdf"):
         vspdf.densify(sparse_one())
     assert not caplog.records
 
 
 @pytest.mark.parametrize("make", [torch.optim.Adafactor, transformers.Adafactor], ids=["torch", "transformers"])
-def test_adafactor_goes_on_after_a_switch_with_a_word(make, caplog):
+def test_adafactor_goes_on_after_a_switch_with_a_word(make, caplog, sparse_one):
     model = sparse_one()
     optimizer = make(model.parameters(), lr=1e-2, **({} if make is torch.optim.Adafactor else {"relative_step": False}))
     with caplog.at_level(logging.WARNING, "vspdf"):
@@ -220,7 +195,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("make, follows", FORMS.values(), ids=FORMS)
-def test_state_of_any_form_follows_or_starts_anew_with_a_word(make, follows, caplog):
+def test_state_of_any_form_follows_or_starts_anew_with_a_word(make, follows, caplog, one):
     model = one()
     optimizer = Own(model.parameters(), make)
     with caplog.at_level(logging.WARNING, "vspdf"):
@@ -240,7 +215,7 @@ def test_state_of_any_form_follows_or_starts_anew_with_a_word(make, follows, cap
         assert (optimizer.state[model[0].weight]["own"][0][mask] >= 2).any()
 
 
-def test_lbfgs_history_is_reset_with_a_word(caplog):
+def test_lbfgs_history_is_reset_with_a_word(caplog, sparse_one):
     model = sparse_one()
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
     closure = lambda: (loss := model(torch.ones(4, 48)).square().mean(), optimizer.zero_grad(), loss.backward())[0]  # noqa: E731
@@ -251,7 +226,7 @@ def test_lbfgs_history_is_reset_with_a_word(caplog):
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_an_optimizer_for_matrices_is_refused_before_anything_changes():
+def test_an_optimizer_for_matrices_is_refused_before_anything_changes(one):
     model = one()
     optimizer = torch.optim.Muon([model[0].weight], lr=1e-2)
     with pytest.raises(UserError, match=r"Muon takes matrices only.*vspdf.parameter_groups"):

@@ -6,18 +6,12 @@ import logging
 import pytest
 import torch
 import transformers
-from torch import nn
 
 import vspdf
 from vspdf.errors import UserError
 from vspdf.sparsity.layer import sparse_layers
 
 # -- a plain loop -----------------------------------------------------------------------------------------------------
-
-
-def mlp():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 30), nn.GELU(), nn.Linear(30, 12))
 
 
 def loop(phases, model, optimizer, steps, seen, scheduler=None):
@@ -34,7 +28,7 @@ def loop(phases, model, optimizer, steps, seen, scheduler=None):
 STAGES = [vspdf.Phase(schedule="cycling", levels=[0.9, 0.5], steps=6), (0.0, 4)]
 
 
-def test_a_plain_loop_goes_through_its_phases_and_resumes(tmp_path):
+def test_a_plain_loop_goes_through_its_phases_and_resumes(tmp_path, mlp):
     model, phases, seen = mlp(), vspdf.Phases(STAGES), []
     phases.start(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -63,7 +57,7 @@ MAKE = {
 
 
 @pytest.mark.parametrize("kind", MAKE)
-def test_the_learning_rate_warms_up_again_after_a_switch_and_resumes(kind):
+def test_the_learning_rate_warms_up_again_after_a_switch_and_resumes(kind, mlp):
     def made(saved=None):
         model, phases = mlp(), vspdf.Phases(RATES)
         phases.restore(model, saved["model"], saved["step"]) if saved else phases.start(model)
@@ -97,12 +91,12 @@ def test_the_learning_rate_warms_up_again_after_a_switch_and_resumes(kind):
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)), step
 
 
-def test_phases_need_a_rate_to_go_by():
+def test_phases_need_a_rate_to_go_by(mlp):
     with pytest.raises(UserError, match=r"SGD has lr = 0: phases need a positive one"):
         vspdf.Phases(RATES).scheduler(torch.optim.SGD(mlp().parameters(), lr=0.0))
 
 
-def test_revived_weights_ramp_up_after_a_switch():
+def test_revived_weights_ramp_up_after_a_switch(mlp):
     steps = {}
     for ramp in (0, 3):
         model, phases = mlp(), vspdf.Phases([(0.9, 3), (0.0, 9)], revived_warmup=ramp)
@@ -132,7 +126,7 @@ def masks(model):
     return {name: layer.pattern for name, layer in sparse_layers(model).items()}
 
 
-def test_layers_have_sparsities_of_their_own_and_seeds_follow_from_phase_and_stage():
+def test_layers_have_sparsities_of_their_own_and_seeds_follow_from_phase_and_stage(mlp):
     apart = vspdf.Phase(sparsity=0.9, layers={"2": 0.5}, steps=2)
     falling = vspdf.Phase(schedule="cycling", levels=[0.4, 0.2], steps=4)
     model, phases = mlp(), vspdf.Phases([apart, falling], seed=7)
@@ -152,7 +146,7 @@ def test_layers_have_sparsities_of_their_own_and_seeds_follow_from_phase_and_sta
         vspdf.Phases([apart, (0.8, 3)]).start(mlp())
 
 
-def test_a_model_that_is_sparse_already_goes_on_and_gets_no_sparser():
+def test_a_model_that_is_sparse_already_goes_on_and_gets_no_sparser(mlp):
     model = mlp()
     before = vspdf.sparsify(model, {"0": 0.9}, seed=3)
     with pytest.raises(UserError, match=r"layer '2' is dense already and would go to 0.5: weights are only ever"):
@@ -164,7 +158,7 @@ def test_a_model_that_is_sparse_already_goes_on_and_gets_no_sparser():
 
 
 @pytest.mark.parametrize("moments", ["keep", "reset"])
-def test_moments_are_kept_or_forgotten_at_the_start_of_a_phase_alone(moments):
+def test_moments_are_kept_or_forgotten_at_the_start_of_a_phase_alone(moments, mlp):
     stages = [(0.9, 2), vspdf.Phase(schedule="cycling", levels=[0.5, 0.2], steps=4)]
     model, phases = mlp(), vspdf.Phases(stages, moments=moments)
     phases.start(model)
@@ -173,7 +167,7 @@ def test_moments_are_kept_or_forgotten_at_the_start_of_a_phase_alone(moments):
     assert {int(state["step"]) for state in optimizer.state.values()} == {5 if moments == "keep" else 3}
 
 
-def test_a_ramp_goes_on_after_a_resume(caplog):
+def test_a_ramp_goes_on_after_a_resume(caplog, mlp):
     ends, stages = [], [(0.9, 3), (0.0, 9)]
     for stop in (8, 5):
         model, phases = mlp(), vspdf.Phases(stages, revived_warmup=4)
@@ -196,7 +190,7 @@ def test_a_ramp_goes_on_after_a_resume(caplog):
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
-def test_start_comes_first_and_checkpoints_belong_to_phases():
+def test_start_comes_first_and_checkpoints_belong_to_phases(mlp):
     phases = vspdf.Phases([(0.9, 2), (0.0, 2)])
     with pytest.raises(UserError, match=r"start\(model\) or restore\(...\) comes before the first step"):
         phases.at(0, mlp())

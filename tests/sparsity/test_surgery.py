@@ -45,19 +45,6 @@ def family(request):
     return request.param, HUGGING_FACE[request.param]()
 
 
-def mlp():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 30), nn.GELU(), nn.Linear(30, 12))
-
-
-def adam_steps(model, optimizer, count=3, width=12):
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(count):
-        optimizer.zero_grad()
-        model(torch.randn(8, width, generator=generator)).square().mean().backward()
-        optimizer.step()
-
-
 def masked(model, patterns):
     """A dense model's state with zeros outside of `patterns`."""
     state = copy.deepcopy(model.state_dict())
@@ -122,7 +109,7 @@ def test_pytorch_encoder_layers_work_in_both_modes():
         torch.testing.assert_close(layer.eval()(x), trained, rtol=1e-4, atol=1e-5)
 
 
-def test_masks_depend_on_seed_and_name_alone():
+def test_masks_depend_on_seed_and_name_alone(mlp):
     patterns = vspdf.sparsify(mlp(), 0.5, seed=3)
     assert vspdf.sparsify(mlp(), 0.5, seed=3) == patterns
     assert vspdf.sparsify(mlp(), 0.5, seed=3, include="2") == {"2": patterns["2"]}
@@ -144,7 +131,7 @@ def test_globs_choose_layers_and_the_first_match_counts():
     assert patterns["transformer.h.0.attn.c_proj"] is own
 
 
-def test_rescale_is_the_density_aware_init():
+def test_rescale_is_the_density_aware_init(mlp):
     model, plain = mlp(), mlp()
     vspdf.sparsify(model, 0.75, rescale=True)
     vspdf.sparsify(plain, 0.75)
@@ -173,7 +160,7 @@ def test_a_shared_module_stays_shared():
     assert type(model["b"]) is nn.Linear and model["a"] is model["b"]
 
 
-def test_biases_stay_the_same_parameters_frozen_or_tied():
+def test_biases_stay_the_same_parameters_frozen_or_tied(mlp):
     model = mlp()
     model[0].bias.requires_grad_(False)
     biases = model[0].bias, model[2].bias
@@ -182,7 +169,7 @@ def test_biases_stay_the_same_parameters_frozen_or_tied():
     assert model[0].bias is biases[0] and model[2].bias is biases[1] and not model[0].bias.requires_grad
 
 
-def test_frozen_values_stay_frozen():
+def test_frozen_values_stay_frozen(mlp):
     model = mlp()
     vspdf.sparsify(model, 0.5)
     model[0].values.requires_grad_(False)
@@ -200,7 +187,7 @@ def test_densify_draws_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_explain_has_a_line_per_product_of_every_layer():
+def test_explain_has_a_line_per_product_of_every_layer(mlp):
     model = mlp()
     assert vspdf.explain(model, 8).startswith("no sparse layer")
     vspdf.sparsify(model, 0.9)
@@ -214,7 +201,7 @@ def test_explain_has_a_line_per_product_of_every_layer():
 # -- more weights, step by step ---------------------------------------------------------------------------------------
 
 
-def test_set_sparsity_only_adds():
+def test_set_sparsity_only_adds(mlp):
     model = mlp()
     first = vspdf.sparsify(model, 0.9)
     weights = {name: layer.weight.detach() for name, layer in sparse_layers(model).items()}
@@ -227,7 +214,7 @@ def test_set_sparsity_only_adds():
             assert torch.equal(layer.weight, weights[name])  # new weights are zeros
 
 
-def test_training_sparse_equals_training_masked_dense():
+def test_training_sparse_equals_training_masked_dense(mlp, adam_steps):
     """Ten AdamW steps with decay: sparse values against a dense model whose masked weights and gradients are zeroed."""
     sparse, dense = mlp(), mlp()
     patterns = vspdf.sparsify(sparse, 0.7)
@@ -263,14 +250,14 @@ def test_training_sparse_equals_training_masked_dense():
     ],
     ids=["1", "negative", "rule", "shape", "unknown rule", "include", "exclude"],
 )
-def test_sparsify_refuses_and_leaves_the_model_alone(arguments, message):
+def test_sparsify_refuses_and_leaves_the_model_alone(arguments, message, mlp):
     model = mlp()
     with pytest.raises(UserError, match=message):
         vspdf.sparsify(model, **arguments)
     assert not sparse_layers(model)
 
 
-def test_models_without_layers_are_refused():
+def test_models_without_layers_are_refused(mlp):
     with pytest.raises(UserError, match=r"no nn.Linear or Conv1D"):
         vspdf.sparsify(nn.Sequential(nn.Embedding(3, 3)), 0.5)
     with pytest.raises(UserError, match=r"use SparseLinear.from_linear"):
@@ -281,7 +268,7 @@ def test_models_without_layers_are_refused():
         vspdf.set_sparsity(mlp(), 0.5)
 
 
-def test_set_sparsity_refuses_to_drop_and_changes_nothing():
+def test_set_sparsity_refuses_to_drop_and_changes_nothing(mlp):
     model = mlp()
     patterns = vspdf.sparsify(model, {"0": 0.9, "2": 0.2})
     with pytest.raises(UserError, match=r"can only grow"):
@@ -312,7 +299,7 @@ def test_init_methods_on_every_family(family):
     assert vspdf.sparsify(model, 0.1, init_method="from_zeros") == before
 
 
-def test_from_zeros_leaves_a_matrix_without_zeros_dense(caplog):
+def test_from_zeros_leaves_a_matrix_without_zeros_dense(caplog, mlp):
     model = mlp()
     with torch.no_grad():
         model[2].weight[0] = 0
@@ -321,7 +308,7 @@ def test_from_zeros_leaves_a_matrix_without_zeros_dense(caplog):
     assert "'0' stays dense: none of its weights is zero" in caplog.text
 
 
-def test_an_unknown_init_method_is_refused():
+def test_an_unknown_init_method_is_refused(mlp):
     with pytest.raises(UserError, match=r"init_method 'top-k' is not known. Did you mean 'topk'\?"):
         vspdf.sparsify(mlp(), 0.5, init_method="top-k")
 
@@ -348,7 +335,7 @@ def test_quantised_layers_are_skipped_with_a_word(caplog):
     assert "'3' stays dense: its weight is a Packed of torch.float32" in caplog.text
 
 
-def test_layers_densify_at_their_own_pace():
+def test_layers_densify_at_their_own_pace(mlp):
     model = mlp()
     vspdf.sparsify(model, {"0": 0.9, "2": 0.8})
     before = vspdf.set_sparsity(model, {"2": 0.5})
