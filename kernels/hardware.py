@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vspdf import gemm
 from vspdf.errors import UserError, check_device
 from vspdf.kernels import cpu
 from vspdf.kernels.gpu import launch
@@ -43,6 +44,7 @@ def hardware() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isas": list(extension.isas()) if extension else [],
+        "dense_products": gemm.library(),
         "openmp": bool(extension.openmp) if extension else False,
         "bf16": "slow" if slow_bf16(torch.device("cpu")) else "fast",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from vspdf import gemm
 from vspdf.errors import UserError
 from vspdf.files import lock, user_cache, write_whole
 from vspdf.kernels import cpu
@@ -139,8 +140,8 @@ class _Table:
 
 
 def _machine() -> str:
-    """Timings hold for one processor, instruction set and pair of builds."""
-    return f"{cpu.cpu_name()}; {cpu.isa()}; {cpu.build()}; torch {torch.__version__}"
+    """Timings hold for one processor, instruction set, pair of builds and library of dense products."""
+    return f"{cpu.cpu_name()}; {cpu.isa()}; {cpu.build()}; torch {torch.__version__}; dense by {gemm.library()}"
 
 
 CPU = _Table(Timing, _machine)

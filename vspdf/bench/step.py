@@ -10,8 +10,10 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from vspdf import gemm
 from vspdf.attention import plain
 from vspdf.bench.problem import check_dtypes
 from vspdf.bench.rounds import (
@@ -35,7 +37,7 @@ class Side(NamedTuple):
     """A model and how its step is taken."""
 
     sparsity: float
-    attention: str = "torch"  # or "blocks", `vspdf.attention`
+    attention: str = "torch"  # or "blocks": `vspdf.attention`, and `vspdf.gemm` for dense products
     dtype: str = "float32"  # "bfloat16": under autocast
     compiled: bool = False  # by torch.compile
 
@@ -59,8 +61,9 @@ def bench_step(
 ) -> dict[str, Any]:
     """Times whole training steps (forward, backward, clipping, AdamW) of sparse models beside the same dense model.
 
-    The dense side is plain PyTorch: nn.Linear, scaled_dot_product_attention, fused AdamW. Where the sparse models' own
-    attention (`vspdf.attention`) skips more than torch's, a second dense model has it too. Vocabulary: bytes.
+    The dense side is plain PyTorch: nn.Linear, scaled_dot_product_attention, fused AdamW. A second dense model is as
+    vspdf trains it: attention that skips more than torch's (`vspdf.attention`), products by the library that knows the
+    processor (`vspdf.gemm`). Vocabulary: bytes.
 
     Parameters
     ----------
@@ -73,11 +76,11 @@ def bench_step(
     Returns
     -------
     dict
-        ``rows`` with ``sparsity``, ``attention`` ("torch" or "blocks"), ``dtype``, ``compiled``, ``prepare_seconds``
-        (the first step: plans, tuning, compilation), ``seconds_median`` and its interval, ``ratio_to_dense`` (with
-        torch's attention, float32), whether it is ``possible``, memory of the training state; ``scratch_bytes`` that
-        the sparse kernels keep for their next calls, of all models together; ``load``, ``sensors``, ``hardware``,
-        ``versions``, ``missing`` sides with the reason.
+        ``rows`` with ``sparsity``, ``attention`` ("torch" or "blocks"), ``dense_products`` (by "MKL" or "oneDNN"),
+        ``dtype``, ``compiled``, ``prepare_seconds`` (the first step: plans, tuning, compilation), ``seconds_median``
+        and its interval, ``ratio_to_dense`` (plain PyTorch in float32), whether it is ``possible``, memory of the
+        training state; ``scratch_bytes`` that the sparse kernels keep for their next calls, of all models together;
+        ``load``, ``sensors``, ``hardware``, ``versions``, ``missing`` sides with the reason.
     """
     from vspdf.sparsity.layer import training_state_bytes
 
@@ -108,7 +111,12 @@ def bench_step(
         memory = {key: training_state_bytes(model) if key[0] else None for key, model in models.items()}
     columns = {side: times[_name(side), "layer"] for side in steps}
     rows = [
-        {**side._asdict(), "threads": used, "prepare_seconds": first[side]}
+        {
+            **side._asdict(),
+            "dense_products": gemm.library() if side.attention == "blocks" else "MKL",
+            "threads": used,
+            "prepare_seconds": first[side],
+        }
         | _figures(side, columns, column)
         | {"memory": memory[side.sparsity, side.attention]}
         for side, column in columns.items()
@@ -130,7 +138,7 @@ def _sides(sparsities: Sequence[float], dtypes: Sequence[str], compiled: bool) -
 
 def _name(side: Side) -> str:
     what = f"{side.sparsity:g} sparse" if side.sparsity else "dense"
-    own = ", attention in blocks" if side.attention == "blocks" and not side.sparsity else ""
+    own = ", as vspdf trains it" if side.attention == "blocks" and not side.sparsity else ""
     return f"{what}{own}, {side.dtype}{', compiled' * side.compiled}"
 
 
@@ -155,9 +163,12 @@ def _model(shape: Shape, side: Side) -> GPT:
 
     model = GPT(shape)
     if side.attention == "torch":
+        model.project = F.linear  # type: ignore[assignment]
         for module in model.modules():
             if isinstance(module, Attention):
                 module.attend = plain
+            elif isinstance(module, gemm.Linear):
+                module.__class__ = nn.Linear  # type: ignore[assignment]
     if side.sparsity:
         sparsify(model, side.sparsity)
     return model

@@ -232,8 +232,8 @@ def print_step(result: dict[str, Any]) -> None:
         f"{result['rows'][0]['threads']} threads",
         title_justify="left",
     )
-    for column in ("sparsity", "attention", "dtype", "compiled", "first step", "s/step", "95 % interval", "speed-up",
-                   "95 % interval", "disturbed", "state of its layers", "of the model"):  # fmt: skip
+    for column in ("sparsity", "attention", "dense by", "dtype", "compiled", "first step", "s/step", "95 % interval",
+                   "speed-up", "95 % interval", "disturbed", "state of its layers", "of the model"):  # fmt: skip
         table.add_column(column, justify="right")
     for row in result["rows"]:
         memory = row["memory"]
@@ -241,8 +241,8 @@ def print_step(result: dict[str, Any]) -> None:
             [f"{memory[k]['sparse'] / memory[k]['dense']:.0%}" for k in ("sparsified", "model")] if memory else ["", ""]
         )
         table.add_row(
-            f"{row['sparsity']:.4g}", row["attention"], row["dtype"], "yes" if row["compiled"] else "",
-            f"{row['prepare_seconds']:.1f}", f"{row['seconds_median']:.3f}",
+            f"{row['sparsity']:.4g}", row["attention"], row["dense_products"], row["dtype"],
+            "yes" if row["compiled"] else "", f"{row['prepare_seconds']:.1f}", f"{row['seconds_median']:.3f}",
             f"{row['seconds_low']:.3f}-{row['seconds_high']:.3f}", speedup(row),
             f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}", f"{row['disturbed_rounds']} of {row['rounds']}", *shares,
         )  # fmt: skip

@@ -235,6 +235,7 @@ def steps(result: dict[str, Any]) -> Table | None:
         what = "dense" if not row["sparsity"] else f"{row['sparsity']:.0%} sparse"
         form = [row.get("dtype", "float32")] + ["torch.compile"] * bool(row.get("compiled"))
         form += ["attention in blocks"] * (row.get("attention") == "blocks" and not row["sparsity"])
+        form += ["by oneDNN"] * (row.get("dense_products") == "oneDNN" and not row["sparsity"])
         memory = row.get("memory")
         parts = ("sparsified", "model")
         shares = [f"{memory[key]['sparse'] / memory[key]['dense']:.0%}" if memory else "" for key in parts]

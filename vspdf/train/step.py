@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from vspdf import shapes
+from vspdf import gemm, shapes
 from vspdf.config.resolved import ResolvedOptimizer, ResolvedPhase, ResolvedTrain
 from vspdf.evaluate.loss import autocast
 from vspdf.ledger import Count
@@ -121,7 +121,11 @@ def micro_batches(batch: tuple[Tensor, Tensor], size: int, ranks: int = 1) -> li
 
 def dense_counts(model: nn.Module, shape: shapes.Shape, tokens: int) -> dict[str, Count]:
     """What torch itself multiplies in a step, forward and backward: nothing is skipped there, the columns agree."""
-    linear = sum(m.weight.numel() for name, m in model.named_modules() if type(m) is nn.Linear and name != "lm_head")
+    linear = sum(
+        m.weight.numel()
+        for name, m in model.named_modules()
+        if type(m) in (nn.Linear, gemm.Linear) and name != "lm_head"
+    )
     macs = {"dense_linear": linear, "attention": shape.attention, "vocabulary": shape.vocabulary}
     flops = {name: 6 * tokens * n for name, n in macs.items() if n}
     return {name: Count(n, n, n) for name, n in flops.items()}

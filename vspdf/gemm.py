@@ -1,0 +1,128 @@
+"""Dense products in float32 by whichever of torch's two libraries knows the processor: MKL, or oneDNN.
+
+torch multiplies float32 matrices by MKL, which takes AVX-512 on Intel's processors alone. On AMD's that have it oneDNN,
+which torch ships too, is twice as fast. The choice follows from the processor, not from timing, so that a run that
+resumes stays equal to the last bit.
+
+Shape suffixes: T tokens, I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+# Multiply-adds a thread below which MKL is faster: oneDNN looks a product up for 10 us, and the gradient of weights
+# reads both matrices across their rows. Measured on a Zen 5, widths 64 to 3,072, 1 to 1,024 tokens.
+LEAST, LEAST_GRAD_WEIGHT = 1 << 21, 1 << 23
+
+
+@cache
+def library() -> str:
+    """ "oneDNN" or "MKL": who multiplies large dense float32 matrices on this CPU.
+
+    ``ATEN_CPU_CAPABILITY=avx2``, which holds torch to AVX2, and ``VSPDF_ISA=avx2``, which holds the sparse kernels,
+    hold this to MKL: there the two are alike.
+    """
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and (os.environ.get("VSPDF_ISA") or "avx512") == "avx512"
+    if not (there and wide and _vendor() not in ("", "GenuineIntel")):
+        return "MKL"
+    _count_flops()
+    return "oneDNN"
+
+
+def _vendor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("vendor_id"):
+                return line.partition(":")[2].strip()
+    return ""
+
+
+def _count_flops() -> None:
+    """Lets `FlopCounterMode` count oneDNN's product as it counts torch's."""
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def linear_flops(x_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return 2 * x_shape.numel() * weight_shape[0]
+
+
+def _pays(x: Tensor, weight: Tensor, least: float) -> bool:
+    """Whether oneDNN multiplies ``x @ weight.T`` here, and faster."""
+    work = x.numel() * weight.shape[0]
+    return (
+        work >= least * torch.get_num_threads()
+        and x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and library() == "oneDNN"
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, least: float = LEAST) -> Tensor:
+    """``x @ weight.T + bias`` without autograd: [..., I] by [O, I] -> [..., O]; either may be transposed in memory."""
+    if _pays(x, weight, least):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, in float32 on CPUs by the faster library; equal to it up to rounding.
+
+    torch's own computes it under autocast, inside `torch.compile` and `torch.func`, and where a product is small.
+    A gradient may be differentiated again.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., in_features)
+    weight : Tensor, shape (out_features, in_features)
+    bias : Tensor, shape (out_features,), optional
+
+    Returns
+    -------
+    Tensor, shape (..., out_features)
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.is_autocast_enabled("cpu")
+        or not _pays(x, weight, LEAST)
+    ):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` that multiplies by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        least = (math.inf, math.inf) if torch.is_grad_enabled() else (LEAST, LEAST_GRAD_WEIGHT)  # inf: differentiable
+        grad_TO, x_TI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            product(grad, weight.T, least=least[0]) if of_x else None,
+            product(grad_TO.T, x_TI.T, least=least[1]) if of_weight else None,
+            grad_TO.sum(0) if of_bias else None,
+        )
