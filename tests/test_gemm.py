@@ -106,19 +106,19 @@ def test_torch_multiplies_where_the_library_does_not(how):
     assert "mkldnn::_linear_pointwise" not in runs_by(call)
 
 
-@pytest.mark.parametrize("variable", ["ATEN_CPU_CAPABILITY", "VSPDF_ISA"])
+@pytest.mark.parametrize("variable", ["ATEN_CPU_CAPABILITY", "VSPDF_ISA", None], ids=str)
 def test_what_holds_to_avx2_holds_to_mkl(variable, monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2" if variable[0] == "A" else "AVX512")
-    monkeypatch.setattr(gemm, "_vendor", lambda: "AuthenticAMD")
-    if variable == "VSPDF_ISA":
-        monkeypatch.setenv(variable, "avx2")
-    assert gemm.library.__wrapped__() == "MKL"
+    capability = "AVX2" if variable == "ATEN_CPU_CAPABILITY" else "AVX512"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(gemm, "_processor", lambda: ("AuthenticAMD", 26))
+    monkeypatch.setenv("VSPDF_ISA", "avx2" if variable == "VSPDF_ISA" else "")
+    assert gemm.library.__wrapped__() == ("MKL" if variable or not torch.backends.mkldnn.is_available() else "oneDNN")
 
 
-@pytest.mark.parametrize("vendor", ["GenuineIntel", ""])
-def test_intel_and_the_unknown_stay_with_mkl(vendor, monkeypatch):
+@pytest.mark.parametrize("processor", [("GenuineIntel", 26), ("AuthenticAMD", 25), ("", 0)], ids=str)
+def test_other_processors_stay_with_mkl(processor, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(gemm, "_vendor", lambda: vendor)
+    monkeypatch.setattr(gemm, "_processor", lambda: processor)
     assert gemm.library.__wrapped__() == "MKL"
 
 

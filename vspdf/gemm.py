@@ -1,8 +1,8 @@
 """Dense products in float32 by whichever of torch's two libraries knows the processor: MKL, or oneDNN.
 
-torch multiplies float32 matrices by MKL, which takes AVX-512 on Intel's processors alone. On AMD's that have it oneDNN,
-which torch ships too, is twice as fast. The choice follows from the processor, not from timing, so that a run that
-resumes stays equal to the last bit.
+torch multiplies float32 matrices by MKL, which leaves half of AMD's 512-bit units idle; oneDNN, which torch ships too,
+is then twice as fast. The choice follows from the processor, not from timing, so that a run that resumes stays equal to
+the last bit.
 
 Shape suffixes: T tokens, I in_features, O out_features.
 """
@@ -19,42 +19,48 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 # Multiply-adds a thread below which MKL is faster: oneDNN looks a product up for 10 us, and the gradient of weights
 # reads both matrices across their rows. Measured on a Zen 5, widths 64 to 3,072, 1 to 1,024 tokens.
 LEAST, LEAST_GRAD_WEIGHT = 1 << 21, 1 << 23
+_WIDE = 26  # the first family of AMD's with 512-bit units
 
 
 @cache
 def library() -> str:
     """ "oneDNN" or "MKL": who multiplies large dense float32 matrices on this CPU.
 
-    ``ATEN_CPU_CAPABILITY=avx2``, which holds torch to AVX2, and ``VSPDF_ISA=avx2``, which holds the sparse kernels,
-    hold this to MKL: there the two are alike.
+    oneDNN on AMD's processors with 512-bit units, family 26 (Zen 5) and later: a Zen 4 has AVX-512 on 256-bit units,
+    which MKL fills. ``ATEN_CPU_CAPABILITY=avx2``, which holds torch to AVX2, and ``VSPDF_ISA=avx2``, which holds the
+    sparse kernels, hold this to MKL.
     """
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and (os.environ.get("VSPDF_ISA") or "avx512") == "avx512"
-    if not (there and wide and _vendor() not in ("", "GenuineIntel")):
+    held = torch.backends.cpu.get_cpu_capability() != "AVX512" or (os.environ.get("VSPDF_ISA") or "avx512") != "avx512"
+    vendor, family = _processor()
+    if held or not there or vendor != "AuthenticAMD" or family < _WIDE:
         return "MKL"
     _count_flops()
     return "oneDNN"
 
 
-def _vendor() -> str:
+def _processor() -> tuple[str, int]:
+    """Vendor and family; "" and 0 where the system does not tell."""
+    facts: dict[str, str] = {}
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("vendor_id"):
-                return line.partition(":")[2].strip()
-    return ""
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    return facts.get("vendor_id", ""), int(facts.get("cpu family", 0))
 
 
 def _count_flops() -> None:
     """Lets `FlopCounterMode` count oneDNN's product as it counts torch's."""
 
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def linear_flops(x_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        return 2 * x_shape.numel() * weight_shape[0]
+    def flops(x_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return 2 * math.prod(x_shape) * weight_shape[0]
+
+    if torch.ops.mkldnn._linear_pointwise not in flop_registry:
+        register_flop_formula(torch.ops.mkldnn._linear_pointwise)(flops)
 
 
 def _pays(x: Tensor, weight: Tensor, least: float) -> bool:
