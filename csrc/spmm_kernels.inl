@@ -144,6 +144,8 @@ void pack(float* out, int lanes, const T* x, int64_t stride, int tokens, int fea
         const T* rows = x + (here > 0 ? t * stride : 0);
         int f = 0;
         for (; here == W && f + W <= features; f += W) {
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) __builtin_prefetch(rows + (W + i) * stride + f, 0, 2);
             V column[W];
             if constexpr (sizeof(T) == 4) {
                 transpose(column, rows + f, stride);
