@@ -1,12 +1,25 @@
-"""Causal attention by blocks against the formula in float64, and where torch's own takes over."""
+"""Causal attention, by blocks and by products, against the formula in float64, and where torch's own takes over."""
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vspdf.attention import _Blocks, _triangles, causal_attention, plain
+from vspdf import attention, gemm
+from vspdf.attention import _Blocks, _Products, _triangles, causal_attention, plain
 from vspdf.model import GPT
 from vspdf.shapes import Shape
+
+
+@pytest.fixture(params=["blocks", "products", "products computed again"])
+def way(request, monkeypatch):
+    """Each way in turn, on a processor that has it."""
+    if request.param == "blocks":
+        monkeypatch.setattr(gemm, "full_precision", lambda: False)
+    elif not gemm.full_precision():
+        pytest.skip("torch's MKL multiplies as fast on this processor")
+    elif request.param != "products":
+        monkeypatch.setattr(attention, "KEPT", 0)
+    return request.param
 
 
 def formula(q, k, v):
@@ -32,9 +45,11 @@ def with_gradients(attention, qkv, upstream):
 
 @pytest.mark.parametrize("layout", ["model's", "heads first"])
 @pytest.mark.parametrize("T, triangles", [(128, 2), (194, 2), (200, 4), (384, 8), (512, 8), (1040, 16)])
-def test_blocks_equal_the_formula_with_gradients(T, triangles, layout):
+def test_equals_the_formula_with_gradients(T, triangles, layout, way):
     qkv = inputs(T, layout)
-    assert _triangles(qkv[0]) == triangles
+    assert _triangles(T) == triangles
+    made_by = _Blocks if way == "blocks" else _Products
+    assert isinstance(causal_attention(*qkv).grad_fn, made_by._backward_cls)
     upstream = torch.randn(2, 3, T, 8, generator=torch.Generator().manual_seed(1))
     found = with_gradients(causal_attention, qkv, upstream)
     expected = with_gradients(formula, [x.double() for x in qkv], upstream.double())
@@ -44,8 +59,28 @@ def test_blocks_equal_the_formula_with_gradients(T, triangles, layout):
         assert error <= max(1e-6, 2 * (torchs - exact).abs().max() / exact.abs().max())
 
 
+@pytest.mark.parametrize("T", [64, 127, 255, 1022])
+def test_any_length(T, way):
+    qkv = inputs(T, B=1)
+    upstream = torch.randn(1, 3, T, 8, generator=torch.Generator().manual_seed(1))
+    found = with_gradients(causal_attention, qkv, upstream)
+    expected = with_gradients(formula, [x.double() for x in qkv], upstream.double())
+    whole = with_gradients(plain, qkv, upstream)
+    for mine, torchs, exact in zip(found, whole, expected, strict=True):
+        assert (mine - exact).abs().max() <= max(1e-6 * exact.abs().max(), 2 * (torchs - exact).abs().max())
+
+
+def test_sums_do_not_begin_with_what_memory_held(way, monkeypatch):
+    poisoned = lambda x, **kwargs: torch.full_like(x, torch.nan)  # noqa: E731
+    qkv, upstream = inputs(300), torch.ones(2, 3, 300, 8)
+    expected = with_gradients(causal_attention, qkv, upstream)
+    monkeypatch.setattr(torch, "empty_like", poisoned)
+    for mine, right in zip(with_gradients(causal_attention, qkv, upstream), expected, strict=True):
+        assert torch.equal(mine, right)
+
+
 @pytest.mark.parametrize("B", [1, 3])
-def test_a_gradient_without_strides_of_its_own(B):
+def test_a_gradient_without_strides_of_its_own(B, way):
     qkv = inputs(256, B=B)
     upstream = torch.ones(()).expand(B, 3, 256, 8)  # of a sum
     for mine, torchs in zip(
@@ -54,7 +89,7 @@ def test_a_gradient_without_strides_of_its_own(B):
         torch.testing.assert_close(mine, torchs, rtol=1e-4, atol=1e-5 * torchs.abs().max())
 
 
-def test_a_gradient_can_be_differentiated_again():
+def test_a_gradient_can_be_differentiated_again(way):
     def second(attention):
         qkv = inputs(128)
         first = torch.autograd.grad(attention(*qkv).square().sum(), qkv, create_graph=True)
@@ -71,20 +106,33 @@ def test_a_gradient_can_be_differentiated_again():
     "T, dtype", [(127, torch.float32), (255, torch.float32), (64, torch.float32), (4096, torch.float32),
                  (1022, torch.float32), (512, torch.bfloat16), (512, torch.float64)], ids=str,
 )  # fmt: skip
-def test_torchs_own_takes_over(T, dtype):
+def test_torchs_own_takes_over(T, dtype, monkeypatch):
+    monkeypatch.setattr(gemm, "full_precision", lambda: False)
     qkv = inputs(T, dtype=dtype, B=1, H=1)
-    assert _triangles(qkv[0]) == 1
     assert torch.equal(causal_attention(*qkv), plain(*qkv))
 
 
-def test_a_kernel_that_the_user_asks_for_is_taken():
+@pytest.mark.parametrize("T, dtype", [(63, torch.float32), (4096, torch.float32), (512, torch.bfloat16)], ids=str)
+def test_torchs_own_takes_over_from_products_too(T, dtype):
+    qkv = inputs(T, dtype=dtype, B=1, H=1)
+    assert torch.equal(causal_attention(*qkv), plain(*qkv))
+
+
+def test_torchs_precision_is_as_it_was(way):
+    setting = getattr(torch.backends.mkldnn, "matmul", None)
+    before = setting and setting.fp32_precision
+    causal_attention(*inputs(256)).sum().backward()
+    assert (setting and setting.fp32_precision) == before
+
+
+def test_a_kernel_that_the_user_asks_for_is_taken(way):
     qkv = inputs(256)
-    assert isinstance(causal_attention(*qkv).grad_fn, _Blocks._backward_cls)
+    assert not torch.equal(causal_attention(*qkv), plain(*qkv))
     with sdpa_kernel(SDPBackend.MATH):
         assert torch.equal(causal_attention(*qkv), plain(*qkv))
 
 
-def test_transforms_of_torch_func():
+def test_transforms_of_torch_func(way):
     qkv = [x.detach() for x in inputs(128)]
     loss = lambda q: causal_attention(q, *qkv[1:]).square().sum()  # noqa: E731
     q = qkv[0].clone().requires_grad_()

@@ -72,6 +72,21 @@ def test_the_same_product_twice_is_the_same_to_the_last_bit():
         assert torch.equal(one, other)
 
 
+@onednn
+def test_batches_keep_the_digits_of_float32():
+    assert gemm.full_precision()
+    a, b = torch.randn(4, 70, 90), torch.randn(4, 90, 50)
+    with gemm.by_onednn():
+        found = torch.bmm(a, b)
+    torch.testing.assert_close(found.double(), a.double() @ b.double(), rtol=0, atol=2e-5)
+
+
+@onednn
+def test_a_library_that_cuts_digits_is_not_taken(monkeypatch):
+    monkeypatch.setattr(torch, "bmm", lambda a, b: (a.bfloat16() @ b.bfloat16()).float())
+    assert not gemm.full_precision.__wrapped__()
+
+
 def runs_by(call):
     """Names of the operators that ran in a call."""
     with torch.profiler.profile() as profile:

@@ -42,7 +42,7 @@ MAY_TAKE = {
 # Words that everyone may use, each below those that take it.
 WORDS = {
     "errors": (), "_C": (), "shapes": ("errors",), "files": ("errors",), "mask_forms": ("errors",),
-    "pattern": ("errors", "mask_forms"), "attention": (), "gemm": (), "ledger": ("errors", "shapes"),
+    "pattern": ("errors", "mask_forms"), "gemm": (), "attention": ("gemm",), "ledger": ("errors", "shapes"),
     "rotary": ("shapes",), "cache": (), "model": ("errors", "shapes", "ledger", "attention", "gemm", "rotary", "cache"),
 }  # fmt: skip
 

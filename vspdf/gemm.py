@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,33 @@ def _count_flops() -> None:
 
     if torch.ops.mkldnn._linear_pointwise not in flop_registry:
         register_flop_formula(torch.ops.mkldnn._linear_pointwise)(flops)
+
+
+@contextlib.contextmanager
+def by_onednn() -> Iterator[None]:
+    """Inside, torch's products of float32 matrices on CPUs, `torch.bmm` too, run by oneDNN.
+
+    torch takes it where bfloat16 is allowed within such a product. oneDNN has one for AMX only, and multiplies in full
+    float32 elsewhere, which `full_precision` holds it to.
+    """
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch >= 2.9
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@cache
+def full_precision() -> bool:
+    """Whether batches of products may go `by_onednn` here: it is the faster library, and keeps float32's digits."""
+    if library() != "oneDNN" or not hasattr(torch.backends.mkldnn, "matmul"):
+        return False
+    x = torch.linspace(-1, 1, 2 * 64 * 64).view(2, 64, 64)
+    with by_onednn():
+        found = torch.bmm(x, x)
+    exact = x.double() @ x.double()
+    return bool((found - exact).abs().max() < 1e-5 * exact.abs().max())  # bfloat16 would be off by 4e-3
 
 
 def _pays(x: Tensor, weight: Tensor, least: float) -> bool:

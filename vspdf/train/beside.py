@@ -20,6 +20,8 @@ from vspdf.sparsity.surgery import densify
 from vspdf.train.state import State
 from vspdf.train.step import adamw, optimise
 
+# Of attention by products (`vspdf.attention`), which a model has nowhere else
+_ATTENTION = ("aten::bmm", "aten::baddbmm_", "aten::_softmax", "aten::_softmax_backward_data")
 TICK = 1e-9  # seconds that anything takes at least, even where a clock stands still
 
 
@@ -103,7 +105,7 @@ def _part(key: str, shapes: Any, vocab_size: int) -> str:
         return "communication"
     if "vspdf::" in key:
         return "sparse products"
-    if "scaled_dot_product" in key or "flash_attention" in key:
+    if "scaled_dot_product" in key or "flash_attention" in key or key in _ATTENTION:
         return "attention"
     if "AdamW" in key or "adamw" in key or "_foreach_" in key or "Optimizer" in key:
         return "optimizer"
