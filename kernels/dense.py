@@ -41,17 +41,20 @@ def forward(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) ->
     """``x @ W.T + bias``: [T, in_features] -> [T, out_features]; `values` and `bias` may be wider than `x`."""
     dtype = _working_dtype(x)
     shift = None if bias is None else bias.to(dtype)
-    return gemm.product(x.to(dtype), _weight(values, pattern, dtype), shift).to(x.dtype)
+    with gemm.faster():
+        return torch.nn.functional.linear(x.to(dtype), _weight(values, pattern, dtype), shift).to(x.dtype)
 
 
 def grad_input(grad_output: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
     """``grad_output @ W``: [T, out_features] -> [T, in_features]."""
     dtype = _working_dtype(grad_output)
-    return gemm.product(grad_output.to(dtype), _weight(values, pattern, dtype).T).to(grad_output.dtype)
+    with gemm.faster():
+        return (grad_output.to(dtype) @ _weight(values, pattern, dtype)).to(grad_output.dtype)
 
 
 def grad_values(grad_output: Tensor, x: Tensor, pattern: Pattern, dtype: torch.dtype | None = None) -> Tensor:
     """``grad_output.T @ x`` at kept positions, row-major: shape (nnz,), of `dtype` (that of `x`)."""
     working = _working_dtype(x)
-    full = gemm.product(grad_output.to(working).T, x.to(working).T, least=gemm.LEAST_GRAD_WEIGHT)
+    with gemm.faster():
+        full = grad_output.to(working).T @ x.to(working)
     return _sample(full, pattern, dtype or x.dtype)

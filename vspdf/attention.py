@@ -54,7 +54,7 @@ def causal_attention(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor) -> Tensor:
     """
     if not _flash(q_BHTd):
         return plain(q_BHTd, k_BHTd, v_BHTd)
-    if gemm.full_precision() and not torch.is_autocast_enabled("cpu"):
+    if gemm.library() == "oneDNN" and not torch.is_autocast_enabled("cpu"):
         return _Products.apply(q_BHTd, k_BHTd, v_BHTd)
     triangles = _triangles(q_BHTd.shape[2])
     return plain(q_BHTd, k_BHTd, v_BHTd) if triangles == 1 else _Blocks.apply(q_BHTd, k_BHTd, v_BHTd, triangles)
@@ -150,7 +150,7 @@ class _Products(torch.autograd.Function):
         kept = [scaled, keys, values] * keep
         for some in _queries(T):
             probabilities = _probabilities(scaled, keys, some)
-            with gemm.by_onednn():
+            with gemm.faster():
                 found = torch.bmm(probabilities, values[:, : some.stop])
             out[:, :, some] = found.view(B, H, -1, d)
             kept += [probabilities] * keep
@@ -170,7 +170,7 @@ class _Products(torch.autograd.Function):
             old = float(some.stop < T)  # the last queries see all keys: their gradients begin the sums
             seen = slice(some.stop)
             p = kept[i] if kept else _probabilities(scaled, keys, some)
-            with gemm.by_onednn():
+            with gemm.faster():
                 dp = torch.bmm(grads[:, some], values[:, seen].transpose(1, 2))
                 ds = torch.ops.aten._softmax_backward_data(dp, p, -1, torch.float32)
                 dq[:, some] = torch.bmm(ds, keys[:, seen])
@@ -190,7 +190,7 @@ def _queries(T: int) -> list[slice]:
 
 def _probabilities(scaled_GTd: Tensor, keys_GTd: Tensor, some: slice) -> Tensor:
     """Of some queries over all keys up to the last of them, [G, queries, keys]."""
-    with gemm.by_onednn():
+    with gemm.faster():
         scores = torch.bmm(scaled_GTd[:, some], keys_GTd[:, : some.stop].transpose(1, 2))
     n = some.stop - some.start
     scores[:, :, some] += torch.full((n, n), -torch.inf).triu_(1)

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vspdf import gemm
 from vspdf.attention import causal_attention
 from vspdf.cache import Cache as Cache
 from vspdf.errors import UserError
@@ -41,7 +40,7 @@ def norm(shape: Shape, width: int) -> nn.Module:
 def linear(shape: Shape, name: str) -> nn.Linear:
     """The matrix of a block that `Shape.block` has under a name."""
     out, into = shape.block[name]
-    return gemm.Linear(into, out, bias=shape.biased(name))
+    return nn.Linear(into, out, bias=shape.biased(name))
 
 
 class Attention(nn.Module):
@@ -164,8 +163,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(shape.sequence_length, shape.d_model) if shape.position == "learned" else None
         self.h = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
         self.ln_f = norm(shape, shape.d_model)
-        self.project = gemm.linear  # a benchmark puts torch's in its place
-        self.lm_head = None if shape.tie else gemm.Linear(shape.d_model, shape.vocab_size, bias=False)
+        self.lm_head = None if shape.tie else nn.Linear(shape.d_model, shape.vocab_size, bias=False)
         output = init_std / math.sqrt(2 * shape.n_layer) if output_init_std is None else output_init_std
         self._init_weights(init_std, output, seed)
 
@@ -215,7 +213,7 @@ class GPT(nn.Module):
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Scores of every token of the vocabulary, from `hidden`."""
-        return self.project(x_BTD, self.unembedding)
+        return F.linear(x_BTD, self.unembedding)
 
     @property
     def unembedding(self) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import vspdf
+from vspdf import gemm
 from vspdf.config import loading
 from vspdf.train.step import adamw, optimise
 
@@ -63,3 +64,16 @@ def test_rates_of_sparse_weights_scale_and_biases_do_not_decay(tiny):
     sparse, bias = adamw(model, config.optimizer, config.phases[0]).param_groups
     assert sparse["weight_decay"] == 0.3 and sparse["lr_scale"] == pytest.approx(2)
     assert bias["weight_decay"] == 0 and bias["lr_scale"] == 1
+
+
+@pytest.mark.skipif(gemm.library() != "oneDNN", reason="torch's MKL multiplies as fast on this processor")
+def test_a_step_multiplies_by_the_faster_library_forward_and_backward(tiny):
+    config, model, told = settings(tiny), Regression(), []
+    tell = lambda *_: told.append(torch.backends.mkldnn.matmul.fp32_precision)  # noqa: E731
+    model.inside.register_forward_hook(tell)
+    model.inside.weight.register_hook(tell)
+    with gemm.faster():
+        inside = torch.backends.mkldnn.matmul.fp32_precision
+    optimise(model, adamw(model, config.optimizer, config.phases[0]), batch(), 1e-2, config.train, 1.0)
+    assert set(told) == {inside} and len(told) >= 2
+    assert torch.backends.mkldnn.matmul.fp32_precision != inside

@@ -10,8 +10,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vspdf import gemm
 from vspdf.attention import plain
@@ -37,7 +36,7 @@ class Side(NamedTuple):
     """A model and how its step is taken."""
 
     sparsity: float
-    attention: str = "torch"  # or "blocks": `vspdf.attention`, and `vspdf.gemm` for dense products
+    attention: str = "torch"  # or "own": `vspdf.attention`, and `vspdf.gemm` for dense products
     dtype: str = "float32"  # "bfloat16": under autocast
     compiled: bool = False  # by torch.compile
 
@@ -62,8 +61,8 @@ def bench_step(
     """Times whole training steps (forward, backward, clipping, AdamW) of sparse models beside the same dense model.
 
     The dense side is plain PyTorch: nn.Linear, scaled_dot_product_attention, fused AdamW. A second dense model is as
-    vspdf trains it: attention that skips more than torch's (`vspdf.attention`), products by the library that knows the
-    processor (`vspdf.gemm`). Vocabulary: bytes.
+    `vspdf train` trains it: attention that skips more than torch's (`vspdf.attention`), dense products by the library
+    that knows the processor (`vspdf.gemm`). Vocabulary: bytes.
 
     Parameters
     ----------
@@ -76,7 +75,7 @@ def bench_step(
     Returns
     -------
     dict
-        ``rows`` with ``sparsity``, ``attention`` ("torch" or "blocks"), ``dense_products`` (by "MKL" or "oneDNN"),
+        ``rows`` with ``sparsity``, ``attention`` ("torch" or "own"), ``dense_products`` (by "MKL" or "oneDNN"),
         ``dtype``, ``compiled``, ``prepare_seconds`` (the first step: plans, tuning, compilation), ``seconds_median``
         and its interval, ``ratio_to_dense`` (plain PyTorch in float32), whether it is ``possible``, memory of the
         training state; ``scratch_bytes`` that the sparse kernels keep for their next calls, of all models together;
@@ -111,12 +110,7 @@ def bench_step(
         memory = {key: training_state_bytes(model) if key[0] else None for key, model in models.items()}
     columns = {side: times[_name(side), "layer"] for side in steps}
     rows = [
-        {
-            **side._asdict(),
-            "dense_products": gemm.library() if side.attention == "blocks" else "MKL",
-            "threads": used,
-            "prepare_seconds": first[side],
-        }
+        {**side._asdict(), "dense_products": _library(side), "threads": used, "prepare_seconds": first[side]}
         | _figures(side, columns, column)
         | {"memory": memory[side.sparsity, side.attention]}
         for side, column in columns.items()
@@ -130,15 +124,19 @@ def bench_step(
 
 
 def _sides(sparsities: Sequence[float], dtypes: Sequence[str], compiled: bool) -> list[Side]:
-    blocks = [Side(s, "blocks") for s in (0.0, *sparsities)]
-    narrow = [Side(0.0, dtype="bfloat16"), *(Side(s, "blocks", "bfloat16") for s in sparsities)]
-    sides = [BASE, *(blocks if "float32" in dtypes else []), *(narrow if "bfloat16" in dtypes else [])]
+    own = [Side(s, "own") for s in (0.0, *sparsities)]
+    narrow = [Side(0.0, dtype="bfloat16"), *(Side(s, "own", "bfloat16") for s in sparsities)]
+    sides = [BASE, *(own if "float32" in dtypes else []), *(narrow if "bfloat16" in dtypes else [])]
     return sides + [Side(0.0, dtype=dtype, compiled=True) for dtype in dtypes if compiled]
+
+
+def _library(side: Side) -> str:
+    return gemm.library() if side.attention == "own" else "MKL"
 
 
 def _name(side: Side) -> str:
     what = f"{side.sparsity:g} sparse" if side.sparsity else "dense"
-    own = ", as vspdf trains it" if side.attention == "blocks" and not side.sparsity else ""
+    own = ", as vspdf trains it" if side.attention == "own" and not side.sparsity else ""
     return f"{what}{own}, {side.dtype}{', compiled' * side.compiled}"
 
 
@@ -163,12 +161,9 @@ def _model(shape: Shape, side: Side) -> GPT:
 
     model = GPT(shape)
     if side.attention == "torch":
-        model.project = F.linear  # type: ignore[assignment]
         for module in model.modules():
             if isinstance(module, Attention):
                 module.attend = plain
-            elif isinstance(module, gemm.Linear):
-                module.__class__ = nn.Linear  # type: ignore[assignment]
     if side.sparsity:
         sparsify(model, side.sparsity)
     return model
@@ -185,9 +180,10 @@ def _training_step(
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16) if side.dtype == "bfloat16" else nullcontext():
-            loss = called(inputs, targets)
-        loss.backward()
+        with gemm.faster() if side.attention == "own" else nullcontext():
+            with torch.autocast("cpu", torch.bfloat16) if side.dtype == "bfloat16" else nullcontext():
+                loss = called(inputs, targets)
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
+from vspdf import gemm
 from vspdf.data.samples import ValidationBatch
 from vspdf.kernels import tuning
 from vspdf.kernels.hardware import slow_bf16
@@ -77,7 +78,7 @@ def evaluate(
     parts, done, usual = dict[int, tuple[float, int, int]](), 0, None
     chosen = bool(sparse_layers(model))  # kernels are, by shape and by rank 0
     where = next(model.parameters()).device
-    with autocast(precision, where):
+    with gemm.faster(), autocast(precision, where):
         for number, (inputs, targets, size) in enumerate(data.validation_batches(batch_size, max_tokens)):
             usual = inputs.shape if usual is None else usual
             count = int((targets >= 0).sum())  # below: no target

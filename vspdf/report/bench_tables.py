@@ -234,7 +234,8 @@ def steps(result: dict[str, Any]) -> Table | None:
     for row in rows:
         what = "dense" if not row["sparsity"] else f"{row['sparsity']:.0%} sparse"
         form = [row.get("dtype", "float32")] + ["torch.compile"] * bool(row.get("compiled"))
-        form += ["attention in blocks"] * (row.get("attention") == "blocks" and not row["sparsity"])
+        own = {"blocks": ["attention in blocks"], "own": ["as vspdf trains it"]}  # the former in earlier results
+        form += own.get(row.get("attention", ""), []) if not row["sparsity"] else []
         form += ["by oneDNN"] * (row.get("dense_products") == "oneDNN" and not row["sparsity"])
         memory = row.get("memory")
         parts = ("sparsified", "model")

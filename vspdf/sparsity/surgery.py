@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from vspdf import gemm
 from vspdf.errors import UserError, did_you_mean
 from vspdf.kernels import reference
 from vspdf.pattern import Pattern
@@ -37,7 +36,7 @@ UNEMBEDDINGS = ("output", *(glob for head in HEADS for glob in (head, f"*.{head}
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer and nothing else, dense: by its class, or as a renamed one by what it does."""
-    if type(module) in (nn.Linear, gemm.Linear) or is_conv1d(module):
+    if type(module) is nn.Linear or is_conv1d(module):
         return True
     if not isinstance(module, nn.Linear) or isinstance(module, SparseLinear) or "weight" not in module._parameters:
         return False

@@ -111,6 +111,6 @@ def _part(key: str, shapes: Any, vocab_size: int) -> str:
         return "optimizer"
     if any(vocab_size in shape for shape in shapes if isinstance(shape, list)):
         return "vocabulary"
-    if key in ("aten::mm", "aten::addmm", "aten::linear", "aten::matmul", "mkldnn::_linear_pointwise"):
+    if key in ("aten::mm", "aten::addmm", "aten::linear", "aten::matmul"):
         return "dense products"
     return "rest"
