@@ -28,6 +28,9 @@ bool fast_bf16_pairs();
 // most of Arm's), so that the slow ones do not hold up the fast.
 int tasks_for(int threads);
 
+// Bytes of the first-level data cache of one core; 32 KiB where the system does not say.
+int64_t first_level_bytes();
+
 // Bytes of the second-level cache of one core; 1 MiB where the system does not say.
 int64_t second_level_bytes();
 

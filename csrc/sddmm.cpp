@@ -12,7 +12,6 @@
 namespace vspdf {
 namespace {
 
-constexpr int kNear = 8192;        // floats of packed x that stay in the first-level cache
 constexpr int kLeastTokens = 128;  // tokens that pay for adding up the lanes
 constexpr int kPiece = 512;        // features packed at a time: enough to be read as a stream
 constexpr int kTileCols = 256;     // at most: a column inside a tile is a byte
@@ -104,7 +103,7 @@ class Product {
           tokens_(tokens),
           dtype_(dtype),
           values_dtype_(values_dtype),
-          step_(std::max(kNear / part.tile_cols, kLeastTokens) / chunk() * chunk() * kernels_.depth),
+          step_(std::max(near() / part.tile_cols, kLeastTokens) / chunk() * chunk() * kernels_.depth),
           sums_(part.cols.size() * sizeof(float)) {}
 
     int64_t run(int threads) const {
@@ -127,6 +126,8 @@ class Product {
     }
 
   private:
+    // Floats of packed x that stay in the first-level cache.
+    static int near() { return int(first_level_bytes() / int64_t(sizeof(float))); }
     int chunk() const { return kernels_.width * kernels_.lines; }  // lanes
     int row(int r) const { return std::min(rows_, r * part_.tile_rows); }
     int col(int c) const { return std::min(cols_, c * part_.tile_cols); }

@@ -12,13 +12,12 @@ namespace vspdf {
 namespace {
 
 constexpr int kBand = SortedBlocks::kBand;  // rows whose sums stay near while the blocks of features pass
-constexpr int kLines = 32 << 10;            // bytes of packed x that stay in the first-level cache
 
 int log2_of(int n) { return n == 1 ? 0 : n == 2 ? 1 : n == 4 ? 2 : 3; }
 
-// A row's weights in a block are counted in a byte, and a block of more would not stay in the cache.
+// A row's weights in a block are counted in a byte, and lines of more would not stay in the first-level cache.
 int block_columns(int cols, int tile) {
-    const int most = std::min(kLines / int(sizeof(float)) / tile, 255);
+    const int most = std::min(int(first_level_bytes() / int64_t(sizeof(float))) / tile, 255);
     const int blocks = int(ceil_div(cols, most));
     return int(ceil_div(cols, blocks));
 }
