@@ -258,6 +258,7 @@ def steps_of_machines(results: Sequence[dict[str, Any]]) -> Table:
         dense = next((row for row in rows if not row["sparsity"]), {})
         for row in rows:
             form = row.get("dtype", "float32") + ", compiled" * bool(row.get("compiled"))
+            form += ", by oneDNN" * (row.get("dense_products") == "oneDNN" and not row["sparsity"])
             if (not row["sparsity"] and form == "float32") or not _possible(row):
                 continue
             memory = row.get("memory")
