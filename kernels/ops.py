@@ -56,6 +56,13 @@ def _tokens(x: Tensor) -> Tensor:
 # -- what an operator is given -----------------------------------------------------------------------------------------
 
 
+def require_pattern(given: object) -> None:
+    """Refuses what is no `Pattern`; of a mask the message says what makes one of it."""
+    if not isinstance(given, Pattern):
+        mask = " Did you mean vspdf.Pattern.from_mask(...)?" if hasattr(given, "shape") else ""
+        raise UserError(f"expected a vspdf.Pattern, got a {type(given).__name__}.{mask}")
+
+
 def _check_tokens(name: str, x: Tensor, features: int, pattern: Pattern) -> None:
     """A plain floating-point tensor (..., features)."""
     if x.layout is not torch.strided:
@@ -229,6 +236,7 @@ def sparse_linear(
     the kernels compute in float32. Derivatives of any order, forward mode
     and `torch.func` (grad, jvp, vmap over x) work.
     """
+    require_pattern(pattern)
     kind = x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)

@@ -60,10 +60,10 @@ def ones(bits: np.ndarray) -> int:
 
 
 def _sides(shape: tuple[int, int]) -> tuple[int, int]:
-    out_features, in_features = (int(n) for n in shape)
-    if out_features < 1 or in_features < 1:
-        raise UserError(f"a pattern's shape is (out_features, in_features), both at least 1, not {tuple(shape)}.")
-    return out_features, in_features
+    sides = [int(side) for side in np.ravel(shape)]
+    if len(sides) != 2 or min(sides) < 1:
+        raise UserError(f"a pattern's shape is (out_features, in_features), both at least 1, not {shape}.")
+    return sides[0], sides[1]
 
 
 class Pattern:

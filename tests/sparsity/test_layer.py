@@ -54,6 +54,28 @@ def test_a_state_dict_with_another_number_of_weights_is_refused():
         layer.load_state_dict(other.state_dict())
 
 
+MASK = torch.ones(4, 6, dtype=torch.bool)
+MISUSES = {
+    "sizes, as nn.Linear takes them": (lambda p, v: SparseLinear(6, 4, p), "expected a vspdf.Pattern, got a int"),
+    "a mask": (lambda p, v: SparseLinear(MASK, v), r"got a Tensor. Did you mean vspdf.Pattern.from_mask\(...\)"),
+    "a mask of a layer": (lambda p, v: SparseLinear.from_linear(nn.Linear(6, 4), MASK), "Pattern.from_mask"),
+    "a mask for the product": (lambda p, v: vspdf.sparse_linear(torch.randn(3, 6), v, MASK), "Pattern.from_mask"),
+    "a mask for a model": (lambda p, v: sparsify(nn.Sequential(nn.Linear(6, 4)), MASK), "Pattern.from_mask"),
+    "a mask by name": (lambda p, v: sparsify(nn.Sequential(nn.Linear(6, 4)), {"0": MASK}), "Pattern.from_mask"),
+    "values in a list": (lambda p, v: SparseLinear(p, v.tolist()), r"values of type list .*shape \(24,\)"),
+    "whether it has a bias": (lambda p, v: SparseLinear(p, v, True), r"bias of type bool .*shape \(4,\)"),
+    "a bias of another width": (lambda p, v: SparseLinear(p, v, v[:5]), r"bias of shape \(5,\) .*shape \(4,\)"),
+    "another backend": (lambda p, v: SparseLinear(p, v, backend="gpu"), "Did you mean 'cpu'"),
+    "one side of a pattern": (lambda p, v: Pattern.random(4, 0.5), r"shape is \(out_features, in_features\).*not 4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "words"), MISUSES.values(), ids=MISUSES)
+def test_what_is_no_pattern_and_what_does_not_fit_is_said_at_once(make, words):
+    with pytest.raises(UserError, match=words):
+        make(Pattern.from_mask(MASK), torch.randn(24))
+
+
 def test_a_pattern_of_another_shape_is_refused():
     with pytest.raises(UserError, match=r"Pattern\(10x6, .*\) does not fit a layer of shape \(6, 10\) \(out, in\)"):
         SparseLinear.from_linear(nn.Linear(10, 6), Pattern.random((10, 6), 0.5))

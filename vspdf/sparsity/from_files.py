@@ -8,6 +8,7 @@ from os import PathLike
 from typing import TypeAlias
 
 from vspdf.errors import UserError, check_sparsity, percent_meant
+from vspdf.kernels.ops import require_pattern
 from vspdf.pattern import Pattern
 from vspdf.sparsity.amounts import plain_name
 
@@ -51,6 +52,8 @@ def read_amounts(sparsity: Amount | Mapping[str, Amount]) -> dict[str, float | P
         if isinstance(amount, (str, PathLike)) and not percent_meant(str(amount)):
             rules[glob] = MaskFile(amount)
             continue
+        if getattr(amount, "shape", ()) != ():  # a mask, not a number
+            require_pattern(amount)
         if not isinstance(amount, Pattern):  # text is refused there
             check_sparsity("sparsity" if glob == "*" else f"the sparsity of '{glob}'", amount)  # type: ignore[arg-type]
         rules[glob] = amount  # type: ignore[assignment]

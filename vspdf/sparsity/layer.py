@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vspdf.errors import UserError
+from vspdf.errors import UserError, one_of
 from vspdf.kernels import cpu, dispatch, ops, reference
 from vspdf.kernels.gpu import bitmap, gather, launch
-from vspdf.kernels.ops import sparse_linear
+from vspdf.kernels.ops import require_pattern, sparse_linear
 from vspdf.pattern import Pattern
 from vspdf.shapes import PATH_BYTES
 from vspdf.sparsity.attached import shell
@@ -33,6 +33,12 @@ def sides(layer: nn.Module) -> tuple[int, int]:
     assert isinstance(weight, Tensor)
     out_features, in_features = reversed(weight.shape) if is_conv1d(layer) else weight.shape
     return out_features, in_features
+
+
+def _check_vector(name: str, given: object, size: int, pattern: Pattern) -> None:
+    if not isinstance(given, Tensor) or given.shape != (size,):
+        of = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"type {type(given).__name__}"
+        raise UserError(f"{name} of {of} for a {pattern}: expected a tensor of shape ({size},).")
 
 
 class SparseLinear(nn.Linear):
@@ -68,8 +74,11 @@ class SparseLinear(nn.Linear):
         memory: str = "normal",
     ) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would draw a dense weight
-        if values.shape != (pattern.nnz,):
-            raise UserError(f"values of shape {tuple(values.shape)} do not fit a {pattern}: expected ({pattern.nnz},).")
+        require_pattern(pattern)
+        one_of("backend", backend, dispatch.BACKENDS)
+        _check_vector("values", values, pattern.nnz, pattern)
+        if bias is not None:
+            _check_vector("bias", bias, pattern.out_features, pattern)
         self.backend, self._memory = backend, memory
         self.values = nn.Parameter(values)
         self.bias = None if bias is None else nn.Parameter(bias)  # type: ignore[assignment]
@@ -90,6 +99,7 @@ class SparseLinear(nn.Linear):
         UserError
             If the pattern's shape is not (out_features, in_features) of the layer.
         """
+        require_pattern(pattern)
         weight = linear.weight.T if is_conv1d(linear) else linear.weight
         assert isinstance(weight, Tensor)
         if tuple(weight.shape) != pattern.shape:
