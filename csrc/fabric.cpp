@@ -5,21 +5,6 @@
 
 namespace vspdf::fabric {
 
-void Fabric::schedule_pe(int p, int64_t when) {
-    if (when < now_ + kWheel) {
-        wheel_pe_[when % kWheel].push_back(p);
-    } else {
-        later_.push({when, p});
-    }
-}
-
-void Fabric::schedule_router(int p, int64_t when) {
-    Router& r = routers_[p];
-    if (r.wake == when) return;
-    r.wake = when;
-    wheel_router_[when % kWheel].push_back(p);
-}
-
 int64_t Fabric::run(int64_t max_cycles) {
     check_routes();
     std::vector<int> pes, routers;

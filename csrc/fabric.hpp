@@ -306,8 +306,19 @@ class Fabric {
     std::string name(int p) const;
     int neighbour(int p, int port) const;
     void check_routes() const;
-    void schedule_pe(int p, int64_t when);
-    void schedule_router(int p, int64_t when);
+    void schedule_pe(int p, int64_t when) {
+        if (when < now_ + kWheel) {
+            wheel_pe_[when % kWheel].push_back(p);
+        } else {
+            later_.push({when, p});
+        }
+    }
+    void schedule_router(int p, int64_t when) {
+        Router& r = routers_[p];
+        if (r.wake == when) return;
+        r.wake = when;
+        wheel_router_[when % kWheel].push_back(p);
+    }
     void step_pe(int p);
     void step_router(int p);
     bool send(int p, Channel& channel, int port, const Wavelet& wavelet);
