@@ -8,6 +8,7 @@
 
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <map>
 #include <queue>
 #include <stdexcept>
@@ -17,8 +18,10 @@
 
 namespace vspdf::fabric {
 
-// Router ports; opposite(p) = p ^ 1 for the four links.
+// Router ports.
 enum Port : uint8_t { kWest = 0, kEast = 1, kNorth = 2, kSouth = 3, kRamp = 4, kPorts = 5 };
+inline constexpr const char* kPortNames[kPorts] = {"west", "east", "north", "south", "ramp"};
+inline int opposite(int port) { return port ^ 1; }  // of the four links
 
 struct Machine {
     int colours = 24;
@@ -131,8 +134,23 @@ struct Fifo {
     int occupied(int64_t now) const { return count + (popped_at == now ? popped : 0); }
     bool has_room(int64_t now) const { return occupied(now) < int(slots.size()); }
     bool is_ready(int64_t now) const { return count > 0 && slots[head].ready <= now; }
-    void push(const Wavelet& w);
-    Wavelet pop(int64_t now);
+    void push(const Wavelet& w) {
+        int tail = head + count;
+        if (tail >= int(slots.size())) tail -= int(slots.size());
+        slots[tail] = w;
+        ++count;
+    }
+    Wavelet pop(int64_t now) {
+        const Wavelet w = slots[head];
+        if (++head == int(slots.size())) head = 0;
+        --count;
+        if (popped_at != now) {
+            popped_at = now;
+            popped = 0;
+        }
+        ++popped;
+        return w;
+    }
 };
 
 struct SwitchPosition {
@@ -288,8 +306,19 @@ class Fabric {
     std::string name(int p) const;
     int neighbour(int p, int port) const;
     void check_routes() const;
-    void schedule_pe(int p, int64_t when);
-    void schedule_router(int p, int64_t when);
+    void schedule_pe(int p, int64_t when) {
+        if (when < now_ + kWheel) {
+            wheel_pe_[when % kWheel].push_back(p);
+        } else {
+            later_.push({when, p});
+        }
+    }
+    void schedule_router(int p, int64_t when) {
+        Router& r = routers_[p];
+        if (r.wake == when) return;
+        r.wake = when;
+        wheel_router_[when % kWheel].push_back(p);
+    }
     void step_pe(int p);
     void step_router(int p);
     bool send(int p, Channel& channel, int port, const Wavelet& wavelet);
@@ -335,5 +364,12 @@ class Fabric {
 
 float half_to_float(uint16_t bits);
 uint16_t float_to_half(float value);
+
+template <class T>
+T load_word(const uint8_t* p) {
+    T value;
+    std::memcpy(&value, p, sizeof(T));
+    return value;
+}
 
 }  // namespace vspdf::fabric
