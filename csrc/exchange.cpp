@@ -3,8 +3,6 @@
 #include <cstring>
 #include <vector>
 
-#include "csr.hpp"
-
 namespace vspdf {
 namespace {
 
@@ -43,12 +41,18 @@ void drop_lowest(uint8_t* bits, int64_t numel, const float* values, int64_t nnz,
     }
     const uint32_t edge = upper << 16 | bin_of(counts, rank);
     int64_t equal = rank + 1;
-    const std::vector<uint8_t> before(bits, bits + (numel + 7) / 8);
-    Bits{before.data(), numel}.each(0, numel, [&](int64_t at) {
-        const uint32_t m = magnitude(*values++);
-        const bool gone = m < edge || (m == edge && equal-- > 0);
-        bits[at / 8] &= uint8_t(~(unsigned(gone) << at % 8));
-    });
+    const int64_t bytes = (numel + 7) / 8;
+    for (int64_t byte = 0; byte < bytes; byte += 8) {
+        uint64_t word = word_at(bits, byte, bytes), gone = 0;
+        for (uint64_t left = word; left; left &= left - 1) {
+            const uint32_t m = magnitude(*values++);
+            uint64_t goes = m < edge;
+            if (m == edge) goes = equal-- > 0;  // seldom: the other is no branch
+            gone |= goes << __builtin_ctzll(left);
+        }
+        word &= ~gone;
+        std::memcpy(bits + byte, &word, size_t(bytes - byte < 8 ? bytes - byte : 8));
+    }
 }
 
 int64_t accept(uint8_t* taken, uint8_t* bits, const int64_t* hits, int64_t n, int64_t limit) {
@@ -68,17 +72,30 @@ void places(int32_t* from, const uint8_t* old_bits, const uint8_t* new_bits, int
     int32_t i = 0;
     for (int64_t byte = 0; byte < bytes; byte += 8) {
         const uint64_t old_word = word_at(old_bits, byte, bytes), new_word = word_at(new_bits, byte, bytes);
+        int32_t found[65];  // without branches: none could be foreseen
+        int n = 0;
         for (uint64_t left = old_word | new_word; left; left &= left - 1) {
             const int at = __builtin_ctzll(left);
-            const bool was = old_word >> at & 1, is = new_word >> at & 1;
-            if (is) *from++ = was ? i : -1;
+            const int was = old_word >> at & 1, is = new_word >> at & 1;
+            found[n] = i | (was - 1);  // -1 where it was not
+            n += is;
             i += was;
         }
+        std::memcpy(from, found, size_t(n) * sizeof *from);
+        from += n;
     }
 }
 
 void moved(float* out, const float* values, const int32_t* from, int64_t n) {
-    for (int64_t j = 0; j < n; ++j) out[j] = from[j] < 0 ? 0.f : values[from[j]];
+    const float zero = 0;
+    if (!values) values = &zero;  // no weights before: all are new
+    for (int64_t j = 0; j < n; ++j) {
+        const int32_t none = from[j] >> 31;
+        int32_t word;
+        std::memcpy(&word, values + (from[j] & ~none), sizeof word);
+        word &= ~none;
+        std::memcpy(out + j, &word, sizeof word);
+    }
 }
 
 }  // namespace vspdf

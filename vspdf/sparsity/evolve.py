@@ -281,14 +281,13 @@ class _Move:
         self._from = _places(old, new)
 
     def __call__(self, vector: Tensor) -> Tensor:
-        found = vector.new_zeros(len(self._from))
         if cpu.takes(vector) and vector.dtype == torch.float32:
-            vector = vector.contiguous()
+            vector, found = vector.contiguous(), vector.new_empty(len(self._from))
             cpu.extension().moved(found.data_ptr(), vector.data_ptr(), self._from)
             return found
         there = np.flatnonzero(self._from >= 0)
         to, from_ = (torch.from_numpy(at).to(vector.device) for at in (there, self._from[there].astype(np.int64)))
-        return found.index_copy_(0, to, vector.index_select(0, from_))
+        return vector.new_zeros(len(self._from)).index_copy_(0, to, vector.index_select(0, from_))
 
 
 def _places(old: Pattern, new: Pattern) -> np.ndarray:
