@@ -54,10 +54,16 @@ int64_t Plan::grad_values(void* dvalues, const void* dy, int64_t dy_stride, cons
     return sddmm(*this, gradient_, dvalues, dy, dy_stride, x, x_stride, tokens, dtype, values_dtype, threads);
 }
 
-void Plan::prepare() const {
-    forward_.get(*this, false);
-    transposed_.get(*this, true);
-    gradient_.get(*this);
+void Plan::prepare(const std::string& product) const {
+    if (product == "forward") {
+        forward_.get(*this, false);
+    } else if (product == "grad_input") {
+        transposed_.get(*this, true);
+    } else if (product == "grad_values") {
+        gradient_.get(*this);
+    } else {
+        throw std::invalid_argument("no product '" + product + "': forward, grad_input, grad_values.");
+    }
 }
 
 size_t Plan::nbytes() const {

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ except ImportError as error:
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ISAS = ("avx512", "avx2", "plain")
 MEMORY = ("normal", "low")
+PRODUCTS = ("forward", "grad_input", "grad_values")
 
 
 def unavailable() -> str | None:
@@ -113,9 +115,10 @@ def memory(pattern: Pattern) -> str:
 
 
 def prepare(patterns: Iterable[Pattern]) -> None:
-    """Builds the plans of all products now, in parallel over the patterns, instead of at first use."""
+    """Builds the plans of all products now, in parallel, instead of at first use."""
+    parts = product([packed(pattern) for pattern in patterns], PRODUCTS)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(lambda pattern: packed(pattern).prepare(), patterns):
+        for _ in pool.map(lambda part: part[0].prepare(part[1]), parts):
             pass
 
 

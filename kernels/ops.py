@@ -24,10 +24,9 @@ from vspdf.pattern import Pattern
 
 __all__ = ["explain", "grad_input", "grad_values", "linear", "sparse_linear"]
 
-_PRODUCTS = ("forward", "grad_input", "grad_values")
 # Sparse paths return their result and the multiply-adds executed. "2:4" has no grad_values.
 PATHS: dict[str, dict[str, Callable[..., Any]]] = {
-    name: {product: getattr(module, product) for product in _PRODUCTS if hasattr(module, product)}
+    name: {product: getattr(module, product) for product in cpu.PRODUCTS if hasattr(module, product)}
     for name, module in {"cpu": cpu, "dense": dense, "reference": reference, "triton": gather, "2:4": two_four}.items()
 }
 
@@ -257,7 +256,7 @@ def explain(
 ) -> str:
     """Path and reason for `tokens` rows, a line per product; `vspdf.explain` is the public form."""
     lines = []
-    for product in _PRODUCTS:
+    for product in cpu.PRODUCTS:
         choice = choose(product, pattern, tokens, dtype, torch.device(device), backend)
         path = choice.path
         if path == "cpu":

@@ -38,7 +38,7 @@ class Vspdf:
     def prepare(self, pattern: Pattern) -> None:
         pattern.packed.pop("cpu", None)
         self.pattern = pattern
-        cpu.packed(pattern).prepare()
+        cpu.prepare([pattern])
 
     def forward(self, x: Tensor, values: Tensor) -> Tensor:
         return cpu.forward(x, values, None, self.pattern)[0]

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-PRODUCTS = ("forward", "grad_input", "grad_values")
+from vspdf.kernels.cpu import PRODUCTS
+
 HELD_UP = 0.85  # of a call's best share of the processor: below it, others had the cores
 BUSY = 0.5  # cores that other programs keep at work: more, and a measurement says so
 SHORT = 1e-3  # seconds: a call that takes less is repeated until it does
