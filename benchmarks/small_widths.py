@@ -11,19 +11,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from vspdf import Pattern, SparseLinear, gemm
 from vspdf.bench.rounds import compared, on_threads, time_rounds
-from vspdf.kernels import hardware
-
-
-def fast(call: Callable[[], None]) -> None:
-    with gemm.faster():
-        call()
+from vspdf.kernels import cpu
+from vspdf.kernels.hardware import keep_freed_memory
 
 
 def ratios(width: int, sparsity: float, tokens: int, rounds: int) -> dict[str, float]:
@@ -40,12 +35,9 @@ def ratios(width: int, sparsity: float, tokens: int, rounds: int) -> dict[str, f
 
     sides = {"dense": lambda: step(dense), "sparse": lambda: step(sparse)}
     if gemm.library() != "MKL":
-        sides["dense by " + gemm.library()] = lambda: fast(sides["dense"])
-    # its backward belongs to the call: "forward" is only the name that the rounds know it by
-    times = time_rounds({name: {"forward": call} for name, call in sides.items()}, rounds)
-    return {
-        name: compared(times["dense", "forward"], times[name, "forward"]).median for name in sides if name != "dense"
-    }
+        sides["dense by " + gemm.library()] = gemm.faster()(sides["dense"])
+    times = time_rounds({name: {"layer": call} for name, call in sides.items()}, rounds)
+    return {name: compared(times["dense", "layer"], times[name, "layer"]).median for name in sides if name != "dense"}
 
 
 def main() -> None:
@@ -56,9 +48,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=101)
     arguments = parser.parse_args()
     widths = [int(width) for width in arguments.widths.split(",")]
-    print(f"{arguments.tokens} tokens, one thread, {hardware.hardware()['isas'][0]}; x dense in plain PyTorch")
+    print(f"{arguments.tokens} tokens, one thread, {cpu.isa()}; x dense in plain PyTorch")
     print(f"{'':28}" + "".join(f"{width:>8}" for width in widths) + "    mean")
-    hardware.keep_freed_memory()  # as `vspdf train` and `vspdf bench` do
+    keep_freed_memory()  # as `vspdf train` and `vspdf bench` do
     with on_threads(1):
         for sparsity in map(float, arguments.sparsity.split(",")):
             found = [ratios(width, sparsity, arguments.tokens, arguments.rounds) for width in widths]

@@ -72,7 +72,7 @@ void places(int32_t* from, const uint8_t* old_bits, const uint8_t* new_bits, int
     int32_t i = 0;
     for (int64_t byte = 0; byte < bytes; byte += 8) {
         const uint64_t old_word = word_at(old_bits, byte, bytes), new_word = word_at(new_bits, byte, bytes);
-        int32_t found[65];  // without branches: none could be foreseen
+        int32_t found[65];  // every position is written, and kept if it is new: random bits foretell no branch
         int n = 0;
         for (uint64_t left = old_word | new_word; left; left &= left - 1) {
             const int at = __builtin_ctzll(left);
@@ -88,8 +88,8 @@ void places(int32_t* from, const uint8_t* old_bits, const uint8_t* new_bits, int
 
 void moved(float* out, const float* values, const int32_t* from, int64_t n) {
     const float zero = 0;
-    if (!values) values = &zero;  // no weights before: all are new
-    for (int64_t j = 0; j < n; ++j) {
+    if (!values) values = &zero;       // no weights before: all are new
+    for (int64_t j = 0; j < n; ++j) {  // masks for branches here too
         const int32_t none = from[j] >> 31;
         int32_t word;
         std::memcpy(&word, values + (from[j] & ~none), sizeof word);

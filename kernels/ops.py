@@ -224,7 +224,8 @@ def sparse_linear(
     Raises
     ------
     UserError (a ValueError)
-        If shapes, dtypes or devices disagree; the message names what was given and what was expected.
+        If `pattern` is no Pattern, or shapes, dtypes or devices disagree; the message names what was given and what was
+        expected.
     BackendUnavailable
         If the named backend cannot run here; the message says what is missing.
 

@@ -97,7 +97,7 @@ class SparseLinear(nn.Linear):
         Raises
         ------
         UserError
-            If the pattern's shape is not (out_features, in_features) of the layer.
+            If `pattern` is no Pattern, or its shape not (out_features, in_features) of the layer.
         """
         require_pattern(pattern)
         weight = linear.weight.T if is_conv1d(linear) else linear.weight
