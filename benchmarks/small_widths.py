@@ -1,6 +1,6 @@
 """Small widths: a `SparseLinear`'s forward and backward, autograd and Python included, against `nn.Linear`'s.
 
-    python benchmarks/small_widths.py [--widths 128,192,256,320] [--sparsity 0.75,0.9] [--tokens 1024] [--rounds 101]
+    python benchmarks/small_widths.py [--widths 128 192 256 320] [--sparsity 0.75 0.9] [--tokens 1024] [--rounds 101]
 
 One thread; layers as wide in as out. Dense is plain PyTorch, and again by the faster of torch's libraries where that is
 another one (`vspdf.gemm`). Whole rounds are compared: medians of their ratios. Hold everybody to AVX2 with
@@ -42,18 +42,17 @@ def ratios(width: int, sparsity: float, tokens: int, rounds: int) -> dict[str, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="SparseLinear against nn.Linear at small widths, one thread.")
-    parser.add_argument("--widths", default="128,192,256,320")
-    parser.add_argument("--sparsity", default="0.75,0.9")
+    parser.add_argument("--widths", type=int, nargs="+", default=[128, 192, 256, 320])
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.75, 0.9])
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=101)
     arguments = parser.parse_args()
-    widths = [int(width) for width in arguments.widths.split(",")]
     print(f"{arguments.tokens} tokens, one thread, {cpu.isa()}; x dense in plain PyTorch")
-    print(f"{'':28}" + "".join(f"{width:>8}" for width in widths) + "    mean")
+    print(f"{'':28}" + "".join(f"{width:>8}" for width in arguments.widths) + "    mean")
     keep_freed_memory()  # as `vspdf train` and `vspdf bench` do
     with on_threads(1):
-        for sparsity in map(float, arguments.sparsity.split(",")):
-            found = [ratios(width, sparsity, arguments.tokens, arguments.rounds) for width in widths]
+        for sparsity in arguments.sparsity:
+            found = [ratios(width, sparsity, arguments.tokens, arguments.rounds) for width in arguments.widths]
             for name in found[0]:
                 row = [each[name] for each in found]
                 figures = "".join(f"{value:8.2f}" for value in [*row, statistics.geometric_mean(row)])
