@@ -68,7 +68,7 @@ def test_trials_are_shorter_and_what_was_measured_is_kept(tmp_path, monkeypatch)
     path.write_text(STUDY)
     calls = []
     pace = {"dense": [{"step": 0.1, "update": 0.0}], "set-then-dense": [{"step": 0.05, "update": 0.1}] * 2}
-    monkeypatch.setattr(budget, "_measured", lambda arm: calls.append(arm.name) or pace[arm.name])
+    monkeypatch.setattr(budget, "_pace", lambda arm: calls.append(arm.name) or pace[arm.name])
     for _ in range(2):
         study = budget.settle(definition.load(path), tmp_path / "runs")
     assert calls == ["dense", "set-then-dense"]

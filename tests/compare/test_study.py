@@ -16,7 +16,7 @@ import pytest
 import torch
 from scipy import stats
 
-from vspdf.compare import definition, runner
+from vspdf.compare import definition, runner, worker
 from vspdf.config import loading
 from vspdf.data.text import prepare
 from vspdf.errors import UserError
@@ -395,7 +395,7 @@ DEATHS = {
 
 @pytest.mark.parametrize("program, how", DEATHS.values(), ids=DEATHS)
 def test_a_worker_that_dies_is_one_line_that_names_its_log(written, tmp_path, vspdf, monkeypatch, program, how):
-    monkeypatch.setattr(runner, "_WORKER", program)
+    monkeypatch.setattr(worker, "_PROGRAM", program)
     path, root = written(tmp_path, (TUNE, "")), tmp_path / "runs"
     status, _, err = vspdf("compare", path, "--runs", root, "--jobs", 1)
     (line,) = (line for line in err.splitlines() if "error:" in line)
@@ -406,6 +406,6 @@ def test_a_worker_that_dies_is_one_line_that_names_its_log(written, tmp_path, vs
 
 def test_a_worker_runs_no_module_of_the_working_folder(tmp_path):
     (tmp_path / "random.py").write_text("open('was run', 'w')")
-    command = [sys.executable, "-c", runner._WORKER, runner._PLACE]
+    command = [sys.executable, "-c", worker._PROGRAM, worker._PLACE]
     ended = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (130, "") and not (tmp_path / "was run").exists()

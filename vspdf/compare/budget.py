@@ -1,8 +1,9 @@
 """Arms that train for equally long: what a step of each takes here, and how many of them fill the time.
 
 Times are CPU seconds of the training steps, moves of masks included, measured on short runs of each arm one after the
-other: on a quiet machine, for what else runs beside makes caches and memory slower. The measurement is kept in the
-study's folder, so that the study may be stopped and started.
+other. A run beside shares memory and caches, and slows some arms more than others: where runs will go side by side,
+each arm is measured beside each arm in turn. What else the machine does should be little. The measurement is kept in
+the study's folder, so that the study may be stopped and started.
 """
 
 from __future__ import annotations
@@ -11,29 +12,38 @@ import copy
 import hashlib
 import json
 import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from vspdf.compare import worker
 from vspdf.compare.definition import Arm, Study
 from vspdf.compare.results import TOLERANCE
 from vspdf.config import loading
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.errors import UserError
 from vspdf.files import read_json, write_whole
-from vspdf.runs.folder import Run
+from vspdf.kernels.hardware import keep_freed_memory
+from vspdf.runs.folder import LOG, Run
 from vspdf.train.trainer import train
 
 CALIBRATION = "calibration.json"
 _STEPS = 28  # of each phase that are timed, all but the first two
 _EVERY = 4  # steps between moves of masks meanwhile
+_ENDLESS = 10**6  # steps of a run that is there to be measured beside
+_QUIET = {"log_every": 1, "eval_every": 0, "eval_tokens": 1024, "checkpoint_every": 0, "measure_dense": 0,
+          "sample_tokens": 0}  # fmt: skip
+
+Pace = list[dict[str, float]]
 
 
-def settle(study: Study, root: Path, say: Callable[[str], None] = lambda line: None) -> Study:
-    """The study with as many steps in every phase of its arms as fill its `seconds`; the steps as written say in
-    which proportion. Measures what is not known yet. A study without `seconds` as it is.
+def settle(study: Study, root: Path, jobs: int = 1, say: Callable[[str], None] = lambda line: None) -> Study:
+    """The study with as many steps in every phase of its arms as fill its `seconds`, `jobs` runs at a time; the
+    steps as written say in which proportion. Measures what is not known yet. A study without `seconds` as it is.
 
     Raises
     ------
@@ -44,14 +54,18 @@ def settle(study: Study, root: Path, say: Callable[[str], None] = lambda line: N
         return study
     file = root / CALIBRATION
     known = read_json(file) if file.exists() else {}
+    digests = {
+        name: hashlib.sha256(json.dumps([arm.body, _STEPS], sort_keys=True).encode()).hexdigest()
+        for name, arm in study.arms.items()
+    }
+    new = [arm for name, arm in study.arms.items() if known.get(name, {}).get("digest") != digests[name]]
+    if new:
+        for name, pace in _measured(new, list(study.arms.values()), jobs - 1, say).items():
+            known[name] = {"digest": digests[name], "beside": jobs - 1, "phases": pace}
+        root.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(known, indent=1))
     arms = {}
     for name, arm in study.arms.items():
-        digest = hashlib.sha256(json.dumps([arm.body, _STEPS], sort_keys=True).encode()).hexdigest()
-        if known.get(name, {}).get("digest") != digest:
-            say(f"{name}: measuring what a step takes")
-            known[name] = {"digest": digest, "phases": _measured(arm)}
-            root.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(known, indent=1))
         pace = known[name]["phases"]
         steps = _filling(arm, pace, study.seconds)
         trial = steps if study.tuning_seconds is None else _filling(arm, pace, study.tuning_seconds)
@@ -60,19 +74,64 @@ def settle(study: Study, root: Path, say: Callable[[str], None] = lambda line: N
     return replace(study, arms=arms)
 
 
-def _measured(arm: Arm) -> list[dict[str, float]]:
-    """CPU seconds of a `step` in each phase, and of an `update` of masks that move."""
+def _measured(arms: Sequence[Arm], others: Sequence[Arm], beside: int, say: Callable[[str], None]) -> dict[str, Pace]:
+    """The pace of each of `arms` while `beside` runs of one of `others` go on, the mean over which one it is."""
+    keep_freed_memory()  # as workers do
+    found: dict[str, list[Pace]] = {arm.name: [] for arm in arms}
+    for other in others if beside else others[:1]:
+        with _company(other, beside):
+            for arm in arms:
+                say(f"{arm.name}: measuring what a step takes" + (f" beside {other.name}" if beside else ""))
+                found[arm.name].append(_pace(arm))
+    return {
+        name: [
+            {key: statistics.fmean(each[key] for each in phase) for key in phase[0]}
+            for phase in zip(*paces, strict=True)
+        ]
+        for name, paces in found.items()
+    }
+
+
+@contextmanager
+def _company(arm: Arm, count: int) -> Iterator[None]:
+    """So many runs of an arm's first phase, under way until the end of the context."""
+    body = _for_a_while(arm, _ENDLESS)
+    body["phases"] = body["phases"][:1]
+    body["data"] = {**body.get("data", {}), "repeat": True}
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        runs = [Run(Path(folder) / f"run-{i}") for i in range(count)]
+        for run in runs:
+            config = loading.build({**body, "name": "company", "run_dir": str(run.folder)}, arm.where)
+            run.folder.mkdir()
+            process = worker.start(
+                {"config": loading.to_dict(config), "test": False, "untrained": False, "task": None}, run.folder / LOG
+            )
+            stack.callback(process.wait)
+            stack.callback(worker.close, process)
+            while run.step < 2:
+                if process.poll() is not None:
+                    raise UserError(f"{arm.where}: {(run.folder / LOG).read_text(errors='replace').strip()}")
+                time.sleep(0.05)
+        yield
+
+
+def _for_a_while(arm: Arm, steps: int) -> dict[str, Any]:
+    """An arm's configuration with so many steps in each phase, masks that move often, and nothing but training."""
     body: dict[str, Any] = copy.deepcopy(arm.body)
     for phase in body["phases"]:
-        phase["steps"] = _STEPS
+        phase["steps"] = steps
         if phase.get("algorithm", "static") != "static":
             phase["update"] = {"freq": _EVERY}
         phase.pop("update_every", None)
-    quiet = {"log_every": 1, "eval_every": 0, "eval_tokens": 1024, "checkpoint_every": 0, "measure_dense": 0,
-             "sample_tokens": 0}  # fmt: skip
-    body["train"] = {**body.get("train", {}), **quiet}
+    body["train"] = {**body.get("train", {}), **_QUIET}
+    return body
+
+
+def _pace(arm: Arm) -> Pace:
+    """CPU seconds of a `step` in each phase, and of an `update` of masks that move."""
     with TemporaryDirectory() as folder:
-        config = loading.build({**body, "name": "calibration", "run_dir": f"{folder}/run"}, arm.where)
+        body = {**_for_a_while(arm, _STEPS), "name": "calibration", "run_dir": f"{folder}/run"}
+        config = loading.build(body, arm.where)
         train(config, say=lambda line: None)
         lines = Run(Path(folder) / "run").lines
     found = []
@@ -90,7 +149,7 @@ def _measured(arm: Arm) -> list[dict[str, float]]:
     return found
 
 
-def _filling(arm: Arm, pace: Sequence[dict[str, float]], seconds: float) -> tuple[int, ...]:
+def _filling(arm: Arm, pace: Pace, seconds: float) -> tuple[int, ...]:
     """Steps of each phase that take so long together, in the proportion in which they are written."""
     written = [phase.steps for phase in arm.configure({}, 0).phases]
 

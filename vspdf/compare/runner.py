@@ -7,23 +7,21 @@ ends: at the end of this process, however it ended.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vspdf.compare import budget, definition, tuning
+from vspdf.compare import budget, definition, tuning, worker
 from vspdf.compare.definition import Arm, Study, Values
 from vspdf.compare.results import TOLERANCE, collect
 from vspdf.compare.tuning import tuned
@@ -41,10 +39,6 @@ from vspdf.runs.folder import LOCK, LOG, Run
 log = logging.getLogger("vspdf")
 
 Say = Callable[[str], None]
-# Without the working folder among the places of modules, where a user's random.py would be taken for Python's; with
-# the place where this process has found vspdf.
-_WORKER = "import sys; sys.path = [*filter(None, sys.path), sys.argv[1]]; from vspdf.compare.worker import work; work()"
-_PLACE = str(Path(definition.__file__).parents[2])
 _PATIENCE = 20.0  # seconds to wait for workers of a process that was killed: they finish their step and save
 
 
@@ -88,10 +82,10 @@ def run(
     until = math.inf if minutes is None else time.monotonic() + 60 * minutes
     wanted = definition.load(source, changes)
     root = root or Path("runs") / wanted.name
-    wanted = budget.settle(wanted, root, say)
-    _check_data(wanted)
     threads = next(iter(wanted.arms.values())).configure({}, 0).train.threads or os.cpu_count() or 1
     jobs = jobs or max(1, (os.cpu_count() or 1) // threads)
+    wanted = budget.settle(wanted, root, jobs, say)
+    _check_data(wanted)
     with _alone(root) as held, _signals() as stopped:
         runner = _Runner(wanted, root, jobs, held, say, stopped, until)
         runner.check()
@@ -309,36 +303,26 @@ class _Runner:
     def _start(self, run: _StudyRun) -> None:
         run.check()
         run.from_tuning = run.trained
-        try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            errors = open(run.log, "w")  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"'{run.folder}' cannot be made or written to: {error.strerror}.") from None
-        with errors:
-            # A session of its own: Ctrl-C reaches this process alone, which stops the workers once and in order.
-            run.process = subprocess.Popen(
-                [sys.executable, "-c", _WORKER, _PLACE], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                stderr=errors, text=True, pass_fds=self.inherited, start_new_session=True,
-            )  # fmt: skip
-        run.started = time.monotonic()
-        assert run.process.stdin is not None
         task = run.arm.task
         order = {
             "config": loading.to_dict(run.config), "test": run.test, "untrained": run.arm.untrained,
             "task": {"protocol": task.protocol, "decoding": asdict(task.decoding)} if task else None,
         }  # fmt: skip
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            run.process = worker.start(order, run.log, self.inherited)
+        except OSError as error:
+            raise UserError(f"'{run.folder}' cannot be made or written to: {error.strerror}.") from None
+        run.started = time.monotonic()
         self.running.append(run)
-        with suppress(BrokenPipeError):  # it is dead already, as will be noted
-            run.process.stdin.write(json.dumps(order) + "\n")
-            run.process.stdin.flush()
 
     def _reap(self) -> bool:
         """Takes note of workers that have ended; whether there were any."""
         ended = [run for run in self.running if run.process and run.process.poll() is not None]
         for run in ended:
-            self.running.remove(run)
-            self._close(run)
             assert run.process is not None
+            self.running.remove(run)
+            worker.close(run.process)
             if run.process.returncode:
                 raise UserError(_why_it_ended(run, run.process.returncode))
             run.log.unlink(missing_ok=True)
@@ -383,16 +367,11 @@ class _Runner:
         return left / self.jobs
 
     def _stop(self) -> None:
-        for run in self.running:
-            self._close(run)
-        for run in self.running:
-            assert run.process is not None
-            run.process.wait()
-
-    def _close(self, run: _StudyRun) -> None:
-        assert run.process is not None and run.process.stdin is not None
-        with suppress(BrokenPipeError):
-            run.process.stdin.close()
+        processes = [run.process for run in self.running if run.process]
+        for process in processes:
+            worker.close(process)
+        for process in processes:
+            process.wait()
 
 
 def _why_it_ended(run: _StudyRun, status: int) -> str:

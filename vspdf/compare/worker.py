@@ -9,8 +9,11 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +30,38 @@ from vspdf.evaluate.loss import evaluate
 from vspdf.files import new_whole
 from vspdf.interop import checkpoints, hugging_face
 from vspdf.interop.checkpoints import Loaded
-from vspdf.kernels.hardware import device
+from vspdf.kernels.hardware import device, keep_freed_memory
 from vspdf.model import GPT
 from vspdf.runs.folder import START, Run
 from vspdf.runs.writer import Writer
 from vspdf.train.trainer import train
+
+# Without the working folder among the places of modules, where a user's random.py would be taken for Python's; with
+# the place where this process has found vspdf.
+_PROGRAM = "import sys; sys.path = [*filter(None, sys.path), sys.argv[1]]; import vspdf.compare.worker as w; w.work()"
+_PLACE = str(Path(__file__).parents[2])
+
+
+def start(order: dict[str, Any], log: Path, inherited: Sequence[int] = ()) -> subprocess.Popen[str]:
+    """A process that does `work`, and says in the file `log` what goes wrong. It inherits open files by number."""
+    with open(log, "w") as errors:
+        # A session of its own: Ctrl-C reaches this process alone, which stops its workers once and in order.
+        process = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM, _PLACE], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            stderr=errors, text=True, pass_fds=inherited, start_new_session=True,
+        )  # fmt: skip
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # it is dead already, as its status will say
+        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.flush()
+    return process
+
+
+def close(process: subprocess.Popen[str]) -> None:
+    """Has a process of `start` end soon, with a checkpoint."""
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.close()
 
 
 def work() -> None:
@@ -41,8 +71,6 @@ def work() -> None:
         sys.exit(130)
     order = json.loads(line)
     threading.Thread(target=_stop_at_the_end_of_input, daemon=True).start()
-    from vspdf.kernels.hardware import keep_freed_memory
-
     keep_freed_memory()
     try:
         _work(loading.build(order["config"], "the study"), order)
