@@ -3,10 +3,11 @@
     python benchmarks/never_slower.py [--problems 30] [--seed 0] [--threads 1] [--csv FILE]
 
 Each product of each layer is called once (which tunes it), then timed in rounds on the sparse path, the dense path and
-`auto`, in a new random order each round: whoever follows a dense product finds the caches cold. Two figures come out.
-*Choice*: the time of the path that `auto` took against the better path. *Door*: `auto` itself, the operator's and
-autograd's Python included, against the better path called bare, of products that take it at least 100 us. Times of one
-thread are its CPU time, which other work on the machine leaves almost alone.
+`auto`, each right after each of the three, in a new random order each round: whoever follows a dense product finds the
+caches cold. A time is the mean over what came before of the median. Two figures come out. *Choice*: the time of the
+path that `auto` took against the better path. *Door*: `auto` itself, the operator included, against the better path
+called bare, of products that take it at least 100 us. Times of one thread are its CPU time, which other work on the
+machine leaves almost alone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ LEAST = 1e-4  # seconds of the better path, from which on the operator's own tim
 
 
 def measure(problem: Problem, product: str, draw: random.Random, seconds: float) -> dict[str, float]:
-    """Median seconds of sparse, dense and auto, in at least nine rounds and at least `seconds`."""
+    """Seconds of sparse, dense and auto, in at least seven rounds and at least `seconds`."""
     values = problem.values
     tensors = {
         "forward": (problem.x, values, None),
@@ -52,15 +53,18 @@ def measure(problem: Problem, product: str, draw: random.Random, seconds: float)
     }
     for run in runs.values():
         run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[tuple[str, str], list[float]] = {(before, name): [] for before in runs for name in runs}
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     stop = time.perf_counter() + seconds
-    while len(times["auto"]) < 9 or time.perf_counter() < stop:
-        for name in draw.sample(list(runs), len(runs)):
+    rounds = 0
+    while rounds < 7 or time.perf_counter() < stop:
+        rounds += 1
+        for before, name in draw.sample(list(times), len(times)):
+            runs[before]()
             start = clock()
             runs[name]()
-            times[name].append(clock() - start)
-    return {name: statistics.median(column) for name, column in times.items()}
+            times[before, name].append(clock() - start)
+    return {name: statistics.fmean(statistics.median(times[before, name]) for before in runs) for name in runs}
 
 
 def main() -> None:

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "bandwidth.hpp"
+#include "door.hpp"
 #include "exchange.hpp"
 #include "isa.hpp"
 #include "materialise.hpp"
@@ -22,8 +23,8 @@ namespace {
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;  // no forcecast: another dtype is an error
 
-std::unique_ptr<Plan> make_plan(int64_t out_features, int64_t in_features, const Array<uint8_t>& bits,
-                                const std::string& isa, bool code) {
+std::unique_ptr<OpenPlan> make_plan(int64_t out_features, int64_t in_features, const Array<uint8_t>& bits,
+                                    const std::string& isa, bool code) {
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
     if (out_features < 1 || in_features < 1 || out_features > kMost || in_features > kMost) {
         throw std::invalid_argument("a plan needs 1 to 2^31 - 1 features on each side, not " +
@@ -41,7 +42,7 @@ std::unique_ptr<Plan> make_plan(int64_t out_features, int64_t in_features, const
     const Isa chosen = choose_isa(isa);
     const bool jit = code && jit_wanted(chosen);
     py::gil_scoped_release release;
-    return std::make_unique<Plan>(int(out_features), int(in_features), bits.data(), chosen, jit);
+    return std::make_unique<OpenPlan>(int(out_features), int(in_features), bits.data(), chosen, jit);
 }
 
 Dtype dtype_of(int dtype) {
@@ -81,6 +82,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Sparse linear layers on CPUs: three products of a weight that exists only at kept positions.";
     m.attr("openmp") = kOpenMP;
     bind_fabric(m);
+    bind_door(m);
     m.def(
         "isas",
         [] {
@@ -152,12 +154,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("scratch_nbytes", &scratch_nbytes, "Bytes of working memory kept for later calls.");
 
     const auto release = py::call_guard<py::gil_scoped_release>();
-    py::class_<Plan>(m, "Plan")
+    py::class_<OpenPlan>(m, "Plan")
         .def(py::init(&make_plan), py::arg("out_features"), py::arg("in_features"), py::arg("bits"),
              py::arg("isa") = "", py::arg("code") = true, py::keep_alive<1, 4>())
         .def(
             "forward",
-            [](const Plan& plan, uintptr_t y, uintptr_t x, int64_t x_stride, uintptr_t values, uintptr_t bias,
+            [](const OpenPlan& plan, uintptr_t y, uintptr_t x, int64_t x_stride, uintptr_t values, uintptr_t bias,
                int64_t tokens, int dtype, int values_dtype, int threads) {
                 check_call(tokens, x_stride, threads);
                 return plan.forward(pointer(y), pointer(x), x_stride, pointer(values), pointer(bias), tokens,
@@ -166,7 +168,7 @@ PYBIND11_MODULE(_C, m) {
             release)
         .def(
             "grad_input",
-            [](const Plan& plan, uintptr_t dx, uintptr_t dy, int64_t dy_stride, uintptr_t values, int64_t tokens,
+            [](const OpenPlan& plan, uintptr_t dx, uintptr_t dy, int64_t dy_stride, uintptr_t values, int64_t tokens,
                int dtype, int values_dtype, int threads) {
                 check_call(tokens, dy_stride, threads);
                 return plan.grad_input(pointer(dx), pointer(dy), dy_stride, pointer(values), tokens, dtype_of(dtype),
@@ -175,7 +177,7 @@ PYBIND11_MODULE(_C, m) {
             release)
         .def(
             "grad_values",
-            [](const Plan& plan, uintptr_t dvalues, uintptr_t dy, int64_t dy_stride, uintptr_t x, int64_t x_stride,
+            [](const OpenPlan& plan, uintptr_t dvalues, uintptr_t dy, int64_t dy_stride, uintptr_t x, int64_t x_stride,
                int64_t tokens, int dtype, int values_dtype, int threads) {
                 check_call(tokens, std::min(dy_stride, x_stride), threads);
                 return plan.grad_values(pointer(dvalues), pointer(dy), dy_stride, pointer(x), x_stride, tokens,
@@ -184,22 +186,31 @@ PYBIND11_MODULE(_C, m) {
             release)
         .def(
             "scatter",
-            [](const Plan& plan, uintptr_t dense, uintptr_t values, int dtype, int threads) {
+            [](const OpenPlan& plan, uintptr_t dense, uintptr_t values, int dtype, int threads) {
                 check_call(0, 0, threads);
                 scatter(plan, pointer(dense), pointer(values), dtype_of(dtype), threads);
             },
             release)
         .def(
             "gather",
-            [](const Plan& plan, uintptr_t values, uintptr_t dense, int dtype, int threads) {
+            [](const OpenPlan& plan, uintptr_t values, uintptr_t dense, int dtype, int threads) {
                 check_call(0, 0, threads);
                 gather(plan, pointer(values), pointer(dense), dtype_of(dtype), threads);
             },
             release)
-        .def("prepare", &Plan::prepare, release)
-        .def_property_readonly("nbytes", &Plan::nbytes)
-        .def_property_readonly("isa", [](const Plan& plan) { return isa_name(plan.isa()); })
-        .def("describe", [](const Plan& plan, int64_t tokens) {
+        .def(
+            "open",
+            [](const py::object& self, const std::string& digest, int product, int64_t tokens, int dtype,
+               int values_dtype, bool chosen, int threads) {
+                check_call(tokens, 0, threads);
+                self.cast<OpenPlan&>().open(self.ptr(), digest, product, tokens, dtype_of(dtype),
+                                            dtype_of(values_dtype), chosen, threads);
+            },
+            "From now on the door runs this product, of so many tokens, on this plan.")
+        .def("prepare", &OpenPlan::prepare, release)
+        .def_property_readonly("nbytes", &OpenPlan::nbytes)
+        .def_property_readonly("isa", [](const OpenPlan& plan) { return isa_name(plan.isa()); })
+        .def("describe", [](const OpenPlan& plan, int64_t tokens) {
             py::dict lines;
             for (const auto& [product, line] : plan.describe(tokens)) lines[product.c_str()] = line;
             return lines;

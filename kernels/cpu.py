@@ -30,6 +30,15 @@ MEMORY = ("normal", "low")
 PRODUCTS = ("forward", "grad_input", "grad_values")
 
 
+def door(*call: Any) -> Tensor | None:
+    """Where the kernels are built, C++: the usual product that was let through before (`open_door`), else None."""
+    return None
+
+
+if _C is not None:
+    door = _C.door
+
+
 def unavailable() -> str | None:
     """Why the backend cannot run here; None if it can."""
     if _C is None:
@@ -107,6 +116,20 @@ def packed(pattern: Pattern) -> Any:
         plan = extension().Plan(*pattern.shape, pattern.bits, isa(), memory(pattern) == "normal")
         found = pattern.packed.setdefault("cpu", plan)
     return found
+
+
+def open_door(product: str, pattern: Pattern, tokens: int, dtype: torch.dtype, kept: torch.dtype, backend: str) -> None:
+    """Lets such a product, on plain contiguous tensors, through the `door` from now on. `kept`: the values' dtype."""
+    packed(pattern).open(
+        pattern.digest, PRODUCTS.index(product), tokens, DTYPES[dtype], DTYPES[kept], backend == "auto",
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def shut_door() -> None:
+    """Nothing goes through the `door` until it is let through again."""
+    if _C is not None:
+        _C.shut()
 
 
 def memory(pattern: Pattern) -> str:

@@ -39,6 +39,8 @@ def _run(product: str, pattern: Pattern, backend: str, *tensors: Tensor | None, 
     run = lambda path: PATHS[path][product](*tensors, pattern, **how)  # noqa: E731
     kept = how.get("dtype") or (tensors[1] if tensors[1] is not None else x).dtype  # of values, or of their gradient
     choice = choose(product, pattern, tokens, x.dtype, x.device, backend, tune=run, wide=kept != x.dtype)
+    if choice.path == "cpu":
+        cpu.open_door(product, pattern, tokens, x.dtype, kept, backend)
     start = time.perf_counter()
     result = run(choice.path)
     result, macs = result if isinstance(result, tuple) else (result, tokens * pattern.numel)

@@ -175,6 +175,12 @@ def find_gpu(device: torch.device, key: str) -> tuple[GpuTiming, str] | None:
     return None if columns is None else (GpuTiming(*columns), "shipped table")
 
 
+def forget() -> None:
+    """Has every choice made again, by what is known then."""
+    MADE.clear()
+    cpu.shut_door()
+
+
 def choices() -> dict[str, list[Any]]:
     """Timings that decided anything in this process, for a checkpoint."""
     used = {key: timing for table in (CPU, *GPUS.values()) for key, timing in table.used.items()}
@@ -190,7 +196,7 @@ def pin(stored: dict[str, list[Any]]) -> None:
             CPU.used.update(CPU.parse({key: columns}))
     for table in GPUS.values():
         table.used.update(_pinned)
-    MADE.clear()
+    forget()
 
 
 def describe_table() -> list[str]:
@@ -276,4 +282,4 @@ def keep(key: str, timing: GpuTiming, device: torch.device) -> None:
     table = gpu(launch.device_name(device))
     table.load()
     table.add(key, timing)
-    MADE.clear()
+    forget()

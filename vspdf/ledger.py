@@ -160,15 +160,15 @@ class Tally:
         return total
 
 
-_tallies: list[Tally] = []
+TALLIES: list[Tally] = []
 _lock = threading.Lock()
 
 
 def record(product: str, dense: int, useful: int, executed: int, seconds: float) -> None:
     """Called by whoever did the work, with FLOPs (two per multiply-add)."""
-    if _tallies:
+    if TALLIES:
         with _lock:  # autograd runs backward in threads of its own
-            for tally in _tallies:
+            for tally in TALLIES:
                 tally.add(product, Count(dense, useful, executed, seconds))
 
 
@@ -177,9 +177,9 @@ def counting() -> Iterator[Tally]:
     """Collects what is recorded inside the block, from every thread."""
     tally = Tally()
     with _lock:
-        _tallies.append(tally)
+        TALLIES.append(tally)
     try:
         yield tally
     finally:
         with _lock:
-            _tallies[:] = [other for other in _tallies if other is not tally]
+            TALLIES[:] = [other for other in TALLIES if other is not tally]

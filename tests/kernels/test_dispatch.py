@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import time
-from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -36,7 +35,7 @@ def process(monkeypatch, tmp_path):
 
     def start():
         monkeypatch.setattr(tuning, "CPU", tuning._Table(tuning.Timing, tuning._machine))
-        monkeypatch.setattr(tuning, "MADE", WeakKeyDictionary())
+        tuning.forget()
 
     start()
     return start
@@ -176,8 +175,8 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_tuning(process, patter
     assert not list(tmp_path.glob(".tuning*"))
 
 
-def test_choices_end_with_their_pattern_and_lengths_of_text_share_one(monkeypatch):
-    monkeypatch.setattr(tuning, "MADE", WeakKeyDictionary())
+def test_choices_end_with_their_pattern_and_lengths_of_text_share_one():
+    tuning.forget()
     pattern = Pattern.random((20, 24), 0.5, seed=123)
     values = torch.ones(pattern.nnz)
     for tokens in range(65, 81):
