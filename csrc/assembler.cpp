@@ -4,6 +4,8 @@
 #include <cstring>
 #include <utility>
 
+#include "pool.hpp"
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -12,27 +14,47 @@
 
 namespace vspdf {
 
+#ifdef VSPDF_MMAP
+namespace {
+
+// New pages may take as long as filling them, and masks that move ask for as many again and again.
+struct Code {
+    static constexpr size_t kMost = size_t(64) << 20;         // bytes
+    static size_t slack(size_t bytes) { return bytes / 16; }  // it counts as the plan's
+    static void release(Block block) { munmap(block.data, block.size); }
+};
+
+}  // namespace
+#endif
+
 CodeBuffer::CodeBuffer(const uint8_t* code, size_t bytes, std::string& why) {
 #ifdef VSPDF_MMAP
     const size_t page = size_t(sysconf(_SC_PAGESIZE));
     const size_t size = (bytes + page - 1) / page * page;
     if (size == 0) return;
-    void* base = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (base == MAP_FAILED) {
-        why = std::string("no memory for generated code (mmap: ") + std::strerror(errno) + ")";
-        return;
+    Block block = Pool<Code>::get().take(size);
+    if (block.data && mprotect(block.data, block.size, PROT_READ | PROT_WRITE) != 0) {
+        Code::release(block);
+        block = {};
     }
+    if (!block.data) {
+        block = {mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), size};
+        if (block.data == MAP_FAILED) {
+            why = std::string("no memory for generated code (mmap: ") + std::strerror(errno) + ")";
+            return;
+        }
 #ifdef MADV_HUGEPAGE
-    madvise(base, size, MADV_HUGEPAGE);
+        madvise(block.data, size, MADV_HUGEPAGE);
 #endif
-    std::memcpy(base, code, bytes);
-    if (mprotect(base, size, PROT_READ | PROT_EXEC) != 0) {
+    }
+    std::memcpy(block.data, code, bytes);
+    if (mprotect(block.data, block.size, PROT_READ | PROT_EXEC) != 0) {
         why = std::string("the system refuses generated code (mprotect: ") + std::strerror(errno) + ")";
-        munmap(base, size);
+        Code::release(block);
         return;
     }
-    base_ = static_cast<uint8_t*>(base);
-    size_ = size;
+    base_ = static_cast<uint8_t*>(block.data);
+    size_ = block.size;
 #else
     (void)code, (void)bytes;
     why = "generated code is not supported on this system";
@@ -49,14 +71,14 @@ CodeBuffer& CodeBuffer::operator=(CodeBuffer&& other) noexcept {
 
 CodeBuffer::~CodeBuffer() {
 #ifdef VSPDF_MMAP
-    if (base_) munmap(base_, size_);
+    if (base_) Pool<Code>::get().give({base_, size_});
 #endif
 }
 
 void Assembler::reserve(size_t bytes) {
     if (bytes <= capacity_) return;
-    std::unique_ptr<uint8_t[]> larger(new uint8_t[bytes]);
-    if (size_) std::memcpy(larger.get(), code_.get(), size_);
+    auto larger = std::make_unique<Scratch>(bytes);
+    if (size_) std::memcpy(larger->bytes(), code_->bytes(), size_);
     code_ = std::move(larger);
     capacity_ = bytes;
 }

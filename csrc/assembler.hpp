@@ -8,6 +8,8 @@
 #include <memory>
 #include <string>
 
+#include "scratch.hpp"
+
 namespace vspdf {
 
 // Executable memory. Written while it is read-write, then turned read-execute: never both at once.
@@ -39,19 +41,25 @@ struct Mem {
 // Appends machine code to a buffer of its own.
 class Assembler {
   public:
-    const uint8_t* data() const { return code_.get(); }
+    const uint8_t* data() const { return code_ ? code_->bytes() : nullptr; }
     size_t size() const { return size_; }
     void reserve(size_t bytes);
     // Appends the first `count` bytes of a word, little-endian; the others are written over by what comes next.
     void put(uint64_t word, int count) {
         if (size_ + sizeof word > capacity_) reserve(2 * capacity_ + 64);
-        std::memcpy(code_.get() + size_, &word, sizeof word);
+        std::memcpy(code_->bytes() + size_, &word, sizeof word);
         size_ += size_t(count);
     }
+    // Where the next `bytes` at most may be written, and eight more; `advance` says up to where they were.
+    uint8_t* room(size_t bytes) {
+        if (size_ + bytes + sizeof(uint64_t) > capacity_) reserve(2 * capacity_ + bytes + sizeof(uint64_t));
+        return code_->bytes() + size_;
+    }
+    void advance(const uint8_t* to) { size_ = size_t(to - code_->bytes()); }
     // The code so far as one word, where it is no longer.
     uint64_t word() const {
         uint64_t word = 0;
-        std::memcpy(&word, code_.get(), size_);
+        std::memcpy(&word, data(), size_);
         return word;
     }
     void add(Reg dst, int32_t value);  // add dst, value
@@ -67,7 +75,7 @@ class Assembler {
     void disp32(int32_t value) { put(uint32_t(value), 4); }
 
   private:
-    std::unique_ptr<uint8_t[]> code_;
+    std::unique_ptr<Scratch> code_;
     size_t size_ = 0, capacity_ = 0;
 };
 

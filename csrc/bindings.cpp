@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "bandwidth.hpp"
@@ -116,42 +117,65 @@ PYBIND11_MODULE(_C, m) {
 
     m.def(
         "drop_lowest",
-        [](Array<uint8_t> bits, int64_t numel, uintptr_t values, int64_t nnz, int64_t count) {
+        [](Array<uint8_t> bits, int64_t numel, uintptr_t values, int64_t nnz, int64_t count, int threads) {
             check_bits(bits, numel);
+            check_call(0, 0, threads);
             uint8_t* to = bits.mutable_data();
             py::gil_scoped_release release;
-            drop_lowest(to, numel, pointer<const float>(values), nnz, count);
+            drop_lowest(to, numel, pointer<const float>(values), nnz, count, threads);
         },
         "Clears the bits of the smallest magnitudes among the values of the kept positions, of equal ones the first.");
     m.def(
         "accept",
-        [](Array<uint8_t> taken, Array<uint8_t> bits, int64_t numel, const Array<int64_t>& hits, int64_t limit) {
+        [](Array<uint8_t> taken, int64_t numel, const Array<int64_t>& hits, int64_t limit) {
             check_bits(taken, numel);
-            check_bits(bits, numel);
-            for (int64_t i = 0; i < hits.size(); ++i) {
-                if (hits.data()[i] < 0 || hits.data()[i] >= numel)
-                    throw std::invalid_argument("a hit is out of range.");
+            uint8_t* to = taken.mutable_data();
+            const int64_t *from = hits.data(), n = hits.size();
+            py::gil_scoped_release release;
+            if (!std::all_of(from, from + n, [&](int64_t hit) { return hit >= 0 && hit < numel; })) {
+                throw std::invalid_argument("a hit is out of range.");
             }
-            return accept(taken.mutable_data(), bits.mutable_data(), hits.data(), hits.size(), limit);
+            return accept(to, from, n, limit);
         },
         "Sets the bits of positions that are not taken yet, in order, until there are enough; returns how many.");
     m.def(
         "places",
-        [](const Array<uint8_t>& old_bits, const Array<uint8_t>& new_bits, int64_t numel, int64_t nnz) {
+        [](const Array<uint8_t>& old_bits, const Array<uint8_t>& new_bits, int64_t numel, int64_t nnz, int threads) {
             check_bits(old_bits, numel);
             check_bits(new_bits, numel);
+            check_call(0, 0, threads);
             Array<int32_t> from(nnz);
-            places(from.mutable_data(), old_bits.data(), new_bits.data(), numel);
+            int32_t* to = from.mutable_data();
+            const uint8_t *old_data = old_bits.data(), *new_data = new_bits.data();
+            {
+                py::gil_scoped_release release;
+                places(to, old_data, new_data, numel, threads);
+            }
             return from;
         },
         "Which kept weight of the old mask each of the new one was; -1: none. `nnz` is the new mask's.");
     m.def(
         "moved",
-        [](uintptr_t out, uintptr_t values, const Array<int32_t>& from) {
-            moved(pointer<float>(out), pointer<const float>(values), from.data(), from.size());
+        [](uintptr_t out, uintptr_t values, const Array<int32_t>& from, int threads) {
+            check_call(0, 0, threads);
+            const int32_t* places = from.data();
+            const int64_t n = from.size();
+            py::gil_scoped_release release;
+            moved(pointer<float>(out), pointer<const float>(values), places, n, threads);
         },
         "Values of the old mask's weights in the places of the new one's, zeros where there were none.");
     m.def("scratch_nbytes", &scratch_nbytes, "Bytes of working memory kept for later calls.");
+
+    m.def(
+        "prepare",
+        [](const std::vector<const OpenPlan*>& plans, int threads) {
+            check_call(0, 0, threads);
+            const int64_t parts = Plan::kParts;
+            parallel_for(parts * int64_t(plans.size()), threads,
+                         [&](int64_t i) { plans[size_t(i / parts)]->prepare(int(i % parts)); });
+        },
+        py::arg("plans"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+        "Builds now what products of many tokens would build at first use.");
 
     const auto release = py::call_guard<py::gil_scoped_release>();
     py::class_<OpenPlan>(m, "Plan")
@@ -207,7 +231,6 @@ PYBIND11_MODULE(_C, m) {
                                             dtype_of(values_dtype), chosen, threads);
             },
             "From now on the door runs this product, of so many tokens, on this plan.")
-        .def("prepare", &OpenPlan::prepare, release)
         .def_property_readonly("nbytes", &OpenPlan::nbytes)
         .def_property_readonly("isa", [](const OpenPlan& plan) { return isa_name(plan.isa()); })
         .def("describe", [](const OpenPlan& plan, int64_t tokens) {

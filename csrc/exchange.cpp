@@ -1,7 +1,14 @@
 #include "exchange.hpp"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
+
+#include "parallel.hpp"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace vspdf {
 namespace {
@@ -12,11 +19,12 @@ uint32_t magnitude(float value) {
     return bits & 0x7FFFFFFF;  // ordered as magnitudes are
 }
 
-// Bin of the one that has `rank` others before it; `rank` becomes that within the bin.
-uint32_t bin_of(const std::vector<uint32_t>& counts, int64_t& rank) {
-    uint32_t bin = 0;
-    while (rank >= counts[bin]) rank -= counts[bin++];
-    return bin;
+// Set bits; not the compiler's builtin, which without an instruction for it is a call.
+int ones(uint64_t word) {
+    word -= word >> 1 & 0x5555555555555555;
+    word = (word & 0x3333333333333333) + (word >> 2 & 0x3333333333333333);
+    word = (word + (word >> 4)) & 0x0F0F0F0F0F0F0F0F;
+    return int(word * 0x0101010101010101 >> 56);
 }
 
 uint64_t word_at(const uint8_t* bits, int64_t byte, int64_t bytes) {
@@ -25,52 +33,174 @@ uint64_t word_at(const uint8_t* bits, int64_t byte, int64_t bytes) {
     return word;
 }
 
-}  // namespace
+int64_t kept(const uint8_t* bits, int64_t first, int64_t last, int64_t bytes) {
+    int64_t count = 0;
+    for (int64_t byte = first; byte < last; byte += 8) count += ones(word_at(bits, byte, bytes));
+    return count;
+}
 
-void drop_lowest(uint8_t* bits, int64_t numel, const float* values, int64_t nnz, int64_t count) {
-    if (count <= 0) return;
-    // The magnitude of the last to go, upper half first; `rank`: how many of exactly that go before it.
-    std::vector<uint32_t> counts(1 << 16, 0);
-    for (int64_t i = 0; i < nnz; ++i) ++counts[magnitude(values[i]) >> 16];
-    int64_t rank = count - 1;
-    const uint32_t upper = bin_of(counts, rank);
-    std::fill(counts.begin(), counts.end(), 0);
-    for (int64_t i = 0; i < nnz; ++i) {
-        const uint32_t m = magnitude(values[i]);
-        if (m >> 16 == upper) ++counts[m & 0xFFFF];
+// Spans of whole words of a mask, one a thread: [edge(i), edge(i + 1)) in bytes.
+struct Spans {
+    int64_t bytes, count, words;
+
+    Spans(int64_t numel, int threads) : bytes((numel + 7) / 8), words((bytes + 7) / 8) {
+        count = std::clamp<int64_t>(words / kLeast, 1, threads);
     }
-    const uint32_t edge = upper << 16 | bin_of(counts, rank);
-    int64_t equal = rank + 1;
-    const int64_t bytes = (numel + 7) / 8;
-    for (int64_t byte = 0; byte < bytes; byte += 8) {
-        uint64_t word = word_at(bits, byte, bytes), gone = 0;
-        for (uint64_t left = word; left; left &= left - 1) {
-            const uint32_t m = magnitude(*values++);
-            uint64_t goes = m < edge;
-            if (m == edge) goes = equal-- > 0;  // seldom: the other is no branch
-            gone |= goes << __builtin_ctzll(left);
+    int64_t edge(int64_t i) const { return std::min(bytes, words * i / count * 8); }
+
+    static constexpr int64_t kLeast = 1024;  // words that pay for a thread
+};
+
+// Magnitudes are told apart by 12 bits, by 12 more, by the last 7; each time those of one bin stay.
+constexpr int kShifts[] = {19, 7, 0};
+
+// Bin of the one that has `rank` others before it; `rank` becomes that within the bin. `size(bin)`: how many it has.
+template <class Size>
+uint32_t bin_of(int64_t& rank, const Size& size) {
+    uint32_t bin = 0;
+    for (int64_t here = size(0); rank >= here; here = size(++bin)) rank -= here;
+    return bin;
+}
+
+// The magnitude of which `rank` others are smaller or come before it, among equal ones; `equal`: how many of exactly
+// that go, it included.
+uint32_t edge_of(const float* values, int64_t nnz, int64_t rank, int64_t& equal, int threads) {
+    constexpr int kBins = 1 << (31 - kShifts[0]), kLanes = 4;  // neighbours count apart, or they wait for each other
+    const int64_t parts = std::clamp<int64_t>(nnz >> 15, 1, threads);
+    std::vector<std::vector<uint32_t>> counts(size_t(parts), std::vector<uint32_t>(kBins * kLanes));
+    const auto first = [&](int64_t part) { return nnz * part / parts; };
+    parallel_for(parts, threads, [&](int64_t part) {
+        uint32_t* mine = counts[size_t(part)].data();
+        const int64_t end = first(part + 1);
+        for (int64_t i = first(part); i < end; ++i) {
+            ++mine[(magnitude(values[i]) >> kShifts[0]) * kLanes + i % kLanes];
         }
+    });
+    const auto in_bin = [&](uint32_t bin, int64_t part) {
+        const uint32_t* lane = counts[size_t(part)].data() + size_t(bin) * kLanes;
+        return int64_t(lane[0]) + lane[1] + lane[2] + lane[3];
+    };
+    const uint32_t upper = bin_of(rank, [&](uint32_t bin) {
+        int64_t all = 0;
+        for (int64_t part = 0; part < parts; ++part) all += in_bin(bin, part);
+        return all;
+    });
+    std::vector<int64_t> at(size_t(parts) + 1, 0);  // a place behind each part's, for those of other bins
+    for (int64_t part = 0; part < parts; ++part) at[size_t(part) + 1] = at[size_t(part)] + in_bin(upper, part) + 1;
+    std::vector<uint32_t> near(size_t(at.back()));
+    parallel_for(parts, threads, [&](int64_t part) {
+        uint32_t* out = near.data() + at[size_t(part)];
+        const int64_t end = first(part + 1);
+        for (int64_t i = first(part); i < end; ++i) {
+            const uint32_t m = magnitude(values[i]);
+            *out = m;
+            out += m >> kShifts[0] == upper;  // random, so no branch
+        }
+        *out = UINT32_MAX;  // in no bin
+    });
+    uint32_t edge = upper;
+    for (int level = 1; level < 3; ++level) {
+        const int shift = kShifts[level], bits = kShifts[level - 1] - shift;
+        std::vector<uint32_t> sizes(size_t(1) << bits);
+        for (uint32_t m : near) sizes[m >> shift & (sizes.size() - 1)] += m >> kShifts[level - 1] == edge;
+        edge = edge << bits | bin_of(rank, [&](uint32_t bin) { return int64_t(sizes[bin]); });
+        near.erase(std::remove_if(near.begin(), near.end(), [&](uint32_t m) { return m >> shift != edge; }),
+                   near.end());
+    }
+    equal = rank + 1;
+    return edge;
+}
+
+// Which kept positions of a word go: those of magnitudes below the edge, and of equal ones the first `equal`.
+uint64_t going(uint64_t word, const float* values, uint32_t edge, int64_t& equal) {
+    uint64_t gone = 0;
+    for (; word; word &= word - 1) {
+        const uint32_t m = magnitude(*values++);
+        uint64_t goes = m < edge;
+        if (m == edge) goes = equal-- > 0;  // seldom: the other is no branch
+        gone |= goes << __builtin_ctzll(word);
+    }
+    return gone;
+}
+
+#if defined(__x86_64__)
+#define VSPDF_X86_VECTORS 1
+bool has_vectors() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"); }
+
+// The same eight values at a time; may read 64 values from the first. `tie`: one is equal to the edge.
+__attribute__((target("avx2,bmi2"))) uint64_t going_in_vectors(uint64_t word, int count, const float* values,
+                                                               uint32_t edge, bool& tie) {
+    const __m256i most = _mm256_set1_epi32(0x7FFFFFFF), limit = _mm256_set1_epi32(int32_t(edge));
+    uint64_t less = 0, same = 0;
+    for (int i = 0; i < count; i += 8) {
+        const __m256i m = _mm256_and_si256(_mm256_castps_si256(_mm256_loadu_ps(values + i)), most);
+        less |= uint64_t(uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, m))))) << i;
+        same |= uint64_t(uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(limit, m))))) << i;
+    }
+    tie = _pdep_u64(same, word) != 0;
+    return _pdep_u64(less, word);
+}
+#endif
+
+void drop_span(uint8_t* bits, int64_t first, int64_t last, int64_t bytes, const float* values, const float* end,
+               uint32_t edge, int64_t equal) {
+#if defined(VSPDF_X86_VECTORS)
+    static const bool vectors = has_vectors();
+#endif
+    for (int64_t byte = first; byte < last; byte += 8) {
+        uint64_t word = word_at(bits, byte, bytes), gone = 0;
+        const int count = ones(word);
+        bool one_by_one = true;
+#if defined(VSPDF_X86_VECTORS)
+        if (vectors && values + 64 <= end) gone = going_in_vectors(word, count, values, edge, one_by_one);
+#endif
+        if (one_by_one) gone = going(word, values, edge, equal);
+        values += count;
         word &= ~gone;
         std::memcpy(bits + byte, &word, size_t(bytes - byte < 8 ? bytes - byte : 8));
     }
+    (void)end;
 }
 
-int64_t accept(uint8_t* taken, uint8_t* bits, const int64_t* hits, int64_t n, int64_t limit) {
+}  // namespace
+
+void drop_lowest(uint8_t* bits, int64_t numel, const float* values, int64_t nnz, int64_t count, int threads) {
+    if (count <= 0) return;
+    int64_t equal = 0;
+    const uint32_t edge = edge_of(values, nnz, count - 1, equal, threads);
+    // Where each span's values begin, and how many of those equal to the edge go from it on.
+    const Spans spans(numel, threads);
+    std::vector<int64_t> start(size_t(spans.count), 0), left(size_t(spans.count), equal);
+    for (int64_t i = 0; i + 1 < spans.count; ++i) {
+        start[size_t(i) + 1] = start[size_t(i)] + kept(bits, spans.edge(i), spans.edge(i + 1), spans.bytes);
+    }
+    for (int64_t i = 1; i < spans.count; ++i) {
+        const float *from = values + start[size_t(i) - 1], *to = values + start[size_t(i)];
+        left[size_t(i)] =
+            left[size_t(i) - 1] - std::count_if(from, to, [&](float value) { return magnitude(value) == edge; });
+    }
+    parallel_for(spans.count, threads, [&](int64_t i) {
+        drop_span(bits, spans.edge(i), spans.edge(i + 1), spans.bytes, values + start[size_t(i)], values + nnz, edge,
+                  left[size_t(i)]);
+    });
+}
+
+int64_t accept(uint8_t* taken, const int64_t* hits, int64_t n, int64_t limit) {
     int64_t found = 0;
     for (int64_t i = 0; i < n && found < limit; ++i) {
-        const int64_t byte = hits[i] / 8;
-        const unsigned bit = 1u << hits[i] % 8, is_free = ~unsigned(taken[byte]) & bit;
-        taken[byte] |= uint8_t(is_free);
-        bits[byte] |= uint8_t(is_free);
-        found += is_free != 0;
+        uint8_t& byte = taken[hits[i] / 8];
+        const unsigned bit = 1u << hits[i] % 8;
+        found += !(byte & bit);
+        byte |= uint8_t(bit);
     }
     return found;
 }
 
-void places(int32_t* from, const uint8_t* old_bits, const uint8_t* new_bits, int64_t numel) {
-    const int64_t bytes = (numel + 7) / 8;
-    int32_t i = 0;
-    for (int64_t byte = 0; byte < bytes; byte += 8) {
+namespace {
+
+void places_of_span(int32_t* from, const uint8_t* old_bits, const uint8_t* new_bits, int64_t first, int64_t last,
+                    int64_t bytes, int32_t i) {
+    for (int64_t byte = first; byte < last; byte += 8) {
         const uint64_t old_word = word_at(old_bits, byte, bytes), new_word = word_at(new_bits, byte, bytes);
         int32_t found[65];  // every position is written, and kept if it is new: random bits foretell no branch
         int n = 0;
@@ -86,16 +216,35 @@ void places(int32_t* from, const uint8_t* old_bits, const uint8_t* new_bits, int
     }
 }
 
-void moved(float* out, const float* values, const int32_t* from, int64_t n) {
-    const float zero = 0;
-    if (!values) values = &zero;       // no weights before: all are new
-    for (int64_t j = 0; j < n; ++j) {  // masks for branches here too
-        const int32_t none = from[j] >> 31;
-        int32_t word;
-        std::memcpy(&word, values + (from[j] & ~none), sizeof word);
-        word &= ~none;
-        std::memcpy(out + j, &word, sizeof word);
+}  // namespace
+
+void places(int32_t* from, const uint8_t* old_bits, const uint8_t* new_bits, int64_t numel, int threads) {
+    const Spans spans(numel, threads);
+    std::vector<int64_t> was(size_t(spans.count), 0), is(size_t(spans.count), 0);
+    for (int64_t i = 0; i + 1 < spans.count; ++i) {
+        was[size_t(i) + 1] = was[size_t(i)] + kept(old_bits, spans.edge(i), spans.edge(i + 1), spans.bytes);
+        is[size_t(i) + 1] = is[size_t(i)] + kept(new_bits, spans.edge(i), spans.edge(i + 1), spans.bytes);
     }
+    parallel_for(spans.count, threads, [&](int64_t i) {
+        places_of_span(from + is[size_t(i)], old_bits, new_bits, spans.edge(i), spans.edge(i + 1), spans.bytes,
+                       int32_t(was[size_t(i)]));
+    });
+}
+
+void moved(float* out, const float* values, const int32_t* from, int64_t n, int threads) {
+    const float zero = 0;
+    if (!values) values = &zero;  // no weights before: all are new
+    const int64_t parts = std::clamp<int64_t>(n >> 15, 1, threads);
+    parallel_for(parts, threads, [&](int64_t part) {
+        const int64_t end = n * (part + 1) / parts;
+        for (int64_t j = n * part / parts; j < end; ++j) {  // masks for branches here too
+            const int32_t none = from[j] >> 31;
+            int32_t word;
+            std::memcpy(&word, values + (from[j] & ~none), sizeof word);
+            word &= ~none;
+            std::memcpy(out + j, &word, sizeof word);
+        }
+    });
 }
 
 }  // namespace vspdf

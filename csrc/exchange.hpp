@@ -7,16 +7,16 @@ namespace vspdf {
 
 // Clears the positions of the `count` smallest magnitudes among `values`, which are those of the kept positions in
 // order; of equal ones the first. NaN counts as the largest.
-void drop_lowest(uint8_t* bits, int64_t numel, const float* values, int64_t nnz, int64_t count);
+void drop_lowest(uint8_t* bits, int64_t numel, const float* values, int64_t nnz, int64_t count, int threads);
 
-// Goes through `hits` in order and sets the bit of each that is not taken yet in both masks, until there are `limit`;
-// returns how many.
-int64_t accept(uint8_t* taken, uint8_t* bits, const int64_t* hits, int64_t n, int64_t limit);
+// Goes through `hits` in order and sets the bit of each that is not taken yet, until there are `limit`; returns how
+// many.
+int64_t accept(uint8_t* taken, const int64_t* hits, int64_t n, int64_t limit);
 
 // from[j]: which kept weight of the old mask the kept weight j of the new one was; -1 where there was none.
-void places(int32_t* from, const uint8_t* old_bits, const uint8_t* new_bits, int64_t numel);
+void places(int32_t* from, const uint8_t* old_bits, const uint8_t* new_bits, int64_t numel, int threads);
 
 // out[j] = values[from[j]], 0 where that is -1.
-void moved(float* out, const float* values, const int32_t* from, int64_t n);
+void moved(float* out, const float* values, const int32_t* from, int64_t n, int threads);
 
 }  // namespace vspdf

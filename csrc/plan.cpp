@@ -54,15 +54,13 @@ int64_t Plan::grad_values(void* dvalues, const void* dy, int64_t dy_stride, cons
     return sddmm(*this, gradient_, dvalues, dy, dy_stride, x, x_stride, tokens, dtype, values_dtype, threads);
 }
 
-void Plan::prepare(const std::string& product) const {
-    if (product == "forward") {
+void Plan::prepare(int part) const {
+    if (part == 0) {
         forward_.get(*this, false);
-    } else if (product == "grad_input") {
-        transposed_.get(*this, true);
-    } else if (product == "grad_values") {
+    } else if (part == 1) {
         gradient_.get(*this);
     } else {
-        throw std::invalid_argument("no product '" + product + "': forward, grad_input, grad_values.");
+        transposed_.get(*this, true);
     }
 }
 

@@ -65,8 +65,10 @@ class Plan {
     int64_t grad_values(void* dvalues, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
                         int64_t tokens, Dtype dtype, Dtype values_dtype, int threads) const;
 
-    // Builds what a product ("forward", "grad_input", "grad_values") of many tokens would build at first use.
-    void prepare(const std::string& product) const;
+    // Builds what products of many tokens would build at first use: the forward one's part, that of the gradient of the
+    // values, that of the gradient of x.
+    static constexpr int kParts = 3;
+    void prepare(int part) const;
 
     Isa isa() const { return isa_; }
     bool jit() const { return jit_; }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace vspdf {
 
@@ -15,6 +16,7 @@ class Scratch {
     Scratch& operator=(const Scratch&) = delete;
 
     float* floats() const { return static_cast<float*>(data_); }
+    uint8_t* bytes() const { return static_cast<uint8_t*>(data_); }
 
   private:
     void* data_;

@@ -15,6 +15,7 @@ namespace {
 constexpr int kLeastTokens = 128;  // tokens that pay for adding up the lanes
 constexpr int kPiece = 512;        // features packed at a time: enough to be read as a stream
 constexpr int kTileCols = 256;     // at most: a column inside a tile is a byte
+constexpr int kCopied = 16;        // columns copied at a time
 
 static_assert(kTileCols - 1 <= UINT8_MAX && kPiece * kTileCols < 1 << 20, "cols and runs of a tile fit their types");
 
@@ -220,58 +221,76 @@ const SddmmKernels& sddmm_kernels(Isa isa, Dtype dtype) {
 }
 
 SddmmPart::SddmmPart(const Plan& plan) {
-    const Csr csr = plan.csr();
+    const Bits& bits = plan.bits();
+    const int out_features = plan.rows(), in_features = plan.cols();
     const int width = sddmm_kernels(plan.isa(), Dtype::f32).width;
+    const double density = double(plan.nnz()) / out_features / in_features;
     // The sparser the pattern, the more columns it takes for a row of dy to be worth loading.
-    tile_cols = csr.density() > 0.3 ? 32 : csr.density() > 0.02 ? 64 : kTileCols;
+    tile_cols = density > 0.3 ? 32 : density > 0.02 ? 64 : kTileCols;
     // An even number of tiles, for two threads.
-    const int64_t most_tiles = 2 * ceil_div(csr.rows, 2 * kPiece);
-    tile_rows = int(ceil_div(csr.rows, most_tiles));
-    row_tiles = int(ceil_div(csr.rows, tile_rows));
-    col_tiles = int(ceil_div(csr.cols, tile_cols));
+    const int64_t most_tiles = 2 * ceil_div(out_features, 2 * kPiece);
+    tile_rows = int(ceil_div(out_features, most_tiles));
+    row_tiles = int(ceil_div(out_features, tile_rows));
+    col_tiles = int(ceil_div(in_features, tile_cols));
     tiles.reserve(size_t(row_tiles) * col_tiles);
-    runs.resize(size_t(csr.rows) * col_tiles);
+    runs.resize(size_t(out_features) * col_tiles);
+    cols.resize(size_t(plan.nnz()) + size_t(row_tiles) * col_tiles * width + kCopied);
 
-    std::vector<uint32_t> next(csr.start.begin(), csr.start.end() - 1);  // by row: first kept weight not in a tile yet
+    std::vector<uint32_t> from(size_t(tile_rows) * col_tiles);
     std::vector<int> sorted(tile_rows), place(tile_cols + 2);
-    for (int first_row = 0; first_row < csr.rows; first_row += tile_rows) {
-        const int here = std::min(csr.rows - first_row, tile_rows);
+    for (int first_row = 0; first_row < out_features; first_row += tile_rows) {
+        const int here = std::min(out_features - first_row, tile_rows);
+        SddmmRun* run = &runs[size_t(first_row) * col_tiles];  // [row][col_tiles], as `from`
+        // Columns inside their tiles, row by row, and where those of each tile begin.
+        const uint32_t kept = plan.start()[first_row + here] - plan.start()[first_row];
+        const Scratch band(kept + kCopied);
+        uint8_t* next = band.bytes();
+        for (int r = 0; r < here; ++r) {
+            const int64_t row = int64_t(first_row + r) * in_features;
+            for (int c = 0; c < col_tiles; ++c) {
+                const int64_t first = row + c * tile_cols, last = std::min(row + in_features, first + tile_cols);
+                const size_t i = size_t(r) * col_tiles + c;
+                from[i] = uint32_t(next - band.bytes());
+                bits.each(first, last, [&](int64_t at) { *next++ = uint8_t(at - first); });
+                run[i].length = uint32_t(next - band.bytes()) - from[i];
+            }
+        }
         for (int c = 0; c < col_tiles; ++c) {
-            const int first_col = c * tile_cols;
-            SddmmRun* run = &runs[size_t(first_row) * col_tiles + c];  // of row r at r * col_tiles
             // Rows sorted by length: groups then begin rows at the same lanes as the group before, so that the
             // processor foresees the branches there.
             std::fill(place.begin(), place.end(), 0);
+            uint32_t total = 0;
             for (int r = 0; r < here; ++r) {
-                const uint32_t end = csr.start[first_row + r + 1];
-                uint32_t i = next[first_row + r];
-                while (i < end && int(csr.col[i]) < first_col + tile_cols) ++i;
-                const int length = int(i - next[first_row + r]);
-                run[size_t(r) * col_tiles].length = uint32_t(length);
+                const uint32_t length = run[size_t(r) * col_tiles + c].length;
                 ++place[tile_cols - length + 1];
+                total += length;
             }
             for (int i = 0; i <= tile_cols; ++i) place[i + 1] += place[i];
-            for (int r = 0; r < here; ++r) sorted[place[tile_cols - run[size_t(r) * col_tiles].length]++] = r;
+            for (int r = 0; r < here; ++r) sorted[place[tile_cols - run[size_t(r) * col_tiles + c].length]++] = r;
 
-            SddmmTile tile{uint32_t(starts.size()), 0, uint32_t(rows.size())};
+            const uint32_t groups = uint32_t(ceil_div(total, width));
+            const SddmmTile tile{uint32_t(starts.size()), groups, uint32_t(rows.size())};
+            tiles.push_back(tile);
+            starts.resize(starts.size() + groups, 0);
+            uint8_t* out = cols.data() + size_t(tile.group) * width;
             uint32_t n = 0;
             for (int k = 0; k < here; ++k) {
                 const int r = sorted[k];
-                run[size_t(r) * col_tiles].first = n;
-                for (int i = 0; i < int(run[size_t(r) * col_tiles].length); ++i, ++n) {
-                    if (n % width == 0) starts.push_back(0);
-                    if (n % width == 0 || i == 0) {
-                        starts.back() |= uint16_t(1u << n % width);
-                        rows.push_back(uint16_t(r));
-                    }
-                    cols.push_back(uint8_t(csr.col[next[first_row + r]++] - first_col));
+                const size_t i = size_t(r) * col_tiles + c;
+                const uint32_t end = n + run[i].length;
+                run[i].first = n;
+                for (uint32_t at = n; at < end; at = (at / width + 1) * width) {  // where it begins in each group
+                    starts[tile.group + at / width] |= uint16_t(1u << at % width);
+                    rows.push_back(uint16_t(r));
                 }
+                const uint8_t* in = band.bytes() + from[i];
+                for (; n < end; n += kCopied, in += kCopied) std::memcpy(out + n, in, kCopied);  // the next writes over
+                n = end;
             }
-            tile.groups = uint32_t(starts.size()) - tile.group;
-            cols.resize(starts.size() * width, 0);  // fills the last group: sums that nobody reads
-            tiles.push_back(tile);
+            std::fill(out + n, out + size_t(groups) * width, uint8_t(0));  // sums that nobody reads
         }
     }
+    cols.resize(starts.size() * width);
     cols.shrink_to_fit();
     starts.shrink_to_fit();
     rows.shrink_to_fit();

@@ -35,26 +35,31 @@ void transpose32(uint32_t* a) {
     }
 }
 
-// Writes numbers of rows in panels, one behind the other.
+// Writes numbers of rows in panels, one behind the other, eight at a time.
 class RowNumbers {
   public:
     explicit RowNumbers(uint8_t* out) : out_(out) {}
 
     void add(unsigned row) {
-        bits_ |= row << filled_;
+        bits_ |= uint64_t(row) << filled_;
         filled_ += kRowBits;
-        *out_ = uint8_t(bits_);
-        if (filled_ < 8) return;
-        ++out_;
-        bits_ >>= 8;
-        filled_ -= 8;
-        *out_ = uint8_t(bits_);
+        if (filled_ == 8 * kRowBits) flush();
+    }
+    void flush() {
+        std::memcpy(out_, &bits_, sizeof bits_);  // what is too long is written over
+        out_ += kRowBits;
+        bits_ = 0;
+        filled_ = 0;
     }
 
   private:
     uint8_t* out_;
-    unsigned bits_ = 0;
+    uint64_t bits_ = 0;
     int filled_ = 0;
+};
+
+struct NoNumbers {
+    void add(unsigned) {}
 };
 
 bool any(const uint32_t* masks, int features) {
@@ -85,26 +90,16 @@ class Avx512Writer {
     }
 
     // One panel's part of a block of features: bit r of a feature's mask says that row r has a weight there.
-    // `first`: its sums begin here.
-    void panel(int rows, bool first, const uint32_t* masks, int features) {
+    // `first`: its sums begin here. `order` gets the row of every weight, in the order of the code.
+    template <class Order>
+    void panel(int rows, bool first, const uint32_t* masks, int features, Order& order) {
         if (sums_ + rows > 2 * kNear) {
             a.add(rdx, sums_ * kLine);
             sums_ = 0;
         }
         if (first || any(masks, features)) {
             for (int r = 0; r < rows; ++r) first ? a.zero(r) : a.load(r, sum(r));
-            for (int line = 0; line < features; ++line) {
-                uint32_t mask = masks[line];
-                if (!mask) continue;
-                near(line < 2 * kNear ? line_ : far_line_, line % (2 * kNear) - kNear);
-                for (; mask; mask &= mask - 1) {
-                    if (values_ == 2 * kNear) {
-                        a.add(rsi, values_ * 4);
-                        values_ = 0;
-                    }
-                    near(fma_[__builtin_ctz(mask)], values_++ - kNear);
-                }
-            }
+            lines(rows, masks, features, order);
             for (int r = 0; r < rows; ++r) a.store(sum(r), r);
         }
         sums_ += rows;
@@ -116,11 +111,13 @@ class Avx512Writer {
     }
 
     Avx512Assembler a;
+    uint32_t weights = 0;  // so far
 
-    // The two instructions of which nearly all code consists are encoded once, but for their displacement.
+    // The instructions of which nearly all code consists are encoded once, but for their displacement.
     Avx512Writer()
         : line_(coded([](auto& one) { one.load(kPanel, {rdi}); })),
-          far_line_(coded([](auto& one) { one.load(kPanel, {r8}); })) {
+          far_line_(coded([](auto& one) { one.load(kPanel, {r8}); })),
+          next_values_(coded([](auto& one) { one.add(rsi, 2 * kNear * 4); })) {
         for (int r = 0; r < kPanel; ++r) {
             fma_[r] = coded([&](auto& one) { one.fma_broadcast(r, kPanel, {rsi}); });
         }
@@ -136,12 +133,46 @@ class Avx512Writer {
         write(one);
         return one.word();
     }
-    void near(uint64_t code, int disp) { a.put(code | uint64_t(uint8_t(disp)) << 8 * (kCoded - 1), kCoded); }
+
+    // The lines of a panel and their multiply-adds, nearly all of the code: all that changes is in registers.
+    template <class Order>
+    void lines(int rows, const uint32_t* masks, int features, Order& order) {
+        const size_t most = size_t(rows + 1) * features;  // and some more for the pointer
+        uint8_t* out = a.room((most + most / (2 * kNear) + 2) * kCoded);
+        const auto near = [&out](uint64_t code, int disp) {
+            code |= uint64_t(uint8_t(disp)) << 8 * (kCoded - 1);
+            std::memcpy(out, &code, sizeof code);
+            out += kCoded;
+        };
+        Order mine = order;
+        int values = values_;
+        uint32_t weights = 0;
+        for (int line = 0; line < features; ++line) {
+            uint32_t mask = masks[line];
+            if (!mask) continue;
+            near(line < 2 * kNear ? line_ : far_line_, line % (2 * kNear) - kNear);
+            for (; mask; mask &= mask - 1) {
+                if (values == 2 * kNear) {
+                    std::memcpy(out, &next_values_, sizeof next_values_);
+                    out += kCoded;
+                    values = 0;
+                }
+                const int row = __builtin_ctz(mask);
+                near(fma_[row], values++ - kNear);
+                mine.add(unsigned(row));
+                ++weights;
+            }
+        }
+        order = mine;
+        values_ = values;
+        this->weights += weights;
+        a.advance(out);
+    }
 
     static_assert(kThinBlock <= 4 * kNear, "two pointers reach a block's lines");
     Mem sum(int r) const { return {rdx, (sums_ + r - kNear) * kLine}; }
 
-    uint64_t line_, far_line_, fma_[kPanel];
+    uint64_t line_, far_line_, next_values_, fma_[kPanel];
     int values_ = 0, sums_ = 0;  // operands passed since the pointers last moved
 };
 
@@ -160,7 +191,8 @@ class Avx2Writer {
         return at;
     }
 
-    void panel(int rows, bool first, const uint32_t* masks, int features) {
+    template <class Order>
+    void panel(int rows, bool first, const uint32_t* masks, int features, Order& order) {
         if (first || any(masks, features)) {
             for (int r = 0; r < 2 * rows; ++r) first ? a.zero(r) : a.load(r, sum(r));
             for (int feature = 0; feature < features; ++feature) {
@@ -178,9 +210,11 @@ class Avx2Writer {
                         values_ = 0;
                     }
                     a.broadcast(kValue, {rsi, (values_++ - kNear) * 4});
-                    const int acc = 2 * __builtin_ctz(mask);
+                    const int row = __builtin_ctz(mask), acc = 2 * row;
                     loaded ? a.fma(acc, kValue, kX) : a.fma(acc, kValue, line);
                     loaded ? a.fma(acc + 1, kValue, kX + 1) : a.fma(acc + 1, kValue, upper(line));
+                    order.add(unsigned(row));
+                    ++weights;
                 }
             }
             for (int r = 0; r < 2 * rows; ++r) a.store(sum(r), r);
@@ -194,6 +228,7 @@ class Avx2Writer {
     }
 
     Avx2Assembler a;
+    uint32_t weights = 0;
 
   private:
     static constexpr int kNear = 32;  // values that a one-byte displacement reaches
@@ -250,10 +285,10 @@ VSPDF_POPCNT void SpmmProgram::write(const Bits& bits, std::string& why) {
     row_.resize(size_t((panels_ + chained - 1) / chained) + 1, rows_);
 
     Writer writer;
-    writer.a.reserve(size_t(bytes * panels_ * blocks_ * 1.1) + 4096);
-    if (!transposed_) order_.resize(size_t(nnz) * kRowBits / 8 + sizeof(uint64_t), 0);
+    writer.a.reserve(size_t(bytes * panels_ * blocks_ * 1.1) + (1 << 17));
+    if (!transposed_) order_.resize(size_t(nnz) * kRowBits / 8 + 2 * sizeof(uint64_t), 0);
     RowNumbers order(order_.data());
-    uint32_t values = 0;
+    NoNumbers none;
     std::vector<uint32_t> masks;
     for (int c = 0; c < chains(); ++c) {
         const int first = chain_panel(c), last = chain_panel(c + 1);
@@ -266,22 +301,26 @@ VSPDF_POPCNT void SpmmProgram::write(const Bits& bits, std::string& why) {
         for (int b = 0; b < blocks_; ++b) {
             const int feature = b * block_, features = std::min(cols_, feature + block_) - feature;
             at_.push_back(writer.begin(features));
-            value_.push_back(values);
+            value_.push_back(writer.weights);
             for (int p = first; p < last; ++p) {
                 const uint32_t* mask = masks.data() + size_t(p - first) * cols_ + feature;
-                if (!transposed_) segment_.push_back(values);
-                writer.panel(panel_row(p + 1) - panel_row(p), b == 0, mask, features);
-                for (int f = 0; f < features; ++f) {
-                    values += uint32_t(__builtin_popcount(mask[f]));
-                    for (uint32_t m = transposed_ ? 0 : mask[f]; m; m &= m - 1) order.add(unsigned(__builtin_ctz(m)));
+                if (!transposed_) segment_.push_back(writer.weights);
+                const int rows = panel_row(p + 1) - panel_row(p);
+                if (transposed_) {
+                    writer.panel(rows, b == 0, mask, features, none);
+                } else {
+                    writer.panel(rows, b == 0, mask, features, order);
                 }
             }
             writer.finish();
         }
     }
     at_.push_back(writer.a.size());
-    value_.push_back(values);
-    if (!transposed_) segment_.push_back(values);
+    value_.push_back(writer.weights);
+    if (!transposed_) {
+        segment_.push_back(writer.weights);
+        order.flush();
+    }
     code_ = CodeBuffer(writer.a.data(), writer.a.size(), why);
 }
 

@@ -6,9 +6,7 @@ import contextlib
 import os
 import platform
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +137,7 @@ def memory(pattern: Pattern) -> str:
 
 def prepare(patterns: Iterable[Pattern]) -> None:
     """Builds the plans of all products now, in parallel, instead of at first use."""
-    parts = product([packed(pattern) for pattern in patterns], PRODUCTS)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(lambda part: part[0].prepare(part[1]), parts):
-            pass
+    extension().prepare([packed(pattern) for pattern in patterns], torch.get_num_threads())
 
 
 def _rows(x: Tensor) -> Tensor:

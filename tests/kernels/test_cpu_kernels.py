@@ -304,8 +304,7 @@ def test_plan_bytes_a_kept_weight(kernel, density, code, loops):
     """The three products' parts, generated code included; that of AVX2 has three times the instructions."""
     mask = random_mask(3072, 768, density)
     plan = make_plan(mask, kernel)
-    for product in cpu.PRODUCTS:
-        plan.prepare(product)
+    cpu.extension().prepare([plan], 2)
     most = loops if "generated" not in kernel else code if kernel == "generated avx512" else 3 * code
     assert plan.nbytes < most * int(mask.sum())
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import vspdf
 from vspdf.errors import UserError
+from vspdf.kernels import cpu
 from vspdf.pattern import Pattern
 from vspdf.sparsity import evolve as moving
 from vspdf.sparsity.layer import sparse_layers
@@ -162,11 +163,38 @@ def test_every_free_position_is_as_likely_as_any_other(share):
     assert abs(chi - len(free)) < 5 * np.sqrt(2 * len(free))
 
 
-@pytest.mark.parametrize("shape, sparsity", [((7, 9), 0.5), ((64, 129), 0.9), ((33, 70), 0.02)], ids=str)
-def test_compiled_and_plain_ways_agree(monkeypatch, shape, sparsity):
-    from vspdf.kernels import cpu
+VALUES = {
+    "normal": lambda n, draw: draw.standard_normal(n),
+    "few different": lambda n, draw: draw.integers(-3, 4, n) / 7,
+    "all equal": lambda n, draw: np.full(n, -0.5),
+    "one bin": lambda n, draw: 1e-3 * (1 + 1e-6 * draw.standard_normal(n)),
+    "tiny and huge": lambda n, draw: draw.choice([0.0, -0.0, 1e-40, -1e-45, 1e38, np.inf, -np.inf, np.nan], n),
+}
 
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("shape", [(1, 5), (8, 8), (63, 65), (512, 640), (701, 503)], ids=str)
+@pytest.mark.parametrize("kind", VALUES)
+def test_the_smallest_go_and_of_equal_ones_the_first(kind, shape, threads):
+    pattern = Pattern.random(shape, 0.4, seed=3)
+    draw = np.random.default_rng(len(kind))
+    values = torch.from_numpy(VALUES[kind](pattern.nnz, draw).astype(np.float32))
+    for count in {0, 1, pattern.nnz // 3, pattern.nnz - 1, pattern.nnz}:
+        bits = pattern.bits.copy()
+        cpu.extension().drop_lowest(bits, pattern.numel, values.data_ptr(), pattern.nnz, count, threads)
+        left = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
+        order = np.argsort(np.abs(values.numpy()), kind="stable")  # NaN last
+        gone = pattern.positions().numpy()[order[:count]]
+        assert np.array_equal(left, np.setdiff1d(pattern.positions().numpy(), gone))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    "shape, sparsity", [((7, 9), 0.5), ((64, 129), 0.9), ((33, 70), 0.02), ((700, 601), 0.7)], ids=str
+)
+def test_compiled_and_plain_ways_agree(monkeypatch, shape, sparsity, threads):
     def moved(built):
+        torch.set_num_threads(threads)
         monkeypatch.setattr(cpu, "_C", kept if built else None)
         monkeypatch.setattr(cpu, "_missing", "left out", raising=False)
         torch.manual_seed(0)
@@ -182,7 +210,10 @@ def test_compiled_and_plain_ways_agree(monkeypatch, shape, sparsity):
         state = optimizer.state[model[0].values]["momentum_buffer"]
         return model[0].pattern, model[0].values.detach(), state
 
-    kept = cpu._C
+    kept, usual = cpu._C, torch.get_num_threads()
     assert kept is not None
-    (pattern, values, state), (other, plain, theirs) = moved(True), moved(False)
+    try:
+        (pattern, values, state), (other, plain, theirs) = moved(True), moved(False)
+    finally:
+        torch.set_num_threads(usual)
     assert pattern is other and torch.equal(values, plain) and torch.equal(state, theirs)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vspdf.errors import UserError, did_you_mean, require
 from vspdf.kernels import cpu
-from vspdf.pattern import Pattern, ones, pack, unpack
+from vspdf.pattern import Pattern, pack, unpack
 from vspdf.sparsity.amounts import plain_name
 from vspdf.sparsity.attached import mark
 from vspdf.sparsity.layer import SparseLinear, require_whole, sparse_layers
@@ -141,7 +141,8 @@ def renewed(
     survivors = pattern.bits.copy()
     _drop(survivors, layer, pattern.nnz - keep)
     taken = (survivors if anywhere else pattern.bits).copy()  # no candidates
-    count = min(target - keep, pattern.numel - (keep if anywhere else pattern.nnz))
+    free = pattern.numel - (keep if anywhere else pattern.nnz)
+    count = min(target - keep, free)
     if count > 0:
         drawn = count if scores is None else int(random_share * count)
         if scores is not None:
@@ -150,7 +151,7 @@ def renewed(
             best[highest(scores.detach().reshape(-1).float().cpu().numpy(), flags, count - drawn)] = True
             survivors |= pack(best)
             taken |= survivors
-        _draw(taken, survivors, pattern.numel, drawn, random)
+        survivors |= _draw(taken, pattern.numel, free - (count - drawn), drawn, random)
     return Pattern(pattern.shape, survivors)
 
 
@@ -159,23 +160,26 @@ def _drop(bits: np.ndarray, layer: SparseLinear, count: int) -> None:
     values = layer.values.detach()
     if cpu.takes(values) and values.dtype == torch.float32 and count > 0:
         values = values.contiguous()
-        cpu.extension().drop_lowest(bits, layer.pattern.numel, values.data_ptr(), len(values), count)
+        cpu.extension().drop_lowest(
+            bits, layer.pattern.numel, values.data_ptr(), len(values), count, torch.get_num_threads()
+        )
         return
     flat = unpack(bits, layer.pattern.numel)
     flat[np.flatnonzero(flat)[lowest(_magnitudes(values), count)]] = False
     bits[:] = pack(flat)
 
 
-def _draw(taken: np.ndarray, bits: np.ndarray, numel: int, count: int, random: np.random.Generator) -> None:
-    """Sets `count` bits that are not taken, each set of them as likely as any other."""
-    if cpu.unavailable() is None and not _crowded(numel, numel - ones(taken), count):
+def _draw(taken: np.ndarray, numel: int, free: int, count: int, random: np.random.Generator) -> np.ndarray:
+    """Bits of `count` of the `free` positions that are not taken, each set of them as likely as any other."""
+    if cpu.unavailable() is None and not _crowded(numel, free, count):
+        now = taken.copy()
         while count:
             hits = random.integers(numel, size=count + count // 8)
-            count -= cpu.extension().accept(taken, bits, numel, hits, count)
-        return
+            count -= cpu.extension().accept(now, numel, hits, count)
+        return now ^ taken
     flat = np.zeros(numel, dtype=bool)
     flat[draw(unpack(taken, numel), count, random)] = True
-    bits |= pack(flat)
+    return pack(flat)
 
 
 def _crowded(positions: int, free: int, count: int) -> bool:
@@ -283,7 +287,7 @@ class _Move:
     def __call__(self, vector: Tensor) -> Tensor:
         if cpu.takes(vector) and vector.dtype == torch.float32:
             vector, found = vector.contiguous(), vector.new_empty(len(self._from))
-            cpu.extension().moved(found.data_ptr(), vector.data_ptr(), self._from)
+            cpu.extension().moved(found.data_ptr(), vector.data_ptr(), self._from, torch.get_num_threads())
             return found
         there = np.flatnonzero(self._from >= 0)
         to, from_ = (torch.from_numpy(at).to(vector.device) for at in (there, self._from[there].astype(np.int64)))
@@ -293,7 +297,7 @@ class _Move:
 def _places(old: Pattern, new: Pattern) -> np.ndarray:
     """Which weight of the old pattern each of the new one was, int32; -1: none."""
     if cpu.unavailable() is None:
-        return cpu.extension().places(old.bits, new.bits, new.numel, new.nnz)
+        return cpu.extension().places(old.bits, new.bits, new.numel, new.nnz, torch.get_num_threads())
     before = old.mask().view(-1).numpy()
     numbers = np.cumsum(before, dtype=np.int32) - 1
     at = new.positions().numpy()
