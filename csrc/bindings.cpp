@@ -7,7 +7,7 @@
 #include <limits>
 
 #include "bandwidth.hpp"
-#include "door.hpp"
+#include "bindings_door.hpp"
 #include "exchange.hpp"
 #include "isa.hpp"
 #include "materialise.hpp"

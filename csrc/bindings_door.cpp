@@ -1,4 +1,4 @@
-#include "door.hpp"
+#include "bindings_door.hpp"
 
 #include <chrono>
 #include <new>
