@@ -1,8 +1,10 @@
 """What a kept weight is worth, and studies whose arms train for equally long."""
 
+import json
+
 import pytest
 
-from vspdf.compare import budget, definition, results
+from vspdf.compare import budget, definition, results, worker
 from vspdf.compare.multiplier import multipliers
 from vspdf.config import loading
 from vspdf.errors import UserError
@@ -75,6 +77,22 @@ def test_trials_are_shorter_and_what_was_measured_is_kept(tmp_path, monkeypatch)
     dense = study.arms["dense"]
     assert [dense.configure({}, seed).phases[0].steps for seed in (1, 100)] == [600, 150]
     assert len(study.arms["set-then-dense"].configure({}, 1).phases) == 2
+
+
+def test_arms_are_measured_beside_each_other_where_they_will_run_so(tmp_path, corpus, monkeypatch):
+    path, said, begun, start = tmp_path / "study.yaml", [], [], worker.start
+    path.write_text(STUDY.replace("corpus: stdlib", f"corpus: {corpus}"))
+    monkeypatch.setattr(worker, "start", lambda *how: begun.append(start(*how)) or begun[-1])
+    budget.settle(definition.load(path), tmp_path / "runs", jobs=2, say=said.append)
+    names = ["dense", "set-then-dense"]
+    assert said == [f"{a}: measuring what a step takes beside {b}" for b in names for a in names]
+    known = json.loads((tmp_path / "runs" / budget.CALIBRATION).read_text())
+    assert [known[name]["beside"] for name in names] == [1, 1] and known["dense"]["phases"][0]["step"] > 0
+    assert len(begun) == 2 and all(process.returncode is not None for process in begun)
+
+    monkeypatch.setattr(worker, "_PROGRAM", "import sys; sys.stdin.readline(); sys.exit('no memory')")
+    with pytest.raises(UserError, match=r"arm 'dense': no memory$"):
+        budget.settle(definition.load(path), tmp_path / "others", jobs=2)
 
 
 @pytest.mark.parametrize(
