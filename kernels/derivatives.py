@@ -132,8 +132,9 @@ class _Product(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])
         ctx.save_for_forward(*inputs[:2])
-        key, ctx.backend = next((inputs[i], inputs[i + 1]) for i in (2, 3) if isinstance(inputs[i], str))
-        ctx.pattern = Pattern.find(key)  # the object, so that it lives as long as the graph
+        at = 2 if isinstance(inputs[2], str) else 3
+        ctx.pattern = Pattern.find(inputs[at])  # the object, so that it lives as long as the graph
+        ctx.backend = inputs[at + 1]
 
     @classmethod
     def over_batch(cls, size: int, dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> tuple[Tensor, int]:
