@@ -75,6 +75,14 @@ CodeBuffer::~CodeBuffer() {
 #endif
 }
 
+size_t kept_code_nbytes() {
+#ifdef VSPDF_MMAP
+    return Pool<Code>::get().nbytes();
+#else
+    return 0;
+#endif
+}
+
 void Assembler::reserve(size_t bytes) {
     if (bytes <= capacity_) return;
     auto larger = std::make_unique<Scratch>(bytes);

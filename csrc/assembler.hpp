@@ -30,6 +30,9 @@ class CodeBuffer {
     size_t size_ = 0;
 };
 
+// Bytes of pages that code has left, kept for the next that needs as many.
+size_t kept_code_nbytes();
+
 // General registers by their number in the encoding. rsp and r12 need another address form and cannot be a base.
 enum Reg : int { rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8 };
 

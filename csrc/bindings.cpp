@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "assembler.hpp"
 #include "bandwidth.hpp"
 #include "bindings_door.hpp"
 #include "exchange.hpp"
@@ -164,7 +165,9 @@ PYBIND11_MODULE(_C, m) {
             moved(pointer<float>(out), pointer<const float>(values), places, n, threads);
         },
         "Values of the old mask's weights in the places of the new one's, zeros where there were none.");
-    m.def("scratch_nbytes", &scratch_nbytes, "Bytes of working memory kept for later calls.");
+    m.def(
+        "scratch_nbytes", [] { return scratch_nbytes() + kept_code_nbytes(); },
+        "Bytes of working memory and of pages for generated code, kept for later calls.");
 
     m.def(
         "prepare",

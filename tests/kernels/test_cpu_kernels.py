@@ -427,7 +427,7 @@ def test_a_forked_child_gets_scratch_memory_while_others_use_the_pool(tmp_path):
 
 
 def test_scratch_memory_of_sizes_no_longer_used_leaves_the_pool():
-    limit = 256 << 20
+    limit = (256 + 64) << 20  # the second of generated code
     for tokens in (100, 30_000, 60_000, 90_000, 120_000, 110_000, 100):
         mask = random_mask(8, 600, 0.1)
         plan, values = make_plan(mask, "plain"), torch.ones(int(mask.sum()))

@@ -217,3 +217,17 @@ def test_compiled_and_plain_ways_agree(monkeypatch, shape, sparsity, threads):
     finally:
         torch.set_num_threads(usual)
     assert pattern is other and torch.equal(values, plain) and torch.equal(state, theirs)
+
+
+@pytest.mark.skipif(cpu.isa() != "avx512", reason="code is generated where AVX-512 is")
+def test_pages_that_the_code_of_old_masks_has_left_are_taken_again():
+    patterns = [Pattern.random((256, 320), 0.75, seed=seed) for seed in range(4)]
+    values, x = torch.ones(patterns[0].nnz), torch.randn(200, 320)
+    exact = [(x.double() @ p.mask().double().T).float() for p in patterns]
+    kept = []
+    for _ in range(6):
+        for pattern, y in zip(patterns, exact, strict=True):
+            torch.testing.assert_close(cpu.forward(x, values, None, pattern)[0], y, rtol=1e-5, atol=1e-4)
+            pattern.packed.clear()
+        kept.append(cpu.extension().scratch_nbytes())
+    assert kept[-1] == kept[1]
