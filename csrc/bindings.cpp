@@ -121,6 +121,7 @@ PYBIND11_MODULE(_C, m) {
         [](Array<uint8_t> bits, int64_t numel, uintptr_t values, int64_t nnz, int64_t count, int threads) {
             check_bits(bits, numel);
             check_call(0, 0, threads);
+            if (count > nnz) throw std::invalid_argument("no more values can go than there are.");
             uint8_t* to = bits.mutable_data();
             py::gil_scoped_release release;
             drop_lowest(to, numel, pointer<const float>(values), nnz, count, threads);

@@ -54,12 +54,11 @@ def unpack(bits: np.ndarray, numel: int) -> np.ndarray:
     return np.unpackbits(bits, count=numel, bitorder="little").view(np.bool_)
 
 
-_BITS_SET = getattr(np, "bitwise_count", lambda bits: np.unpackbits(bits))  # numpy 2 counts without unpacking
-
-
 def ones(bits: np.ndarray) -> int:
     """How many of the bits are set."""
-    return int(_BITS_SET(bits).sum())
+    if hasattr(np, "bitwise_count"):  # numpy 2
+        return int(np.bitwise_count(bits).sum())
+    return int(np.count_nonzero(np.unpackbits(bits)))
 
 
 def _sides(shape: tuple[int, int]) -> tuple[int, int]:
