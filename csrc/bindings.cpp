@@ -158,12 +158,15 @@ PYBIND11_MODULE(_C, m) {
         "Which kept weight of the old mask each of the new one was; -1: none. `nnz` is the new mask's.");
     m.def(
         "moved",
-        [](uintptr_t out, uintptr_t values, const Array<int32_t>& from, int threads) {
+        [](uintptr_t out, uintptr_t values, const Array<uint8_t>& old_bits, const Array<uint8_t>& new_bits,
+           int64_t numel, int64_t old_nnz, int64_t new_nnz, int threads) {
+            check_bits(old_bits, numel);
+            check_bits(new_bits, numel);
             check_call(0, 0, threads);
-            const int32_t* places = from.data();
-            const int64_t n = from.size();
+            const uint8_t *old_data = old_bits.data(), *new_data = new_bits.data();
             py::gil_scoped_release release;
-            moved(pointer<float>(out), pointer<const float>(values), places, n, threads);
+            moved(pointer<float>(out), pointer<const float>(values), old_data, new_data, numel, old_nnz, new_nnz,
+                  threads);
         },
         "Values of the old mask's weights in the places of the new one's, zeros where there were none.");
     m.def(

@@ -152,7 +152,7 @@ void drop_span(uint8_t* bits, int64_t first, int64_t last, int64_t bytes, const 
         const int count = ones(word);
         bool one_by_one = true;
 #if defined(VSPDF_X86_VECTORS)
-        if (vectors && values + 64 <= end) gone = going_in_vectors(word, count, values, edge, one_by_one);
+        if (vectors && end - values >= 64) gone = going_in_vectors(word, count, values, edge, one_by_one);
 #endif
         if (one_by_one) gone = going(word, values, edge, equal);
         values += count;
@@ -231,19 +231,88 @@ void places(int32_t* from, const uint8_t* old_bits, const uint8_t* new_bits, int
     });
 }
 
-void moved(float* out, const float* values, const int32_t* from, int64_t n, int threads) {
-    const float zero = 0;
-    if (!values) values = &zero;  // no weights before: all are new
-    const int64_t parts = std::clamp<int64_t>(n >> 15, 1, threads);
-    parallel_for(parts, threads, [&](int64_t part) {
-        const int64_t end = n * (part + 1) / parts;
-        for (int64_t j = n * part / parts; j < end; ++j) {  // masks for branches here too
-            const int32_t none = from[j] >> 31;
-            int32_t word;
-            std::memcpy(&word, values + (from[j] & ~none), sizeof word);
-            word &= ~none;
-            std::memcpy(out + j, &word, sizeof word);
+namespace {
+
+// One span's vector from the old mask's places to the new one's, byte by byte of the masks.
+struct Mover {
+    float* out;
+    const float* values;
+    const float *out_end, *values_end;
+
+    void bits(unsigned was, unsigned is) {
+        for (unsigned left = was | is; left; left &= left - 1) {
+            const unsigned bit = left & -left;
+            if (is & bit) *out++ = was & bit ? *values : 0.0f;
+            values += (was & bit) != 0;
         }
+    }
+};
+
+#if defined(VSPDF_X86_VECTORS)
+// By eight bits of a mask: where each kept lane lies among the kept ones, and which lanes those are.
+struct Lanes {
+    uint8_t among[256][8], kept[256][8];
+
+    Lanes() {
+        for (int mask = 0; mask < 256; ++mask) {
+            int n = 0;
+            for (int lane = 0; lane < 8; ++lane) {
+                among[mask][lane] = uint8_t(n);
+                kept[mask][n] = uint8_t(lane);
+                n += mask >> lane & 1;
+            }
+            for (; n < 8; ++n) kept[mask][n] = 0;
+        }
+    }
+};
+
+// Eight positions at a time as long as whole vectors may be read and written; returns the first byte that is left.
+__attribute__((target("avx2,bmi2,popcnt"))) int64_t move_in_vectors(Mover& mover, const uint8_t* old_bits,
+                                                                    const uint8_t* new_bits, int64_t byte,
+                                                                    int64_t last) {
+    static const Lanes lanes;
+    const auto indices = [](const uint8_t* eight) __attribute__((target("avx2,bmi2,popcnt"))) {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(eight)));
+    };
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    float* out = mover.out;
+    const float* values = mover.values;
+    for (; byte < last && mover.out_end - out >= 8 && mover.values_end - values >= 8; ++byte) {
+        const unsigned was = old_bits[byte], is = new_bits[byte];
+        const __m256i there = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(was)), bit), bit);
+        __m256 spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), indices(lanes.among[was]));
+        spread = _mm256_and_ps(spread, _mm256_castsi256_ps(there));
+        _mm256_storeu_ps(out, _mm256_permutevar8x32_ps(spread, indices(lanes.kept[is])));
+        out += __builtin_popcount(is);
+        values += __builtin_popcount(was);
+    }
+    mover.out = out;
+    mover.values = values;
+    return byte;
+}
+#endif
+
+}  // namespace
+
+void moved(float* out, const float* values, const uint8_t* old_bits, const uint8_t* new_bits, int64_t numel,
+           int64_t old_nnz, int64_t new_nnz, int threads) {
+    const Spans spans(numel, threads);
+    std::vector<int64_t> was(size_t(spans.count) + 1, 0), is(size_t(spans.count) + 1, 0);
+    for (int64_t i = 0; i + 1 < spans.count; ++i) {
+        was[size_t(i) + 1] = was[size_t(i)] + kept(old_bits, spans.edge(i), spans.edge(i + 1), spans.bytes);
+        is[size_t(i) + 1] = is[size_t(i)] + kept(new_bits, spans.edge(i), spans.edge(i + 1), spans.bytes);
+    }
+    was.back() = old_nnz;
+    is.back() = new_nnz;
+    parallel_for(spans.count, threads, [&](int64_t i) {
+        Mover mover{out + is[size_t(i)], values + was[size_t(i)], out + is[size_t(i) + 1], values + old_nnz};
+        int64_t byte = spans.edge(i);
+        const int64_t last = spans.edge(i + 1);
+#if defined(VSPDF_X86_VECTORS)
+        static const bool vectors = has_vectors();
+        if (vectors) byte = move_in_vectors(mover, old_bits, new_bits, byte, last);
+#endif
+        for (; byte < last; ++byte) mover.bits(old_bits[byte], new_bits[byte]);
     });
 }
 

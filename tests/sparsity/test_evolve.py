@@ -231,3 +231,15 @@ def test_pages_that_the_code_of_old_masks_has_left_are_taken_again():
             pattern.packed.clear()
         kept.append(cpu.extension().scratch_nbytes())
     assert kept[-1] == kept[1]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (16, 40), (500, 611)], ids=str)
+@pytest.mark.parametrize("before, after", [(0.5, 0.5), (0.9, 0.1), (0.0, 1.0), (1.0, 0.0), (0.02, 0.97), (1.0, 1.0)])
+def test_a_vector_moves_from_one_mask_to_another(before, after, shape, threads):
+    old, new = Pattern.random(shape, before, seed=1), Pattern.random(shape, after, seed=2)
+    dense = torch.randn(old.numel) * old.mask().view(-1)
+    values, exact = dense[old.positions()], dense[new.positions()]
+    found = torch.full((new.nnz,), float("nan"))
+    cpu.extension().moved(found.data_ptr(), values.data_ptr(), old.bits, new.bits, old.numel, old.nnz, new.nnz, threads)
+    assert torch.equal(found, exact)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -282,12 +283,20 @@ class _Move:
     """Takes a vector over the weights of one pattern to one over those of another: zeros where there was none."""
 
     def __init__(self, old: Pattern, new: Pattern) -> None:
-        self._from = _places(old, new)
+        self.old, self.new = old, new
+
+    @cached_property
+    def _from(self) -> np.ndarray:
+        return _places(self.old, self.new)
 
     def __call__(self, vector: Tensor) -> Tensor:
         if cpu.takes(vector) and vector.dtype == torch.float32:
-            vector, found = vector.contiguous(), vector.new_empty(len(self._from))
-            cpu.extension().moved(found.data_ptr(), vector.data_ptr(), self._from, torch.get_num_threads())
+            old, new = self.old, self.new
+            vector, found = vector.contiguous(), vector.new_empty(new.nnz)
+            cpu.extension().moved(
+                found.data_ptr(), vector.data_ptr(), old.bits, new.bits, new.numel, old.nnz, new.nnz,
+                torch.get_num_threads(),
+            )  # fmt: skip
             return found
         there = np.flatnonzero(self._from >= 0)
         to, from_ = (torch.from_numpy(at).to(vector.device) for at in (there, self._from[there].astype(np.int64)))
