@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from vspdf.compare import budget, definition, results, worker
+from vspdf.compare import budget, definition, results, runner, worker
 from vspdf.compare.multiplier import multipliers
 from vspdf.config import loading
 from vspdf.errors import UserError
+from vspdf.runs.folder import Run
 
 
 def arm(name, kept, weights, losses, seconds=None):
@@ -77,6 +78,27 @@ def test_trials_are_shorter_and_what_was_measured_is_kept(tmp_path, monkeypatch)
     dense = study.arms["dense"]
     assert [dense.configure({}, seed).phases[0].steps for seed in (1, 100)] == [600, 150]
     assert len(study.arms["set-then-dense"].configure({}, 1).phases) == 2
+
+
+def test_once_trials_are_done_steps_are_by_what_they_took(tmp_path, corpus, monkeypatch):
+    path, root, said = tmp_path / "study.yaml", tmp_path / "runs", []
+    path.write_text(STUDY.replace("corpus: stdlib", f"corpus: {corpus}").replace("seeds: [1, 2]", "seeds: [1]"))
+    changes = ["seconds=1", "tuning_seconds=0.5", "common.data.repeat=true", "common.train.measure_dense=0",
+               "arms.dense.tune={optimizer.lr: [1.0e-3]}", "arms.set-then-dense.phases=[{steps: 100}]"]  # fmt: skip
+    pace = {"dense": [{"step": 0.005, "update": 0.0}], "set-then-dense": [{"step": 0.005, "update": 0.0}]}
+    monkeypatch.setattr(budget, "_pace", lambda arm: pace[arm.name])
+    monkeypatch.setattr(runner, "TOLERANCE", 10.0)  # so short a run is never as long as another
+    assert budget.settle(definition.load(path, changes), root).arms["dense"].steps == (200,)
+    found = runner.run(path, root, 1, changes=changes, say=said.append)
+    arm = budget.settle(definition.load(path, changes), root).arms["dense"]
+    trial = Run(arm.folder(root, {"optimizer.lr": 1e-3}, 100)).lines[-1]
+    assert trial["step"] == 100 == arm.trial_steps[0] and found["complete"]
+    assert arm.steps[0] == pytest.approx(100 / trial["training_cpu_seconds"], abs=1)
+    assert found["arms"][0]["phases"][0]["steps"] == arm.steps[0] == found["arms"][0]["runs"][0]["tokens"] / 8 / 16
+    told = [line for line in said if "by what its trials took" in line]
+    assert told[0] == f"dense: {arm.steps[0]:,} steps fill 1 s, by what its trials took; 200 by the first measurement"
+    assert len(told) == 1  # an arm without trials keeps what was measured first
+    assert runner.run(path, root, 1, changes=changes)["arms"] == found["arms"]
 
 
 def test_arms_are_measured_beside_each_other_where_they_will_run_so(tmp_path, corpus, monkeypatch):

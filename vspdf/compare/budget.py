@@ -3,7 +3,8 @@
 Times are CPU seconds of the training steps, moves of masks included, measured on short runs of each arm one after the
 other. A run beside shares memory and caches, and slows some arms more than others: where runs will go side by side,
 each arm is measured beside each arm in turn. What else the machine does should be little. The measurement is kept in
-the study's folder, so that the study may be stopped and started.
+the study's folder, so that the study may be stopped and started. Half a minute says less than the trials of an arm,
+minutes each beside others': where they are runs of their own length, what they took decides how long the others are.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 from vspdf.compare import worker
 from vspdf.compare.definition import Arm, Study
 from vspdf.compare.results import TOLERANCE
+from vspdf.compare.tuning import tuned
 from vspdf.config import loading
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.errors import UserError
@@ -44,6 +46,7 @@ Pace = list[dict[str, float]]
 def settle(study: Study, root: Path, jobs: int = 1, say: Callable[[str], None] = lambda line: None) -> Study:
     """The study with as many steps in every phase of its arms as fill its `seconds`, `jobs` runs at a time; the
     steps as written say in which proportion. Measures what is not known yet. A study without `seconds` as it is.
+    Once an arm's trials with `tuning_seconds` are done, its other runs' steps are by the time that these took.
 
     Raises
     ------
@@ -67,11 +70,23 @@ def settle(study: Study, root: Path, jobs: int = 1, say: Callable[[str], None] =
     arms = {}
     for name, arm in study.arms.items():
         pace = known[name]["phases"]
-        steps = _filling(arm, pace, study.seconds)
-        trial = steps if study.tuning_seconds is None else _filling(arm, pace, study.tuning_seconds)
-        trials = frozenset(() if study.tuning_seconds is None else study.tuning_seeds)
-        arms[name] = replace(arm, steps=steps, trial_steps=trial, trial_seeds=trials)
+        if study.tuning_seconds is None:
+            arms[name] = replace(arm, steps=_filling(arm, pace, study.seconds))
+            continue
+        trial = _filling(arm, pace, study.tuning_seconds)
+        tried = replace(arm, trial_steps=trial, trial_seeds=frozenset(study.tuning_seeds))
+        longer = _trials_took(study, root, tried) / _taken(arm, trial, pace)
+        arms[name] = replace(tried, steps=_filling(arm, pace, study.seconds / (longer or 1.0)))
     return replace(study, arms=arms)
+
+
+def _trials_took(study: Study, root: Path, arm: Arm) -> float:
+    """CPU seconds of an arm's trials, the mean of those that went to their end; 0 while any is missing."""
+    found = tuned(study, root, arm)
+    if found.chosen is None or not found.trials:
+        return 0.0
+    runs = [Run(arm.folder(root, trial.values, seed)) for trial in found.trials for seed in study.tuning_seeds]
+    return statistics.fmean(run.lines[-1]["training_cpu_seconds"] for run in runs if run.finished)
 
 
 def _measured(arms: Sequence[Arm], others: Sequence[Arm], beside: int, say: Callable[[str], None]) -> dict[str, Pace]:
@@ -151,21 +166,23 @@ def _pace(arm: Arm) -> Pace:
 
 def _filling(arm: Arm, pace: Pace, seconds: float) -> tuple[int, ...]:
     """Steps of each phase that take so long together, in the proportion in which they are written."""
-    written = [phase.steps for phase in arm.configure({}, 0).phases]
+    written = [phase.steps for phase in replace(arm, steps=()).configure({}, 0).phases]
 
     def scaled(by: float) -> tuple[int, ...]:
         return tuple(max(1, round(steps * by)) for steps in written)
 
-    def taken(steps: tuple[int, ...]) -> float:
-        config: ResolvedConfig = replace(arm, steps=steps, trial_seeds=frozenset()).configure({}, 0)
-        return sum(
-            phase.steps * each["step"] + sum(map(bool, phase.update_steps() if phase.update else ())) * each["update"]
-            for phase, each in zip(config.phases, pace, strict=True)
-        )
-
     by = seconds / sum(steps * each["step"] for steps, each in zip(written, pace, strict=True))
     for _ in range(4):
-        by *= seconds / taken(scaled(by))
-    if abs(taken(scaled(by)) / seconds - 1) > TOLERANCE / 3:
+        by *= seconds / _taken(arm, scaled(by), pace)
+    if abs(_taken(arm, scaled(by), pace) / seconds - 1) > TOLERANCE / 3:
         raise UserError(f"{arm.where}: a step takes too long to fill {seconds:g} seconds with {len(written)} phases.")
     return scaled(by)
+
+
+def _taken(arm: Arm, steps: tuple[int, ...], pace: Pace) -> float:
+    """CPU seconds of a run with so many steps in each phase."""
+    config: ResolvedConfig = replace(arm, steps=steps, trial_seeds=frozenset()).configure({}, 0)
+    return sum(
+        phase.steps * each["step"] + sum(map(bool, phase.update_steps() if phase.update else ())) * each["update"]
+        for phase, each in zip(config.phases, pace, strict=True)
+    )

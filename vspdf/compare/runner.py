@@ -92,14 +92,14 @@ def run(
         try:
             runner.go()
         finally:
-            results = collect(wanted, root, jobs)
+            results = collect(runner.study, root, jobs)
             study_page.write(results, root)
     off = results["apart"]
     if results["complete"] and off and off["share"] > TOLERANCE:
         raise UserError(
             f"'{off['arms'][0]}' took {off['share']:.1%} more CPU time than '{off['arms'][1]}', more than the "
-            f"{TOLERANCE:.0%} up to which times are called equal: measure again on a quiet machine, without "
-            f"{root / budget.CALIBRATION}. What was found is in {root}."
+            f"{TOLERANCE:.0%} up to which times are called equal: run it again on a quiet machine, in another folder. "
+            f"What was found is in {root}."
         )
     return results
 
@@ -253,8 +253,19 @@ class _Runner:
                         said = time.monotonic()
                         self.say("; ".join(f"{run.name}: step {run.files.step} of {run.steps}" for run in self.running))
                     time.sleep(0.05)
+                self._settle()
         finally:
             self._stop()
+
+    def _settle(self) -> None:
+        """Takes into account what trials took that have ended."""
+        before, self.study = self.study, budget.settle(self.study, self.root, self.jobs)
+        for name, arm in self.study.arms.items():
+            if arm.steps != (old := before.arms[name]).steps:
+                self.say(
+                    f"{name}: {sum(arm.steps):,} steps fill {self.study.seconds:g} s, by what its trials took; "
+                    f"{sum(old.steps):,} by the first measurement"
+                )
 
     def _known(self) -> list[_StudyRun]:
         """Runs that are done or can start now: trials first, so that all arms are tuned; then seed by seed.
