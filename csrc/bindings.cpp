@@ -141,22 +141,6 @@ PYBIND11_MODULE(_C, m) {
         },
         "Sets the bits of positions that are not taken yet, in order, until there are enough; returns how many.");
     m.def(
-        "places",
-        [](const Array<uint8_t>& old_bits, const Array<uint8_t>& new_bits, int64_t numel, int64_t nnz, int threads) {
-            check_bits(old_bits, numel);
-            check_bits(new_bits, numel);
-            check_call(0, 0, threads);
-            Array<int32_t> from(nnz);
-            int32_t* to = from.mutable_data();
-            const uint8_t *old_data = old_bits.data(), *new_data = new_bits.data();
-            {
-                py::gil_scoped_release release;
-                places(to, old_data, new_data, numel, threads);
-            }
-            return from;
-        },
-        "Which kept weight of the old mask each of the new one was; -1: none. `nnz` is the new mask's.");
-    m.def(
         "moved",
         [](uintptr_t out, uintptr_t values, const Array<uint8_t>& old_bits, const Array<uint8_t>& new_bits,
            int64_t numel, int64_t old_nnz, int64_t new_nnz, int threads) {
@@ -168,7 +152,7 @@ PYBIND11_MODULE(_C, m) {
             moved(pointer<float>(out), pointer<const float>(values), old_data, new_data, numel, old_nnz, new_nnz,
                   threads);
         },
-        "Values of the old mask's weights in the places of the new one's, zeros where there were none.");
+        "Four-byte numbers of the old mask's weights in the places of the new one's, zeros where there were none.");
     m.def(
         "scratch_nbytes", [] { return scratch_nbytes() + kept_code_nbytes(); },
         "Bytes of working memory and of pages for generated code, kept for later calls.");

@@ -198,41 +198,6 @@ int64_t accept(uint8_t* taken, const int64_t* hits, int64_t n, int64_t limit) {
 
 namespace {
 
-void places_of_span(int32_t* from, const uint8_t* old_bits, const uint8_t* new_bits, int64_t first, int64_t last,
-                    int64_t bytes, int32_t i) {
-    for (int64_t byte = first; byte < last; byte += 8) {
-        const uint64_t old_word = word_at(old_bits, byte, bytes), new_word = word_at(new_bits, byte, bytes);
-        int32_t found[65];  // every position is written, and kept if it is new: random bits foretell no branch
-        int n = 0;
-        for (uint64_t left = old_word | new_word; left; left &= left - 1) {
-            const int at = __builtin_ctzll(left);
-            const int was = old_word >> at & 1, is = new_word >> at & 1;
-            found[n] = i | (was - 1);  // -1 where it was not
-            n += is;
-            i += was;
-        }
-        std::memcpy(from, found, size_t(n) * sizeof *from);
-        from += n;
-    }
-}
-
-}  // namespace
-
-void places(int32_t* from, const uint8_t* old_bits, const uint8_t* new_bits, int64_t numel, int threads) {
-    const Spans spans(numel, threads);
-    std::vector<int64_t> was(size_t(spans.count), 0), is(size_t(spans.count), 0);
-    for (int64_t i = 0; i + 1 < spans.count; ++i) {
-        was[size_t(i) + 1] = was[size_t(i)] + kept(old_bits, spans.edge(i), spans.edge(i + 1), spans.bytes);
-        is[size_t(i) + 1] = is[size_t(i)] + kept(new_bits, spans.edge(i), spans.edge(i + 1), spans.bytes);
-    }
-    parallel_for(spans.count, threads, [&](int64_t i) {
-        places_of_span(from + is[size_t(i)], old_bits, new_bits, spans.edge(i), spans.edge(i + 1), spans.bytes,
-                       int32_t(was[size_t(i)]));
-    });
-}
-
-namespace {
-
 // One span's vector from the old mask's places to the new one's, byte by byte of the masks.
 struct Mover {
     float* out;

@@ -13,10 +13,8 @@ void drop_lowest(uint8_t* bits, int64_t numel, const float* values, int64_t nnz,
 // many.
 int64_t accept(uint8_t* taken, const int64_t* hits, int64_t n, int64_t limit);
 
-// from[j]: which kept weight of the old mask the kept weight j of the new one was; -1 where there was none.
-void places(int32_t* from, const uint8_t* old_bits, const uint8_t* new_bits, int64_t numel, int threads);
-
-// Takes a vector over the kept weights of one mask to one over those of another: zeros where there was none.
+// Takes a vector over the kept weights of one mask to one over those of another: zeros where there was none. Its four
+// bytes a weight are moved as they are, floats or not.
 void moved(float* out, const float* values, const uint8_t* old_bits, const uint8_t* new_bits, int64_t numel,
            int64_t old_nnz, int64_t new_nnz, int threads);
 

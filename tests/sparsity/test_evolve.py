@@ -243,3 +243,5 @@ def test_a_vector_moves_from_one_mask_to_another(before, after, shape, threads):
     found = torch.full((new.nnz,), float("nan"))
     cpu.extension().moved(found.data_ptr(), values.data_ptr(), old.bits, new.bits, old.numel, old.nnz, new.nnz, threads)
     assert torch.equal(found, exact)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert torch.equal(moving._Move(old, new)(values.to(dtype)), exact.to(dtype)), dtype

@@ -285,29 +285,29 @@ class _Move:
     def __init__(self, old: Pattern, new: Pattern) -> None:
         self.old, self.new = old, new
 
-    @cached_property
-    def _from(self) -> np.ndarray:
-        return _places(self.old, self.new)
-
     def __call__(self, vector: Tensor) -> Tensor:
         if cpu.takes(vector) and vector.dtype == torch.float32:
-            old, new = self.old, self.new
-            vector, found = vector.contiguous(), vector.new_empty(new.nnz)
-            cpu.extension().moved(
-                found.data_ptr(), vector.data_ptr(), old.bits, new.bits, new.numel, old.nnz, new.nnz,
-                torch.get_num_threads(),
-            )  # fmt: skip
-            return found
+            return self._moved(vector.contiguous())
         there = np.flatnonzero(self._from >= 0)
         to, from_ = (torch.from_numpy(at).to(vector.device) for at in (there, self._from[there].astype(np.int64)))
         return vector.new_zeros(len(self._from)).index_copy_(0, to, vector.index_select(0, from_))
 
+    @cached_property
+    def _from(self) -> np.ndarray:
+        """Which weight of the old pattern each of the new one was, int32; -1: none."""
+        if cpu.unavailable() is None:
+            return self._moved(torch.arange(1, self.old.nnz + 1, dtype=torch.int32)).numpy() - 1
+        before = self.old.mask().view(-1).numpy()
+        numbers = np.cumsum(before, dtype=np.int32) - 1
+        at = self.new.positions().numpy()
+        return np.where(before[at], numbers[at], np.int32(-1))
 
-def _places(old: Pattern, new: Pattern) -> np.ndarray:
-    """Which weight of the old pattern each of the new one was, int32; -1: none."""
-    if cpu.unavailable() is None:
-        return cpu.extension().places(old.bits, new.bits, new.numel, new.nnz, torch.get_num_threads())
-    before = old.mask().view(-1).numpy()
-    numbers = np.cumsum(before, dtype=np.int32) - 1
-    at = new.positions().numpy()
-    return np.where(before[at], numbers[at], np.int32(-1))
+    def _moved(self, words: Tensor) -> Tensor:
+        """A vector of four-byte numbers in the CPU's memory."""
+        old, new = self.old, self.new
+        found = words.new_empty(new.nnz)
+        cpu.extension().moved(
+            found.data_ptr(), words.data_ptr(), old.bits, new.bits, new.numel, old.nnz, new.nnz,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return found
