@@ -18,6 +18,7 @@ from pathlib import Path
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
+X86 = ["-mpopcnt"]  # every processor that torch runs on counts bits
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", *AVX2]
 ISA_FLAGS = {
@@ -71,8 +72,8 @@ class BuildKernels(build_ext):
         compile_one = self.compiler._compile
 
         def compile_with_isa(obj, src, suffix, cc_args, extra, pp_opts):
-            isa = [flag for ending, flags in ISA_FLAGS.items() if x86 and src.endswith(ending) for flag in flags]
-            compile_one(obj, src, suffix, cc_args, [*extra, *isa], pp_opts)
+            isa = [flag for ending, flags in ISA_FLAGS.items() if src.endswith(ending) for flag in flags]
+            compile_one(obj, src, suffix, cc_args, [*extra, *(X86 + isa if x86 else [])], pp_opts)
 
         self.compiler._compile = compile_with_isa
         with ParallelCompile("VSPDF_BUILD_JOBS", default=0):

@@ -26,21 +26,25 @@ struct Bits {
     }
 
     int64_t count(int64_t first, int64_t last) const {
-        int64_t kept = 0;
-        for (int64_t at = first; at < last;) {
-            const int shift = int(at % 8), count = int(std::min<int64_t>(64 - shift, last - at));
-            uint64_t word = load(at / 8) >> shift;
-            if (count < 64) word &= (uint64_t(1) << count) - 1;
-            kept += __builtin_popcountll(word);
+        int64_t kept = 0, at = first;
+        const auto some = [&](int64_t count) {
+            kept += __builtin_popcountll(word(at, int(count)));
             at += count;
+        };
+        if (at % 8) some(std::min(last, at / 8 * 8 + 8) - at);
+        for (; last - at >= 64; at += 64) {
+            uint64_t whole;
+            std::memcpy(&whole, data + at / 8, 8);
+            kept += __builtin_popcountll(whole);
         }
+        while (at < last) some(std::min<int64_t>(last - at, 32));
         return kept;
     }
 
     // The next `count` positions, at most 57, the first in the lowest bit.
     uint64_t word(int64_t at, int count) const { return load(at / 8) >> at % 8 & ((uint64_t(1) << count) - 1); }
 
-  private:
+    // The positions of a byte and the seven after it; none behind the last.
     uint64_t load(int64_t byte) const {
         uint64_t word = 0;
         const int64_t end = (numel + 7) / 8;

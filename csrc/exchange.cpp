@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <vector>
 
+#include "csr.hpp"
 #include "parallel.hpp"
 
 #if defined(__x86_64__)
@@ -19,37 +21,27 @@ uint32_t magnitude(float value) {
     return bits & 0x7FFFFFFF;  // ordered as magnitudes are
 }
 
-// Set bits; not the compiler's builtin, which without an instruction for it is a call.
-int ones(uint64_t word) {
-    word -= word >> 1 & 0x5555555555555555;
-    word = (word & 0x3333333333333333) + (word >> 2 & 0x3333333333333333);
-    word = (word + (word >> 4)) & 0x0F0F0F0F0F0F0F0F;
-    return int(word * 0x0101010101010101 >> 56);
-}
-
-uint64_t word_at(const uint8_t* bits, int64_t byte, int64_t bytes) {
-    uint64_t word = 0;
-    std::memcpy(&word, bits + byte, size_t(bytes - byte < 8 ? bytes - byte : 8));
-    return word;
-}
-
-int64_t kept(const uint8_t* bits, int64_t first, int64_t last, int64_t bytes) {
-    int64_t count = 0;
-    for (int64_t byte = first; byte < last; byte += 8) count += ones(word_at(bits, byte, bytes));
-    return count;
-}
-
 // Spans of whole words of a mask, one a thread: [edge(i), edge(i + 1)) in bytes.
 struct Spans {
-    int64_t bytes, count, words;
+    int64_t numel, bytes, count, words;
 
-    Spans(int64_t numel, int threads) : bytes((numel + 7) / 8), words((bytes + 7) / 8) {
+    Spans(int64_t numel, int threads) : numel(numel), bytes((numel + 7) / 8), words((bytes + 7) / 8) {
         count = std::clamp<int64_t>(words / kLeast, 1, threads);
     }
     int64_t edge(int64_t i) const { return std::min(bytes, words * i / count * 8); }
+    // Kept positions before each span.
+    std::vector<int64_t> starts(const uint8_t* bits) const {
+        std::vector<int64_t> found(size_t(count), 0);
+        for (int64_t i = 0; i + 1 < count; ++i) {
+            found[size_t(i) + 1] = found[size_t(i)] + Bits{bits, numel}.count(8 * edge(i), 8 * edge(i + 1));
+        }
+        return found;
+    }
 
     static constexpr int64_t kLeast = 1024;  // words that pay for a thread
 };
+
+constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
 
 // Magnitudes are told apart by 12 bits, by 12 more, by the last 7; each time those of one bin stay.
 constexpr int kShifts[] = {19, 7, 0};
@@ -63,7 +55,7 @@ uint32_t bin_of(int64_t& rank, const Size& size) {
 }
 
 // The magnitude of which `rank` others are smaller or come before it, among equal ones; `equal`: how many of exactly
-// that go, it included.
+// that go, it included, or kAll.
 uint32_t edge_of(const float* values, int64_t nnz, int64_t rank, int64_t& equal, int threads) {
     constexpr int kBins = 1 << (31 - kShifts[0]), kLanes = 4;  // neighbours count apart, or they wait for each other
     const int64_t parts = std::clamp<int64_t>(nnz >> 15, 1, threads);
@@ -107,7 +99,7 @@ uint32_t edge_of(const float* values, int64_t nnz, int64_t rank, int64_t& equal,
         near.erase(std::remove_if(near.begin(), near.end(), [&](uint32_t m) { return m >> shift != edge; }),
                    near.end());
     }
-    equal = rank + 1;
+    equal = rank + 1 < int64_t(near.size()) ? rank + 1 : kAll;
     return edge;
 }
 
@@ -142,14 +134,14 @@ __attribute__((target("avx2,bmi2"))) uint64_t going_in_vectors(uint64_t word, in
 }
 #endif
 
-void drop_span(uint8_t* bits, int64_t first, int64_t last, int64_t bytes, const float* values, const float* end,
+void drop_span(uint8_t* bits, int64_t numel, int64_t first, int64_t last, const float* values, const float* end,
                uint32_t edge, int64_t equal) {
 #if defined(VSPDF_X86_VECTORS)
     static const bool vectors = has_vectors();
 #endif
     for (int64_t byte = first; byte < last; byte += 8) {
-        uint64_t word = word_at(bits, byte, bytes), gone = 0;
-        const int count = ones(word);
+        uint64_t word = Bits{bits, numel}.load(byte), gone = 0;
+        const int count = __builtin_popcountll(word);
         bool one_by_one = true;
 #if defined(VSPDF_X86_VECTORS)
         if (vectors && end - values >= 64) gone = going_in_vectors(word, count, values, edge, one_by_one);
@@ -157,7 +149,11 @@ void drop_span(uint8_t* bits, int64_t first, int64_t last, int64_t bytes, const 
         if (one_by_one) gone = going(word, values, edge, equal);
         values += count;
         word &= ~gone;
-        std::memcpy(bits + byte, &word, size_t(bytes - byte < 8 ? bytes - byte : 8));
+        if (last - byte >= 8) {
+            std::memcpy(bits + byte, &word, 8);
+        } else {
+            std::memcpy(bits + byte, &word, size_t(last - byte));
+        }
     }
     (void)end;
 }
@@ -170,17 +166,15 @@ void drop_lowest(uint8_t* bits, int64_t numel, const float* values, int64_t nnz,
     const uint32_t edge = edge_of(values, nnz, count - 1, equal, threads);
     // Where each span's values begin, and how many of those equal to the edge go from it on.
     const Spans spans(numel, threads);
-    std::vector<int64_t> start(size_t(spans.count), 0), left(size_t(spans.count), equal);
-    for (int64_t i = 0; i + 1 < spans.count; ++i) {
-        start[size_t(i) + 1] = start[size_t(i)] + kept(bits, spans.edge(i), spans.edge(i + 1), spans.bytes);
-    }
-    for (int64_t i = 1; i < spans.count; ++i) {
+    const std::vector<int64_t> start = spans.starts(bits);
+    std::vector<int64_t> left(size_t(spans.count), equal);
+    for (int64_t i = 1; equal != kAll && i < spans.count; ++i) {
         const float *from = values + start[size_t(i) - 1], *to = values + start[size_t(i)];
         left[size_t(i)] =
             left[size_t(i) - 1] - std::count_if(from, to, [&](float value) { return magnitude(value) == edge; });
     }
     parallel_for(spans.count, threads, [&](int64_t i) {
-        drop_span(bits, spans.edge(i), spans.edge(i + 1), spans.bytes, values + start[size_t(i)], values + nnz, edge,
+        drop_span(bits, numel, spans.edge(i), spans.edge(i + 1), values + start[size_t(i)], values + nnz, edge,
                   left[size_t(i)]);
     });
 }
@@ -232,11 +226,10 @@ struct Lanes {
 };
 
 // Eight positions at a time as long as whole vectors may be read and written; returns the first byte that is left.
-__attribute__((target("avx2,bmi2,popcnt"))) int64_t move_in_vectors(Mover& mover, const uint8_t* old_bits,
-                                                                    const uint8_t* new_bits, int64_t byte,
-                                                                    int64_t last) {
+__attribute__((target("avx2,bmi2"))) int64_t move_in_vectors(Mover& mover, const uint8_t* old_bits,
+                                                             const uint8_t* new_bits, int64_t byte, int64_t last) {
     static const Lanes lanes;
-    const auto indices = [](const uint8_t* eight) __attribute__((target("avx2,bmi2,popcnt"))) {
+    const auto indices = [](const uint8_t* eight) __attribute__((target("avx2,bmi2"))) {
         return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(eight)));
     };
     const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -262,13 +255,9 @@ __attribute__((target("avx2,bmi2,popcnt"))) int64_t move_in_vectors(Mover& mover
 void moved(float* out, const float* values, const uint8_t* old_bits, const uint8_t* new_bits, int64_t numel,
            int64_t old_nnz, int64_t new_nnz, int threads) {
     const Spans spans(numel, threads);
-    std::vector<int64_t> was(size_t(spans.count) + 1, 0), is(size_t(spans.count) + 1, 0);
-    for (int64_t i = 0; i + 1 < spans.count; ++i) {
-        was[size_t(i) + 1] = was[size_t(i)] + kept(old_bits, spans.edge(i), spans.edge(i + 1), spans.bytes);
-        is[size_t(i) + 1] = is[size_t(i)] + kept(new_bits, spans.edge(i), spans.edge(i + 1), spans.bytes);
-    }
-    was.back() = old_nnz;
-    is.back() = new_nnz;
+    const std::vector<int64_t> was = spans.starts(old_bits);
+    std::vector<int64_t> is = spans.starts(new_bits);
+    is.push_back(new_nnz);
     parallel_for(spans.count, threads, [&](int64_t i) {
         Mover mover{out + is[size_t(i)], values + was[size_t(i)], out + is[size_t(i) + 1], values + old_nnz};
         int64_t byte = spans.edge(i);

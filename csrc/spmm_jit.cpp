@@ -7,13 +7,6 @@
 #include "bf16.hpp"
 #include "parallel.hpp"
 
-// Programs run where AVX2 does, and there every processor counts bits.
-#if defined(__x86_64__)
-#define VSPDF_POPCNT __attribute__((target("popcnt")))
-#else
-#define VSPDF_POPCNT
-#endif
-
 namespace vspdf {
 namespace {
 
@@ -271,7 +264,7 @@ void SpmmProgram::panel_masks(const Bits& bits, int row, int end, uint32_t* mask
 }
 
 template <class Writer>
-VSPDF_POPCNT void SpmmProgram::write(const Bits& bits, std::string& why) {
+void SpmmProgram::write(const Bits& bits, std::string& why) {
     static_assert(Writer::kPanel <= 32, "a panel's rows are the bits of a mask");
     const int64_t nnz = bits.count(0, bits.numel);
     const double density = double(nnz) / double(bits.numel);
@@ -378,8 +371,8 @@ void SpmmProgram::refresh_rows(float* out, const T* values, const uint32_t* star
 
 // Runs move as whole vectors where neither side has an end: what is written too far is written again.
 template <int Run, class T>
-VSPDF_POPCNT void SpmmProgram::refresh_runs(float* out, const T* values, const Bits& bits, const uint32_t* start,
-                                            int first_chain, int last_chain) const {
+void SpmmProgram::refresh_runs(float* out, const T* values, const Bits& bits, const uint32_t* start, int first_chain,
+                               int last_chain) const {
     std::vector<uint32_t> next(start, start + cols_);  // by row of W, which is a feature here
     for (int f = 0; first_chain > 0 && f < cols_; ++f) {
         const int64_t row = int64_t(f) * rows_;
