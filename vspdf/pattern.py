@@ -57,8 +57,7 @@ def unpack(bits: np.ndarray, numel: int) -> np.ndarray:
 def ones(bits: np.ndarray) -> int:
     """How many of the bits are set."""
     if hasattr(np, "bitwise_count"):  # numpy 2
-        words, rest = np.split(bits, [len(bits) // 8 * 8])
-        return int(np.bitwise_count(words.view(np.uint64)).sum(dtype=np.int64) + np.bitwise_count(rest).sum())
+        return int(np.bitwise_count(bits).sum())
     return int(np.count_nonzero(np.unpackbits(bits)))
 
 
@@ -116,9 +115,7 @@ class Pattern:
             )
         if numel % 8 and bits[-1] >> (numel % 8):
             raise UserError("a pattern's unused trailing bits must be zero.")
-        content = hashlib.blake2b(repr(shape).encode(), digest_size=16)
-        content.update(bits)
-        digest = content.hexdigest()
+        digest = hashlib.blake2b(repr(shape).encode() + bits.tobytes(), digest_size=16).hexdigest()
         with _making:  # two threads must not make two of one pattern
             self = _alive.get(digest)
             if self is None:
