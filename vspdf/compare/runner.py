@@ -7,6 +7,7 @@ ends: at the end of this process, however it ended.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -286,7 +287,7 @@ class _Runner:
     def _add(
         self, arms: Sequence[Arm], found: list[_StudyRun], may: Callable[[Arm, int], bool] = lambda arm, seed: True
     ) -> None:
-        trials: list[_StudyRun] = []
+        trials: list[list[_StudyRun]] = []
         finals: list[_StudyRun] = []
         for arm in arms:
             state = tuned(self.study, self.root, arm)
@@ -296,14 +297,16 @@ class _Runner:
                 for seed in self.study.tuning_seeds
                 if may(arm, seed)
             ]
-            trials.extend(mine)
+            trials.append(mine)
             if state.chosen is not None:
                 finals.extend(self._run(arm, state.chosen, s, test=True) for s in self.study.seeds if may(arm, s))
             elif mine and all(run.done for run in mine):
                 raise UserError(f"{arm.where}: every value of 'tune' diverged; try smaller ones.")
         finals.sort(key=lambda run: self.study.seeds.index(run.seed))
+        # In turn, so that an arm's trials lie beside others' runs, as its other runs will: they say what those take.
+        turns = [run for turn in itertools.zip_longest(*trials) for run in turn if run]
         # A seed that was tuned on has its run already: the trial that was chosen.
-        found.extend({run.folder: run for run in trials + finals}.values())
+        found.extend({run.folder: run for run in turns + finals}.values())
 
     def _missing(self) -> list[_StudyRun]:
         return [run for run in self._known() if not run.done]
