@@ -25,6 +25,7 @@ struct Bits {
         }
     }
 
+    // Kept positions in [first, last): up to a whole byte, by whole words, and the rest.
     int64_t count(int64_t first, int64_t last) const {
         int64_t kept = 0, at = first;
         const auto some = [&](int64_t count) {

@@ -3,8 +3,8 @@
 Times are CPU seconds of the training steps, moves of masks included, measured on short runs of each arm one after the
 other. A run beside shares memory and caches, and slows some arms more than others: where runs will go side by side,
 each arm is measured beside each arm in turn. What else the machine does should be little. The measurement is kept in
-the study's folder, so that the study may be stopped and started. Half a minute says less than the trials of an arm,
-minutes each beside others': where they are runs of their own length, what they took decides how long the others are.
+the study's folder, so that the study may be stopped and started. Half a minute says less than an arm's trials do, which
+last minutes beside other runs: with `tuning_seconds`, what they took decides the steps of the arm's other runs.
 """
 
 from __future__ import annotations
@@ -75,16 +75,17 @@ def settle(study: Study, root: Path, jobs: int = 1, say: Callable[[str], None] =
             continue
         trial = _filling(arm, pace, study.tuning_seconds)
         tried = replace(arm, trial_steps=trial, trial_seeds=frozenset(study.tuning_seeds))
-        longer = _trials_took(study, root, tried) / _taken(arm, trial, pace)
-        arms[name] = replace(tried, steps=_filling(arm, pace, study.seconds / (longer or 1.0)))
+        expected = _taken(arm, trial, pace)
+        took = _trials_took(study, root, tried) or expected
+        arms[name] = replace(tried, steps=_filling(arm, pace, study.seconds * expected / took))
     return replace(study, arms=arms)
 
 
-def _trials_took(study: Study, root: Path, arm: Arm) -> float:
-    """CPU seconds of an arm's trials, the mean of those that went to their end; 0 while any is missing."""
+def _trials_took(study: Study, root: Path, arm: Arm) -> float | None:
+    """CPU seconds of one of an arm's trials, the mean of those that went to their end; None while any is missing."""
     found = tuned(study, root, arm)
     if found.chosen is None or not found.trials:
-        return 0.0
+        return None
     runs = [Run(arm.folder(root, trial.values, seed)) for trial in found.trials for seed in study.tuning_seeds]
     return statistics.fmean(run.lines[-1]["training_cpu_seconds"] for run in runs if run.finished)
 

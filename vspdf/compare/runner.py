@@ -269,7 +269,7 @@ class _Runner:
                 )
 
     def _known(self) -> list[_StudyRun]:
-        """Runs that are done or can start now: trials first, so that all arms are tuned; then seed by seed.
+        """Runs that are done or can start now: trials first, the arms in turn; then seed by seed.
 
         Fine-tuning comes after pre-training, in the same order, each run as soon as what it begins with is done.
         """
