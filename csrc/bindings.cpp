@@ -142,17 +142,22 @@ PYBIND11_MODULE(_C, m) {
         "Sets the bits of positions that are not taken yet, in order, until there are enough; returns how many.");
     m.def(
         "moved",
-        [](uintptr_t out, uintptr_t values, const Array<uint8_t>& old_bits, const Array<uint8_t>& new_bits,
-           int64_t numel, int64_t old_nnz, int64_t new_nnz, int threads) {
+        [](const std::vector<uintptr_t>& out, const std::vector<uintptr_t>& values, const Array<uint8_t>& old_bits,
+           const Array<uint8_t>& new_bits, int64_t numel, int64_t old_nnz, int64_t new_nnz, int threads) {
             check_bits(old_bits, numel);
             check_bits(new_bits, numel);
             check_call(0, 0, threads);
+            if (out.size() != values.size()) throw std::invalid_argument("each vector has one to go to.");
+            std::vector<float*> to;
+            std::vector<const float*> from;
+            for (uintptr_t at : out) to.push_back(pointer<float>(at));
+            for (uintptr_t at : values) from.push_back(pointer<const float>(at));
             const uint8_t *old_data = old_bits.data(), *new_data = new_bits.data();
             py::gil_scoped_release release;
-            moved(pointer<float>(out), pointer<const float>(values), old_data, new_data, numel, old_nnz, new_nnz,
-                  threads);
+            moved(to, from, old_data, new_data, numel, old_nnz, new_nnz, threads);
         },
-        "Four-byte numbers of the old mask's weights in the places of the new one's, zeros where there were none.");
+        "Vectors of the old mask's weights, four bytes each, in the places of the new one's, zeros where there were "
+        "none.");
     m.def(
         "scratch_nbytes", [] { return scratch_nbytes() + kept_code_nbytes(); },
         "Bytes of working memory and of pages for generated code, kept for later calls.");

@@ -192,17 +192,21 @@ int64_t accept(uint8_t* taken, const int64_t* hits, int64_t n, int64_t limit) {
 
 namespace {
 
-// One span's vector from the old mask's places to the new one's, byte by byte of the masks.
+// One span of vectors from the old mask's places to the new one's, byte by byte of the masks.
 struct Mover {
-    float* out;
-    const float* values;
-    const float *out_end, *values_end;
+    const std::vector<float*>& out;
+    const std::vector<const float*>& values;
+    int64_t to, from;          // the next place in all of them
+    int64_t to_end, from_end;  // of the span; of all values
 
     void bits(unsigned was, unsigned is) {
         for (unsigned left = was | is; left; left &= left - 1) {
             const unsigned bit = left & -left;
-            if (is & bit) *out++ = was & bit ? *values : 0.0f;
-            values += (was & bit) != 0;
+            if (is & bit) {
+                for (size_t k = 0; k < out.size(); ++k) out[k][to] = was & bit ? values[k][from] : 0.0f;
+                ++to;
+            }
+            from += (was & bit) != 0;
         }
     }
 };
@@ -233,33 +237,38 @@ __attribute__((target("avx2,bmi2"))) int64_t move_in_vectors(Mover& mover, const
         return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(eight)));
     };
     const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    float* out = mover.out;
-    const float* values = mover.values;
-    for (; byte < last && mover.out_end - out >= 8 && mover.values_end - values >= 8; ++byte) {
+    float* const* out = mover.out.data();
+    const float* const* values = mover.values.data();
+    const size_t count = mover.out.size();
+    int64_t to = mover.to, from = mover.from;
+    for (; byte < last && mover.to_end - to >= 8 && mover.from_end - from >= 8; ++byte) {
         const unsigned was = old_bits[byte], is = new_bits[byte];
         const __m256i there = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(was)), bit), bit);
-        __m256 spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), indices(lanes.among[was]));
-        spread = _mm256_and_ps(spread, _mm256_castsi256_ps(there));
-        _mm256_storeu_ps(out, _mm256_permutevar8x32_ps(spread, indices(lanes.kept[is])));
-        out += __builtin_popcount(is);
-        values += __builtin_popcount(was);
+        const __m256i among = indices(lanes.among[was]), kept = indices(lanes.kept[is]);
+        for (size_t k = 0; k < count; ++k) {
+            const __m256 spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values[k] + from), among);
+            const __m256 clean = _mm256_and_ps(spread, _mm256_castsi256_ps(there));
+            _mm256_storeu_ps(out[k] + to, _mm256_permutevar8x32_ps(clean, kept));
+        }
+        to += __builtin_popcount(is);
+        from += __builtin_popcount(was);
     }
-    mover.out = out;
-    mover.values = values;
+    mover.to = to;
+    mover.from = from;
     return byte;
 }
 #endif
 
 }  // namespace
 
-void moved(float* out, const float* values, const uint8_t* old_bits, const uint8_t* new_bits, int64_t numel,
-           int64_t old_nnz, int64_t new_nnz, int threads) {
+void moved(const std::vector<float*>& out, const std::vector<const float*>& values, const uint8_t* old_bits,
+           const uint8_t* new_bits, int64_t numel, int64_t old_nnz, int64_t new_nnz, int threads) {
     const Spans spans(numel, threads);
     const std::vector<int64_t> was = spans.starts(old_bits);
     std::vector<int64_t> is = spans.starts(new_bits);
     is.push_back(new_nnz);
     parallel_for(spans.count, threads, [&](int64_t i) {
-        Mover mover{out + is[size_t(i)], values + was[size_t(i)], out + is[size_t(i) + 1], values + old_nnz};
+        Mover mover{out, values, is[size_t(i)], was[size_t(i)], is[size_t(i) + 1], old_nnz};
         int64_t byte = spans.edge(i);
         const int64_t last = spans.edge(i + 1);
 #if defined(VSPDF_X86_VECTORS)

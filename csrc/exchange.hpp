@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace vspdf {
 
@@ -13,9 +14,9 @@ void drop_lowest(uint8_t* bits, int64_t numel, const float* values, int64_t nnz,
 // many.
 int64_t accept(uint8_t* taken, const int64_t* hits, int64_t n, int64_t limit);
 
-// Takes a vector over the kept weights of one mask to one over those of another: zeros where there was none. Its four
+// Takes vectors over the kept weights of one mask to ones over those of another: zeros where there was none. Their four
 // bytes a weight are moved as they are, floats or not.
-void moved(float* out, const float* values, const uint8_t* old_bits, const uint8_t* new_bits, int64_t numel,
-           int64_t old_nnz, int64_t new_nnz, int threads);
+void moved(const std::vector<float*>& out, const std::vector<const float*>& values, const uint8_t* old_bits,
+           const uint8_t* new_bits, int64_t numel, int64_t old_nnz, int64_t new_nnz, int threads);
 
 }  // namespace vspdf

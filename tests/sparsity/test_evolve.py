@@ -240,8 +240,13 @@ def test_a_vector_moves_from_one_mask_to_another(before, after, shape, threads):
     old, new = Pattern.random(shape, before, seed=1), Pattern.random(shape, after, seed=2)
     dense = torch.randn(old.numel) * old.mask().view(-1)
     values, exact = dense[old.positions()], dense[new.positions()]
-    found = torch.full((new.nnz,), float("nan"))
-    cpu.extension().moved(found.data_ptr(), values.data_ptr(), old.bits, new.bits, old.numel, old.nnz, new.nnz, threads)
-    assert torch.equal(found, exact)
+    several, found = [values, -values, 2 * values], [torch.full((new.nnz,), float("nan")) for _ in range(3)]
+    cpu.extension().moved(
+        [to.data_ptr() for to in found], [v.data_ptr() for v in several], old.bits, new.bits, old.numel, old.nnz,
+        new.nnz, threads,
+    )  # fmt: skip
+    assert all(map(torch.equal, found, [exact, -exact, 2 * exact]))
+    move = moving._Move(old, new, several)
+    assert all(map(torch.equal, [move(v) for v in several * 2], [exact, -exact, 2 * exact] * 2))
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         assert torch.equal(moving._Move(old, new)(values.to(dtype)), exact.to(dtype)), dtype

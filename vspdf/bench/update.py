@@ -74,6 +74,8 @@ def _rounds(
 
     found = []
     for i in range(rounds + 1):
+        with torch.no_grad():  # spread as by training: Adam's first steps make what grew last all of one size
+            layer.values.normal_(std=in_features**-0.5)
         step()  # what a new plan does not have yet, and memory
         whole = Timed.of(step)
         moved = Timed.of(partial(evolve, model, optimizer, fraction, seed=i))

@@ -7,7 +7,7 @@ same way every time: ties by position, what is drawn by seed and layer, so that 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -20,7 +20,7 @@ from vspdf.pattern import Pattern, pack, unpack
 from vspdf.sparsity.amounts import plain_name
 from vspdf.sparsity.attached import mark
 from vspdf.sparsity.layer import SparseLinear, require_whole, sparse_layers
-from vspdf.sparsity.optimizer import carry, warn_of_stale
+from vspdf.sparsity.optimizer import carry, elements, warn_of_stale
 from vspdf.sparsity.wrapped import warn_of_reducers
 
 
@@ -266,7 +266,7 @@ def remask(
         before[name] = old
         if old is pattern:
             continue
-        move = _Move(old, pattern)
+        move = _Move(old, pattern, [old_values.detach(), *elements(optimizer, old_values)])
         values = nn.Parameter(move(old_values.detach()), old_values.requires_grad)
         layer.pattern, layer.values = pattern, values
         carry(optimizer, old_values, values, move, moments)
@@ -280,34 +280,47 @@ def remask(
 
 
 class _Move:
-    """Takes a vector over the weights of one pattern to one over those of another: zeros where there was none."""
+    """Takes a vector over the weights of one pattern to one over those of another: zeros where there was none.
 
-    def __init__(self, old: Pattern, new: Pattern) -> None:
+    Parameters
+    ----------
+    expected : sequence of Tensor
+        Vectors that will be asked for: what of them can, moves in one pass over the masks.
+    """
+
+    def __init__(self, old: Pattern, new: Pattern, expected: Sequence[Tensor] = ()) -> None:
         self.old, self.new = old, new
+        mine = [vector.contiguous() for vector in expected if self._takes(vector)]
+        self._ready = dict(zip((vector.data_ptr() for vector in mine), self._moved(mine), strict=True)) if mine else {}
 
     def __call__(self, vector: Tensor) -> Tensor:
-        if cpu.takes(vector) and vector.dtype == torch.float32:
-            return self._moved(vector.contiguous())
+        if self._takes(vector):
+            vector = vector.contiguous()
+            ready = self._ready.pop(vector.data_ptr(), None)
+            return self._moved([vector])[0] if ready is None else ready
         there = np.flatnonzero(self._from >= 0)
         to, from_ = (torch.from_numpy(at).to(vector.device) for at in (there, self._from[there].astype(np.int64)))
         return vector.new_zeros(len(self._from)).index_copy_(0, to, vector.index_select(0, from_))
+
+    def _takes(self, vector: Tensor) -> bool:
+        return cpu.takes(vector) and vector.dtype == torch.float32
 
     @cached_property
     def _from(self) -> np.ndarray:
         """Which weight of the old pattern each of the new one was, int32; -1: none."""
         if cpu.unavailable() is None:
-            return self._moved(torch.arange(1, self.old.nnz + 1, dtype=torch.int32)).numpy() - 1
+            return self._moved([torch.arange(1, self.old.nnz + 1, dtype=torch.int32)])[0].numpy() - 1
         before = self.old.mask().view(-1).numpy()
         numbers = np.cumsum(before, dtype=np.int32) - 1
         at = self.new.positions().numpy()
         return np.where(before[at], numbers[at], np.int32(-1))
 
-    def _moved(self, words: Tensor) -> Tensor:
-        """A vector of four-byte numbers in the CPU's memory."""
+    def _moved(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Vectors of four-byte numbers in the CPU's memory."""
         old, new = self.old, self.new
-        found = words.new_empty(new.nnz)
+        found = [vector.new_empty(new.nnz) for vector in vectors]
         cpu.extension().moved(
-            found.data_ptr(), words.data_ptr(), old.bits, new.bits, new.numel, old.nnz, new.nnz,
-            torch.get_num_threads(),
+            [vector.data_ptr() for vector in found], [vector.data_ptr() for vector in vectors],
+            old.bits, new.bits, new.numel, old.nnz, new.nnz, torch.get_num_threads(),
         )  # fmt: skip
         return found

@@ -60,6 +60,12 @@ def carry(
     optimizer.state[new] = {key: _moved(value, old.shape, move) for key, value in state.items()}
 
 
+def elements(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> list[Tensor]:
+    """What an optimizer keeps of each element of a parameter: tensors of its shape."""
+    state = optimizer.state.get(parameter, {}) if optimizer else {}
+    return [tensor for tensor in _tensors(state) if tensor.shape == parameter.shape]
+
+
 def _tensors(value: Any) -> list[Tensor]:
     """Tensors of an entry of an optimizer's state, also those in lists, tuples and dicts."""
     if isinstance(value, Tensor):
