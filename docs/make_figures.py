@@ -25,6 +25,7 @@ from vspdf.compare import definition
 from vspdf.compare import results as results_of
 from vspdf.config import loading
 from vspdf.errors import UserError
+from vspdf.plan import law
 from vspdf.plan.planner import plan
 from vspdf.report import bench_tables, study_page, tables, weights
 from vspdf.runs.folder import read
@@ -145,8 +146,8 @@ def switch() -> None:
 
 
 # A study's results between two comments: all of them ("results"), or the first table with a picture ("summary").
-# Or a table of every machine that was benchmarked ("bench").
-PLACE = re.compile(r"(<!-- (results|summary|bench): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+# Or a table of every machine that was benchmarked ("bench"), or of what kept weights were worth ("worth").
+PLACE = re.compile(r"(<!-- (results|summary|bench|worth): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 DOCS = Path(__file__).parent
 PAGES = (DOCS / "evidence.md", DOCS / "performance.md", DOCS.parent / "README.md")
 MACHINES = DOCS.parent / "benchmarks" / "results"
@@ -171,6 +172,16 @@ def machines(table: str) -> str:
     return "\n".join(f"{bench_tables.about(result, named=True)}:\n\n{found.markdown()}\n" for result, found in made)
 
 
+def worths() -> tables.Table:
+    """What a kept weight was worth, study by study, and on the line through all of them."""
+    lines = law.worth()
+    rows = [
+        (point.study, point.arm, f"{point.seen:.0f}", f"{point.m:.2f}", f"{lines[point.method].at(point.seen)[1]:.2f}")
+        for point in sorted(law.points(), key=lambda point: (point.method, point.seen))
+    ]
+    return tables.Table("worth", ("study", "arm", "bytes a kept weight", "M by the law", "on the line"), rows)
+
+
 def filled(page: Path) -> str:
     """A page with its places filled from the results that are kept; with a line where there are none."""
 
@@ -178,6 +189,8 @@ def filled(page: Path) -> str:
         begin, what, name, end = place.groups()
         if what == "bench":
             return f"{begin}{machines(name)}\n{end}"
+        if what == "worth":
+            return f"{begin}{worths().markdown()}\n{end}"
         results = kept(name)
         if results is None:
             return f"{begin}No results are kept of this study yet.\n{end}"
@@ -197,6 +210,25 @@ def evidence() -> None:
             study_page.plot(results, IMAGES / f"study-{path.stem}.svg")
     for page in PAGES:
         page.write_text(filled(page))
+
+
+def worth() -> None:
+    """What a kept weight is worth over the text it has seen, and the lines that `vspdf plan --hours` takes."""
+    figure, axis = plt.subplots(figsize=(5.6, 2.9))
+    lines = law.worth()
+    for method, colour in zip(("set", "static"), (BLUE, ORANGE), strict=True):
+        mine = [point for point in law.points() if point.method == method]
+        axis.scatter([p.seen for p in mine], [p.m for p in mine], color=colour, s=18, label=f"{method}, by study")
+        seen = np.geomspace(min(p.seen for p in mine) / 1.2, max(p.seen for p in mine) * 1.2, 50)
+        axis.plot(seen, [lines[method].at(x)[1] for x in seen], color=colour)
+        for point in mine:
+            axis.annotate(f" {point.study}", (point.seen, point.m), fontsize=6.5, color=GREY)
+    axis.set(xscale="log", yscale="log", xlabel="bytes of text a kept weight", ylabel="dense weights it counts for, M")
+    for way in (axis.xaxis, axis.yaxis):
+        way.set_major_formatter(lambda value, _: f"{value:g}")
+        way.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
+    axis.legend(loc="upper right")
+    save(figure, "worth")
 
 
 def performance() -> None:
@@ -234,7 +266,7 @@ def performance() -> None:
 
 if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
-    drawings = {draw.__name__: draw for draw in (stages, products, savings, switch, evidence, performance)}
+    drawings = {draw.__name__: draw for draw in (stages, products, savings, switch, evidence, worth, performance)}
     for name in sys.argv[1:] or drawings:
         drawings[name]()
         print(f"{name}: {drawings[name].__doc__}")

@@ -246,7 +246,8 @@ def test_a_vector_moves_from_one_mask_to_another(before, after, shape, threads):
         new.nnz, threads,
     )  # fmt: skip
     assert all(map(torch.equal, found, [exact, -exact, 2 * exact]))
-    move = moving._Move(old, new, several)
-    assert all(map(torch.equal, [move(v) for v in several * 2], [exact, -exact, 2 * exact] * 2))
+    apart = torch.stack([values, values], 1)[:, 1]  # not contiguous
+    move = moving._Move(old, new, [*several, apart])
+    assert all(map(torch.equal, [move(v) for v in (*several, apart) * 2], [exact, -exact, 2 * exact, exact] * 2))
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         assert torch.equal(moving._Move(old, new)(values.to(dtype)), exact.to(dtype)), dtype

@@ -1,31 +1,24 @@
 """Which model to train in a given time on this machine, dense or sparse: by laws that were measured, with their doubts.
 
-Loss over kept weights N and bytes D of text, read as bytes: ``L = e + a·(N/N₀)^-α + b·(D/D₀)^-β`` nats a byte, fitted
-to dense models on the Python standard library's sources (study "toy" and beside it); a kept weight of a sparse model
-counts for M dense ones. Seconds come from blocks that are timed here.
+What losses to expect is `vspdf.plan.law`'s; seconds come from blocks that are timed here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vspdf.bench.calibrate import calibrate
-from vspdf.config.loading import find_config
 from vspdf.errors import UserError
-from vspdf.files import read_json
+from vspdf.plan import law
 from vspdf.shapes import Shape
 
-# The fit, and the two others with which it was compared: what they say apart is a part of the doubt.
-_ANCHOR = (98_304, 3.87e6)  # N₀ of d = 64 in two layers, D₀ of one epoch
-_TERMS = (0.53, 0.37, 0.63)
-_EXPONENTS = ((0.35, 0.35), (0.30, 0.40), (0.40, 0.30))
 _ERROR = 0.03  # of the loss: d = 256 in four layers, which took no part in the fit, ended 3 % above it
-_KNOWN = ((2.4e4, 1.6e6), (0.9e6, 1.1e7))  # weights and bytes between which models were measured
+_KNOWN = ((2.4e4, 1.6e6), (1.6e6, 2.2e7))  # weights and bytes between which models were measured
 _WIDTHS = (48, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
 _TIMED = (64, 192, 512)  # widths of which a block is timed; others lie between, or beyond
 _TOKENS, _LENGTH, _VOCABULARY = 1024, 128, 257
@@ -102,23 +95,26 @@ def advise(hours: float, progress: Callable[[str], None] = lambda line: None) ->
     """
     if not 0 < hours < math.inf:
         raise UserError(f"hours must be positive, not {hours}.")
-    pace, worth = _pace(progress), _multipliers()
+    pace, worth = _pace(progress), law.worth()
+
+    def equal(method: str, kept: float, tokens: float) -> tuple[float, ...]:
+        """Weights of the dense model that is as good: the least, as usual, the most."""
+        return tuple(m * kept for m in worth[method].at(tokens / kept)) if method in worth else (kept,) * 3
+
     found: dict[str, tuple[float, Shape, float]] = {}
     for method in ("dense", *worth):
         sparsity = 0.0 if method == "dense" else _SPARSITY
         for width in _WIDTHS:
             shape = _shape(width)
             tokens = hours * 3600 / pace(shape, sparsity)
-            m = 1.0 if method == "dense" else worth[method][1]
-            loss = _loss(m * (1 - sparsity) * shape.linear, tokens, 0)
+            loss = law.loss(equal(method, (1 - sparsity) * shape.linear, tokens)[1], tokens)
             if method not in found or loss < found[method][0]:
                 found[method] = (loss, shape, tokens)
     method = min(found, key=lambda name: found[name][0])
     loss, shape, tokens = found[method]
     sparsity = 0.0 if method == "dense" else _SPARSITY
     kept = (1 - sparsity) * shape.linear
-    ms = (1.0,) if method == "dense" else worth[method]
-    all_of_them = [_loss(m * kept, tokens, fit) for m in ms for fit in range(len(_EXPONENTS))]
+    all_of_them = [law.loss(size, tokens, fit) for size in equal(method, kept, tokens) for fit in range(law.FITS)]
     weights, text = _KNOWN
     beyond = not (weights[0] <= kept <= weights[1] and text[0] <= tokens <= text[1])
     doubt = 2 * _ERROR if beyond else _ERROR
@@ -126,11 +122,6 @@ def advise(hours: float, progress: Callable[[str], None] = lambda line: None) ->
         shape, sparsity, method, loss, min(all_of_them) * (1 - doubt), max(all_of_them) * (1 + doubt),
         max(1, round(tokens / _TOKENS)), beyond, {name: (of, least) for name, (least, of, _) in found.items()},
     )  # fmt: skip
-
-
-def _loss(weights: float, tokens: float, fit: int) -> float:
-    (e, a, b), (alpha, beta), (n, d) = _TERMS, _EXPONENTS[fit], _ANCHOR
-    return e + a * (weights / n) ** -alpha + b * (tokens / d) ** -beta
 
 
 def _shape(width: int) -> Shape:
@@ -163,13 +154,3 @@ def _line(x: float, xs: np.ndarray, ys: np.ndarray) -> float:
     """Between points along lines, beyond them along the last."""
     i = min(max(int(np.searchsorted(xs, x)) - 1, 0), len(xs) - 2)
     return float(ys[i] + (ys[i + 1] - ys[i]) * (x - xs[i]) / (xs[i + 1] - xs[i]))
-
-
-def _multipliers() -> Mapping[str, tuple[float, float, float]]:
-    """M by method, least, usual and most: of study "multiplier" where it has results, else of its sister at d = 128."""
-    found: dict[str, Any] = {}
-    for study in ("multiplier-128", "multiplier"):
-        file = find_config(study, "studies", "study").parent / "results" / f"{study}.json"
-        if file.exists():
-            found.update({each["method"]: each for each in read_json(file)["multipliers"]})
-    return {method: tuple(found[f"{method}-75"][key] for key in ("low", "m", "high")) for method in ("static", "set")}

@@ -285,19 +285,18 @@ class _Move:
     Parameters
     ----------
     expected : sequence of Tensor
-        Vectors that will be asked for: what of them can, moves in one pass over the masks.
+        Vectors that will be asked for, and stay until then: what of them can, moves in one pass over the masks.
     """
 
     def __init__(self, old: Pattern, new: Pattern, expected: Sequence[Tensor] = ()) -> None:
         self.old, self.new = old, new
-        mine = [vector.contiguous() for vector in expected if self._takes(vector)]
+        mine = [vector for vector in expected if self._takes(vector) and vector.is_contiguous()]
         self._ready = dict(zip((vector.data_ptr() for vector in mine), self._moved(mine), strict=True)) if mine else {}
 
     def __call__(self, vector: Tensor) -> Tensor:
         if self._takes(vector):
-            vector = vector.contiguous()
-            ready = self._ready.pop(vector.data_ptr(), None)
-            return self._moved([vector])[0] if ready is None else ready
+            ready = self._ready.pop(vector.data_ptr(), None) if vector.is_contiguous() else None
+            return self._moved([vector.contiguous()])[0] if ready is None else ready
         there = np.flatnonzero(self._from >= 0)
         to, from_ = (torch.from_numpy(at).to(vector.device) for at in (there, self._from[there].astype(np.int64)))
         return vector.new_zeros(len(self._from)).index_copy_(0, to, vector.index_select(0, from_))
