@@ -216,7 +216,7 @@ def worth() -> None:
     """What a kept weight is worth over the text it has seen, and the lines that `vspdf plan --hours` takes."""
     figure, axis = plt.subplots(figsize=(5.6, 2.9))
     lines = law.worth()
-    for method, colour in zip(("set", "static"), (BLUE, ORANGE), strict=True):
+    for method, colour in zip(law.METHODS, (ORANGE, BLUE, GREEN), strict=True):
         mine = [point for point in law.points() if point.method == method]
         axis.scatter([p.seen for p in mine], [p.m for p in mine], color=colour, s=18, label=f"{method}, by study")
         seen = np.geomspace(min(p.seen for p in mine) / 1.2, max(p.seen for p in mine) * 1.2, 50)

@@ -23,6 +23,13 @@ _WIDTHS = (48, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512, 640, 768, 102
 _TIMED = (64, 192, 512)  # widths of which a block is timed; others lie between, or beyond
 _TOKENS, _LENGTH, _VOCABULARY = 1024, 128, 257
 _SPARSITY = 0.75
+# Sparsities of a method, and for which share of the steps, as they were in studies.
+_STAGES = {
+    "dense": ((0.0, 1.0),),
+    "static": ((_SPARSITY, 1.0),),
+    "set": ((_SPARSITY, 1.0),),
+    "set-then-dense": ((_SPARSITY, 2 / 3), (0.0, 1 / 3)),
+}
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,9 @@ class Advice:
     ----------
     shape : Shape
     sparsity : float
+        At first.
     method : str
-        "dense", "static" or "set".
+        "dense", or one of `vspdf.plan.law.METHODS`: "static", "set" or "set-then-dense".
     expected_loss, low, high : float
         Nats a byte on text like the standard library's, and between which the laws leave it.
     steps : int
@@ -68,8 +76,11 @@ class Advice:
     def sentences(self) -> list[str]:
         """What to read."""
         best = f"{self.shape.n_layer} layers of width {self.shape.d_model}"
-        how = {"dense": "dense", "static": f"at {self.sparsity:.0%}, masks static",
-               "set": f"at {self.sparsity:.0%}, masks that SET moves"}[self.method]  # fmt: skip
+        masks = f"at {self.sparsity:.0%}, masks"
+        how = {
+            "dense": "dense", "static": f"{masks} static", "set": f"{masks} that SET moves",
+            "set-then-dense": f"{masks} that SET moves, dense for the last third of the steps",
+        }[self.method]  # fmt: skip
         rest = "; ".join(f"{name} {loss:.3f} (width {shape.d_model})" for name, (shape, loss) in self.others.items())
         beyond = " It extrapolates: nothing so large, or so long trained, was measured." if self.extrapolated else ""
         return [
@@ -101,25 +112,26 @@ def advise(hours: float, progress: Callable[[str], None] = lambda line: None) ->
         """Weights of the dense model that is as good: the least, as usual, the most."""
         return tuple(m * kept for m in worth[method].at(tokens / kept)) if method in worth else (kept,) * 3
 
+    def kept(method: str, shape: Shape) -> float:
+        return sum(share * (1 - sparsity) for sparsity, share in _STAGES[method]) * shape.linear
+
     found: dict[str, tuple[float, Shape, float]] = {}
-    for method in ("dense", *worth):
-        sparsity = 0.0 if method == "dense" else _SPARSITY
+    for method, stages in _STAGES.items():
         for width in _WIDTHS:
             shape = _shape(width)
-            tokens = hours * 3600 / pace(shape, sparsity)
-            loss = law.loss(equal(method, (1 - sparsity) * shape.linear, tokens)[1], tokens)
+            tokens = hours * 3600 / sum(share * pace(shape, sparsity) for sparsity, share in stages)
+            loss = law.loss(equal(method, kept(method, shape), tokens)[1], tokens)
             if method not in found or loss < found[method][0]:
                 found[method] = (loss, shape, tokens)
     method = min(found, key=lambda name: found[name][0])
     loss, shape, tokens = found[method]
-    sparsity = 0.0 if method == "dense" else _SPARSITY
-    kept = (1 - sparsity) * shape.linear
-    all_of_them = [law.loss(size, tokens, fit) for size in equal(method, kept, tokens) for fit in range(law.FITS)]
+    mine = kept(method, shape)
+    all_of_them = [law.loss(size, tokens, fit) for size in equal(method, mine, tokens) for fit in range(law.FITS)]
     weights, text = _KNOWN
-    beyond = not (weights[0] <= kept <= weights[1] and text[0] <= tokens <= text[1])
+    beyond = not (weights[0] <= mine <= weights[1] and text[0] <= tokens <= text[1])
     doubt = 2 * _ERROR if beyond else _ERROR
     return Advice(
-        shape, sparsity, method, loss, min(all_of_them) * (1 - doubt), max(all_of_them) * (1 + doubt),
+        shape, _STAGES[method][0][0], method, loss, min(all_of_them) * (1 - doubt), max(all_of_them) * (1 + doubt),
         max(1, round(tokens / _TOKENS)), beyond, {name: (of, least) for name, (least, of, _) in found.items()},
     )  # fmt: skip
 

@@ -23,8 +23,8 @@ _TERMS = (0.53, 0.37, 0.63)
 _EXPONENTS = ((0.35, 0.35), (0.30, 0.40), (0.40, 0.30))
 FITS = len(_EXPONENTS)
 # Dense models beside sparse ones, all of them with attention as wide as the model.
-_STUDIES = ("multiplier-128", "multiplier", "frontier-256", "same-size", "size-cap")
-METHODS = ("static", "set")
+_STUDIES = ("multiplier-128", "multiplier", "frontier-256", "frontier-longer", "same-size", "size-cap")
+METHODS = ("static", "set", "set-then-dense")
 
 
 def loss(weights: float, tokens: float, fit: int = 0) -> float:
@@ -51,7 +51,8 @@ class Point:
     seen : float
         Bytes of text a kept weight.
     m : float
-        Dense weights that it counts for, by the law, of which the study's dense arms take out what it misses them by.
+        Dense weights that it counts for: between the study's dense models where those are a family, else by the law,
+        less what it misses the study's dense models by.
     """
 
     study: str
@@ -62,18 +63,30 @@ class Point:
 
 
 def points() -> list[Point]:
-    """What a kept weight was worth in every study that has such arms and dense ones, by test losses."""
+    """What a kept weight was worth in every study with dense arms and sparse ones of these methods, by test loss."""
     found = []
     for study in _STUDIES:
-        file = find_config(study, "studies", "study").parent / "results" / f"{study}.json"
-        arms = [arm for arm in read_json(file)["arms"] if arm["test_loss"] and len(arm["phases"]) == 1]
-        missed = fmean(_lost(arm) - loss(arm["kept"], _read(arm)) for arm in arms if not arm["phases"][0]["sparsity"])
+        results = read_json(find_config(study, "studies", "study").parent / "results" / f"{study}.json")
+        between = {each["method"]: each["m"] for each in results["multipliers"]}
+        arms = [arm for arm in results["arms"] if arm["test_loss"]["mean"]]
+        missed = fmean(_lost(arm) - loss(arm["kept"], _read(arm)) for arm in arms if arm["kept"] == arm["weights"])
         for arm in arms:
-            method, kept = arm["name"].partition("-")[0], (1 - arm["phases"][0]["sparsity"]) * arm["weights"]
-            if method in METHODS and arm["kept"] == kept < arm["weights"]:
-                m = size(_lost(arm) - missed, _read(arm)) / kept
-                found.append(Point(study, arm["name"], method, _read(arm) / kept, m))
+            if method := _method(arm):
+                by_law = size(_lost(arm) - missed, _read(arm)) / arm["kept"]
+                found.append(
+                    Point(study, arm["name"], method, _read(arm) / arm["kept"], between.get(arm["name"], by_law))
+                )
     return found
+
+
+def _method(arm: dict[str, Any]) -> str | None:
+    """By name, and by phases, since other methods' names begin alike."""
+    if arm["name"].startswith(METHODS[-1]):
+        return METHODS[-1]
+    first = arm["phases"][0]["sparsity"]
+    constant = len(arm["phases"]) == 1 and arm["kept"] == (1 - first) * arm["weights"] < arm["weights"]
+    name = str(arm["name"]).partition("-")[0]
+    return name if constant and name in METHODS else None
 
 
 def _lost(arm: dict[str, Any]) -> float:
