@@ -179,7 +179,7 @@ def worths() -> tables.Table:
         (point.study, point.arm, f"{point.seen:.0f}", f"{point.m:.2f}", f"{lines[point.method].at(point.seen)[1]:.2f}")
         for point in sorted(law.points(), key=lambda point: (point.method, point.seen))
     ]
-    return tables.Table("worth", ("study", "arm", "bytes a kept weight", "M by the law", "on the line"), rows)
+    return tables.Table("worth", ("study", "arm", "bytes a kept weight", "M", "on the line"), rows)
 
 
 def filled(page: Path) -> str:
