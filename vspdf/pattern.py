@@ -115,8 +115,7 @@ class Pattern:
             )
         if numel % 8 and bits[-1] >> (numel % 8):
             raise UserError("a pattern's unused trailing bits must be zero.")
-        # Most processors have instructions for SHA-256.
-        digest = hashlib.sha256(repr(shape).encode() + bits.data).hexdigest()[:32]
+        digest = hashlib.sha256(repr(shape).encode() + bits.data).hexdigest()[:32]  # by the processor's instructions
         with _making:  # two threads must not make two of one pattern
             self = _alive.get(digest)
             if self is None:
