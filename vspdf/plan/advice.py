@@ -108,12 +108,13 @@ def advise(hours: float, progress: Callable[[str], None] = lambda line: None) ->
         raise UserError(f"hours must be positive, not {hours}.")
     pace, worth = _pace(progress), law.worth()
 
-    def equal(method: str, kept: float, tokens: float) -> tuple[float, ...]:
-        """Weights of the dense model that is as good: the least, as usual, the most."""
-        return tuple(m * kept for m in worth[method].at(tokens / kept)) if method in worth else (kept,) * 3
-
     def kept(method: str, shape: Shape) -> float:
+        """Weights of the layers on average over the steps."""
         return sum(share * (1 - sparsity) for sparsity, share in _STAGES[method]) * shape.linear
+
+    def equal(method: str, weights: float, tokens: float) -> tuple[float, ...]:
+        """Weights of the dense model that is as good: the least, as usual, the most."""
+        return tuple(m * weights for m in worth[method].at(tokens / weights)) if method in worth else (weights,) * 3
 
     found: dict[str, tuple[float, Shape, float]] = {}
     for method, stages in _STAGES.items():

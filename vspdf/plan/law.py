@@ -24,7 +24,8 @@ _EXPONENTS = ((0.35, 0.35), (0.30, 0.40), (0.40, 0.30))
 FITS = len(_EXPONENTS)
 # Dense models beside sparse ones, all of them with attention as wide as the model.
 _STUDIES = ("multiplier-128", "multiplier", "frontier-256", "frontier-longer", "same-size", "size-cap")
-METHODS = ("static", "set", "set-then-dense")
+_ENDS_DENSE = "set-then-dense"  # for the last third of its steps
+METHODS = ("static", "set", _ENDS_DENSE)
 
 
 def loss(weights: float, tokens: float, fit: int = 0) -> float:
@@ -47,9 +48,9 @@ class Point:
     Attributes
     ----------
     study, arm, method : str
-        The method is "static" or "set".
+        The method is one of `METHODS`.
     seen : float
-        Bytes of text a kept weight.
+        Bytes of text a kept weight, of those kept on average over the steps.
     m : float
         Dense weights that it counts for: between the study's dense models where those are a family, else by the law,
         less what it misses the study's dense models by.
@@ -81,8 +82,8 @@ def points() -> list[Point]:
 
 def _method(arm: dict[str, Any]) -> str | None:
     """By name, and by phases, since other methods' names begin alike."""
-    if arm["name"].startswith(METHODS[-1]):
-        return METHODS[-1]
+    if arm["name"].startswith(_ENDS_DENSE):
+        return _ENDS_DENSE
     first = arm["phases"][0]["sparsity"]
     constant = len(arm["phases"]) == 1 and arm["kept"] == (1 - first) * arm["weights"] < arm["weights"]
     name = str(arm["name"]).partition("-")[0]
@@ -123,7 +124,7 @@ class Worth:
 
 
 def worth() -> dict[str, Worth]:
-    """M by method: lines of one slope through all points, in logarithms."""
+    """What a kept weight is worth by method of `METHODS`: lines of one slope through all points, in logarithms."""
     measured = points()
     design = np.array([[*(point.method == method for method in METHODS), math.log(point.seen)] for point in measured])
     wanted = np.log([point.m for point in measured])

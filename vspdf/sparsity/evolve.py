@@ -266,7 +266,8 @@ def remask(
         before[name] = old
         if old is pattern:
             continue
-        move = _Move(old, pattern, [old_values.detach(), *elements(optimizer, old_values)])
+        state = elements(optimizer, old_values) if moments == "keep" else []
+        move = _Move(old, pattern, [old_values.detach(), *state])
         values = nn.Parameter(move(old_values.detach()), old_values.requires_grad)
         layer.pattern, layer.values = pattern, values
         carry(optimizer, old_values, values, move, moments)

@@ -62,7 +62,7 @@ def carry(
 
 def elements(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> list[Tensor]:
     """What an optimizer keeps of each element of a parameter: tensors of its shape."""
-    state = optimizer.state.get(parameter, {}) if optimizer else {}
+    state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
     return [tensor for tensor in _tensors(state) if tensor.shape == parameter.shape]
 
 
