@@ -146,8 +146,9 @@ def switch() -> None:
 
 
 # A study's results between two comments: all of them ("results"), or the first table with a picture ("summary").
-# Or a table of every machine that was benchmarked ("bench"), or of what kept weights were worth ("worth").
-PLACE = re.compile(r"(<!-- (results|summary|bench|worth): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+# Or a table of every machine that was benchmarked ("bench"), of what kept weights were worth ("worth"), or of who wins
+# in equal time ("equal-time").
+PLACE = re.compile(r"(<!-- (results|summary|bench|worth|equal-time): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 DOCS = Path(__file__).parent
 PAGES = (DOCS / "evidence.md", DOCS / "performance.md", DOCS.parent / "README.md")
 MACHINES = DOCS.parent / "benchmarks" / "results"
@@ -182,6 +183,32 @@ def worths() -> tables.Table:
     return tables.Table("worth", ("study", "arm", "bytes a kept weight", "M", "on the line"), rows)
 
 
+# What was to be best, the study, its sparse arm, and the best dense arm of it.
+EQUAL_TIME = (
+    ("one model of 1.57M weights", "same-size", "set-75", "dense"),
+    ("", "same-size", "variable", "dense"),
+    ("at most 0.41 MB stored", "size-cap", "set", "dense-l2"),
+    ("any size", "frontier-256", "set-192", "dense-128"),
+    ("", "frontier-longer", "set-then-dense-160", "dense-128"),
+    ("", "frontier-20min", "set-then-dense-192", "dense-160"),
+)
+
+
+def equal_time() -> tables.Table:
+    """Sparse models against the dense ones that one would train instead, given as much of a core."""
+    rows = []
+    for best, study, sparse, dense in EQUAL_TIME:
+        results = results_of.read(definition.load(study))
+        took = [tables.mean(arm, "cpu_seconds") for arm in results["arms"] if arm["name"] in (sparse, dense)]
+        (pair,) = (each for each in results["paired"] if (each["a"], each["b"]) == (sparse, dense))
+        rows.append((
+            best, study, f"{np.mean(took) / 60:.0f}", f"{sparse} − {dense}", f"{pair['mean']:+.3f}",
+            f"{pair['low']:+.3f} to {pair['high']:+.3f}", str(len(pair["seeds"])), pair["verdict"],
+        ))  # fmt: skip
+    head = ("what is to be best", "study", "minutes", "a − b", "nats a byte", "95 % interval", "seeds", "a is")
+    return tables.Table("equal time", head, rows)
+
+
 def filled(page: Path) -> str:
     """A page with its places filled from the results that are kept; with a line where there are none."""
 
@@ -191,6 +218,8 @@ def filled(page: Path) -> str:
             return f"{begin}{machines(name)}\n{end}"
         if what == "worth":
             return f"{begin}{worths().markdown()}\n{end}"
+        if what == "equal-time":
+            return f"{begin}{equal_time().markdown()}\n{end}"
         results = kept(name)
         if results is None:
             return f"{begin}No results are kept of this study yet.\n{end}"

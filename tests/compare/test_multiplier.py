@@ -27,6 +27,18 @@ def test_m_is_the_size_of_the_dense_model_of_equal_loss_over_what_is_kept():
     assert only["method"] == "set" and only["m"] == pytest.approx(2.0)  # half way between 1 and 4, in logarithms
     assert only["low"] == pytest.approx(2.0) and only["high"] == pytest.approx(2.0) and only["seeds"] == [0, 1]
     assert only["break_even"] == pytest.approx(2.0) and not only["extrapolated"]
+    assert only["at_equal_time"]["mean"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_at_equal_time_the_loss_is_held_against_the_dense_model_of_equal_steps_on_each_seed():
+    (only,) = multipliers([*DENSE, arm("set", 100.0, 400, [1.65, 1.80], 2.0)], ["d1", "d2"])
+    between = [1.75, 1.85]  # the dense model half way, in logarithms of weights
+    assert only["at_equal_time"]["mean"] == pytest.approx((1.65 - between[0] + 1.80 - between[1]) / 2)
+    assert only["at_equal_time"]["low"] < only["at_equal_time"]["mean"] < only["at_equal_time"]["high"]
+    (slow,) = multipliers([*DENSE, arm("set", 100.0, 400, [1.5, 1.6], 4.0)], ["d1", "d2"])  # beyond the family
+    assert slow["at_equal_time"]["mean"] == pytest.approx(0.25) and slow["break_even"] == pytest.approx(8.0)
+    (unknown,) = multipliers([*DENSE, arm("set", 100.0, 400, [1.5, 1.6])], ["d1", "d2"])
+    assert unknown["at_equal_time"]["mean"] is None and unknown["break_even"] is None
 
 
 def test_intervals_are_of_seeds_and_what_lies_beyond_the_family_is_said():

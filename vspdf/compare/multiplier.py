@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from vspdf.report.comparison import interval
+from vspdf.report.comparison import interval, spread
 
 
 def multipliers(arms: Sequence[Mapping[str, Any]], family: Sequence[str]) -> list[dict[str, Any]]:
@@ -29,14 +29,17 @@ def multipliers(arms: Sequence[Mapping[str, Any]], family: Sequence[str]) -> lis
     list of dict
         `method`, `m` with its 95 % interval from `low` to `high` (Student's t over logarithms, None for one seed),
         `seeds`, `kept` weights on average over the steps, `break_even` (what M has to exceed for the arm to win where a
-        dense model is given the same CPU time and as many tokens), `extrapolated`. Arms with no run are left out.
+        dense model is given the same CPU time and as many tokens; None where seconds do not say), `at_equal_time` (test
+        loss less that of this dense model, as `vspdf.report.comparison.spread` has it), `extrapolated`. Arms with no
+        run are left out.
     """
     dense = [arm for name in family for arm in arms if arm["name"] == name]
     found = []
     for arm in arms:
         if arm["name"] in family or not arm["kept"] < arm["weights"]:
             continue
-        logs, seeds, outside = [], [], False
+        logs, seeds, differences, outside = [], [], [], False
+        as_slow = _as_slow(arm, dense)
         for run in arm["runs"]:
             points = [(math.log(one["kept"]), of["test_loss"]) for one in dense for of in one["runs"]
                       if of["seed"] == run["seed"] and of["test_loss"] is not None]  # fmt: skip
@@ -48,13 +51,17 @@ def multipliers(arms: Sequence[Mapping[str, Any]], family: Sequence[str]) -> lis
             logs.append(size - math.log(arm["kept"]))
             seeds.append(run["seed"])
             outside |= beyond
+            if as_slow is not None:
+                differences.append(run["test_loss"] - _at(points, as_slow))
         if not logs:
             continue
         around = interval(logs)
         found.append({
             "method": arm["name"], "m": math.exp(statistics.fmean(logs)),
             "low": math.exp(around[0]) if around else None, "high": math.exp(around[1]) if around else None,
-            "seeds": seeds, "kept": arm["kept"], "break_even": _break_even(arm, dense), "extrapolated": outside,
+            "seeds": seeds, "kept": arm["kept"],
+            "break_even": None if as_slow is None else math.exp(as_slow) / arm["kept"],
+            "at_equal_time": spread(differences), "extrapolated": outside,
         })  # fmt: skip
     return found
 
@@ -75,8 +82,15 @@ def _where(points: Sequence[tuple[float, float]], value: float) -> tuple[float, 
     return x + (x2 - x) * (y - value) / (y - y2), True
 
 
-def _break_even(arm: Mapping[str, Any], dense: Sequence[Mapping[str, Any]]) -> float | None:
-    """Weights of the dense model whose step takes as long, over those that the arm keeps; None where none was run."""
+def _at(points: Sequence[tuple[float, float]], x: float) -> float:
+    """The y at an x on the line through points (x, y), or on with the nearest two beyond them."""
+    points = sorted(points)
+    (x1, y1), (x2, y2) = next((pair for pair in pairwise(points) if x <= pair[1][0]), points[-2:])
+    return y1 + (y2 - y1) * (x - x1) / (x2 - x1)
+
+
+def _as_slow(arm: Mapping[str, Any], dense: Sequence[Mapping[str, Any]]) -> float | None:
+    """Logarithm of the weights of the dense model whose step takes as long as the arm's; None where that is not known."""
     pace = lambda some: statistics.median(run["cpu_seconds"] / run["tokens"] for run in some["runs"])  # noqa: E731
     timed = [one for one in (*dense, arm) if one["runs"] and all(run.get("cpu_seconds") for run in one["runs"])]
     if len(timed) < 3 or timed[-1] is not arm:
@@ -85,4 +99,4 @@ def _break_even(arm: Mapping[str, Any], dense: Sequence[Mapping[str, Any]]) -> f
     size, _ = _where(points, -pace(arm))
     if math.isnan(size) or size > max(x for x, _ in points) + math.log(4):  # too far beyond what was timed
         return None
-    return math.exp(size - math.log(arm["kept"]))
+    return size

@@ -24,7 +24,8 @@ _EXPONENTS = ((0.35, 0.35), (0.30, 0.40), (0.40, 0.30))
 FITS = len(_EXPONENTS)
 # Dense models beside sparse ones, all of them with attention as wide as the model.
 _STUDIES = ("multiplier-128", "multiplier", "frontier-256", "frontier-longer", "same-size", "size-cap")
-_ENDS_DENSE = "set-then-dense"  # for the last third of its steps
+_ENDS_DENSE = "set-then-dense"
+_DENSE_SHARE = 1 / 3  # of its steps
 METHODS = ("static", "set", _ENDS_DENSE)
 
 
@@ -82,9 +83,9 @@ def points() -> list[Point]:
 
 def _method(arm: dict[str, Any]) -> str | None:
     """By name, and by phases, since other methods' names begin alike."""
+    first, last = arm["phases"][0]["sparsity"], arm["phases"][-1]["tokens"]
     if arm["name"].startswith(_ENDS_DENSE):
-        return _ENDS_DENSE
-    first = arm["phases"][0]["sparsity"]
+        return _ENDS_DENSE if abs(last / _read(arm) - _DENSE_SHARE) < 0.05 else None
     constant = len(arm["phases"]) == 1 and arm["kept"] == (1 - first) * arm["weights"] < arm["weights"]
     name = str(arm["name"]).partition("-")[0]
     return name if constant and name in METHODS else None

@@ -238,10 +238,14 @@ def multiplier_table(results: dict[str, Any]) -> Table:
             each["method"] + (" (beyond the dense arms)" if each["extrapolated"] else ""), number(each["m"], ".2f"),
             between({"low": each["low"], "high": each["high"]}, ".2f"), str(len(each["seeds"])),
             f"{each['kept']:,.0f}", number(each["break_even"], ".2f"),
+            number(each["at_equal_time"]["mean"], "+.4f"), between(each["at_equal_time"], "+.4f"),
         )
         for each in results.get("multipliers", [])
     ]  # fmt: skip
-    head = ("arm", "M", "95 % interval", "seeds", "kept weights, on average", "break-even here")
+    head = (
+        "arm", "M", "95 % interval", "seeds", "kept weights, on average", "break-even here",
+        "loss − dense of equal step time", "95 % interval",
+    )  # fmt: skip
     return Table("dense weights that a kept weight is worth", head, rows)
 
 
