@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from vspdf.report.comparison import interval, spread
+from vspdf.report.comparison import interval, paired
 
 
 def multipliers(arms: Sequence[Mapping[str, Any]], family: Sequence[str]) -> list[dict[str, Any]]:
@@ -30,7 +30,7 @@ def multipliers(arms: Sequence[Mapping[str, Any]], family: Sequence[str]) -> lis
         `method`, `m` with its 95 % interval from `low` to `high` (Student's t over logarithms, None for one seed),
         `seeds`, `kept` weights on average over the steps, `break_even` (what M has to exceed for the arm to win where a
         dense model is given the same CPU time and as many tokens; None where seconds do not say), `at_equal_time` (test
-        loss less that of this dense model, as `vspdf.report.comparison.spread` has it), `extrapolated`. Arms with no
+        loss less that of this dense model, as `vspdf.report.comparison.paired` has it), `extrapolated`. Arms with no
         run are left out.
     """
     dense = [arm for name in family for arm in arms if arm["name"] == name]
@@ -61,7 +61,7 @@ def multipliers(arms: Sequence[Mapping[str, Any]], family: Sequence[str]) -> lis
             "low": math.exp(around[0]) if around else None, "high": math.exp(around[1]) if around else None,
             "seeds": seeds, "kept": arm["kept"],
             "break_even": None if as_slow is None else math.exp(as_slow) / arm["kept"],
-            "at_equal_time": spread(differences), "extrapolated": outside,
+            "at_equal_time": paired(differences), "extrapolated": outside,
         })  # fmt: skip
     return found
 
@@ -90,7 +90,7 @@ def _at(points: Sequence[tuple[float, float]], x: float) -> float:
 
 
 def _as_slow(arm: Mapping[str, Any], dense: Sequence[Mapping[str, Any]]) -> float | None:
-    """Logarithm of the weights of the dense model whose step takes as long as the arm's; None where that is not known."""
+    """Logarithm of the weights of the dense model whose step takes as long as the arm's; None where unknown."""
     pace = lambda some: statistics.median(run["cpu_seconds"] / run["tokens"] for run in some["runs"])  # noqa: E731
     timed = [one for one in (*dense, arm) if one["runs"] and all(run.get("cpu_seconds") for run in one["runs"])]
     if len(timed) < 3 or timed[-1] is not arm:
