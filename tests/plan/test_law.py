@@ -48,6 +48,11 @@ def test_a_kept_weight_is_worth_less_the_more_text_it_has_seen_and_more_where_ma
     assert {point.method for point in law.points()} == set(law.METHODS)
 
 
+def test_only_such_arms_count_as_end_dense_for_a_third_of_their_steps_as_the_advice_does():
+    arms = {point.arm for point in law.points() if point.study == "multiplier"}
+    assert {"set-then-dense", "set-then-dense-192"} < arms and "set-then-dense-192-late" not in arms
+
+
 @pytest.mark.parametrize("faster, method", [(4.0, "set"), (1.0, "dense")], ids=["ideal", "no faster"])
 def test_advice_follows_the_time_of_a_step(monkeypatch, faster, method):
     def pace(progress):

@@ -243,8 +243,8 @@ def multiplier_table(results: dict[str, Any]) -> Table:
         for each in results.get("multipliers", [])
     ]  # fmt: skip
     head = (
-        "arm", "M", "95 % interval", "seeds", "kept weights, on average", "break-even here",
-        "loss − dense of equal step time", "95 % interval",
+        "arm", "M", "95 % interval", "seeds", "kept, on average", "break-even here",
+        "loss at equal step time", "95 % interval",
     )  # fmt: skip
     return Table("dense weights that a kept weight is worth", head, rows)
 
