@@ -358,6 +358,7 @@ USAGE = {
     "a percentage among numbers": (["bench", "linear", "--sparsity", "0.5,90%"], "Did you mean 0.9?"),
     "a percentage of phases": (["plan", "--model", "gpt2-small", "--phases", "75%:9"], "Did you mean 0.75?"),
     "a percentage without its sign": (["plan", "--model", "gpt2-small", "--sparsity", 75], "Did you mean 0.75?"),
+    "advice on a run": (["plan", "--hours", 1, "--sparsity", 0.5], "--sparsity plans a run of a --model, which one?"),
     "nothing near": (["train", "x", "--no-such"], "no such option '--no-such'. Known: --resume, --json"),
 }
 

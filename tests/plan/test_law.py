@@ -5,8 +5,13 @@ import math
 import pytest
 
 from vspdf.compare import definition, results
+from vspdf.config import loading
+from vspdf.errors import UserError
 from vspdf.plan import advice, law
+from vspdf.plan.write import write_advice
+from vspdf.runs.folder import Run
 from vspdf.shapes import Shape
+from vspdf.train.trainer import train
 
 STUDIES = ("multiplier-128", "multiplier", "frontier-256", "frontier-longer", "same-size")
 DENSE = [
@@ -63,3 +68,24 @@ def test_advice_follows_the_time_of_a_step(monkeypatch, faster, method):
     assert found.method == method
     assert isinstance(found.shape, Shape) and found.low < found.expected_loss < found.high
     assert set(found.others) == {"dense", *law.METHODS}
+
+
+SPARSITIES = {"dense": [0.0], "static": [0.75], "set": [0.75], "set-then-dense": [0.75, 0.0]}
+
+
+@pytest.mark.parametrize("method, sparsities", SPARSITIES.items(), ids=SPARSITIES)
+def test_an_advice_is_written_as_a_configuration_that_trains(method, sparsities, corpus, tmp_path):
+    shape = Shape(2, 32, 1, 128, 257, 128)
+    found = advice.Advice(shape, sparsities[0], method, 1.1, 1.0, 1.2, 9, False, {})
+    write_advice(found, tmp_path / "mine.yaml")
+    changes = [f"data.corpus={corpus}", f"run_dir={tmp_path}/run", "train.measure_dense=0", "train.sample_tokens=0"]
+    config = loading.load(tmp_path / "mine.yaml", changes)
+    assert [phase.sparsity for phase in config.phases] == sparsities and sum(phase.steps for phase in config.phases) == 9
+    assert config.phases[0].lr == pytest.approx({"dense": 0.32, "set-then-dense": 0.8}.get(method, 0.41) / 32, rel=0.05)
+    assert config.phases[-1].lr_end == 1e-4 and config.model.d_model == 32 and config.data.tokenizer == "bytes"
+    moves = {phase.algorithm for phase in config.phases if phase.sparsity}
+    assert moves == {"dense": set(), "static": {"static"}}.get(method, {"set"})
+    train(config, say=lambda line: None)
+    assert Run(tmp_path / "run").lines[-1]["step"] == 9
+    with pytest.raises(UserError, match=r"mine\.yaml' exists already"):
+        write_advice(found, tmp_path / "mine.yaml")

@@ -12,6 +12,7 @@ from rich.table import Table
 from vspdf.cli.console import Json, emit, murmur, number, out, say, show, tell
 from vspdf.draw import words
 from vspdf.errors import UserError, percent_meant, require
+from vspdf.files import must_be_new
 from vspdf.kernels.hardware import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def plan(
 
     `vspdf plan --model quickstart --time`
 
-    `vspdf plan --hours 2`
+    `vspdf plan --hours 2 --write mine.yaml`
 
     `vspdf plan --model gpt2-small --sparsity 0.9 --machines 8 --network 10`
     """
@@ -66,14 +67,28 @@ def plan(
 
     require(network is None or machines is not None, "`network` goes with `machines`: how many are there?")
     several = None if machines is None else Machines(machines, 10.0 if network is None else network)
+    if model is None:
+        require(
+            hours is not None,
+            "`model` says what to plan for: a name, a configuration or a folder. `hours` alone gives advice.",
+        )
+        of_a_model = {
+            "sparsity": sparsity, "effective": effective, "split": split, "phases": phases or None, "steps": steps,
+            "batch-size": batch_size, "sequence": sequence, "convention": None if convention == "vspdf" else convention,
+            "causal": causal or None, "save": save, "memory": memory, "time": time or None, "machines": machines,
+        }  # fmt: skip
+        for name, value in of_a_model.items():
+            require(value is None, f"`{name}` plans a run of a `model`, which one? `hours` alone gives advice.")
+    if write:
+        must_be_new(write)  # rather than after measuring
     if time or hours is not None or several:
         keep_freed_memory()
     advised = advice.advise(hours, murmur) if hours is not None else None
     if model is None:
-        if advised is None:
-            raise UserError(
-                "`model` says what to plan for: a name, a configuration or a folder. `hours` alone gives advice."
-            )
+        assert advised is not None
+        if write:
+            plan_write.write_advice(advised, write)
+            say(f"wrote {write}: vspdf train {write}")
         emit({"advice": advised.to_json()}) if as_json else tell(*advised.sentences())
         return
     found = planner.plan(

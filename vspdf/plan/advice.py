@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,12 +23,23 @@ _WIDTHS = (48, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512, 640, 768, 102
 _TIMED = (64, 192, 512)  # widths of which a block is timed; others lie between, or beyond
 _TOKENS, _LENGTH, _VOCABULARY = 1024, 128, 257
 _SPARSITY = 0.75
-# Sparsities of a method, and for which share of the steps, as they were in studies.
+_SEQUENCES = _TOKENS // _LENGTH  # a step
+_LAST_RATE = 1e-4
+
+
+class _Stage(NamedTuple):
+    sparsity: float
+    share: float  # of the steps
+    rate: float  # peak learning rate, times the width
+    end: float | None = None  # the last, times the width; None: `_LAST_RATE`
+
+
+# As studies had it: rates are those that they chose ("frontier-256", "same-size", "frontier-20min").
 _STAGES = {
-    "dense": ((0.0, 1.0),),
-    "static": ((_SPARSITY, 1.0),),
-    "set": ((_SPARSITY, 1.0),),
-    "set-then-dense": ((_SPARSITY, 2 / 3), (0.0, 1 / 3)),
+    "dense": (_Stage(0.0, 1.0, 0.32),),
+    "static": (_Stage(_SPARSITY, 1.0, 0.41),),
+    "set": (_Stage(_SPARSITY, 1.0, 0.41),),
+    "set-then-dense": (_Stage(_SPARSITY, 2 / 3, 0.8, 0.13), _Stage(0.0, 1 / 3, 0.19)),
 }
 
 
@@ -73,6 +84,31 @@ class Advice:
             },
         }  # fmt: skip
 
+    def configuration(self) -> dict[str, Any]:
+        """The run as `vspdf train` takes it, with the learning rates that studies chose."""
+        width, every = self.shape.d_model, max(100, self.steps // 20)
+        phases: list[dict[str, Any]] = []
+        for stage in _STAGES[self.method]:
+            steps = max(1, round(stage.share * self.steps))
+            end = _LAST_RATE if stage.end is None else float(f"{stage.end / width:.2g}")
+            phase: dict[str, Any] = {"steps": steps, "lr": float(f"{stage.rate / width:.2g}"), "lr_end": end}
+            if stage.sparsity:
+                phase |= {"sparsity": stage.sparsity, "s_mu_par": True}
+                if self.method != "static":
+                    phase |= {"algorithm": "set", "drop_fraction": {"type": "cosine", "init": 0.5}}
+            phases.append(phase)
+        return {
+            "model": _sizes(self.shape) | {"init_std": float(f"{0.5 / math.sqrt(width):.2g}")},
+            "data": {"corpus": "stdlib-all", "tokenizer": "bytes", "validation_fraction": 0.01, "repeat": True},
+            "train": {
+                "batch_size": _SEQUENCES,
+                "eval_every": every,
+                "checkpoint_every": every,
+                "log_every": every // 10,
+            },
+            "phases": phases,
+        }
+
     def sentences(self) -> list[str]:
         """What to read."""
         best = f"{self.shape.n_layer} layers of width {self.shape.d_model}"
@@ -110,7 +146,7 @@ def advise(hours: float, progress: Callable[[str], None] = lambda line: None) ->
 
     def kept(method: str, shape: Shape) -> float:
         """Weights of the layers on average over the steps."""
-        return sum(share * (1 - sparsity) for sparsity, share in _STAGES[method]) * shape.linear
+        return sum(stage.share * (1 - stage.sparsity) for stage in _STAGES[method]) * shape.linear
 
     def equal(method: str, weights: float, tokens: float) -> tuple[float, ...]:
         """Weights of the dense model that is as good: the least, as usual, the most."""
@@ -120,19 +156,20 @@ def advise(hours: float, progress: Callable[[str], None] = lambda line: None) ->
     for method, stages in _STAGES.items():
         for width in _WIDTHS:
             shape = _shape(width)
-            tokens = hours * 3600 / sum(share * pace(shape, sparsity) for sparsity, share in stages)
+            tokens = hours * 3600 / sum(stage.share * pace(shape, stage.sparsity) for stage in stages)
             loss = law.loss(equal(method, kept(method, shape), tokens)[1], tokens)
             if method not in found or loss < found[method][0]:
                 found[method] = (loss, shape, tokens)
     method = min(found, key=lambda name: found[name][0])
     loss, shape, tokens = found[method]
     mine = kept(method, shape)
+    first = _STAGES[method][0].sparsity
     all_of_them = [law.loss(size, tokens, fit) for size in equal(method, mine, tokens) for fit in range(law.FITS)]
     weights, text = _KNOWN
     beyond = not (weights[0] <= mine <= weights[1] and text[0] <= tokens <= text[1])
     doubt = 2 * _ERROR if beyond else _ERROR
     return Advice(
-        shape, _STAGES[method][0][0], method, loss, min(all_of_them) * (1 - doubt), max(all_of_them) * (1 + doubt),
+        shape, first, method, loss, min(all_of_them) * (1 - doubt), max(all_of_them) * (1 + doubt),
         max(1, round(tokens / _TOKENS)), beyond, {name: (of, least) for name, (least, of, _) in found.items()},
     )  # fmt: skip
 

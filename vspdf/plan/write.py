@@ -1,4 +1,4 @@
-"""A plan as a configuration that `vspdf train` takes."""
+"""A plan, or an advice, as a configuration that `vspdf train` takes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from vspdf.errors import UserError
 from vspdf.files import new_whole
 
 if TYPE_CHECKING:
+    from vspdf.plan.advice import Advice
     from vspdf.plan.planner import Plan
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,6 +41,25 @@ def write(found: Plan, path: str | Path) -> None:
         f"# Planned by `vspdf plan` for {found.model}: {found.flops_saved_fraction:.2%} fewer training FLOPs "
         f"(convention {found.convention})\n# than a dense run of {found.baseline}.\n"
         "# lr_multiple is the published one at 90 % sparsity: lower it for milder ones. Your own text: data.corpus.\n"
+    )
+    with new_whole(path) as draft:
+        draft.write_text(text + body, encoding="utf-8")
+
+
+def write_advice(found: Advice, path: str | Path) -> None:
+    """Writes the YAML by which `vspdf train` trains the model that was advised.
+
+    Raises
+    ------
+    UserError
+        If the file exists or cannot be written.
+    """
+    path = Path(path)
+    named = {"name": path.stem} if re.fullmatch(r"\w[\w.-]*", path.stem) else {}
+    body = OmegaConf.to_yaml(OmegaConf.create(named | found.configuration()))
+    text = (
+        f"# Advised by `vspdf plan --hours` on the machine where it ran: {found.expected_loss:.3f} nats a byte "
+        f"({found.low:.3f} to {found.high:.3f}).\n# Your own text: data.corpus.\n"
     )
     with new_whole(path) as draft:
         draft.write_text(text + body, encoding="utf-8")
