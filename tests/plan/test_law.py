@@ -13,7 +13,9 @@ from vspdf.runs.folder import Run
 from vspdf.shapes import Shape
 from vspdf.train.trainer import train
 
-STUDIES = ("multiplier-128", "multiplier", "frontier-256", "frontier-longer", "same-size")
+STUDIES = (
+    "multiplier-128", "multiplier", "frontier-5min", "frontier-256", "frontier-longer", "frontier-20min", "same-size",
+)  # fmt: skip
 DENSE = [
     (study, arm["name"], arm["kept"], arm["phases"][0]["tokens"], arm["test_loss"]["mean"])
     for study in STUDIES
@@ -81,7 +83,7 @@ def test_an_advice_is_written_as_a_configuration_that_trains(method, sparsities,
     changes = [f"data.corpus={corpus}", f"run_dir={tmp_path}/run", "train.measure_dense=0", "train.sample_tokens=0"]
     config = loading.load(tmp_path / "mine.yaml", changes)
     assert [phase.sparsity for phase in config.phases] == sparsities and sum(phase.steps for phase in config.phases) == 9
-    assert config.phases[0].lr == pytest.approx({"dense": 0.32, "set-then-dense": 0.8}.get(method, 0.41) / 32, rel=0.05)
+    assert config.phases[0].lr == pytest.approx({"dense": 0.32, "set-then-dense": 0.54}.get(method, 0.41) / 32, rel=0.05)
     assert config.phases[-1].lr_end == 1e-4 and config.model.d_model == 32 and config.data.tokenizer == "bytes"
     moves = {phase.algorithm for phase in config.phases if phase.sparsity}
     assert moves == {"dense": set(), "static": {"static"}}.get(method, {"set"})

@@ -34,12 +34,12 @@ class _Stage(NamedTuple):
     end: float | None = None  # the last, times the width; None: `_LAST_RATE`
 
 
-# As studies had it: rates are those that they chose ("frontier-256", "same-size", "frontier-20min").
+# As studies had it: rates are those that they chose ("frontier-256", "same-size"), or took ("multiplier").
 _STAGES = {
     "dense": (_Stage(0.0, 1.0, 0.32),),
     "static": (_Stage(_SPARSITY, 1.0, 0.41),),
     "set": (_Stage(_SPARSITY, 1.0, 0.41),),
-    "set-then-dense": (_Stage(_SPARSITY, 2 / 3, 0.8, 0.13), _Stage(0.0, 1 / 3, 0.19)),
+    "set-then-dense": (_Stage(_SPARSITY, 2 / 3, 0.54, 0.13), _Stage(0.0, 1 / 3, 0.19)),
 }
 
 
