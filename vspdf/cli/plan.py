@@ -67,30 +67,17 @@ def plan(
 
     require(network is None or machines is not None, "`network` goes with `machines`: how many are there?")
     several = None if machines is None else Machines(machines, 10.0 if network is None else network)
+    if write:
+        must_be_new(write)  # rather than after measuring
+    keep_freed_memory()  # as training does, for what is timed
     if model is None:
-        require(
-            hours is not None,
-            "`model` says what to plan for: a name, a configuration or a folder. `hours` alone gives advice.",
-        )
-        of_a_model = {
+        _advise(hours, write, as_json, {
             "sparsity": sparsity, "effective": effective, "split": split, "phases": phases or None, "steps": steps,
             "batch-size": batch_size, "sequence": sequence, "convention": None if convention == "vspdf" else convention,
             "causal": causal or None, "save": save, "memory": memory, "time": time or None, "machines": machines,
-        }  # fmt: skip
-        for name, value in of_a_model.items():
-            require(value is None, f"`{name}` plans a run of a `model`, which one? `hours` alone gives advice.")
-    if write:
-        must_be_new(write)  # rather than after measuring
-    if time or hours is not None or several:
-        keep_freed_memory()
-    advised = advice.advise(hours, murmur) if hours is not None else None
-    if model is None:
-        assert advised is not None
-        if write:
-            plan_write.write_advice(advised, write)
-            say(f"wrote {write}: vspdf train {write}")
-        emit({"advice": advised.to_json()}) if as_json else tell(*advised.sentences())
+        })  # fmt: skip
         return
+    advised = advice.advise(hours, murmur) if hours is not None else None
     found = planner.plan(
         model, sparsity=sparsity, effective=effective, split=split, phases=_stages(phases) if phases else None,
         steps=steps, batch_size=batch_size, sequence=sequence, convention=convention, causal=causal, save=save,
@@ -104,6 +91,24 @@ def plan(
     else:
         _print_plan(found)
         tell(*(advised.sentences() if advised else ()))
+
+
+def _advise(hours: float | None, write: Path | None, as_json: bool, of_a_model: dict[str, Any]) -> None:
+    """`hours` without a model; what else was given must be None."""
+    from vspdf.plan import advice
+    from vspdf.plan.write import write_advice
+
+    if hours is None:
+        raise UserError(
+            "`model` says what to plan for: a name, a configuration or a folder. `hours` alone gives advice."
+        )
+    for name, value in of_a_model.items():
+        require(value is None, f"`{name}` plans a run of a `model`, which one? `hours` alone gives advice.")
+    advised = advice.advise(hours, murmur)
+    if write:
+        write_advice(advised, write)
+        say(f"wrote {write}: vspdf train {write}")
+    emit({"advice": advised.to_json()}) if as_json else tell(*advised.sentences())
 
 
 def _stages(text: str) -> list[tuple[float, int]]:
