@@ -28,6 +28,8 @@ _LAST_RATE = 1e-4
 
 
 class _Stage(NamedTuple):
+    """Steps of one sparsity, and how they learn."""
+
     sparsity: float
     share: float  # of the steps
     rate: float  # peak learning rate, times the width
@@ -39,7 +41,7 @@ _STAGES = {
     "dense": (_Stage(0.0, 1.0, 0.32),),
     "static": (_Stage(_SPARSITY, 1.0, 0.41),),
     "set": (_Stage(_SPARSITY, 1.0, 0.41),),
-    "set-then-dense": (_Stage(_SPARSITY, 2 / 3, 0.54, 0.13), _Stage(0.0, 1 / 3, 0.19)),
+    "set-then-dense": (_Stage(_SPARSITY, 1 - law.DENSE_SHARE, 0.54, 0.13), _Stage(0.0, law.DENSE_SHARE, 0.19)),
 }
 
 
@@ -85,7 +87,7 @@ class Advice:
         }  # fmt: skip
 
     def configuration(self) -> dict[str, Any]:
-        """The run as `vspdf train` takes it, with the learning rates that studies chose."""
+        """Settings of the run, as a YAML file for `vspdf train` has them, with the learning rates of studies."""
         width, every = self.shape.d_model, max(100, self.steps // 20)
         phases: list[dict[str, Any]] = []
         for stage in _STAGES[self.method]:

@@ -28,7 +28,7 @@ _STUDIES = (
     "size-cap",
 )  # fmt: skip
 _ENDS_DENSE = "set-then-dense"
-_DENSE_SHARE = 1 / 3  # of its steps
+DENSE_SHARE = 1 / 3  # of its steps, the last ones
 METHODS = ("static", "set", _ENDS_DENSE)
 
 
@@ -88,7 +88,7 @@ def _method(arm: dict[str, Any]) -> str | None:
     """By name, and by phases, since other methods' names begin alike."""
     first, last = arm["phases"][0]["sparsity"], arm["phases"][-1]["tokens"]
     if arm["name"].startswith(_ENDS_DENSE):
-        return _ENDS_DENSE if abs(last / _read(arm) - _DENSE_SHARE) < 0.05 else None
+        return _ENDS_DENSE if abs(last / _read(arm) - DENSE_SHARE) < 0.05 else None
     constant = len(arm["phases"]) == 1 and arm["kept"] == (1 - first) * arm["weights"] < arm["weights"]
     name = str(arm["name"]).partition("-")[0]
     return name if constant and name in METHODS else None

@@ -33,17 +33,15 @@ def write(found: Plan, path: str | Path) -> None:
     """
     path = Path(path)
     config = resolve.written(found.config)
-    if re.fullmatch(r"\w[\w.-]*", path.stem):
+    if _names_a_run(path):
         config.name, config.run_dir = path.stem, None
     _drop_what_follows(config)
-    body = OmegaConf.to_yaml(OmegaConf.create(_differing(config, Config())))
-    text = (
+    comment = (
         f"# Planned by `vspdf plan` for {found.model}: {found.flops_saved_fraction:.2%} fewer training FLOPs "
         f"(convention {found.convention})\n# than a dense run of {found.baseline}.\n"
         "# lr_multiple is the published one at 90 % sparsity: lower it for milder ones. Your own text: data.corpus.\n"
     )
-    with new_whole(path) as draft:
-        draft.write_text(text + body, encoding="utf-8")
+    _save(path, comment, _differing(config, Config()))
 
 
 def write_advice(found: Advice, path: str | Path) -> None:
@@ -55,14 +53,21 @@ def write_advice(found: Advice, path: str | Path) -> None:
         If the file exists or cannot be written.
     """
     path = Path(path)
-    named = {"name": path.stem} if re.fullmatch(r"\w[\w.-]*", path.stem) else {}
-    body = OmegaConf.to_yaml(OmegaConf.create(named | found.configuration()))
-    text = (
+    comment = (
         f"# Advised by `vspdf plan --hours` on the machine where it ran: {found.expected_loss:.3f} nats a byte "
         f"({found.low:.3f} to {found.high:.3f}).\n# Your own text: data.corpus.\n"
     )
+    _save(path, comment, ({"name": path.stem} if _names_a_run(path) else {}) | found.configuration())
+
+
+def _names_a_run(path: Path) -> bool:
+    """Whether a file's name, without its ending, will do as a run's."""
+    return re.fullmatch(r"\w[\w.-]*", path.stem) is not None
+
+
+def _save(path: Path, comment: str, settings: dict[str, Any]) -> None:
     with new_whole(path) as draft:
-        draft.write_text(text + body, encoding="utf-8")
+        draft.write_text(comment + OmegaConf.to_yaml(OmegaConf.create(settings)), encoding="utf-8")
 
 
 def _drop_what_follows(config: Config) -> None:
