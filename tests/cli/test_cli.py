@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -304,6 +305,19 @@ def test_ctrl_c_ends_in_one_line(tmp_path):
     process.send_signal(2)
     lines += process.communicate()[1].splitlines()
     assert lines[-1] == "vspdf: stopped." and process.returncode == 130 and "Traceback" not in "".join(lines)
+
+
+def test_a_dropped_ctrl_c_comes_again(monkeypatch):
+    """Python drops it where it comes in a finaliser, or while an import's lock is given back."""
+
+    class Finalised:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "unraisablehook", app._insist)
+    with pytest.raises(KeyboardInterrupt):
+        Finalised()
+        time.sleep(20)
 
 
 # -- usage ------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
+import threading
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -46,6 +48,7 @@ def main() -> None:
     )
     first = os.environ.get("RANK", "0") == "0"  # of several processes, that which speaks
     logging.getLogger("vspdf").setLevel(logging.INFO if first else logging.ERROR)
+    sys.unraisablehook = _insist
     try:
         sys.exit(app(standalone_mode=False))
     except (UserError, BackendUnavailable) as error:
@@ -65,6 +68,18 @@ def main() -> None:
     if message:
         err.print(f"vspdf: error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(2)
+
+
+def _insist(dropped: Any) -> None:
+    """Ctrl-C that came where Python drops exceptions, in a finaliser or a callback of an import's lock, comes again."""
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        main = threading.main_thread().ident
+        # After the callback: at once it would be dropped too.
+        again = threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT))
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 def _usage_error(error: Any) -> str:
