@@ -195,7 +195,7 @@ EQUAL_TIME = (
     ("any model", "frontier-5min", "set-then-dense-192", "dense-128"),
     ("", "frontier-256", "set-192", "dense-128"),
     ("", "frontier-longer", "set-then-dense-160", "dense-128"),
-    ("", "frontier-20min", "set-then-dense-192", "dense-160"),
+    ("", "frontier-20min", "set-then-dense-256", "dense-192"),
 )
 
 

@@ -63,13 +63,22 @@ def test_only_such_arms_count_as_end_dense_for_a_third_of_their_steps_as_the_adv
 @pytest.mark.parametrize("faster, method", [(4.0, "set"), (1.0, "dense")], ids=["ideal", "no faster"])
 def test_advice_follows_the_time_of_a_step(monkeypatch, faster, method):
     def pace(progress):
-        return lambda shape, sparsity: 1e-10 * shape.linear / (faster if sparsity else 1.0)
+        return (lambda shape, sparsity: 1e-10 * shape.linear / (faster if sparsity else 1.0)), ""
 
     monkeypatch.setattr(advice, "_pace", pace)
     found = advice.advise(0.05)
     assert found.method == method
     assert isinstance(found.shape, Shape) and found.low < found.expected_loss < found.high
     assert set(found.others) == {"dense", *law.METHODS}
+
+
+@pytest.mark.parametrize("load, said", [(2.0, True), (0.1, False)], ids=["busy", "quiet"])
+def test_advice_and_plans_that_were_timed_say_that_others_were_at_work(monkeypatch, vspdf, load, said):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
+    line = "The machine was busy when this began: a load of 2.0 on"
+    for wish in (["--hours", "0.01"], ["--model", "quickstart", "--time"]):
+        status, out, _ = vspdf("plan", *wish)
+        assert status == 0 and (line in " ".join(out.split())) is said
 
 
 SPARSITIES = {"dense": [0.0], "static": [0.75], "set": [0.75], "set-then-dense": [0.75, 0.0]}

@@ -21,6 +21,7 @@ class Calibration:
     attention_seconds: tuple[float, float]  # one sequence of `sequence` tokens, one of the model's whole length
     vocabulary_seconds: float
     optimizer_seconds: float  # a parameter: clipping and AdamW
+    note: str = ""  # on what makes them longer than they are alone
 
     def step_seconds(self, shape: Shape, sparsity: float, tokens: int) -> float:
         """Of one training step of `tokens`."""
@@ -61,8 +62,9 @@ def calibrate(
     import torch
 
     from vspdf import gemm
-    from vspdf.bench.rounds import time_rounds
+    from vspdf.bench.rounds import busy, others_at_work, time_rounds
 
+    others = busy(others_at_work())
     block_weights = shape.linear // shape.n_layer
     tokens = min(step_tokens, 2048 if block_weights < 2e7 else 512)
     sequence = min(tokens, shape.sequence_length)
@@ -83,6 +85,7 @@ def calibrate(
         {s: median[f"block {s}"] for s in (0.0, *sparsities)},
         (median["short"], median["whole"]) if "short" in median else (0.0, 0.0),
         median["vocabulary"] * shape.vocab_size / rows, median["optimizer"] / UPDATED,
+        others and f"{others} Alone, a step takes less time than is said here.",
     )  # fmt: skip
 
 

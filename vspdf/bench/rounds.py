@@ -174,6 +174,13 @@ def others_at_work() -> float | None:
         return None
 
 
+def busy(load: float | None) -> str:
+    """A line where others were at work as something was measured, by `others_at_work` before it; else empty."""
+    if load is None or load <= BUSY:
+        return ""
+    return f"The machine was busy when this began: a load of {load:.1f} on {os.cpu_count()} cores."
+
+
 def sensors() -> dict[str, float]:
     """Clock (``mhz``, of the slowest core) and temperature (``celsius``, of the hottest sensor), where readable."""
     found: dict[str, float] = {}

@@ -317,12 +317,11 @@ def _print_comparison(found: dict[str, Any]) -> None:
 
 def _tell_of_quiet(result: dict[str, Any]) -> None:
     """What keeps figures from being results: others at work, rounds that they disturbed, what cannot be."""
-    from vspdf.bench.rounds import BUSY
+    from vspdf.bench.rounds import busy
 
     rows = result["rows"]
-    if result["load"] is not None and result["load"] > BUSY:
-        cores = result["hardware"]["cores"]
-        tell(f"The machine was busy when this began: a load of {result['load']:.1f} on {cores} cores.")
+    if line := busy(result["load"]):
+        tell(line)
     felt = [f"{before[key]:.0f} to {after[key]:.0f} {unit}" for before, after in [tuple(result["sensors"].values())]
             for key, unit in (("mhz", "MHz"), ("celsius", "°C")) if key in before and key in after]  # fmt: skip
     disturbed, rounds = (sum(row[key] for row in rows) for key in ("disturbed_rounds", "rounds"))

@@ -64,6 +64,8 @@ class Advice:
         Whether it is larger, smaller, longer or shorter trained than what was measured.
     others : dict of str to (Shape, float)
         The best model of every method, and its loss.
+    note : str
+        On what made steps longer than they are alone; empty where nothing did.
     """
 
     shape: Shape
@@ -75,12 +77,13 @@ class Advice:
     steps: int
     extrapolated: bool
     others: dict[str, tuple[Shape, float]]
+    note: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {
             "model": _sizes(self.shape), "sparsity": self.sparsity, "method": self.method,
             "expected_loss": self.expected_loss, "low": self.low, "high": self.high, "steps": self.steps,
-            "extrapolated": self.extrapolated,
+            "extrapolated": self.extrapolated, "note": self.note,
             "others": {
                 name: {"model": _sizes(shape), "expected_loss": loss} for name, (shape, loss) in self.others.items()
             },
@@ -125,6 +128,7 @@ class Advice:
             f"Advice: {best}, {how}, {self.steps:,} steps of {_TOKENS:,} bytes: a loss of {self.expected_loss:.3f} "
             f"nats a byte ({self.low:.3f} to {self.high:.3f}) on text like Python's standard library.{beyond}",
             f"Best of each kind: {rest}. Differences below the interval are not told apart (docs/evidence.md).",
+            *filter(None, [self.note]),
         ]
 
 
@@ -144,7 +148,7 @@ def advise(hours: float, progress: Callable[[str], None] = lambda line: None) ->
     """
     if not 0 < hours < math.inf:
         raise UserError(f"hours must be positive, not {hours}.")
-    pace, worth = _pace(progress), law.worth()
+    (pace, note), worth = _pace(progress), law.worth()
 
     def kept(method: str, shape: Shape) -> float:
         """Weights of the layers on average over the steps."""
@@ -173,6 +177,7 @@ def advise(hours: float, progress: Callable[[str], None] = lambda line: None) ->
     return Advice(
         shape, first, method, loss, min(all_of_them) * (1 - doubt), max(all_of_them) * (1 + doubt),
         max(1, round(tokens / _TOKENS)), beyond, {name: (of, least) for name, (least, of, _) in found.items()},
+        note,
     )  # fmt: skip
 
 
@@ -181,10 +186,10 @@ def _shape(width: int) -> Shape:
     return Shape(layers, width, max(1, width // 64), 4 * width, _VOCABULARY, _LENGTH)
 
 
-def _pace(progress: Callable[[str], None]) -> Callable[[Shape, float], float]:
-    """Seconds a token of a training step, from blocks of three widths timed here."""
+def _pace(progress: Callable[[str], None]) -> tuple[Callable[[Shape, float], float], str]:
+    """Seconds a token of a training step, from blocks of three widths timed here; and what made them longer."""
     blocks: dict[float, list[float]] = {0.0: [], _SPARSITY: []}
-    rest, update = list[float](), 0.0
+    rest, update, notes = list[float](), 0.0, list[str]()
     for width in _TIMED:
         progress(f"timing a block of width {width}")
         timed = calibrate(_shape(width), [_SPARSITY], _TOKENS, rounds=3)
@@ -192,6 +197,7 @@ def _pace(progress: Callable[[str], None]) -> Callable[[Shape, float], float]:
             column.append(timed.block_seconds[sparsity] / timed.tokens)
         rest.append(timed.vocabulary_seconds / timed.tokens)
         update = timed.optimizer_seconds
+        notes.append(timed.note)
     between = lambda width, column: math.exp(_line(math.log(width), np.log(_TIMED), np.log(column)))  # noqa: E731
 
     def seconds(shape: Shape, sparsity: float) -> float:
@@ -199,7 +205,7 @@ def _pace(progress: Callable[[str], None]) -> Callable[[Shape, float], float]:
         parameters = shape.parameters - sparsity * shape.linear
         return shape.n_layer * block + vocabulary + parameters * update / _TOKENS
 
-    return seconds
+    return seconds, notes[0]  # later ones say of this work too
 
 
 def _line(x: float, xs: np.ndarray, ys: np.ndarray) -> float:

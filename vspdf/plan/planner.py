@@ -266,6 +266,9 @@ def plan(
     stretches = _stretches(config)
     if time or machines is not None:
         run.measure([sparsity for _, sparsity, _, _ in stretches])
+    notes = [*run.notes, *_moves(config)]
+    if run.calibration and run.calibration.note:
+        notes.append(run.calibration.note)
 
     def stage(name: str, s: float, steps: int, tokens: int) -> PlannedPhase:
         flops = ledger.training_flops(shape, [(s, tokens)], convention=convention, causal=causal)
@@ -275,7 +278,7 @@ def plan(
     return Plan(
         source.name, shape, convention, causal,
         stage("dense run", 0.0, dense_steps, dense_steps * step_tokens), baseline,
-        [stage(*stretch) for stretch in stretches], config, run.calibration, [*run.notes, *_moves(config)], machines,
+        [stage(*stretch) for stretch in stretches], config, run.calibration, notes, machines,
     )  # fmt: skip
 
 
