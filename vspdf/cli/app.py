@@ -73,9 +73,9 @@ def main() -> None:
 def _insist(dropped: Any) -> None:
     """Ctrl-C that came where Python drops exceptions, in a finaliser or a callback of an import's lock, comes again."""
     if issubclass(dropped.exc_type, KeyboardInterrupt):
-        main = threading.main_thread().ident
+        thread = threading.main_thread().ident
         # After the callback: at once it would be dropped too.
-        again = threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT))
+        again = threading.Timer(0.05, signal.pthread_kill, (thread, signal.SIGINT))
         again.daemon = True
         again.start()
     else:

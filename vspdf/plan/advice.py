@@ -188,16 +188,12 @@ def _shape(width: int) -> Shape:
 
 def _pace(progress: Callable[[str], None]) -> tuple[Callable[[Shape, float], float], str]:
     """Seconds a token of a training step, from blocks of three widths timed here; and what made them longer."""
-    blocks: dict[float, list[float]] = {0.0: [], _SPARSITY: []}
-    rest, update, notes = list[float](), 0.0, list[str]()
+    timed = []
     for width in _TIMED:
         progress(f"timing a block of width {width}")
-        timed = calibrate(_shape(width), [_SPARSITY], _TOKENS, rounds=3)
-        for sparsity, column in blocks.items():
-            column.append(timed.block_seconds[sparsity] / timed.tokens)
-        rest.append(timed.vocabulary_seconds / timed.tokens)
-        update = timed.optimizer_seconds
-        notes.append(timed.note)
+        timed.append(calibrate(_shape(width), [_SPARSITY], _TOKENS, rounds=3))
+    blocks = {s: [each.block_seconds[s] / each.tokens for each in timed] for s in (0.0, _SPARSITY)}
+    rest, update = [each.vocabulary_seconds / each.tokens for each in timed], timed[-1].optimizer_seconds
     between = lambda width, column: math.exp(_line(math.log(width), np.log(_TIMED), np.log(column)))  # noqa: E731
 
     def seconds(shape: Shape, sparsity: float) -> float:
@@ -205,7 +201,7 @@ def _pace(progress: Callable[[str], None]) -> tuple[Callable[[Shape, float], flo
         parameters = shape.parameters - sparsity * shape.linear
         return shape.n_layer * block + vocabulary + parameters * update / _TOKENS
 
-    return seconds, notes[0]  # later ones say of this work too
+    return seconds, timed[0].note  # later ones say of this work too
 
 
 def _line(x: float, xs: np.ndarray, ys: np.ndarray) -> float:
