@@ -10,6 +10,7 @@
 #include "bandwidth.hpp"
 #include "bindings_door.hpp"
 #include "exchange.hpp"
+#include "gelu.hpp"
 #include "isa.hpp"
 #include "materialise.hpp"
 #include "parallel.hpp"
@@ -112,6 +113,22 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threads"), py::arg("nbytes"), py::arg("seconds") = 0.1, py::arg("isa") = "",
         py::call_guard<py::gil_scoped_release>(),
         "GB/s at which so many threads read so many bytes each, again and again.");
+
+    m.def(
+        "gelu",
+        [](uintptr_t out, uintptr_t x, int64_t n, bool tanh, int threads) {
+            check_call(n, 0, threads);
+            gelu(pointer<float>(out), pointer<const float>(x), n, Gelu(tanh), choose_isa(""), threads);
+        },
+        py::call_guard<py::gil_scoped_release>(), "GELU of n float32 numbers, exact or by tanh.");
+    m.def(
+        "gelu_grad",
+        [](uintptr_t dx, uintptr_t dy, uintptr_t x, int64_t n, bool tanh, int threads) {
+            check_call(n, 0, threads);
+            gelu_grad(pointer<float>(dx), pointer<const float>(dy), pointer<const float>(x), n, Gelu(tanh),
+                      choose_isa(""), threads);
+        },
+        py::call_guard<py::gil_scoped_release>(), "dy times the derivative of GELU at x.");
 
     m.def("assembler_samples", &assembler_samples,
           "Every instruction that kernels are generated from, over registers and displacements: (code, what it says).");

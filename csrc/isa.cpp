@@ -68,6 +68,15 @@ bool fast_bf16_pairs() {
 #endif
 }
 
+bool packs_ahead() {
+#if defined(__x86_64__)
+    static const bool intel = __builtin_cpu_is("intel");
+    return !intel;
+#else
+    return true;
+#endif
+}
+
 int tasks_for(int threads) {
     static const int each = [] {
         constexpr int kEven = 1, kUneven = 3;

@@ -24,6 +24,10 @@ bool jit_wanted(Isa isa);
 // long.
 bool fast_bf16_pairs();
 
+// Whether packing asks for the next tokens' features while it moves these. On AMD's Zen 5 that gains; Intel's
+// processors find such streams by themselves, and more requests than they need take time.
+bool packs_ahead();
+
 // Tasks of one size to cut for so many threads: one each, or some more where cores differ in speed (Intel's hybrids,
 // most of Arm's), so that the slow ones do not hold up the fast.
 int tasks_for(int threads);

@@ -139,13 +139,16 @@ void pack_edge(float* out, int lanes, const T* x, int64_t stride, int tokens, in
 
 template <class T>
 void pack(float* out, int lanes, const T* x, int64_t stride, int tokens, int features) {
+    const bool ahead = packs_ahead();
     for (int t = 0; t < lanes; t += W) {
         const int here = tokens - t < 0 ? 0 : tokens - t < W ? tokens - t : W;
         const T* rows = x + (here > 0 ? t * stride : 0);
         int f = 0;
         for (; here == W && f + W <= features; f += W) {
+            if (ahead) {
 #pragma GCC unroll 16
-            for (int i = 0; i < W; ++i) __builtin_prefetch(rows + (W + i) * stride + f, 0, 2);
+                for (int i = 0; i < W; ++i) __builtin_prefetch(rows + (W + i) * stride + f, 0, 2);
+            }
             V column[W];
             if constexpr (sizeof(T) == 4) {
                 transpose(column, rows + f, stride);

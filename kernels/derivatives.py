@@ -16,17 +16,13 @@ from torch import Tensor
 from vspdf import ledger
 from vspdf.kernels import cpu
 from vspdf.kernels.gpu.gather import packed_once
+from vspdf.onlookers import compiling, forward_mode, modes, nobody, plain, tracing, transformed, watched
 from vspdf.pattern import Pattern
 
 # The operators as Python functions, by name: `ops` defines them, and enters them here.
 RUN: dict[str, Callable[..., Tensor]] = {}
 
-_is_compiling = torch.compiler.is_compiling  # by names of this module: looked up where the caches are cold
-_is_tracing = torch._C._is_tracing
-_modes = torch._C._len_torch_dispatch_stack
-_transformed = torch._C._are_functorch_transforms_active
 _profiled = torch.autograd._profiler_enabled
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 # Usual calls go through a door in C++, which asks what `_alone`, `_recording` and the operators' checks ask, in a
 # fraction of the time: by name of this module, as above.
@@ -35,38 +31,26 @@ if not cpu.unavailable():
     cpu.extension().know_torch(
         {
             "tensor": Tensor, "parameter": torch.nn.Parameter, "float32": torch.float32, "bfloat16": torch.bfloat16,
-            "strided": torch.strided, "watchers": [_is_tracing, _modes, _transformed, _profiled],
+            "strided": torch.strided, "watchers": [tracing, modes, transformed, _profiled],
             "grad_enabled": torch.is_grad_enabled, "forward_ad": torch.autograd.forward_ad,
             "threads": torch.get_num_threads, "tallies": ledger.TALLIES, "record": ledger.record,
         }
     )  # fmt: skip
 
 
-def _watched() -> bool:
-    """Whether a transform of `torch.func` (grad, vmap, jvp) looks on, which must meet a Function and no operator."""
-    return not _is_compiling() and _transformed()
-
-
-def _plain(x: Tensor) -> bool:
-    """Whether it is memory on a CPU and nothing else: no subclass, no promise to negate it or to make it of zeros."""
-    return type(x) in _PLAIN and x.is_cpu and not (x.is_neg() or x._is_zerotensor())
-
-
 def _alone(inputs: tuple[Any, ...]) -> bool:
-    """Whether nobody looks on: no compiler, tracer, mode, transform or profiler, and plain CPU tensors.
+    """Whether nobody looks on, no profiler either, and all are plain CPU tensors.
 
     The dispatcher, which goes through Python and back for operators like these, would then only take 5 us, as long as a
     small product.
     """
-    if _is_compiling() or _is_tracing() or _modes() or _transformed() or _profiled():
-        return False
     a, b, bias = inputs[:3]
-    return _plain(a) and _plain(b) and (not isinstance(bias, Tensor) or _plain(bias))
+    return nobody() and not _profiled() and plain(a) and plain(b) and (not isinstance(bias, Tensor) or plain(bias))
 
 
 def _recording(inputs: tuple[Any, ...]) -> bool:
     """Whether autograd must see the product; tensors among its inputs are the first two and perhaps the third."""
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_mode():
         return True
     if not torch.is_grad_enabled():
         return False
@@ -83,26 +67,26 @@ def _operate(name: str, inputs: tuple[Any, ...], alone: bool) -> Tensor:
 def _call(function: type[_Product], operator: Callable[..., Tensor], *inputs: Any) -> Tensor:
     if _alone(inputs):
         return function.apply(*inputs) if _recording(inputs) else _operate(function.name, inputs, True)
-    return function.apply(*inputs) if _watched() else operator(*inputs)
+    return function.apply(*inputs) if watched() else operator(*inputs)
 
 
 def linear(x: Tensor, values: Tensor, bias: Tensor | None, key: str, backend: str) -> Tensor:
     """``x @ W.T + bias`` of the pattern with digest `key`; differentiable in x, values and bias."""
-    if not _is_compiling() and (y := _door(0, x, values, bias, key, backend)) is not None:
+    if not compiling() and (y := _door(0, x, values, bias, key, backend)) is not None:
         return y
     return _call(Linear, torch.ops.vspdf.linear, x, values, bias, key, backend)
 
 
 def grad_input(grad: Tensor, values: Tensor, key: str, backend: str) -> Tensor:
     """``grad @ W``; differentiable in both."""
-    if not _is_compiling() and (found := _door(1, grad, values, None, key, backend)) is not None:
+    if not compiling() and (found := _door(1, grad, values, None, key, backend)) is not None:
         return found
     return _call(GradInput, torch.ops.vspdf.grad_input, grad, values, key, backend)
 
 
 def grad_values(grad: Tensor, x: Tensor, key: str, backend: str, dtype: torch.dtype | None = None) -> Tensor:
     """``grad.T @ x`` at kept positions, shape (nnz,), of `dtype` or that of x; differentiable in both."""
-    if not _is_compiling() and (found := _door(2, grad, x, dtype, key, backend)) is not None:
+    if not compiling() and (found := _door(2, grad, x, dtype, key, backend)) is not None:
         return found
     return _call(GradValues, torch.ops.vspdf.grad_values, grad, x, key, backend, dtype)
 
@@ -126,7 +110,7 @@ class _Product(torch.autograd.Function):
     def apply(cls, *inputs: Any) -> Any:
         """Torch's own looks for defaults by the signature of `forward`, which takes 15 us; here there are none."""
         outer = torch.autograd.Function
-        return super().apply(*inputs) if _watched() else super(outer, cls).apply(*inputs)  # type: ignore[misc]
+        return super().apply(*inputs) if watched() else super(outer, cls).apply(*inputs)  # type: ignore[misc]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

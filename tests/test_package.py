@@ -42,8 +42,10 @@ MAY_TAKE = {
 # Words that everyone may use, each below those that take it.
 WORDS = {
     "errors": (), "_C": (), "shapes": ("errors",), "files": ("errors",), "mask_forms": ("errors",),
-    "pattern": ("errors", "mask_forms"), "gemm": (), "attention": ("gemm",), "ledger": ("errors", "shapes"),
-    "rotary": ("shapes",), "cache": (), "model": ("errors", "shapes", "ledger", "attention", "rotary", "cache"),
+    "pattern": ("errors", "mask_forms"), "gemm": (), "attention": ("gemm",), "onlookers": (),
+    "activation": ("_C", "errors", "onlookers"), "ledger": ("errors", "shapes"),
+    "rotary": ("shapes",), "cache": (),
+    "model": ("errors", "shapes", "ledger", "activation", "attention", "rotary", "cache"),
 }  # fmt: skip
 
 # Doors opened by name, against the rule and on purpose: whoever has a mask may read one, and files are interop's.

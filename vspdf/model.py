@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vspdf.activation import gelu
 from vspdf.attention import causal_attention
 from vspdf.cache import Cache as Cache
 from vspdf.errors import UserError
@@ -22,8 +23,8 @@ from vspdf.rotary import Rotation, rotate, rotation
 from vspdf.shapes import Shape
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": gelu,
+    "gelu_tanh": partial(gelu, approximate="tanh"),
     "relu2": lambda x: F.relu(x).square(),
 }
 # From the keys and values of new tokens to those of all tokens, and which of them each new token sees.

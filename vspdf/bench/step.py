@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vspdf import gemm
@@ -28,7 +29,7 @@ from vspdf.bench.rounds import (
 )
 from vspdf.errors import in_one_line
 from vspdf.kernels import cpu, hardware
-from vspdf.model import GPT, Attention
+from vspdf.model import GPT, MLP, Attention
 from vspdf.shapes import Shape
 
 
@@ -36,7 +37,7 @@ class Side(NamedTuple):
     """A model and how its step is taken."""
 
     sparsity: float
-    attention: str = "torch"  # or "own": `vspdf.attention`, and `vspdf.gemm` for dense products
+    attention: str = "torch"  # or "own": `vspdf.attention`, `vspdf.activation`, and `vspdf.gemm` for dense products
     dtype: str = "float32"  # "bfloat16": under autocast
     compiled: bool = False  # by torch.compile
 
@@ -60,9 +61,9 @@ def bench_step(
 ) -> dict[str, Any]:
     """Times whole training steps (forward, backward, clipping, AdamW) of sparse models beside the same dense model.
 
-    The dense side is plain PyTorch: nn.Linear, scaled_dot_product_attention, fused AdamW. A second dense model is as
-    `vspdf train` trains it: attention that skips more than torch's (`vspdf.attention`), dense products by the library
-    that knows the processor (`vspdf.gemm`). Vocabulary: bytes.
+    The dense side is plain PyTorch: nn.Linear, scaled_dot_product_attention, GELU, fused AdamW. A second dense model is
+    as `vspdf train` trains it: attention that skips more than torch's (`vspdf.attention`), GELU in one pass
+    (`vspdf.activation`), dense products by the library that knows the processor (`vspdf.gemm`). Vocabulary: bytes.
 
     Parameters
     ----------
@@ -164,6 +165,8 @@ def _model(shape: Shape, side: Side) -> GPT:
         for module in model.modules():
             if isinstance(module, Attention):
                 module.attend = plain
+            elif isinstance(module, MLP):
+                module.activation = F.gelu
     if side.sparsity:
         sparsify(model, side.sparsity)
     return model
