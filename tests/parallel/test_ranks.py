@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from vspdf.cli import app
-from vspdf.errors import UserError
+from vspdf.errors import RankLost, UserError
 from vspdf.parallel import environment
+from vspdf.train import trainer
 
 # What goes by the clock or by the number of processes; all else in a line of metrics must be equal.
 OWN = {
@@ -306,6 +307,23 @@ def test_a_killed_rank_and_a_restart(place, configured, one):
     assert "rank 1 on" in ranks.said(0) and "is gone; the checkpoint of step 4 is intact" in ranks.said(0)
     assert "resumed at step 4 of 12" in ranks.said(0)
     assert same(place / "killed", one)
+
+
+@pytest.mark.parametrize("torchrun", [True, False])
+def test_torchruns_signal_waits_for_the_word_of_who_is_left(torchrun, monkeypatch):
+    """It comes as soon as a rank is dead, and killed the others before they had printed who."""
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    else:
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(RankLost), trainer._signals():
+            raise RankLost("rank 1 is gone")
+        assert signal.getsignal(signal.SIGTERM) == (signal.SIG_IGN if torchrun else before[signal.SIGTERM])
+        assert signal.getsignal(signal.SIGINT) == before[signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGTERM, before[signal.SIGTERM])
 
 
 def test_a_silent_rank_without_torchrun(place, configured):

@@ -52,6 +52,11 @@ def _integer(name: str, default: int | None = None) -> int:
     return int(text)
 
 
+def by_torchrun() -> bool:
+    """Whether torchrun has started this process, which ends and restarts it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def restarted() -> bool:
     """Whether torchrun has started this process again after a failure."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")

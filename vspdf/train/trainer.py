@@ -24,7 +24,7 @@ from vspdf.config.resolved import ResolvedConfig, ResolvedPhase
 from vspdf.errors import Diverged, Interrupted, RankLost
 from vspdf.evaluate.loss import evaluate
 from vspdf.kernels.hardware import crowded, device, slow_bf16, slow_bf16_measured
-from vspdf.parallel.environment import from_environment, restarted
+from vspdf.parallel.environment import by_torchrun, from_environment, restarted
 from vspdf.parallel.world import World
 from vspdf.runs import writer
 from vspdf.runs.folder import CONFIG, Run
@@ -313,7 +313,8 @@ def _evaluate(state: State, record: PhaseRecord, line: dict[str, Any]) -> float:
 def _signals() -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint; a second one ends it at once.
 
-    Gives the signals that came.
+    Gives the signals that came. Where a rank is gone, torchrun ends the others at once and would kill them later: its
+    SIGTERM waits until they have said what is left.
     """
     came: list[int] = []
 
@@ -328,6 +329,10 @@ def _signals() -> Iterator[list[int]]:
         previous = {}
     try:
         yield came
+    except RankLost:
+        if by_torchrun() and previous:
+            previous[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
