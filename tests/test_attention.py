@@ -13,6 +13,7 @@ from vspdf.shapes import Shape
 @pytest.fixture(params=["blocks", "products", "products computed again"])
 def way(request, monkeypatch):
     """Each way in turn, on a processor that has it."""
+    monkeypatch.setattr(gemm, "processor", lambda: ("AuthenticAMD", 25))
     if request.param == "blocks":
         monkeypatch.setattr(gemm, "library", lambda: "MKL")
     elif gemm.library() != "oneDNN":
@@ -116,6 +117,12 @@ def test_torchs_own_takes_over(T, dtype, monkeypatch):
 def test_torchs_own_takes_over_from_products_too(T, dtype):
     qkv = inputs(T, dtype=dtype, B=1, H=1)
     assert torch.equal(causal_attention(*qkv), plain(*qkv))
+
+
+@pytest.mark.parametrize("T, triangles", [(128, 1), (192, 2), (256, 2), (258, 2), (384, 4), (512, 4), (2048, 16)])
+def test_intels_triangles_are_larger(T, triangles, monkeypatch):
+    monkeypatch.setattr(gemm, "processor", lambda: ("GenuineIntel", 6))
+    assert _triangles(T) == triangles
 
 
 def test_torchs_precision_is_as_it_was(way):

@@ -67,7 +67,7 @@ def test_the_setting_is_as_it_was_also_after_an_error():
 def test_what_holds_to_avx2_holds_to_mkl(variable, monkeypatch):
     capability = "AVX2" if variable == "ATEN_CPU_CAPABILITY" else "AVX512"
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(gemm, "_processor", lambda: ("AuthenticAMD", 26))
+    monkeypatch.setattr(gemm, "processor", lambda: ("AuthenticAMD", 26))
     monkeypatch.setattr(gemm, "_keeps_digits", lambda: True)
     monkeypatch.setenv("VSPDF_ISA", "avx2" if variable == "VSPDF_ISA" else "")
     there = torch.backends.mkldnn.is_available() and setting() is not None
@@ -77,7 +77,7 @@ def test_what_holds_to_avx2_holds_to_mkl(variable, monkeypatch):
 @pytest.mark.parametrize("processor", [("GenuineIntel", 26), ("AuthenticAMD", 25), ("", 0)], ids=str)
 def test_other_processors_stay_with_mkl(processor, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(gemm, "_processor", lambda: processor)
+    monkeypatch.setattr(gemm, "processor", lambda: processor)
     assert gemm.library.__wrapped__() == "MKL"
 
 

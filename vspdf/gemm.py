@@ -28,12 +28,13 @@ def library() -> str:
     """
     there = torch.backends.mkldnn.is_available() and hasattr(torch.backends.mkldnn, "matmul")  # torch >= 2.9
     held = torch.backends.cpu.get_cpu_capability() != "AVX512" or (os.environ.get("VSPDF_ISA") or "avx512") != "avx512"
-    vendor, family = _processor()
+    vendor, family = processor()
     known = there and not held and vendor == "AuthenticAMD" and family >= _WIDE
     return "oneDNN" if known and _keeps_digits() else "MKL"
 
 
-def _processor() -> tuple[str, int]:
+@cache
+def processor() -> tuple[str, int]:
     """Vendor and family; "" and 0 where the system does not tell."""
     facts: dict[str, str] = {}
     with contextlib.suppress(OSError):
