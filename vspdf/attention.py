@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vspdf import gemm
 
-# Measured on two AMD EPYCs and a Xeon: 1.0 to 1.5 times torch's speed within these limits. bfloat16 is slower than whole.
+# Measured on two EPYCs and a Xeon: 1.0 to 1.5 times torch's speed within these limits. bfloat16 is slower than whole.
 TOKENS = range(64, 2049)
 LEAST, LEAST_ON_INTEL = range(48, 129), range(96, 193)  # tokens of the triangles at the end: there a call costs more
 QUERIES = 128  # by products: at a time
