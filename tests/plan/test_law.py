@@ -7,6 +7,7 @@ import pytest
 from vspdf.compare import definition, results
 from vspdf.config import loading
 from vspdf.errors import UserError
+from vspdf.kernels import cpu
 from vspdf.plan import advice, law
 from vspdf.plan.write import write_advice
 from vspdf.runs.folder import Run
@@ -70,6 +71,15 @@ def test_advice_follows_the_time_of_a_step(monkeypatch, faster, method):
     assert found.method == method
     assert isinstance(found.shape, Shape) and found.low < found.expected_loss < found.high
     assert set(found.others) == {"dense", *law.METHODS}
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_advice_says_that_bfloat16_was_not_timed_where_the_processor_has_it(has, monkeypatch):
+    monkeypatch.setattr(advice, "_pace", lambda progress: (lambda shape, sparsity: 1e-4, "Others."))
+    monkeypatch.setattr(cpu, "has_bf16", lambda: has)
+    found = advice.advise(0.05)
+    assert found.note.startswith("Others.") and found.sentences()[-1] == found.note
+    assert ("`vspdf bench step --dtype float32,bfloat16`" in found.note) == has
 
 
 @pytest.mark.parametrize("load, said", [(2.0, True), (0.1, False)], ids=["busy", "quiet"])

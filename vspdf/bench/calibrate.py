@@ -33,6 +33,16 @@ class Calibration:
         return passes + parameters * self.optimizer_seconds
 
 
+def narrower() -> str:
+    """A word on bfloat16, in which nothing here is timed; "" where the processor has no instructions for it."""
+    from vspdf.kernels.cpu import has_bf16
+
+    return has_bf16() * (
+        "All of that is float32. This processor multiplies bfloat16 too, where a dense model may be the better one: "
+        "`vspdf bench step --dtype float32,bfloat16` tells."
+    )
+
+
 UPDATED = 1 << 23  # parameters whose update is timed: beyond any cache
 
 

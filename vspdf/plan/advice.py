@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vspdf.bench.calibrate import calibrate
+from vspdf.bench.calibrate import calibrate, narrower
 from vspdf.errors import UserError
 from vspdf.plan import law
 from vspdf.shapes import Shape
@@ -65,7 +65,7 @@ class Advice:
     others : dict of str to (Shape, float)
         The best model of every method, and its loss.
     note : str
-        On what made steps longer than they are alone; empty where nothing did.
+        On what made steps longer than they are alone, and on bfloat16 where the processor has it; else empty.
     """
 
     shape: Shape
@@ -177,7 +177,7 @@ def advise(hours: float, progress: Callable[[str], None] = lambda line: None) ->
     return Advice(
         shape, first, method, loss, min(all_of_them) * (1 - doubt), max(all_of_them) * (1 + doubt),
         max(1, round(tokens / _TOKENS)), beyond, {name: (of, least) for name, (least, of, _) in found.items()},
-        note,
+        " ".join(filter(None, (note, narrower()))),
     )  # fmt: skip
 
 
