@@ -28,6 +28,7 @@ FORMS = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def ratio(torchs: Callable[[], object], ours: Callable[[], object], rounds: int) -> str:
+    """Torch's time over ours, with its interval."""
     times = time_rounds({"torch": {"layer": torchs}, "ours": {"layer": ours}}, rounds)
     found = compared(times["torch", "layer"], times["ours", "layer"])
     return f"{found.median:.2f}x ({found.low:.2f} to {found.high:.2f})"
@@ -45,6 +46,7 @@ def alone(form: str, numbers: int, rounds: int) -> tuple[str, str]:
 
 
 def step(form: str, width: int, sparsity: float, rounds: int) -> str:
+    """The same of a training step."""
     model = GPT(Shape(2, width, 4, 4 * width, 257, 128, mlp=form))
     if sparsity:
         sparsify(model, sparsity, backend="cpu")

@@ -44,6 +44,7 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
 
 
 def _run(kernel: str, approximate: str, *inputs: Tensor) -> Tensor:
+    """What `gelu` or `gelu_grad` of the compiled module makes of contiguous float32 inputs of one shape."""
     out = torch.empty_like(inputs[0])
     addresses = (tensor.data_ptr() for tensor in (out, *inputs))
     try:
@@ -54,6 +55,8 @@ def _run(kernel: str, approximate: str, *inputs: Tensor) -> Tensor:
 
 
 class _Gelu(torch.autograd.Function):
+    """GELU as autograd knows it; where its gradient is differentiated again, that is torch's."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, approximate: str) -> Tensor:
         ctx.save_for_backward(x)

@@ -33,8 +33,8 @@ class Calibration:
         return passes + parameters * self.optimizer_seconds
 
 
-def narrower() -> str:
-    """A word on bfloat16, in which nothing here is timed; "" where the processor has no instructions for it."""
+def bfloat16_note() -> str:
+    """That a dense model may be better in bfloat16, untimed here; "" where the processor has none."""
     from vspdf.kernels.cpu import has_bf16
 
     return has_bf16() * (

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vspdf.bench.calibrate import calibrate, narrower
+from vspdf.bench.calibrate import bfloat16_note, calibrate
 from vspdf.errors import UserError
 from vspdf.plan import law
 from vspdf.shapes import Shape
@@ -177,7 +177,7 @@ def advise(hours: float, progress: Callable[[str], None] = lambda line: None) ->
     return Advice(
         shape, first, method, loss, min(all_of_them) * (1 - doubt), max(all_of_them) * (1 + doubt),
         max(1, round(tokens / _TOKENS)), beyond, {name: (of, least) for name, (least, of, _) in found.items()},
-        " ".join(filter(None, (note, narrower()))),
+        " ".join(filter(None, (note, bfloat16_note()))),
     )  # fmt: skip
 
 
