@@ -111,6 +111,10 @@ def test_once_trials_are_done_steps_are_by_what_they_took(tmp_path, corpus, monk
     assert told[0] == f"dense: {arm.steps[0]:,} steps fill 1 s, by what its trials took; 200 by the first measurement"
     assert len(told) == 1  # an arm without trials keeps what was measured first
     assert runner.run(path, root, 1, changes=changes)["arms"] == found["arms"]
+    more = [*changes[:4], "arms.dense.tune={optimizer.lr: [1.0e-3, 1.0e-9]}", changes[-1]]  # a value tried afterwards
+    again = runner.run(path, root, 1, changes=more)
+    assert again["complete"] and again["arms"][0]["runs"] == found["arms"][0]["runs"]
+    assert budget.settle(definition.load(path, more), root).arms["dense"].steps == arm.steps
 
 
 def test_arms_are_measured_beside_each_other_where_they_will_run_so(tmp_path, corpus, monkeypatch):

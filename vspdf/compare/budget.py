@@ -4,7 +4,8 @@ Times are CPU seconds of the training steps, moves of masks included, measured o
 other. A run beside shares memory and caches, and slows some arms more than others: where runs will go side by side,
 each arm is measured beside each arm in turn. What else the machine does should be little. The measurement is kept in
 the study's folder, so that the study may be stopped and started. Half a minute says less than an arm's trials do, which
-last minutes beside other runs: with `tuning_seconds`, what they took decides the steps of the arm's other runs.
+last minutes beside other runs: with `tuning_seconds`, what they took decides the steps of the arm's other runs, once
+and for all: values that are added to `tune` later leave them as they are.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def settle(study: Study, root: Path, jobs: int = 1, say: Callable[[str], None] =
             known[name] = {"digest": digests[name], "beside": jobs - 1, "phases": pace}
         root.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(known, indent=1))
+    before = copy.deepcopy(known)
     arms = {}
     for name, arm in study.arms.items():
         pace = known[name]["phases"]
@@ -75,19 +77,23 @@ def settle(study: Study, root: Path, jobs: int = 1, say: Callable[[str], None] =
             continue
         trial = _filling(arm, pace, study.tuning_seconds)
         tried = replace(arm, trial_steps=trial, trial_seeds=frozenset(study.tuning_seeds))
-        expected = _taken(arm, trial, pace)
-        took = _trials_took(study, root, tried) or expected
-        arms[name] = replace(tried, steps=_filling(arm, pace, study.seconds * expected / took))
+        took = known[name].get("took") or _trials_took(study, root, tried, _taken(arm, trial, pace))
+        if took:
+            known[name]["took"] = took
+        arms[name] = replace(tried, steps=_filling(arm, pace, study.seconds / (took or 1.0)))
+    if known != before:
+        write_whole(file, json.dumps(known, indent=1))
     return replace(study, arms=arms)
 
 
-def _trials_took(study: Study, root: Path, arm: Arm) -> float | None:
-    """CPU seconds of one of an arm's trials, the mean of those that went to their end; None while any is missing."""
+def _trials_took(study: Study, root: Path, arm: Arm, expected: float) -> float | None:
+    """How many times the CPU seconds expected of an arm's trials they took, the mean of those that went to their end;
+    None while any is missing."""
     found = tuned(study, root, arm)
     if found.chosen is None or not found.trials:
         return None
     runs = [Run(arm.folder(root, trial.values, seed)) for trial in found.trials for seed in study.tuning_seeds]
-    return statistics.fmean(run.lines[-1]["training_cpu_seconds"] for run in runs if run.finished)
+    return statistics.fmean(run.lines[-1]["training_cpu_seconds"] for run in runs if run.finished) / expected
 
 
 def _measured(arms: Sequence[Arm], others: Sequence[Arm], beside: int, say: Callable[[str], None]) -> dict[str, Pace]:
