@@ -10,11 +10,15 @@ operator takes the global ones.
 By products, where oneDNN is twice as fast as the MKL inside that operator (`vspdf.gemm`): some queries at a time
 against all keys that they see, the probabilities kept where they are small and computed again where they are not.
 
+In bfloat16 torch's forward is taken, and of short sequences the gradient in float32, by blocks: torch's multiplies in
+bfloat16 head by head and block by block, by calls that cost more than such products.
+
 Shape suffixes: B batch, H heads, G both, T tokens, d width of a head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,9 +28,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vspdf import gemm
 
-# Measured on two EPYCs and a Xeon: 1.0 to 1.5 times torch's speed within these limits. bfloat16 is slower than whole.
+# Measured on two EPYCs: 1.0 to 1.5 times torch's speed within these limits. On a Xeon a call costs more: one halving
+# pays, of what is about as long as torch's blocks, and no other.
 TOKENS = range(64, 2049)
-LEAST, LEAST_ON_INTEL = range(48, 129), range(96, 193)  # tokens of the triangles at the end: there a call costs more
+# Tokens by width of a head up to which bfloat16's gradient is the faster in float32: on a Xeon with AMX, forward and
+# backward, by 1.2 to 3.6 times. Of twice as many by nothing or by 1.3 times, of more it is the slower.
+NARROW = 256 * 64
+LEAST = range(48, 129)  # tokens of the triangles at the end
+HALVED_ON_INTEL = range(384, 577)
 QUERIES = 128  # by products: at a time
 KEPT = 1 << 22  # probabilities of one call, at most: 16 MB
 
@@ -40,9 +49,9 @@ def causal_attention(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor) -> Tensor:
     """Softmax attention of every token to itself and to those before it, scaled by ``1 / sqrt(d)``.
 
     Equal to `torch.nn.functional.scaled_dot_product_attention` with ``is_causal=True`` up to rounding. That computes it
-    too wherever blocks do not apply or do not pay: on GPUs, for short or odd lengths, dtypes other than float32, inside
-    `torch.compile` and `torch.func`, and where `torch.nn.attention.sdpa_kernel` asks for another kernel than flash.
-    A gradient may be differentiated again.
+    too wherever blocks do not apply or do not pay: on GPUs, for short or odd lengths, other dtypes than float32 and
+    bfloat16, inside `torch.compile` and `torch.func`, and where `torch.nn.attention.sdpa_kernel` asks for another
+    kernel than flash. In bfloat16 only the gradient differs. A gradient may be differentiated again.
 
     Parameters
     ----------
@@ -54,6 +63,8 @@ def causal_attention(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor) -> Tensor:
     """
     if not _flash(q_BHTd):
         return plain(q_BHTd, k_BHTd, v_BHTd)
+    if q_BHTd.dtype == torch.bfloat16:
+        return _Narrow.apply(q_BHTd, k_BHTd, v_BHTd)
     if gemm.library() == "oneDNN" and not torch.is_autocast_enabled("cpu"):
         return _Products.apply(q_BHTd, k_BHTd, v_BHTd)
     triangles = _triangles(q_BHTd.shape[2])
@@ -64,18 +75,21 @@ def _flash(q_BHTd: Tensor) -> bool:
     """Whether torch would take its flash operator for CPUs, at lengths where that can be bettered."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if q_BHTd.device.type != "cpu" or q_BHTd.dtype != torch.float32 or q_BHTd.shape[2] not in TOKENS:
+    T, d = q_BHTd.shape[2:]
+    narrow = q_BHTd.dtype == torch.bfloat16 and T * d <= NARROW
+    if q_BHTd.device.type != "cpu" or not (narrow or q_BHTd.dtype == torch.float32) or T not in TOKENS:
         return False
     return torch._fused_sdp_choice(q_BHTd, q_BHTd, q_BHTd, is_causal=True) == SDPBackend.FLASH_ATTENTION.value
 
 
 def _triangles(T: int) -> int:
     """Into how many triangles on the diagonal the work is cut: a power of two, 1 where torch does better."""
-    least = LEAST_ON_INTEL if gemm.processor()[0] == "GenuineIntel" else LEAST
+    if gemm.processor()[0] == "GenuineIntel":
+        return 2 if T in HALVED_ON_INTEL and T % 2 == 0 else 1
     parts = 1
-    while T % 2 == 0 and T >= 2 * least.start:
+    while T % 2 == 0 and T >= 2 * LEAST.start:
         T, parts = T // 2, 2 * parts
-    return parts if T in least else 1
+    return parts if T in LEAST else 1
 
 
 def _fold(x: Tensor, batch: int) -> Tensor:
@@ -125,18 +139,41 @@ class _Blocks(torch.autograd.Function):
         q, k, v, out, log_sums = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *_differentiable(q, k, v, grad), None
-        flash, B = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, len(q)
-        known = [_foldable(x) for x in (grad, q, k, v, out, log_sums)]
-        least = flash(*(_fold(x, B * ctx.triangles) for x in known), dropout_p=0.0, is_causal=True)
-        gradients = [_fold(x, B) for x in least]
-        for squares in _squares(ctx.triangles):
-            halves = lambda x: _fold(x, B * squares).chunk(2, dim=2)  # noqa: B023, E731
-            (_, g), (_, queries), (keys, _), (values, _), (_, late_out), (_, late_sums) = map(halves, known)
-            more = flash(g, queries, keys, values, late_out, late_sums, dropout_p=0.0, is_causal=False)
-            (_, dq), (dk, _), (dv, _) = map(halves, gradients)
-            for total, part in zip((dq, dk, dv), more, strict=True):
-                total += part
-        return *gradients, None
+        return *_gradients((grad, q, k, v, out, log_sums), ctx.triangles), None
+
+
+def _gradients(known: Sequence[Tensor], triangles: int) -> list[Tensor]:
+    """Of queries, keys and values, from the output's, these three, the output and the logarithms of its sums."""
+    flash, B = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, len(known[0])
+    known = [_foldable(x) for x in known]
+    least = flash(*(_fold(x, B * triangles) for x in known), dropout_p=0.0, is_causal=True)
+    gradients = [_fold(x, B) for x in least]
+    for squares in _squares(triangles):
+        halves = lambda x: _fold(x, B * squares).chunk(2, dim=2)  # noqa: B023, E731
+        (_, g), (_, queries), (keys, _), (values, _), (_, late_out), (_, late_sums) = map(halves, known)
+        more = flash(g, queries, keys, values, late_out, late_sums, dropout_p=0.0, is_causal=False)
+        (_, dq), (dk, _), (dv, _) = map(halves, gradients)
+        for total, part in zip((dq, dk, dv), more, strict=True):
+            total += part
+    return gradients
+
+
+class _Narrow(torch.autograd.Function):
+    """Attention in bfloat16 whose gradient is formed in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=True)
+        ctx.save_for_backward(q, k, v, out, log_sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, out, log_sums = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable(q, k, v, grad)
+        wide = [x.float() for x in (grad, q, k, v, out, log_sums)]
+        return tuple(x.to(q.dtype) for x in _gradients(wide, _triangles(q.shape[2])))
 
 
 class _Products(torch.autograd.Function):
