@@ -1,6 +1,6 @@
 """Causal attention of our own (`vspdf.attention`) against torch's, in float32 and in bfloat16.
 
-    python benchmarks/attention.py [--tokens 64 128 256 512 1024 2048] [--widths 32 48 64 128] [--threads 1] [--rounds 15]
+    python benchmarks/attention.py [--tokens 128 256 512] [--widths 32 48 64 128] [--threads 1] [--rounds 15]
 
 Four heads, 1,024 tokens in all where a sequence is no longer, forward and backward, the one and the other in turns;
 whole rounds are compared: medians of their ratios. Queries, keys and values are parts of one matrix, as in a model.
