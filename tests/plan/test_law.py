@@ -63,23 +63,31 @@ def test_only_such_arms_count_as_end_dense_for_a_third_of_their_steps_as_the_adv
 
 @pytest.mark.parametrize("faster, method", [(4.0, "set"), (1.0, "dense")], ids=["ideal", "no faster"])
 def test_advice_follows_the_time_of_a_step(monkeypatch, faster, method):
-    def pace(progress):
+    def pace(progress, precision):
         return (lambda shape, sparsity: 1e-10 * shape.linear / (faster if sparsity else 1.0)), ""
 
     monkeypatch.setattr(advice, "_pace", pace)
+    monkeypatch.setattr(cpu, "has_bf16", lambda: False)
     found = advice.advise(0.05)
-    assert found.method == method
+    assert (found.method, found.precision) == (method, "fp32")
     assert isinstance(found.shape, Shape) and found.low < found.expected_loss < found.high
     assert set(found.others) == {"dense", *law.METHODS}
 
 
 @pytest.mark.parametrize("has", [True, False])
-def test_advice_says_that_bfloat16_was_not_timed_where_the_processor_has_it(has, monkeypatch):
-    monkeypatch.setattr(advice, "_pace", lambda progress: (lambda shape, sparsity: 1e-4, "Others."))
+def test_advice_takes_bfloat16_where_the_processor_has_it_and_is_faster_in_it(has, monkeypatch):
+    def pace(progress, precision):
+        return (lambda shape, sparsity: 1e-10 * shape.linear * (0.5 if precision == "bf16" else 1.0)), "Others."
+
+    monkeypatch.setattr(advice, "_pace", pace)
     monkeypatch.setattr(cpu, "has_bf16", lambda: has)
     found = advice.advise(0.05)
-    assert found.note.startswith("Others.") and found.sentences()[-1] == found.note
-    assert ("`vspdf bench step --dtype float32,bfloat16`" in found.note) == has
+    assert found.sentences()[-1] == found.note == "Others."
+    assert (found.method, found.precision) == ("dense", "bf16" if has else "fp32")
+    assert found.configuration()["train"]["precision"] == found.precision and f"in {found.precision}," in str(
+        found.sentences()
+    )
+    assert ("dense in bf16" in found.others and found.others["dense"][1] > found.expected_loss) == has
 
 
 @pytest.mark.parametrize("load, said", [(2.0, True), (0.1, False)], ids=["busy", "quiet"])
@@ -97,7 +105,7 @@ SPARSITIES = {"dense": [0.0], "static": [0.75], "set": [0.75], "set-then-dense":
 @pytest.mark.parametrize("method, sparsities", SPARSITIES.items(), ids=SPARSITIES)
 def test_an_advice_is_written_as_a_configuration_that_trains(method, sparsities, corpus, tmp_path):
     shape = Shape(2, 32, 1, 128, 257, 128)
-    found = advice.Advice(shape, sparsities[0], method, 1.1, 1.0, 1.2, 9, False, {})
+    found = advice.Advice(shape, sparsities[0], method, "fp32", 1.1, 1.0, 1.2, 9, False, {})
     write_advice(found, tmp_path / "mine.yaml")
     changes = [f"data.corpus={corpus}", f"run_dir={tmp_path}/run", "train.measure_dense=0", "train.sample_tokens=0"]
     config = loading.load(tmp_path / "mine.yaml", changes)

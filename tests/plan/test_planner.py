@@ -12,6 +12,7 @@ from vspdf.bench.calibrate import Calibration, calibrate
 from vspdf.cli import app
 from vspdf.config import loading, resolve
 from vspdf.errors import UserError
+from vspdf.kernels.cpu import has_bf16
 from vspdf.model import GPT
 from vspdf.plan.machines import Machines
 from vspdf.plan.planner import plan
@@ -154,12 +155,26 @@ def test_a_calibration_prices_a_step():
     assert measured.step_seconds(shape, 0.5, 20) == pytest.approx(20 * token + update)
 
 
-def test_a_calibration_measures_all_that_a_step_is_made_of():
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_calibration_measures_all_that_a_step_is_made_of(precision):
     shape = Shape(n_layer=3, d_model=64, n_head=4, d_ff=128, vocab_size=9000, sequence_length=600)
-    found = calibrate(shape, [0.9], 512, rounds=1)
+    found = calibrate(shape, [0.9], 512, rounds=1, precision=precision)
+    assert found.precision == (precision if has_bf16() else "fp32")
     assert (found.tokens, found.sequence) == (512, 512) and found.block_seconds.keys() == {0.0, 0.9}
     times = (*found.block_seconds.values(), *found.attention_seconds, found.vocabulary_seconds, found.optimizer_seconds)
     assert min(times) > 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_time_is_that_of_the_runs_precision(precision, corpus, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("vspdf.plan.wish.calibrate", lambda *_, precision: asked.append(precision) or SPEEDS)
+    (tmp_path / "mine.yaml").write_text(
+        f"model: {{n_layer: 1, d_model: 32, n_head: 2, sequence_length: 32}}\ntrain: {{precision: {precision}}}\n"
+        f"data: {{corpus: {corpus}, repeat: true}}\nphases: [{{sparsity: 0.9, steps: 9}}]\n"
+    )
+    plan(tmp_path / "mine.yaml", time=True)
+    assert asked == [precision]
 
 
 def test_time_adds_up(tmp_path):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 from vspdf.shapes import Shape
+
+_Cast = Callable[[], AbstractContextManager]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Seconds measured on this machine, float32: forward and backward of one block, of the vocabulary, and AdamW."""
+    """Seconds measured on this machine: forward and backward of one block, of the vocabulary, and AdamW."""
 
     tokens: int  # of each measured pass
     sequence: int  # tokens that attend to each other in it
@@ -22,6 +26,7 @@ class Calibration:
     vocabulary_seconds: float
     optimizer_seconds: float  # a parameter: clipping and AdamW
     note: str = ""  # on what makes them longer than they are alone
+    precision: str = "fp32"  # of forward and backward: or "bf16", under autocast
 
     def step_seconds(self, shape: Shape, sparsity: float, tokens: int) -> float:
         """Of one training step of `tokens`."""
@@ -33,16 +38,6 @@ class Calibration:
         return passes + parameters * self.optimizer_seconds
 
 
-def bfloat16_note() -> str:
-    """That a dense model may be better in bfloat16, untimed here; "" where the processor has none."""
-    from vspdf.kernels.cpu import has_bf16
-
-    return has_bf16() * (
-        "All of that is float32. This processor multiplies bfloat16 too, where a dense model may be the better one: "
-        "`vspdf bench step --dtype float32,bfloat16` tells."
-    )
-
-
 UPDATED = 1 << 23  # parameters whose update is timed: beyond any cache
 
 
@@ -52,6 +47,7 @@ def calibrate(
     step_tokens: int,
     progress: Callable[[str], None] = lambda line: None,
     rounds: int = 3,
+    precision: str = "fp32",
 ) -> Calibration:
     """Times one transformer block at the model's widths, dense and sparse, and what else a step is made of.
 
@@ -68,12 +64,18 @@ def calibrate(
         Tokens of a whole step: never more are used.
     rounds : int
         After one of warm-up; medians count.
+    precision : {"fp32", "bf16"}
+        As `train.precision`: on a processor without bfloat16 all is float32.
     """
     import torch
 
     from vspdf import gemm
     from vspdf.bench.rounds import busy, others_at_work, time_rounds
+    from vspdf.kernels.hardware import slow_bf16
 
+    if slow_bf16(torch.device("cpu")):
+        precision = "fp32"
+    cast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision == "bf16")
     others = busy(others_at_work())
     block_weights = shape.linear // shape.n_layer
     tokens = min(step_tokens, 2048 if block_weights < 2e7 else 512)
@@ -82,11 +84,12 @@ def calibrate(
     size = f"{shape.d_model} x {shape.d_ff} on {batch * sequence} tokens"
     progress(f"measuring one block of {size}, dense and at {sparsities}")
     torch.manual_seed(0)  # data, never zeros
-    calls = {f"block {s}": _block(shape, s, batch, sequence) for s in (0.0, *sparsities)}
+    calls = {f"block {s}": _block(shape, s, batch, sequence, cast) for s in (0.0, *sparsities)}
     if sequence < shape.sequence_length:
-        calls |= {"short": _attention(shape, sequence), "whole": _attention(shape, shape.sequence_length)}
+        lengths = {"short": sequence, "whole": shape.sequence_length}
+        calls |= {name: _attention(shape, length, precision) for name, length in lengths.items()}
     rows = min(shape.vocab_size, 8192)  # time goes with the rows
-    calls |= {"vocabulary": _vocabulary(shape.d_model, rows, batch * sequence), "optimizer": _update()}
+    calls |= {"vocabulary": _vocabulary(shape.d_model, rows, batch * sequence, cast), "optimizer": _update()}
     with gemm.faster():  # as the trainer multiplies
         times = time_rounds({name: {"layer": call} for name, call in calls.items()}, rounds)
     median = {name: statistics.median(timed.seconds for timed in column) for (name, _), column in times.items()}
@@ -95,11 +98,11 @@ def calibrate(
         {s: median[f"block {s}"] for s in (0.0, *sparsities)},
         (median["short"], median["whole"]) if "short" in median else (0.0, 0.0),
         median["vocabulary"] * shape.vocab_size / rows, median["optimizer"] / UPDATED,
-        others and f"{others} Alone, a step takes less time than is said here.",
+        others and f"{others} Alone, a step takes less time than is said here.", precision,
     )  # fmt: skip
 
 
-def _block(shape: Shape, sparsity: float, batch: int, sequence: int) -> Callable[[], None]:
+def _block(shape: Shape, sparsity: float, batch: int, sequence: int, cast: _Cast) -> Callable[[], None]:
     """Forward and backward of one transformer block."""
     import torch
 
@@ -115,23 +118,27 @@ def _block(shape: Shape, sparsity: float, batch: int, sequence: int) -> Callable
     by = rotation(shape, torch.arange(sequence))
 
     def call() -> None:
-        module(x, by).backward(grad)
+        with cast():
+            y = module(x, by)
+        y.backward(grad)
         module.zero_grad(set_to_none=True)
 
     return call
 
 
-def _attention(shape: Shape, length: int) -> Callable[[], None]:
+def _attention(shape: Shape, length: int, precision: str) -> Callable[[], None]:
     """Forward and backward of causal attention over one sequence."""
     import torch
 
     from vspdf.attention import causal_attention
 
-    q, k, v = (torch.randn(1, shape.n_head, length, shape.head_dim, requires_grad=True) for _ in "qkv")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    size = (1, shape.n_head, length, shape.head_dim)
+    q, k, v = (torch.randn(size).to(dtype).requires_grad_() for _ in "qkv")
     return lambda: causal_attention(q, k, v).sum().backward()
 
 
-def _vocabulary(d_model: int, rows: int, tokens: int) -> Callable[[], None]:
+def _vocabulary(d_model: int, rows: int, tokens: int, cast: _Cast) -> Callable[[], None]:
     """Embedding, unembedding and loss over `rows` of a vocabulary, forward and backward."""
     import torch
     import torch.nn.functional as F
@@ -140,7 +147,9 @@ def _vocabulary(d_model: int, rows: int, tokens: int) -> Callable[[], None]:
     ids = torch.randint(rows, (tokens,))
 
     def call() -> None:
-        F.cross_entropy(F.linear(F.embedding(ids, wte), wte), ids).backward()
+        with cast():
+            loss = F.cross_entropy(F.linear(F.embedding(ids, wte), wte).float(), ids)
+        loss.backward()
         wte.grad = None
 
     return call

@@ -5,6 +5,7 @@ What losses to expect is `vspdf.plan.law`'s; seconds come from blocks that are t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vspdf.bench.calibrate import bfloat16_note, calibrate
+from vspdf.bench.calibrate import calibrate
 from vspdf.errors import UserError
 from vspdf.plan import law
 from vspdf.shapes import Shape
@@ -56,6 +57,8 @@ class Advice:
         At first.
     method : str
         "dense", or one of `vspdf.plan.law.METHODS`: "static", "set" or "set-then-dense".
+    precision : str
+        "fp32" or "bf16", of `train.precision`.
     expected_loss, low, high : float
         Nats a byte on text like the standard library's, and between which the laws leave it.
     steps : int
@@ -63,14 +66,15 @@ class Advice:
     extrapolated : bool
         Whether it is larger, smaller, longer or shorter trained than what was measured.
     others : dict of str to (Shape, float)
-        The best model of every method, and its loss.
+        The best model of every method, and in bfloat16 ("dense in bf16") where the processor has it, and its loss.
     note : str
-        On what made steps longer than they are alone, and on bfloat16 where the processor has it; else empty.
+        On what made steps longer than they are alone; else empty.
     """
 
     shape: Shape
     sparsity: float
     method: str
+    precision: str
     expected_loss: float
     low: float
     high: float
@@ -81,7 +85,7 @@ class Advice:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "model": _sizes(self.shape), "sparsity": self.sparsity, "method": self.method,
+            "model": _sizes(self.shape), "sparsity": self.sparsity, "method": self.method, "precision": self.precision,
             "expected_loss": self.expected_loss, "low": self.low, "high": self.high, "steps": self.steps,
             "extrapolated": self.extrapolated, "note": self.note,
             "others": {
@@ -107,6 +111,7 @@ class Advice:
             "data": {"corpus": "stdlib-all", "tokenizer": "bytes", "validation_fraction": 0.01, "repeat": True},
             "train": {
                 "batch_size": _SEQUENCES,
+                "precision": self.precision,
                 "eval_every": every,
                 "checkpoint_every": every,
                 "log_every": every // 10,
@@ -125,8 +130,9 @@ class Advice:
         rest = "; ".join(f"{name} {loss:.3f} (width {shape.d_model})" for name, (shape, loss) in self.others.items())
         beyond = " It extrapolates: nothing so large, or so long trained, was measured." if self.extrapolated else ""
         return [
-            f"Advice: {best}, {how}, {self.steps:,} steps of {_TOKENS:,} bytes: a loss of {self.expected_loss:.3f} "
-            f"nats a byte ({self.low:.3f} to {self.high:.3f}) on text like Python's standard library.{beyond}",
+            f"Advice: {best}, {how}, in {self.precision}, {self.steps:,} steps of {_TOKENS:,} bytes: a loss of "
+            f"{self.expected_loss:.3f} nats a byte ({self.low:.3f} to {self.high:.3f}) on text like Python's standard "
+            f"library.{beyond}",
             f"Best of each kind: {rest}. Differences below the interval are not told apart (docs/evidence.md).",
             *filter(None, [self.note]),
         ]
@@ -148,7 +154,10 @@ def advise(hours: float, progress: Callable[[str], None] = lambda line: None) ->
     """
     if not 0 < hours < math.inf:
         raise UserError(f"hours must be positive, not {hours}.")
-    (pace, note), worth = _pace(progress), law.worth()
+    from vspdf.kernels.cpu import has_bf16
+
+    worth = law.worth()
+    paces = {precision: _pace(progress, precision) for precision in ("fp32", *["bf16"] * has_bf16())}
 
     def kept(method: str, shape: Shape) -> float:
         """Weights of the layers on average over the steps."""
@@ -158,16 +167,16 @@ def advise(hours: float, progress: Callable[[str], None] = lambda line: None) ->
         """Weights of the dense model that is as good: the least, as usual, the most."""
         return tuple(m * weights for m in worth[method].at(tokens / weights)) if method in worth else (weights,) * 3
 
-    found: dict[str, tuple[float, Shape, float]] = {}
-    for method, stages in _STAGES.items():
+    found: dict[tuple[str, str], tuple[float, Shape, float]] = {}
+    for (precision, (pace, _)), (method, stages) in itertools.product(paces.items(), _STAGES.items()):
         for width in _WIDTHS:
             shape = _shape(width)
             tokens = hours * 3600 / sum(stage.share * pace(shape, stage.sparsity) for stage in stages)
             loss = law.loss(equal(method, kept(method, shape), tokens)[1], tokens)
-            if method not in found or loss < found[method][0]:
-                found[method] = (loss, shape, tokens)
-    method = min(found, key=lambda name: found[name][0])
-    loss, shape, tokens = found[method]
+            if (method, precision) not in found or loss < found[method, precision][0]:
+                found[method, precision] = (loss, shape, tokens)
+    method, precision = min(found, key=lambda kind: found[kind][0])
+    loss, shape, tokens = found[method, precision]
     mine = kept(method, shape)
     first = _STAGES[method][0].sparsity
     all_of_them = [law.loss(size, tokens, fit) for size in equal(method, mine, tokens) for fit in range(law.FITS)]
@@ -175,9 +184,10 @@ def advise(hours: float, progress: Callable[[str], None] = lambda line: None) ->
     beyond = not (weights[0] <= mine <= weights[1] and text[0] <= tokens <= text[1])
     doubt = 2 * _ERROR if beyond else _ERROR
     return Advice(
-        shape, first, method, loss, min(all_of_them) * (1 - doubt), max(all_of_them) * (1 + doubt),
-        max(1, round(tokens / _TOKENS)), beyond, {name: (of, least) for name, (least, of, _) in found.items()},
-        " ".join(filter(None, (note, bfloat16_note()))),
+        shape, first, method, precision, loss, min(all_of_them) * (1 - doubt), max(all_of_them) * (1 + doubt),
+        max(1, round(tokens / _TOKENS)), beyond,
+        {name + " in bf16" * (how == "bf16"): (of, least) for (name, how), (least, of, _) in found.items()},
+        paces["fp32"][1],
     )  # fmt: skip
 
 
@@ -186,12 +196,12 @@ def _shape(width: int) -> Shape:
     return Shape(layers, width, max(1, width // 64), 4 * width, _VOCABULARY, _LENGTH)
 
 
-def _pace(progress: Callable[[str], None]) -> tuple[Callable[[Shape, float], float], str]:
+def _pace(progress: Callable[[str], None], precision: str) -> tuple[Callable[[Shape, float], float], str]:
     """Seconds a token of a training step, from blocks of three widths timed here; and what made them longer."""
     timed = []
     for width in _TIMED:
-        progress(f"timing a block of width {width}")
-        timed.append(calibrate(_shape(width), [_SPARSITY], _TOKENS, rounds=3))
+        progress(f"timing a block of width {width} in {precision}")
+        timed.append(calibrate(_shape(width), [_SPARSITY], _TOKENS, rounds=3, precision=precision))
     blocks = {s: [each.block_seconds[s] / each.tokens for each in timed] for s in (0.0, _SPARSITY)}
     rest, update = [each.vocabulary_seconds / each.tokens for each in timed], timed[-1].optimizer_seconds
     between = lambda width, column: math.exp(_line(math.log(width), np.log(_TIMED), np.log(column)))  # noqa: E731

@@ -256,7 +256,10 @@ def plan(
     if machines is not None:
         machines.require_even_shares(settings.train.batch_size)
     step_tokens = settings.train.batch_size * shape.sequence_length
-    run = _Wish(shape, dense_steps, step_tokens, split, sparsity, effective, convention, causal, progress)
+    run = _Wish(
+        shape, dense_steps, step_tokens, split, sparsity, effective, convention, causal, progress,
+        settings.train.precision,
+    )  # fmt: skip
 
     if not own:
         stages = phases if phases is not None else run.stages(save, memory, hours)

@@ -44,6 +44,7 @@ class _Wish:
     convention: str
     causal: bool
     progress: Callable[[str], None]
+    precision: str = "fp32"
     calibration: Calibration | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -135,7 +136,7 @@ class _Wish:
         """Speed at these sparsities, unless known."""
         wanted = sorted({s for s in sparsities if s})
         if self.calibration is None or not set(wanted) <= self.calibration.block_seconds.keys():
-            self.calibration = calibrate(self.shape, wanted, self.step_tokens, self.progress)
+            self.calibration = calibrate(self.shape, wanted, self.step_tokens, self.progress, precision=self.precision)
 
     def _fixed(self) -> float:
         return STATE_BYTES * (self.shape.parameters - self.shape.linear)
