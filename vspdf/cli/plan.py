@@ -162,9 +162,9 @@ def _print_plan(found: Plan) -> None:
         speeds = ", ".join(f"{s:.4g}: {block[0.0] / seconds:.2f}x" for s, seconds in block.items() if s)
         lines.append(
             f"Time: from one block timed here on {measured.tokens:,} tokens ({measured.precision}, {measured.threads} "
-            f"threads, medians of {measured.rounds} rounds; forward and backward, attention and norms included; speed-"
-            f"up by sparsity {speeds or '-'}), times the layers; vocabulary and AdamW timed apart. No data, evaluation, "
-            "checkpoints."
+            f"threads, medians of {measured.rounds} rounds; forward and backward, attention and norms included; "
+            f"speed-up by sparsity {speeds or '-'}), times the layers; vocabulary and AdamW timed apart. No data, "
+            "evaluation, checkpoints."
         )
     else:
         lines.append("Time on this machine: not measured (--time).")
