@@ -38,6 +38,13 @@ class Calibration:
         return passes + parameters * self.optimizer_seconds
 
 
+def precisions() -> tuple[str, ...]:
+    """Those of `train.precision` that this processor multiplies in."""
+    from vspdf.kernels.cpu import has_bf16
+
+    return ("fp32", "bf16") if has_bf16() else ("fp32",)
+
+
 UPDATED = 1 << 23  # parameters whose update is timed: beyond any cache
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vspdf.bench.calibrate import calibrate
+from vspdf.bench.calibrate import calibrate, precisions
 from vspdf.errors import UserError
 from vspdf.plan import law
 from vspdf.shapes import Shape
@@ -154,10 +154,8 @@ def advise(hours: float, progress: Callable[[str], None] = lambda line: None) ->
     """
     if not 0 < hours < math.inf:
         raise UserError(f"hours must be positive, not {hours}.")
-    from vspdf.kernels.cpu import has_bf16
-
     worth = law.worth()
-    paces = {precision: _pace(progress, precision) for precision in ("fp32", *["bf16"] * has_bf16())}
+    paces = {precision: _pace(progress, precision) for precision in precisions()}
 
     def kept(method: str, shape: Shape) -> float:
         """Weights of the layers on average over the steps."""

@@ -256,10 +256,8 @@ def plan(
     if machines is not None:
         machines.require_even_shares(settings.train.batch_size)
     step_tokens = settings.train.batch_size * shape.sequence_length
-    run = _Wish(
-        shape, dense_steps, step_tokens, split, sparsity, effective, convention, causal, progress,
-        settings.train.precision,
-    )  # fmt: skip
+    run = _Wish(shape, dense_steps, step_tokens, split, sparsity, effective, convention, causal, progress)
+    run.precision = settings.train.precision
 
     if not own:
         stages = phases if phases is not None else run.stages(save, memory, hours)
