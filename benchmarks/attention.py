@@ -12,18 +12,19 @@ import argparse
 from collections.abc import Callable
 
 import torch
+from gelu import ratio
 from torch import Tensor
 
 from vspdf.attention import causal_attention, plain
-from vspdf.bench.rounds import compared, on_threads, time_rounds
+from vspdf.bench.rounds import on_threads
 from vspdf.kernels import cpu
 from vspdf.kernels.hardware import keep_freed_memory
 
 HEADS = 4
 
 
-def ratio(tokens: int, width: int, dtype: torch.dtype, rounds: int) -> str:
-    """Torch's time over ours, with its interval."""
+def both_ways(tokens: int, width: int, dtype: torch.dtype, rounds: int) -> str:
+    """Torch's time over ours, forward and backward, with its interval."""
     batch = max(1, 1024 // tokens)
     whole = torch.randn(batch, tokens, 3 * HEADS * width, dtype=dtype, requires_grad=True)
     upstream = torch.randn(batch, HEADS, tokens, width, dtype=dtype)
@@ -32,11 +33,7 @@ def ratio(tokens: int, width: int, dtype: torch.dtype, rounds: int) -> str:
         parts = (part.view(batch, tokens, HEADS, width).transpose(1, 2) for part in whole.chunk(3, dim=2))
         torch.autograd.grad(attention(*parts), whole, upstream)
 
-    times = time_rounds(
-        {"torch": {"layer": lambda: run(plain)}, "ours": {"layer": lambda: run(causal_attention)}}, rounds
-    )
-    found = compared(times["torch", "layer"], times["ours", "layer"])
-    return f"{found.median:.2f}x ({found.low:.2f} to {found.high:.2f})"
+    return ratio(lambda: run(plain), lambda: run(causal_attention), rounds)
 
 
 def main() -> None:
@@ -52,7 +49,9 @@ def main() -> None:
         print(f"{cpu.cpu_name()}, {cpu.isa()}, {threads} threads, torch {torch.__version__}: torch's time over ours")
         for dtype in (torch.float32, torch.bfloat16):
             for tokens in arguments.tokens:
-                found = [f"{width} wide {ratio(tokens, width, dtype, arguments.rounds)}" for width in arguments.widths]
+                found = [
+                    f"{width} wide {both_ways(tokens, width, dtype, arguments.rounds)}" for width in arguments.widths
+                ]
                 print(f"{str(dtype)[6:]:9} {tokens:>5} tokens: {', '.join(found)}", flush=True)
 
 

@@ -78,9 +78,8 @@ def calibrate(
 
     from vspdf import gemm
     from vspdf.bench.rounds import busy, others_at_work, time_rounds
-    from vspdf.kernels.hardware import slow_bf16
 
-    if slow_bf16(torch.device("cpu")):
+    if precision not in precisions():
         precision = "fp32"
     cast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision == "bf16")
     others = busy(others_at_work())

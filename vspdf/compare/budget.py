@@ -77,6 +77,7 @@ def settle(study: Study, root: Path, jobs: int = 1, say: Callable[[str], None] =
             continue
         trial = _filling(arm, pace, study.tuning_seconds)
         tried = replace(arm, trial_steps=trial, trial_seeds=frozenset(study.tuning_seeds))
+        # How many times the expected seconds; 1 where nothing is known.
         took = known[name].get("took") or _trials_took(study, root, tried, _taken(arm, trial, pace))
         if took:
             known[name]["took"] = took
