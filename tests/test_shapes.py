@@ -13,7 +13,7 @@ from vspdf.errors import UserError
 from vspdf.ledger import CONVENTIONS, flops_per_token
 from vspdf.model import GPT
 from vspdf.shapes import MODELS, RopeScaling, Shape
-from vspdf.sparsity.surgery import sparsifiable
+from vspdf.sparsity.eligible import sparsifiable
 from vspdf.train.step import dense_counts
 
 SMALL = Shape(2, 32, 4, 48, 61, 24)

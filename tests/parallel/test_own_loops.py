@@ -126,6 +126,15 @@ for start in (3, 6):
 found["fsdp"] = losses
 with vspdf.gathered(model):
     found["same weights"] = all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
+
+# each process with masks of its own
+model = made()
+fully_shard(model)
+def differently():
+    with vspdf.gathered(model):
+        vspdf.evolve(model, None, 0.3, seed=rank)
+found["refused"]["evolve"] = refusal(lambda: vspdf.evolve(model, None, 0.3))
+found["differ"] = refusal(differently)
 if rank == 0:
     with open(f"{folder}/found.json", "w") as file:
         json.dump(found, file)
@@ -168,7 +177,11 @@ def test_sharded_through_the_phases_is_as_wrapped(found):
     assert found["fsdp"] == found["ddp"] and found["same weights"]
 
 
-@pytest.mark.parametrize("verb", ["densify", "set_sparsity", "at", "weight", "checkpoint", "sparsify"])
+def test_processes_that_leave_other_masks_are_refused(found):
+    assert "gathered: the processes have given the model different masks" in found["differ"]
+
+
+@pytest.mark.parametrize("verb", ["densify", "set_sparsity", "evolve", "at", "weight", "checkpoint", "sparsify"])
 def test_what_needs_whole_weights_says_so(found, verb):
     assert "with vspdf.gathered(model, optimizer):" in found["refused"][verb]
     assert "sparsify before fully_shard" in found["refused"][verb]

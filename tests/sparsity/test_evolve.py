@@ -251,3 +251,15 @@ def test_a_vector_moves_from_one_mask_to_another(before, after, shape, threads):
     assert all(map(torch.equal, [move(v) for v in (*several, apart) * 2], [exact, -exact, 2 * exact, exact] * 2))
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         assert torch.equal(moving._Move(old, new)(values.to(dtype)), exact.to(dtype)), dtype
+
+
+def test_frozen_layers_keep_their_masks(mlp):
+    model = mlp()
+    vspdf.sparsify(model, 0.5)
+    model[0].values.requires_grad_(False)
+    before, values = model[0].pattern, model[0].values.detach().clone()
+    assert list(vspdf.evolve(model, None, 0.5)) == ["2"]
+    assert model[0].pattern is before and torch.equal(model[0].values, values)
+    model[2].values.requires_grad_(False)
+    with pytest.raises(UserError, match="all are frozen"):
+        vspdf.evolve(model, None, 0.5)

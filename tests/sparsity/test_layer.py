@@ -1,5 +1,7 @@
 """One sparse layer: from a dense one and back, its states, its plans, and the bytes that it takes."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -130,3 +132,59 @@ def test_build_plans_builds_every_plan_that_a_kernel_may_use():
     model(torch.randn(80, 64, requires_grad=True)).sum().backward()
     assert sizes == [layer.pattern.packed["cpu"].nbytes for layer in model[:2]]
     assert "cpu" not in model[2].pattern.packed
+
+
+# -- values that came with another mask -------------------------------------------------------------------------------
+
+
+def test_an_average_over_masks_that_moved_is_refused(sparse_one):
+    from torch.optim.swa_utils import AveragedModel
+
+    model, x = sparse_one(), torch.randn(4, 48)
+    average = AveragedModel(model)
+    average.update_parameters(model)
+    average(x)
+    vspdf.evolve(model, None, 0.3, seed=1)
+    average.update_parameters(model)
+    with pytest.raises(UserError, match="came from one with another mask"):
+        average(x)
+
+
+@pytest.mark.parametrize("seeds", [(0, 0), (0, 1)], ids=["one mask", "two"])
+def test_stacked_models_have_the_same_masks_or_are_refused(seeds, sparse_one):
+    from torch.func import functional_call, stack_module_state, vmap
+
+    models, x = [sparse_one(seed=seed) for seed in seeds], torch.randn(4, 48)
+    stacked = vmap(lambda *of: functional_call(models[0], of, (x,)))
+    if seeds[0] == seeds[1]:
+        return torch.testing.assert_close(stacked(*stack_module_state(models))[1], models[1](x))
+    with pytest.raises(UserError, match="came from one with another mask"):
+        stacked(*stack_module_state(models))
+
+
+@pytest.mark.parametrize("how", ["assigned", "to_empty"])
+def test_a_layer_that_was_on_meta_knows_its_mask(how, sparse_one):
+    model, x = sparse_one(), torch.randn(4, 48)
+    with torch.device("meta"):
+        other = sparse_one()
+    if how == "to_empty":
+        other.to_empty(device="cpu")
+    other.load_state_dict(model.state_dict(), assign=how == "assigned")
+    assert torch.equal(other.to("cpu")(x), model(x)) and torch.equal(other[0].mask_digest, model[0].mask_digest)
+
+
+def test_a_layer_made_in_inference_mode_runs(sparse_one):
+    with torch.inference_mode():
+        assert sparse_one()(torch.ones(2, 48)).shape == (2, 96)
+
+
+def test_the_input_goes_by_its_name_in_torch(sparse_one):
+    layer, x = sparse_one()[0], torch.randn(4, 48)
+    assert torch.equal(layer(input=x), layer(x))
+
+
+def test_a_dense_view_is_saved_and_copied_as_a_tensor(sparse_one, tmp_path):
+    weight = sparse_one()[0].weight.detach()
+    torch.save({"w": weight}, tmp_path / "w.pt")
+    for found in (torch.load(tmp_path / "w.pt")["w"], copy.deepcopy(weight)):
+        assert type(found) is torch.Tensor and torch.equal(found, torch.Tensor(weight))

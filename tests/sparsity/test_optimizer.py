@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import vspdf
 from vspdf.errors import UserError
 from vspdf.sparsity.layer import SparseLinear
-from vspdf.sparsity.optimizer import RevivedWarmup
+from vspdf.sparsity.revived import RevivedWarmup
 
 # -- moments and revived weights --------------------------------------------------------------------------------------
 
@@ -223,6 +223,95 @@ def test_lbfgs_history_is_reset_with_a_word(caplog, sparse_one):
     with caplog.at_level(logging.WARNING, "vspdf"):
         vspdf.densify(model, optimizer)
     assert "LBFGS keeps state that is not element by element" in caplog.text
+
+
+def test_lbfgs_trains_the_weights_that_came(sparse_one):
+    model = sparse_one()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(4, 48)).square().mean()
+        loss.backward()
+        return loss
+
+    for change in (lambda: None, lambda: vspdf.evolve(model, optimizer, 0.3), lambda: vspdf.densify(model, optimizer)):
+        change()
+        before = [p.detach().clone() for p in model.parameters()]
+        first = optimizer.step(closure).item()
+        assert closure().item() < first
+        assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+BEGINNINGS = {
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=1e-2),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2, initial_accumulator_value=1.0),
+}
+
+
+@pytest.mark.parametrize("moments", ["keep", "reset"])
+@pytest.mark.parametrize("make", BEGINNINGS.values(), ids=BEGINNINGS)
+def test_new_weights_begin_with_the_state_that_the_optimizer_begins_with(make, moments, sparse_one):
+    model = sparse_one()
+    optimizer, x = make(model.parameters()), torch.randn(4, 48)
+    for _ in range(3):
+        model(x).square().mean().backward()
+        optimizer.step(), optimizer.zero_grad()
+    revived = ~vspdf.densify(model, optimizer, moments=moments)["0"].mask()
+    start, dense = model[0].weight.detach().clone(), nn.Sequential(nn.Linear(48, 96))
+    dense.load_state_dict(model.state_dict())
+    anew = make(dense.parameters())
+    for net, own in ((model, optimizer), (dense, anew)):
+        net(x).square().mean().backward()
+        own.step()
+    update, wanted = (model[0].weight - start)[revived], (dense[0].weight - start)[revived]
+    torch.testing.assert_close(update, wanted, rtol=1e-4, atol=1e-7)
+
+
+class Quantised(torch.Tensor):
+    """State of a class of its own, as 8-bit optimizers keep it: its memory is not what its shape says."""
+
+
+def test_state_of_a_class_of_its_own_starts_anew_with_a_word(caplog, sparse_one):
+    model = sparse_one()
+    optimizer = Own(model.parameters(), lambda p: [torch.zeros_like(p).as_subclass(Quantised)])
+    model(torch.randn(4, 48)).sum().backward()
+    optimizer.step()
+    with caplog.at_level(logging.WARNING, "vspdf"):
+        vspdf.evolve(model, optimizer, 0.3)
+    assert "Own keeps state that is not element by element" in caplog.text and model[0].values not in optimizer.state
+
+
+def test_a_tensor_that_hangs_on_a_weight_moves_with_it(one):
+    model = one()
+    model[0].weight.anchor = model[0].weight.detach().clone()
+    vspdf.sparsify(model, 0.5)
+    for change in (lambda: None, lambda: vspdf.evolve(model, None, 0.3), lambda: vspdf.densify(model)):
+        change()
+        kept = model[0].values if isinstance(model[0], SparseLinear) else model[0].weight
+        assert kept.anchor.shape == kept.shape and torch.equal(kept.anchor[kept != 0], kept[kept != 0])
+
+
+def test_what_cannot_exchange_parameters_is_refused_before_anything_changes(sparse_one):
+    class ZeroRedundancyOptimizer(torch.optim.SGD):
+        pass
+
+    class FullyShardedDataParallel(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    model = sparse_one()
+    optimizer = ZeroRedundancyOptimizer(model.parameters())
+    for change in (
+        lambda: vspdf.densify(model, optimizer), lambda: vspdf.evolve(model, optimizer, 0.3),
+        lambda: vspdf.set_sparsity(model, 0.5, optimizer),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="ZeroRedundancyOptimizer has dealt its parameters out"):
+            change()
+    with pytest.raises(UserError, match="FullyShardedDataParallel keeps weights in flat parameters"):
+        vspdf.densify(FullyShardedDataParallel(model))
+    assert isinstance(model[0], SparseLinear)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")

@@ -36,6 +36,12 @@ class DenseView(Tensor):
             self._layer = None
         super().__setattr__(name, value)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _plain(self.detach()).__reduce_ex__(protocol)  # a file, and a copy, is of the numbers alone
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return _plain(self.detach()).clone()
+
     @staticmethod
     def of(dense: Tensor, layer: Any) -> DenseView:
         """`dense`, made by `layer`, so that its edits reach the layer."""

@@ -20,7 +20,7 @@ from vspdf.pattern import Pattern, pack, unpack
 from vspdf.sparsity.amounts import plain_name
 from vspdf.sparsity.attached import mark
 from vspdf.sparsity.layer import SparseLinear, require_whole, sparse_layers
-from vspdf.sparsity.optimizer import carry, elements, warn_of_stale
+from vspdf.sparsity.optimizer import carry, check_follows, elements, warn_of_stale
 from vspdf.sparsity.wrapped import warn_of_reducers
 
 
@@ -44,9 +44,10 @@ def evolve(
 ) -> dict[str, Pattern]:
     """Moves the masks of all sparse layers, in place: as many weights as are dropped grow elsewhere.
 
-    Of each layer ``int(drop_fraction · nnz)`` weights of the smallest magnitude go (of equal ones the first), and as
-    many of the positions that were masked before grow, but no more than there are: a step of SET (arXiv:1707.04780)
-    where they are drawn at random, of RigL (arXiv:1911.11134) where they are those of the largest dense gradient.
+    Of each layer that learns ``int(drop_fraction · nnz)`` weights of the smallest magnitude go (of equal ones the
+    first), and as many of the positions that were masked before grow, but no more than there are: a step of SET
+    (arXiv:1707.04780) where they are drawn at random, of RigL (arXiv:1911.11134) where they are those of the largest
+    dense gradient.
 
     Parameters
     ----------
@@ -67,8 +68,8 @@ def evolve(
     Raises
     ------
     UserError
-        If the model has no sparse layer, `drop_fraction` lies outside [0, 1], or scores are missing, of another
-        shape, or not numbers. The model is then as it was.
+        If the model has no sparse layer that learns, `drop_fraction` lies outside [0, 1], or scores are missing, of
+        another shape, or not numbers. The model is then as it was.
 
     Examples
     --------
@@ -83,6 +84,11 @@ def evolve(
     layers = sparse_layers(model)
     if not layers:
         raise UserError("evolve found no sparse layer: call vspdf.sparsify(model, ...) first.")
+    for layer in layers.values():
+        require_whole(layer.values)
+    layers = {name: layer for name, layer in layers.items() if layer.values.requires_grad}
+    if not layers:
+        raise UserError("evolve found no sparse layer that learns: all are frozen (requires_grad is False).")
     scores: Mapping[str, Tensor] = {}
     if not isinstance(grow, str):
         scores = grow
@@ -257,6 +263,7 @@ def remask(
     dict of str to Pattern
         The patterns before.
     """
+    check_follows(optimizer, model)
     layers, before, exchanged = sparse_layers(model), {}, []
     for name in patterns:
         require_whole(layers[name].values)
@@ -271,7 +278,7 @@ def remask(
         values = nn.Parameter(move(old_values.detach()), old_values.requires_grad)
         layer.pattern, layer.values = pattern, values
         carry(optimizer, old_values, values, move, moments)
-        mark(old_values, values, name)
+        mark(old_values, values, name, move)
         old.packed.clear()  # whoever keeps the old pattern for what it was need not keep its plans
         exchanged.append((old_values, values))
     warn_of_stale(verb, exchanged, optimizer, often=often)

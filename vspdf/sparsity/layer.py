@@ -85,6 +85,8 @@ class SparseLinear(nn.Linear):
         self.__dict__["origin"] = None  # past nn.Module, which would make it a part
         self._told = False
         # DistributedDataParallel sends rank 0's buffers to all: so ranks with other masks are found at the first step.
+        self._agreed: tuple[Tensor, int]  # the digest that was compared last, and its version then
+        self._compared: bool  # whether any was with this pattern
         self.register_buffer("mask_digest", torch.zeros(2, dtype=torch.int64, device=values.device), persistent=False)
         self.pattern = pattern
 
@@ -120,23 +122,45 @@ class SparseLinear(nn.Linear):
 
     @pattern.setter
     def pattern(self, pattern: Pattern) -> None:
-        self._pattern, self._agreed = pattern, False
+        self._pattern = pattern
         dispatch.set_memory(pattern, self._memory)
-        if not self.mask_digest.is_meta:
-            self.mask_digest = self._digest(self.mask_digest.device)
+        home = self.values.device if self.mask_digest.is_meta else self.mask_digest.device
+        if home.type != "meta":
+            self.mask_digest = self._digest(home)
+        self._agreed, self._compared = (self.mask_digest, 0), False
 
     def _digest(self, device: torch.device) -> Tensor:
         halves = (self.pattern.digest[:16], self.pattern.digest[16:])
         return torch.tensor([int(half, 16) - 2**63 for half in halves], dtype=torch.int64, device=device)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
+        meta = self.mask_digest.is_meta
+        super()._apply(fn, recurse)
+        if meta and not self.mask_digest.is_meta:  # to_empty, which leaves numbers of no meaning
+            self.mask_digest = self._digest(self.mask_digest.device)
+        return self
+
     def _agree(self) -> None:
-        """After another process wrote its digest here: its mask must be this one, since its values have come too."""
-        self._agreed = True
-        if not torch.equal(self.mask_digest, self._digest(self.mask_digest.device)):
+        """Where a digest was written here or put in the place of ours, the mask must be that one: values came with it.
+
+        Asked after each time on CPUs; on a device, which would have to be waited for, once a pattern.
+        """
+        digest, (known, version) = self.mask_digest, self._agreed
+        if digest is known and (digest.is_inference() or digest._version == version):
+            return
+        self._agreed = (digest, 0 if digest.is_inference() else digest._version)
+        while torch._C._functorch.is_functorch_wrapped_tensor(digest):
+            digest = torch._C._functorch.get_unwrapped(digest)
+        if digest.is_meta or (digest.device.type != "cpu" and self._compared):
+            return
+        self._compared = True
+        if not bool((digest == self._digest(digest.device)).all()):
             raise UserError(
-                f"this process and rank 0 have different masks in a {self.out_features} x {self.in_features} layer, "
-                "and DistributedDataParallel gave it rank 0's values: sparsify with the same seed on every rank, and "
-                "for topk or from_zeros only after all have the same weights."
+                f"the values of a {self.out_features} x {self.in_features} sparse layer came from one with another "
+                "mask. From rank 0, by DistributedDataParallel: sparsify with the same seed on every rank, and for "
+                "topk or from_zeros only after all have the same weights. From a model that is averaged "
+                "(AveragedModel), stacked or called with another's parameters: give all the same masks, and average "
+                "once they rest."
             )
 
     @property
@@ -234,10 +258,10 @@ class SparseLinear(nn.Linear):
             if self.bias is not None:
                 self.bias.copy_(dense.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self._agreed and not torch.compiler.is_compiling() and self.mask_digest._version:
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
             self._agree()
-        return sparse_linear(x, self.values, self.pattern, self.bias, backend=self.backend)
+        return sparse_linear(input, self.values, self.pattern, self.bias, backend=self.backend)
 
     def get_extra_state(self) -> Tensor:
         return torch.from_numpy(self.pattern.bits.copy())

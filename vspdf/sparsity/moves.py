@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vspdf.pattern import Pattern, kept_count
 from vspdf.sparsity.amounts import Amounts
 from vspdf.sparsity.evolve import layer_number, remask, renewed
-from vspdf.sparsity.layer import SparseLinear, sides, sparse_layers
+from vspdf.sparsity.layer import SparseLinear, require_whole, sides, sparse_layers
 from vspdf.sparsity.scores import DenseGradients
 from vspdf.sparsity.surgery import densify, sparsify
 
@@ -53,6 +53,8 @@ def move(
     if not any(amounts.values()):
         return densify(model, optimizer)
     layers = sparse_layers(model)
+    for layer in layers.values():
+        require_whole(layer.values)
     whole = {n: _whole(model.get_submodule(n)) for n, amount in amounts.items() if amount and n not in layers}
     if whole:
         how = {option: options[option] for option in ("backend", "memory") if option in options}

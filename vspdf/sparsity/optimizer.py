@@ -1,4 +1,4 @@
-"""Optimizer state carried over where parameters are exchanged, and ramps for revived weights."""
+"""Optimizer state carried over where parameters are exchanged."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vspdf.errors import UserError, did_you_mean
-from vspdf.pattern import Pattern
-from vspdf.sparsity.layer import SparseLinear, is_conv1d, sparse_layers
+from vspdf.sparsity.layer import is_sharded, sparse_layers
 
 log = logging.getLogger("vspdf")
 
@@ -35,35 +34,79 @@ def carry(
 ) -> None:
     """Puts `new` in the place of `old`: its gradient, and place and state in an optimizer, element by element.
 
-    State that is not shaped like the weight (Adafactor's rows and columns, blocks of a quantised optimizer) belongs to
-    no element: the weight then starts without state, and one line says so.
+    State that is not shaped like the weight (Adafactor's rows and columns, blocks of a quantised optimizer) or is one
+    for all weights (LBFGS) belongs to no element: the weight then starts without state, and one line says so. New
+    weights have the state that the optimizer begins with.
     """
     if old.grad is not None:
         new.grad = move(old.grad).contiguous()
     if optimizer is None:
         return
+    state, kept = optimizer.state.get(old), None
+    if state and moments == "keep" and not isinstance(optimizer, torch.optim.LBFGS):
+        if odd := _odd(optimizer, old, state):
+            _say_once(optimizer, odd)
+        else:
+            begins = _beginning(optimizer, old)
+            kept = {key: _moved(value, old.shape, move, begins.get(key, 0.0)) for key, value in state.items()}
     for group in optimizer.param_groups:
-        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
-    state = optimizer.state.pop(old, None)
-    if not state or moments != "keep":
+        group["params"][:] = [new if p is old else p for p in group["params"]]  # in place: LBFGS has the list too
+    forget(optimizer, old, new)
+    if kept is not None:
+        optimizer.state[new] = kept
+
+
+def forget(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter | None = None) -> None:
+    """Drops what an optimizer keeps of a parameter: `new` in its place, or it itself, is as at the beginning."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        if optimizer.state:
+            _say_once(optimizer, ["one history of all weights"])
+        optimizer.state.clear()
+        optimizer._numel_cache = None
         return
+    state, new = optimizer.state.pop(old, None), old if new is None else new
+    if state and isinstance(optimizer, torch.optim.Adagrad):  # which makes its state once, when it is made itself
+        begin = torch.full_like(new, _beginning(optimizer, new)["sum"])
+        optimizer.state[new] = {"step": torch.zeros_like(state["step"]), "sum": begin.detach()}
+
+
+def _odd(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: Mapping[str, Any]) -> list[str]:
+    """Entries of an optimizer's state of a parameter that are not element by element."""
     odd = [
         key
         for key, value in state.items()
-        if any(tensor.shape != old.shape and tensor.numel() > 1 for tensor in _tensors(value))
+        if any(
+            (tensor.shape != parameter.shape and tensor.numel() > 1) or not (_plain(tensor) or is_sharded(tensor))
+            for tensor in _tensors(value)
+        )
     ]
     if not odd and not _ELEMENTWISE.issuperset(state) and _kind(optimizer) == "by shape":
         odd = sorted(key for key in state if key not in _ELEMENTWISE)
-    if odd:
-        _say_once(optimizer, odd)
-        return
-    optimizer.state[new] = {key: _moved(value, old.shape, move) for key, value in state.items()}
+    return odd
+
+
+def _beginning(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, float]:
+    """What an optimizer's state of an element begins with, where that is not zero."""
+    entries = [entry for kind, entry in _BEGINNINGS.items() if isinstance(optimizer, kind)]
+    groups = [group for group in optimizer.param_groups if any(p is parameter for p in group["params"])]
+    return {key: float(group[option]) for group in groups[:1] for key, option in entries}
+
+
+_BEGINNINGS: dict[type, tuple[str, str]] = {
+    torch.optim.Rprop: ("step_size", "lr"),
+    torch.optim.Adagrad: ("sum", "initial_accumulator_value"),
+}
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one of numbers in memory, and not of a class of its own (quantised blocks, say)."""
+    return type(tensor) in (Tensor, nn.Parameter)
 
 
 def elements(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> list[Tensor]:
     """What an optimizer keeps of each element of a parameter: tensors of its shape."""
     state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-    return [tensor for tensor in _tensors(state) if tensor.shape == parameter.shape]
+    return [tensor for tensor in _tensors(state) if tensor.shape == parameter.shape and _plain(tensor)]
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -74,13 +117,16 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for item in inside for tensor in _tensors(item)]
 
 
-def _moved(value: Any, shape: torch.Size, move: Callable[[Tensor], Tensor]) -> Any:
-    """An entry of an optimizer's state with its tensors of `shape` in the new form."""
+def _moved(value: Any, shape: torch.Size, move: Callable[[Tensor], Tensor], begin: float = 0.0) -> Any:
+    """An entry of an optimizer's state with its tensors of `shape` in the new form, `begin` for new weights."""
     if isinstance(value, Tensor):
-        return move(value).contiguous() if value.shape == shape else value
+        if value.shape != shape:
+            return value
+        moved = move(value).contiguous()
+        return moved.masked_fill_(move(torch.ones_like(value)) == 0, begin) if begin else moved
     if type(value) is dict:
-        return {key: _moved(item, shape, move) for key, item in value.items()}
-    return type(value)(_moved(item, shape, move) for item in value) if type(value) in (list, tuple) else value
+        return {key: _moved(item, shape, move, begin) for key, item in value.items()}
+    return type(value)(_moved(item, shape, move, begin) for item in value) if type(value) in (list, tuple) else value
 
 
 _told: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -121,6 +167,27 @@ def _kind(optimizer: torch.optim.Optimizer) -> str:
         return "alike" if tried(12) == matrix else "by shape"
     except Exception:
         return "matrices"
+
+
+def check_follows(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
+    """Refuses an optimizer or a wrapper in which parameters cannot be exchanged, before anything has changed.
+
+    Raises
+    ------
+    UserError
+        Naming it.
+    """
+    flat = any(type(p).__name__ == "FlatParameter" or hasattr(p, "_fsdp_flattened") for p in model.parameters())
+    if flat or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise UserError(
+            "FullyShardedDataParallel keeps weights in flat parameters, of which none can be exchanged: sparsify "
+            "before it, and where masks are to change use torch's fully_shard and vspdf.gathered."
+        )
+    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+        raise UserError(
+            "ZeroRedundancyOptimizer has dealt its parameters out to processes and takes no others in their place: "
+            "call this with optimizer=None and make a new one, or use fully_shard and vspdf.gathered."
+        )
 
 
 def check_takes_vectors(optimizer: torch.optim.Optimizer | None, weights: Sequence[object]) -> None:
@@ -223,56 +290,3 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [
         {"params": params, "weight_decay": decay} for params, decay in zip(groups, (weight_decay, 0.0), strict=True)
     ]
-
-
-class RevivedWarmup:
-    """Ramps the updates of revived weights over the first steps after a switch.
-
-    Adam's second moment of a weight that was masked is near zero, so with a large beta2 its first updates are too large
-    (SMET, arXiv:2606.00888). Scaling the gradient would not help, Adam divides it out: this scales the update itself.
-
-    Parameters
-    ----------
-    model : nn.Module
-        After the switch.
-    before : dict of str to Pattern
-        What `densify` or `set_sparsity` returned.
-    steps : int
-        Length of the ramp.
-    """
-
-    def __init__(self, model: nn.Module, before: Mapping[str, Pattern], steps: int, done: int = 0) -> None:
-        self.steps, self.done = steps, done
-        self.before = dict(before)
-        self._old: list[Tensor] = []
-        self.weights: list[tuple[Tensor, Tensor]] = []
-        for name, old in self.before.items():
-            layer = model.get_submodule(name)
-            if isinstance(layer, SparseLinear):
-                weight: Tensor = layer.values
-                revived = ~old.mask()[layer.pattern.mask()]
-            else:
-                assert isinstance(layer.weight, Tensor)
-                weight, revived = layer.weight, ~(old.mask().T if is_conv1d(layer) else old.mask())
-            self.weights.append((weight, revived.to(weight.device)))
-
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """``optimizer.step()`` with the updates of revived weights scaled by ``(done + 1) / (steps + 1)``."""
-        self.begin()
-        optimizer.step()
-        self.end()
-
-    def begin(self) -> None:
-        """Before an optimizer's step that is not taken through `step`."""
-        self._old = [weight.detach().clone() for weight, _ in self.weights] if self.done < self.steps else []
-
-    def end(self) -> None:
-        """After it."""
-        if not self._old:
-            return
-        self.done += 1
-        ramp = self.done / (self.steps + 1)
-        with torch.no_grad():
-            for (weight, revived), start in zip(self.weights, self._old, strict=True):
-                weight.copy_(torch.where(revived, torch.lerp(start, weight, ramp), weight))
-        self._old = []

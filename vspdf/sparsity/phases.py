@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import logging
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vspdf.errors import UserError, check_sparsity, require
+from vspdf.errors import UserError, require
 from vspdf.pattern import Pattern, kept_count
 from vspdf.sparsity.amounts import Amounts, only_added
+from vspdf.sparsity.eligible import sparsifiable
 from vspdf.sparsity.from_files import MaskFile
-from vspdf.sparsity.layer import SparseLinear, patterns_of, sparse_layers
+from vspdf.sparsity.layer import SparseLinear, is_sharded, patterns_of, sparse_layers
 from vspdf.sparsity.moves import move
-from vspdf.sparsity.optimizer import RevivedWarmup
-from vspdf.sparsity.schedule import Phase
+from vspdf.sparsity.optimizer import forget
+from vspdf.sparsity.revived import RevivedWarmup
+from vspdf.sparsity.schedule import Phase, phase_of
 from vspdf.sparsity.scores import DenseGradients
-from vspdf.sparsity.surgery import adopt, densify, set_sparsity, sparsifiable, sparsify
+from vspdf.sparsity.surgery import adopt, densify, set_sparsity, sparsify
+from vspdf.sparsity.timeline import Stretch, Timeline
 from vspdf.sparsity.turnover import Turnover
 
 log = logging.getLogger("vspdf")
-
-
-class Stretch(NamedTuple):
-    """Steps at one sparsity: the first of them, the phase and which of its stages, and what the stage asks for."""
-
-    start: int
-    phase: int
-    stage: int
-    sparsity: float
 
 
 class Phases:
@@ -86,33 +79,29 @@ class Phases:
         init_method: str | None = None,
         **options: Any,
     ) -> None:
-        if not phases:
-            raise UserError("Phases needs at least one phase, e.g. [(0.9, 900), (0.0, 100)].")
-        given: dict[str, Any] = {"moments": moments, "revived_warmup": revived_warmup, "init_method": init_method}
-        given = {name: value for name, value in given.items() if value is not None}
+        require(bool(phases), "Phases needs at least one phase, e.g. [(0.9, 900), (0.0, 100)].")
+        of_all = {"moments": moments, "revived_warmup": revived_warmup, "init_method": init_method}
+        given: dict[str, Any] = {name: value for name, value in of_all.items() if value is not None}
         self.phases: list[Amounts] = []
-        self.stages: list[Stretch] = []
         self.seed, self.options = seed, options
-        start = 0
         for i, phase in enumerate(phases):
             if not isinstance(phase, (Phase, Amounts)):
-                phase = _phase_of(f"phases.{i}", phase)
+                phase = phase_of(f"phases.{i}", phase)
             phase = replace(phase, **given)
             if isinstance(phase, Phase):
                 phase = phase.resolved(f"phases.{i}", self.phases[-1] if i else None)
             self.phases.append(phase)
-            self.stages += [Stretch(start + s.start, i, k, s.sparsity) for k, s in enumerate(phase.stages())]
-            start += phase.steps
+        self._time = Timeline(self.phases)
+        self.stages = self._time.stages
         self.before: dict[str, Pattern] = {}  # of layers that the last switch changed, how they were
         self.revived: RevivedWarmup | None = None
         self.turnover: Turnover | None = None  # of masks that move
-        self._starts = [stretch.start for stretch in self.stages]
-        self._begins = [next(s.start for s in self.stages if s.phase == i) for i in range(len(self.phases))]
         self._now: int | None = None
         self._weights: dict[str, int] = {}  # of each layer that is sparse or could be
-        self._model: nn.Module | None = None  # of the step at hand
-        self._step = 0
-        self._moved: int | None = None  # the step before which `step` has moved masks already
+        self._model: nn.Module | None = None
+        self._seen: int | None = None  # the last step that `at` was called for, and that masks changed before
+        self._changed: int | None = None
+        self._missed = False  # whether an update was, and that has been said
         self._gradients: DenseGradients | None = None  # for RigL, from the step before an update
 
     # -- where the model is ------------------------------------------------------------------------------------------
@@ -216,6 +205,7 @@ class Phases:
                 seed=self.seed, init_method="random" if file else phase.init_method,
                 truncate=phase.count == "truncate", optimizer=optimizer, **self.options,
             )  # fmt: skip
+        self._seen = self._changed = None
         self._enter(model, 0, before)
         self._collect(1, model)
         return model
@@ -254,16 +244,17 @@ class Phases:
         near = (5e-3 if self.phases[0].init_method in ("from_zeros", "file") else 1e-3) + len(layers) / max(1, weights)
         # Saved before the switch, or after it.
         index = min(
-            self._index(max(0, step - 1)),
-            self._index(step),
+            self._time.index(max(0, step - 1)),
+            self._time.index(step),
             key=lambda i: abs(self._sparsity(self.stages[i], layers) - found),
         )
         phase = self.phases[self.stages[index].phase]
         if phase.rules == "vspdf" and abs(self._sparsity(self.stages[index], layers) - found) >= near:
             raise UserError(
                 f"the checkpoint has a sparsity of {found:.4g}; after {step} steps these phases have "
-                f"{self._sparsity(self.stages[self._index(step)]):.4g}. Are the phases those it was trained with?"
+                f"{self._sparsity(self.stages[self._time.index(step)]):.4g}. Are the phases those it was trained with?"
             )
+        self._seen = self._changed = None
         self._enter(model, index, *(ramp or ({}, 0)))
         if ramp is None and index and 0 < step - self.now.start < phase.revived_warmup:
             log.warning("resumed within a ramp of revived weights: the rest of it is left out.")
@@ -271,19 +262,21 @@ class Phases:
         return model
 
     def due(self, step: int) -> bool:
-        """Whether masks change before the step numbered `step`, as `at` is going to say."""
-        return self._now is not None and (step == self._moved or self._index(step) > self._now or self._due(step))
+        """Whether `at` has something to do before a step: it changes masks, or begins to watch gradients for RigL."""
+        if self._now is None or step == self._seen:
+            return False
+        return step == self._changed or self._time.index(step) > self._now or self._due(step) or self._watches(step + 1)
 
     def at(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Before the step numbered `step`, from 0: switches where a boundary falls, moves masks where they are to move.
 
         Parameters of the model are replaced where it does, and exchanged in the `optimizer`, with their state. To be
-        called before each step.
+        called before each step, or where `due` says so; a second time before the same step does nothing.
 
         Returns
         -------
         bool
-            Whether masks have changed since the step before.
+            Whether masks have changed since the call before.
 
         Raises
         ------
@@ -292,27 +285,33 @@ class Phases:
         """
         if self._now is None:
             raise UserError("Phases: start(model) or restore(...) comes before the first step.")
-        self._model, self._step = model, step
-        changed = self._moved == step
-        if not changed and (self._index(step) > self._now or self._due(step)):
+        self._model = model
+        if step == self._seen:
+            return False
+        self._name_missed(step)
+        if step != self._changed and (self._time.index(step) > self._now or self._due(step)):
             self._change(step, model, optimizer)
-            changed = True
+        if self.revived is not None:
+            self.revived.follow(optimizer)
         self._collect(step + 1, model)
-        return changed
+        self._seen = step
+        return step == self._changed
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """``optimizer.step()``, ramped for revived weights after a switch where `revived_warmup` asks for it.
 
         Where RigL is to move masks before the next step, it does so here, by the gradients of this one: a checkpoint
-        that is written now holds the new masks.
+        that is written now holds the new masks. Those of a model that is sharded `at` moves, inside `gathered`.
         """
         if self.revived is None:
             optimizer.step()
         else:
             self.revived.step(optimizer)
-        if self._gradients is not None and self._model is not None and self._due(self._step + 1):
-            self._change(self._step + 1, self._model, optimizer)
-            self._moved = self._step + 1
+        model, after = self._model, (self._seen or 0) + 1
+        if self._gradients is None or model is None or not self._due(after):
+            return
+        if not any(is_sharded(parameter) for parameter in model.parameters()):
+            self._change(after, model, optimizer)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
         """Learning rate over all steps: each phase warms up to its peak, from near zero, and decays to its end.
@@ -337,55 +336,58 @@ class Phases:
             raise UserError(f"{type(optimizer).__name__} has lr = {lr:g}: phases need a positive one to go by.")
 
         def factor(step: int) -> float:
-            phase, inside = self._place(step)
+            phase, inside = self._time.place(step)
             return phase.learning_rate(inside, lr) / lr
 
         return LambdaLR(optimizer, factor)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _index(self, step: int) -> int:
-        return bisect_right(self._starts, step) - 1
-
-    def _place(self, step: int) -> tuple[Amounts, int]:
-        """The phase that a step is of, and its number there."""
-        phase = self.stages[self._index(step)].phase
-        return self.phases[phase], step - self._begins[phase]
-
     def _due(self, step: int) -> bool:
         """Whether masks are to move before a step, within its phase; by RigL, of which the gradients were seen."""
-        phase, inside = self._place(step)
-        return phase.moves(inside) and (phase.algorithm != "rigl" or self._gradients is not None)
+        return self._time.moves(step) and not self._watches(step)
+
+    def _watches(self, step: int) -> bool:
+        """Whether RigL moves masks before a step, and nobody looks at gradients yet."""
+        return self._gradients is None and self._time.place(step)[0].algorithm == "rigl" and self._time.moves(step)
+
+    def _name_missed(self, step: int) -> None:
+        """Says so, once, where `at` was not called before a step at which masks were to move."""
+        between = range(step if self._seen is None or self._missed else self._seen + 1, step)
+        missed = next((s for s in between if s != self._changed and self._time.moves(s)), None)
+        if missed is not None:
+            self._missed = True
+            log.warning("Phases.at was not called for step %d, where masks were to move: they stayed.", missed)
 
     def _collect(self, step: int, model: nn.Module) -> None:
         """Lets dense gradients be seen if RigL moves masks before a step, by those of the step that is at hand."""
-        phase, inside = self._place(step)
-        if phase.algorithm == "rigl" and phase.moves(inside) and self._gradients is None:
+        if self._watches(step):
             self._gradients = DenseGradients({name: model.get_submodule(name) for name in self._weights})
 
     def _change(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Gives the model the form that it is to have at a step."""
         assert self._now is not None
-        old, index = self.stages[self._now], self._index(step)
-        new, gradients = self.stages[index], self._gradients
-        (phase, inside), self._gradients = self._place(step), None
-        if gradients is not None:
-            gradients.close()
+        old, index = self.stages[self._now], self._time.index(step)
+        new, (phase, inside) = self.stages[index], self._time.place(step)
         if phase.algorithm == "static":
             before = self._grow(model, optimizer, new)
         else:
             amounts = phase.of_layers(self._weights, new.sparsity)
-            before = move(model, optimizer, phase, amounts, inside, (self.seed, step), gradients, self.options)
+            before = move(model, optimizer, phase, amounts, inside, (self.seed, step), self._gradients, self.options)
+        if self._gradients is not None:
+            self._gradients.close()
+            self._gradients = None
         if optimizer is not None and new.phase != old.phase and phase.moments == "reset":
             for parameter in model.parameters():
-                optimizer.state.pop(parameter, None)
+                forget(optimizer, parameter)
         self._enter(model, index, before)
+        self._changed = step
 
     def _found(self, model: nn.Module) -> tuple[float, Mapping[str, SparseLinear], int]:
         """The sparsity that a model's sparse layers have together, those layers, and how many positions they have."""
         layers = sparse_layers(model)
-        numel = sum(layer.pattern.numel for layer in layers.values())
-        return 1 - sum(layer.pattern.nnz for layer in layers.values()) / numel if numel else 0.0, layers, numel
+        numel, nnz = (sum(getattr(layer.pattern, of) for layer in layers.values()) for of in ("numel", "nnz"))
+        return 1 - nnz / numel if numel else 0.0, layers, numel
 
     def _weigh(self, model: nn.Module) -> None:
         """Notes the layers that are sparse or could be, in the model's order."""
@@ -406,6 +408,8 @@ class Phases:
         """Notes which form the model has now, and which of its weights are to ramp up."""
         self._now, self.before, self._model = index, dict(before), model
         phase = self.phases[self.now.phase]
+        if self.revived is not None:
+            self.revived.close()
         self.revived = (
             RevivedWarmup(model, before, phase.revived_warmup, done) if before and phase.revived_warmup else None
         )
@@ -433,16 +437,3 @@ class Phases:
                 wanted[name] = amount
         seed = self.seed + stretch.phase + 1_000_003 * stretch.stage
         return set_sparsity(model, wanted, optimizer, seed=seed) if wanted else {}
-
-
-def _phase_of(key: str, given: Any) -> Phase:
-    """A phase given as (sparsity, steps) or (sparsity, steps, lr)."""
-    if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
-        raise UserError(f"{key} must be (sparsity, steps), (sparsity, steps, lr) or a vspdf.Phase, not {given!r}.")
-    sparsity, steps, *rate = given
-    check_sparsity(f"{key}.sparsity", sparsity)
-    if isinstance(steps, bool) or not isinstance(steps, int | float) or steps != int(steps):
-        raise UserError(f"{key}: the steps must be a whole number, not {steps!r}.")
-    if rate and (isinstance(rate[0], bool) or not isinstance(rate[0], int | float)):
-        raise UserError(f"{key}: the learning rate must be a number, not {rate[0]!r}.")
-    return Phase(sparsity=sparsity, steps=int(steps), lr=rate[0] if rate else None)

@@ -320,3 +320,16 @@ def effective_sparsity(dense_steps: float, stages: Sequence[tuple[float, float]]
 def time_average_sparsity(stages: Sequence[tuple[float, float]]) -> float:
     """Mean sparsity over the run's own steps."""
     return sum(steps * s for s, steps in stages) / sum(steps for _, steps in stages)
+
+
+def phase_of(key: str, given: Any) -> Phase:
+    """A phase given as (sparsity, steps) or (sparsity, steps, lr)."""
+    if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
+        raise UserError(f"{key} must be (sparsity, steps), (sparsity, steps, lr) or a vspdf.Phase, not {given!r}.")
+    sparsity, steps, *rate = given
+    check_sparsity(f"{key}.sparsity", sparsity)
+    if isinstance(steps, bool) or not isinstance(steps, int | float) or steps != int(steps):
+        raise UserError(f"{key}: the steps must be a whole number, not {steps!r}.")
+    if rate and (isinstance(rate[0], bool) or not isinstance(rate[0], int | float)):
+        raise UserError(f"{key}: the learning rate must be a number, not {rate[0]!r}.")
+    return Phase(sparsity=sparsity, steps=int(steps), lr=rate[0] if rate else None)

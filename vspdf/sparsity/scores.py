@@ -39,7 +39,10 @@ class DenseGradients:
             assert isinstance(values, Tensor)
             dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
             shape = sides(layer)
-            self._places[name] = (values.new_empty(shape, dtype=dtype), values.new_empty(shape[1], dtype=dtype))
+            place = torch.empty(
+                shape, dtype=dtype, device=values.device
+            )  # a plain one, also of values that are sharded
+            self._places[name] = (place, place.new_empty(shape[1]))
         self._handles = [layer.register_forward_hook(partial(self._see, name)) for name, layer in layers.items()]
 
     def __deepcopy__(self, memo: Any) -> DenseGradients:

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import _composable_state
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from vspdf.errors import UserError
-from vspdf.sparsity.layer import is_sharded
+from vspdf.sparsity.layer import is_sharded, sparse_layers
 from vspdf.sparsity.optimizer import carry, warn_of_stale
 
 
@@ -43,7 +44,7 @@ def gathered(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     ------
     UserError
         If the model is sharded in a way that cannot be taken back: by a `shard_placement_fn`, several modules in one
-        call, or tensor parallelism.
+        call, or tensor parallelism. Or if processes have left it with different masks.
 
     Examples
     --------
@@ -65,6 +66,7 @@ def gathered(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         warn_of_stale("gathered", [(p, p) for p in before if p not in left], None)
     try:
         yield model
+        _check_agreement(model, ways[0][1]["mesh"])
     finally:
         _drop_gradients(model)
         whole = dict(model.named_parameters(remove_duplicate=False))
@@ -73,7 +75,21 @@ def gathered(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         sharded = dict(model.named_parameters(remove_duplicate=False))
         for name, parameter in whole.items():
             if optimizer is not None and parameter is not (new := sharded[name]):
-                carry(optimizer, parameter, new, _like(new))
+                carry(optimizer, parameter, new, shard_like(new))
+
+
+def _check_agreement(model: nn.Module, mesh: Any) -> None:
+    """Raises UserError unless all processes that share a model have the same masks."""
+    digests = [layer.mask_digest for layer in sparse_layers(model).values()]
+    for dim in range(mesh.ndim if digests else 0):
+        low, high = torch.cat(digests), torch.cat(digests)
+        dist.all_reduce(low, dist.ReduceOp.MIN, mesh.get_group(dim))
+        dist.all_reduce(high, dist.ReduceOp.MAX, mesh.get_group(dim))
+        if not torch.equal(low, high):
+            raise UserError(
+                "gathered: the processes have given the model different masks: draw them by the same seed, and for "
+                "RigL add up the gradients of phases.dense_gradients.parameters over processes before masks move."
+            )
 
 
 def _drop_gradients(model: nn.Module) -> None:
@@ -85,7 +101,7 @@ def _whole(tensor: Any) -> Tensor:
     return tensor.detach().full_tensor() if is_sharded(tensor) else tensor
 
 
-def _like(parameter: Any) -> Callable[[Tensor], Tensor]:
+def shard_like(parameter: Any) -> Callable[[Tensor], Tensor]:
     """Shards a whole tensor, which every process has, as a parameter is sharded."""
     from torch.distributed.tensor import distribute_tensor
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -18,72 +17,25 @@ from vspdf.kernels import reference
 from vspdf.pattern import Pattern
 from vspdf.sparsity.amounts import first_match, matches, plain_name
 from vspdf.sparsity.attached import hand_over, mark, place
+from vspdf.sparsity.eligible import (
+    check_globs,
+    is_linear,
+    linear_layers,
+    name_others,
+    places_of,
+    require_some,
+    selected,
+    why_dense,
+)
 from vspdf.sparsity.evolve import layer_seed, remask
 from vspdf.sparsity.from_files import Amount, MaskFile, read_amounts
 from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, sides, sparse_layers
-from vspdf.sparsity.optimizer import carry, check_moments, check_takes_vectors, warn_of_stale
+from vspdf.sparsity.optimizer import carry, check_follows, check_moments, check_takes_vectors, warn_of_stale
 from vspdf.sparsity.pretrained import teach_save_pretrained
 from vspdf.sparsity.schedule import check_init_method
 from vspdf.sparsity.wrapped import warn_of_reducers
 
 log = logging.getLogger("vspdf")
-
-# Output heads of the common architectures, unembeddings and those of classification: never sparsified, tied or not.
-HEADS = ("lm_head", "embed_out", "output_projection", "unembed", "score", "classifier", "qa_outputs", "head",
-         "classification_head", "seq_relationship", "vocab_projector", "output_layer")  # fmt: skip
-UNEMBEDDINGS = ("output", *(glob for head in HEADS for glob in (head, f"*.{head}", f"{head}.*", f"*.{head}.*")))
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer and nothing else, dense: by its class, or as a renamed one by what it does."""
-    if type(module) is nn.Linear or is_conv1d(module):
-        return True
-    if not isinstance(module, nn.Linear) or isinstance(module, SparseLinear) or "weight" not in module._parameters:
-        return False
-    if (
-        type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear
-    ):  # nn.MultiheadAttention reads its weight itself
-        return False
-    require_whole(module.weight)
-    return type(module).forward is nn.Linear.forward or _computes_linear(module)
-
-
-def _computes_linear(module: nn.Linear) -> bool:
-    """Whether a subclass of nn.Linear with a `forward` of its own (as Falcon's) gives what nn.Linear gives."""
-    weight, training = module.weight, module.training
-    if weight.is_meta or not weight.is_floating_point():
-        return False
-    x = torch.linspace(-1, 1, 2 * module.in_features, dtype=weight.dtype, device=weight.device).view(2, -1)
-    module.training = False
-    try:
-        with torch.no_grad():
-            found = type(module).forward(module, x)
-            return torch.allclose(found, nn.functional.linear(x, weight, module.bias), rtol=1e-2, atol=1e-5)
-    except Exception:  # whatever it needs, it is not x alone
-        return False
-    finally:
-        module.training = training
-
-
-def _adapters(model: nn.Module) -> tuple[set[str], bool]:
-    """Names of low-rank adapters, and whether they are peft's: a model's frozen weights are then their base."""
-    names, wrapped = set(), False
-    for name, module in model.named_modules():
-        if type(module).__module__.startswith("peft.tuners") and hasattr(module, "base_layer"):
-            wrapped = True
-            parts = (part for part, _ in module.named_modules() if part and part.split(".")[0] != "base_layer")
-            names |= {f"{name}.{part}" if name else part for part in parts}
-        elif any(part.startswith("lora_") for part in name.split(".")):
-            names.add(name)
-    return names, wrapped
-
-
-def _globs(globs: str | Iterable[str]) -> tuple[str, ...]:
-    return (globs,) if isinstance(globs, str) else tuple(globs)
-
-
-def _matches(name: str, globs: Iterable[str]) -> bool:
-    return any(matches(name, glob) for glob in globs)
 
 
 def sparsify(
@@ -102,11 +54,12 @@ def sparsify(
 ) -> dict[str, Pattern]:
     """Replaces linear layers of any model, in place, by sparse ones with static masks.
 
-    Takes every `nn.Linear`, subclasses that compute the same, and transformers' `Conv1D`, except heads (by name,
-    `UNEMBEDDINGS`) and low-rank adapters. Layers whose weight is tied, frozen or quantised and subclasses that use
-    their weight in ways of their own are skipped with a logged warning; of a peft model, the frozen base is taken and
-    stays frozen. Embeddings and norms are never touched. Kept weights keep their values and gradients; biases stay the
-    same parameters; hooks, attributes and buffers of a layer follow it, also where a list of the model refers to it.
+    Takes every `nn.Linear`, subclasses that compute the same, and transformers' `Conv1D`, except heads (by name, see
+    `eligible.UNEMBEDDINGS`) and low-rank adapters. Layers whose weight is tied, frozen or quantised, whose ``forward``
+    was replaced, and subclasses that use their weight in ways of their own are skipped with a logged warning; of a peft
+    model, the frozen base is taken and stays frozen. Embeddings and norms are never touched. Kept weights keep their
+    values and gradients; biases stay the same parameters; hooks, attributes and buffers of a layer follow it, also
+    where a list of the model refers to it.
 
     Parameters
     ----------
@@ -150,19 +103,20 @@ def sparsify(
     if init_method == "file":
         raise UserError("init_method 'file' is of phases: give sparsify the file in the place of the sparsity.")
     check_init_method("init_method", init_method)
-    linears, wrapped = _candidates(model)
-    _require_some(model, linears)
-    _check_globs(model, linears, (*rules, *_globs(include)), _globs(exclude))
-    _name_others(model)
-    uses = _uses(model)
+    check_follows(optimizer, model)
+    linears, wrapped = linear_layers(model)
+    require_some(model, linears)
+    check_globs(model, linears, rules, include, exclude)
+    name_others(model)
+    uses = places_of(model)
     layers: dict[str, SparseLinear] = {}
-    for name, module in _chosen(linears, include, exclude).items():
+    for name, module in selected(linears, include, exclude).items():
         amount = first_match(rules, name, 0.0)
         if isinstance(amount, MaskFile):
             amount = amount.of(name)
         if amount == 0.0:
             continue
-        if why := _why_dense(module, uses, wrapped):
+        if why := why_dense(module, uses, wrapped):
             log.warning("sparsify: '%s' stays dense: %s.", name, why)
             continue
         weight = module.weight
@@ -193,98 +147,6 @@ def sparsify(
     return {name: layer.pattern for name, layer in layers.items()}
 
 
-def sparsifiable(
-    model: nn.Module, include: str | Iterable[str] = "*", exclude: str | Iterable[str] = ()
-) -> dict[str, nn.Module]:
-    """The dense layers of a model that `sparsify` would replace, by name."""
-    linears, wrapped = _candidates(model)
-    chosen, uses = _chosen(linears, include, exclude), _uses(model)
-    return {name: module for name, module in chosen.items() if not _why_dense(module, uses, wrapped)}
-
-
-def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], bool]:
-    """Linear layers by name, heads and adapters left out; and whether peft wraps the model."""
-    adapters, wrapped = _adapters(model)
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if name not in adapters
-        and not _matches(name, UNEMBEDDINGS)
-        and (output is None or module is not output)
-        and _is_linear(module)
-    }
-    return linears, wrapped
-
-
-def _require_some(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
-    if _is_linear(model):
-        raise UserError("sparsify replaces layers inside a model; for a single one use SparseLinear.from_linear.")
-    if already := 0 if linears else len(sparse_layers(model)):
-        raise UserError(f"sparsify found no layer: {already} are sparse already; set_sparsity adds weights to them.")
-    if not linears:
-        raise UserError("sparsify found no layer: the model has no nn.Linear or Conv1D beside heads and adapters.")
-
-
-def _name_others(model: nn.Module) -> None:
-    """Logs what holds many weights and yet stays dense."""
-    adapters, _ = _adapters(model)
-    for name, module in model.named_modules():
-        head = name in adapters or _matches(name, UNEMBEDDINGS)
-        dense = isinstance(module, nn.Linear) and not isinstance(module, SparseLinear)
-        if dense and not head and not _is_linear(module):
-            log.warning("sparsify: '%s' stays dense: %s is a kind of its own.", name, type(module).__name__)
-        for key, parameter in module._parameters.items():
-            if parameter is not None and parameter.dim() == 3:  # experts, a matrix each
-                where, size = f"{name}.{key}".lstrip("."), " x ".join(map(str, parameter.shape))
-                log.warning("sparsify: '%s' stays dense: a parameter of %s is no linear layer.", where, size)
-    if lora := sum(isinstance(module, nn.Linear) for name, module in model.named_modules() if name in adapters):
-        log.info("sparsify: %d linear layers of low-rank adapters stay dense.", lora)
-
-
-def _chosen(
-    linears: Mapping[str, nn.Module], include: str | Iterable[str], exclude: str | Iterable[str]
-) -> dict[str, nn.Module]:
-    include, exclude = _globs(include), _globs(exclude)
-    return {n: m for n, m in linears.items() if _matches(n, include) and not _matches(n, exclude)}
-
-
-def _uses(model: nn.Module) -> Counter[int]:
-    """In how many places each parameter is, by its id."""
-    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-
-
-def _check_globs(
-    model: nn.Module, linears: Mapping[str, nn.Module], chosen: Iterable[str], exclude: Iterable[str]
-) -> None:
-    names = [plain_name(name) for name in linears]
-    for glob in chosen:
-        if not any(matches(name, glob) for name in names):
-            raise UserError(f"'{glob}' matches no linear layer.{did_you_mean(glob, names)}")
-    for glob in exclude:
-        if not any(matches(name, glob) for name, _ in model.named_modules()):
-            raise UserError(f"'{glob}' matches no module.{did_you_mean(glob, names)}")
-
-
-def _why_dense(module: nn.Module, uses: Mapping[int, int], wrapped: bool) -> str:
-    """Why a linear layer cannot be made sparse, or ""."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    require_whole(weight)
-    if not isinstance(weight, nn.Parameter):
-        return (
-            "its weight is computed anew at every call (torch.nn.utils.prune or a weight norm): make that permanent "
-            "first, e.g. by torch.nn.utils.prune.remove, then init_method='from_zeros' takes its mask"
-        )
-    if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        return f"its weight is a {type(weight).__name__} of {weight.dtype} (quantised?)"
-    if uses[id(weight)] > 1:
-        return "its weight is tied to another module's"
-    if not weight.requires_grad and not wrapped:
-        return "its weight is frozen (requires_grad is False)"
-    return ""
-
-
 def _put_sparse(
     model: nn.Module, name: str, module: nn.Module, layer: SparseLinear, optimizer: torch.optim.Optimizer | None
 ) -> None:
@@ -292,9 +154,13 @@ def _put_sparse(
     conv1d, pattern = is_conv1d(module), layer.pattern
     layer.bias = module.bias  # type: ignore[assignment]
     assert isinstance(module.weight, nn.Parameter)
-    carry(optimizer, module.weight, layer.values, lambda t: reference.sample(t.T if conv1d else t, pattern))
-    mark(module.weight, layer.values, name)
-    hand_over(module, layer)
+
+    def to_values(dense: Tensor) -> Tensor:
+        return reference.sample(dense.T if conv1d else dense, pattern)
+
+    carry(optimizer, module.weight, layer.values, to_values)
+    mark(module.weight, layer.values, name, to_values)
+    hand_over(module, layer, name)
     place(model, module, layer)
 
 
@@ -378,9 +244,15 @@ def densify(
     check_moments(moments)
     if isinstance(model, SparseLinear):
         raise UserError("densify replaces layers inside a model; for a single one use its to_linear().")
+    check_follows(optimizer, model)
     layers = sparse_layers(model)
-    for layer in layers.values():
+    for name, layer in layers.items():
         require_whole(layer.values)
+        if "forward" in vars(layer):
+            raise UserError(
+                f"densify: the forward of '{name}' was replaced on the layer itself (by a hook of accelerate's?), and "
+                "would go on with the sparse layer: take that off first."
+            )
     exchanged = []
     for name, layer in layers.items():
         dense = layer.to_original()
@@ -388,8 +260,8 @@ def densify(
         dense.weight.requires_grad_(layer.values.requires_grad)
         dense.register_parameter("bias", layer.bias)
         carry(optimizer, layer.values, dense.weight, layer.spread, moments)
-        mark(layer.values, dense.weight, name)
-        hand_over(layer, dense)
+        mark(layer.values, dense.weight, name, layer.spread)
+        hand_over(layer, dense, name)
         place(model, layer, dense)
         exchanged.append((layer.values, dense.weight))
     warn_of_stale("densify", exchanged, optimizer)
@@ -417,7 +289,7 @@ def adopt(
         name = key.removesuffix("._extra_state")
         if name == key or f"{name}.values" not in state_dict:
             continue
-        if name not in modules or not _is_linear(modules[name]):
+        if name not in modules or not is_linear(modules[name]):
             raise UserError(f"the state holds a sparse layer '{name}', the model has no linear layer of that name.")
         patterns[name] = Pattern(sides(modules[name]), bits.cpu().numpy())
     return sparsify(model, patterns, backend=backend, memory=memory) if patterns else {}

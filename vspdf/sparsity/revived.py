@@ -1,0 +1,92 @@
+"""Ramps for weights that come in at a switch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vspdf.pattern import Pattern
+from vspdf.sparsity.layer import SparseLinear, is_conv1d, is_sharded
+
+
+class RevivedWarmup:
+    """Ramps the updates of revived weights over the first steps after a switch.
+
+    Adam's second moment of a weight that was masked is near zero, so with a large beta2 its first updates are too large
+    (SMET, arXiv:2606.00888). Scaling the gradient would not help, Adam divides it out: this scales the update itself.
+
+    Parameters
+    ----------
+    model : nn.Module
+        After the switch.
+    before : dict of str to Pattern
+        What `densify` or `set_sparsity` returned.
+    steps : int
+        Length of the ramp.
+    """
+
+    def __init__(self, model: nn.Module, before: Mapping[str, Pattern], steps: int, done: int = 0) -> None:
+        self.steps, self.done = steps, done
+        self.before = dict(before)
+        self._places: list[tuple[nn.Module, str, Tensor]] = []
+        for name, old in self.before.items():
+            layer = model.get_submodule(name)
+            if isinstance(layer, SparseLinear):
+                self._places.append((layer, "values", ~old.mask()[layer.pattern.mask()]))
+            else:
+                self._places.append((layer, "weight", ~(old.mask().T if is_conv1d(layer) else old.mask())))
+        self._old: list[Tensor] = []
+        self._handles: list[Any] = []
+
+    def follow(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Ramps the steps of an optimizer, whoever takes them (a GradScaler, say), until the ramp is over."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has no hooks of its own
+        if isinstance(optimizer, torch.optim.Optimizer) and not self._handles and self.done < self.steps:
+            self._handles = [
+                optimizer.register_step_pre_hook(lambda *_: self.begin()),
+                optimizer.register_step_post_hook(lambda *_: self.end()),
+            ]
+
+    def close(self) -> None:
+        """Follows no longer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """``optimizer.step()`` with the updates of revived weights scaled by ``(done + 1) / (steps + 1)``."""
+        self.begin()
+        optimizer.step()
+        self.end()
+
+    def begin(self) -> None:
+        """Before a step of the optimizer; a second time changes nothing."""
+        self._old = [weight.detach().clone() for weight, _ in self._weights()] if self.done < self.steps else []
+
+    def end(self) -> None:
+        """After it."""
+        if not self._old:
+            return
+        self.done += 1
+        ramp = self.done / (self.steps + 1)
+        with torch.no_grad():
+            for (weight, revived), start in zip(self._weights(), self._old, strict=True):
+                weight.copy_(torch.where(revived, torch.lerp(start, weight, ramp), weight))
+        self._old = []
+        if self.done == self.steps:
+            self.close()
+
+    def _weights(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weights as they are now (FSDP and ``load_state_dict(assign=True)`` exchange them), and which revived."""
+        for layer, name, revived in self._places:
+            weight = layer._parameters[name]
+            assert weight is not None
+            flags = revived.to(weight.device)
+            if is_sharded(weight):
+                from vspdf.sparsity.sharded import shard_like
+
+                flags = shard_like(weight)(flags)
+            yield weight, flags
