@@ -264,12 +264,31 @@ def test_masks_of_the_cerebras_stack_start_dense_and_never_get_denser_than_asked
         ({"sparsity": [0.9, 0.5]}, r"needs algorithm: set, rigl or gmp"),
         ({"algorithm": "gmp", "schedule": "power"}, r"sparsity_end is not set"),
         ({"sparsity": "90%"}, r"phases.0.sparsity must be a number, not '90%'. Did you mean 0.9"),
+        # Steps of the whole run in the place of the phase's: masks would never move, or stop moving early.
+        ({"algorithm": "gmp", "schedule": "power", "sparsity_end": 0.75, "update": {"start": 100, "stop": 200}},
+         r"phases.0.update.start = 100 lies after the phase, of 100 steps: they count from the phase's beginning"),
+        ({"algorithm": "set", "sparsity": 0.9, "update": {"steps": [104, 106]}}, r"update.steps: 106 lies after the"),
+        ({"algorithm": "set", "sparsity": 0.9, "update": {"steps": [5, 7, 104]}}, r"update.steps: 104 lies after the"),
+        ({"algorithm": "set", "sparsity": 0.9, "update": {"freq": 100}}, r"masks never move in the phase's 100 steps"),
+        ({"algorithm": "set", "sparsity": 0.9, "update": {"steps": [0]}}, r"expected an update after step 0"),
     ],
     ids=str,
 )  # fmt: skip
 def test_impossible_moves_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         vspdf.Phases([vspdf.Phase(steps=100, **settings)])
+
+
+def test_masks_that_rise_at_a_switch_need_no_update_after_it_and_short_phases_have_none_of_their_own():
+    vspdf.Phases([(0.5, 4), vspdf.Phase(sparsity=0.75, steps=4, algorithm="gmp", update={"steps": [0]}), (0.75, 4)])
+    assert not any(vspdf.Phase(sparsity=0.5, steps=2, algorithm="set").resolved("phase").update_steps())
+
+
+def test_a_phase_of_the_cerebras_stack_that_ends_before_its_first_update_claims_no_sparsity():
+    rules = {"algorithm": "set", "rules": "cstorch", "sparsity": 0.75, "update": {"start": 100, "stop": 200}}
+    found = vspdf.Phase(steps=8, **rules).resolved("phase")
+    assert (found.sparsity, found.end, found.mean({"a": 1}), found.name) == (0.0, 0.0, 0.0, "set 0")
+    assert vspdf.Phase(steps=101, **rules).resolved("phase").end == 0.75
 
 
 def test_updates_leave_nothing_behind():

@@ -104,7 +104,7 @@ def amount(course: float | Mapping[str, Any], step: int, update: int) -> float:
 # -- when masks move ---------------------------------------------------------------------------------------------------
 
 
-def updates(key: str, written: Mapping[str, Any] | None, steps: int) -> dict[str, Any]:
+def updates(key: str, written: Mapping[str, Any] | None, steps: int, *, within: bool = True) -> dict[str, Any]:
     """The steps at which masks move, in full form: ``{freq, start, stop}``, `stop` left out, or ``{steps}``.
 
     Parameters
@@ -115,6 +115,9 @@ def updates(key: str, written: Mapping[str, Any] | None, steps: int) -> dict[str
         Default: some sixty updates over the first three quarters of the phase, what grows later having no time left.
     steps : int
         Of the phase.
+    within : bool
+        Refuse what begins, or lists a step, after the end of the phase: most likely steps of the whole run. cstorch,
+        which knows no phases, leaves masks dense then.
 
     Raises
     ------
@@ -132,6 +135,7 @@ def updates(key: str, written: Mapping[str, Any] | None, steps: int) -> dict[str
         listed = written["steps"]
         whole = isinstance(listed, list | tuple) and bool(listed) and all(type(step) is int for step in listed)
         require(whole and min(listed) >= 0, f"{key}.steps must be a list of steps of the phase, not {listed!r}.")
+        _check_within(f"{key}.steps: {max(listed)}", max(listed), steps, within)
         return {"steps": sorted(set(listed))}
     given = {name: value for name, value in written.items() if value is not None}
     freq, start, stop = given.get("freq", 1), given.get("start", 0), given.get("stop", steps)
@@ -140,8 +144,16 @@ def updates(key: str, written: Mapping[str, Any] | None, steps: int) -> dict[str
             type(value) is int and value >= least,
             f"{key}.{name} must be a whole number of at least {least}, not {value!r}.",
         )
+    _check_within(f"{key}.start = {start}", start, steps, within)
     require(start < stop, f"{key}: start = {start} must come before stop = {stop}.")
     return {"freq": freq, "start": start, "stop": stop}
+
+
+def _check_within(what: str, step: int, steps: int, within: bool) -> None:
+    require(
+        step < steps or not within,
+        f"{what} lies after the phase, of {steps} steps: they count from the phase's beginning, 0 its first.",
+    )
 
 
 def update_steps(update: Mapping[str, Any], steps: int) -> Sequence[int]:

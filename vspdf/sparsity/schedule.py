@@ -124,6 +124,8 @@ class Phase:
             self.count, self.algorithm, drop, update, random_share, self.rules, steps, self.moments,
             self.revived_warmup, self.lr, self.lr_multiple, self.lr_end, self.decay, warmup,
         )  # fmt: skip
+        if self.rules == "cstorch" and not any(stage.sparsity for stage in found.stages()):
+            found = replace(found, sparsity=0.0)  # no update comes within the phase: its masks stay dense
         found = replace(found, name=self.name or _usual_name(found))
         self._check_updates(key, found, previous)
         if layers is not None:
@@ -149,7 +151,7 @@ class Phase:
         if share is None and self.algorithm == "rigl":
             share = _RANDOM if self.rules == "vspdf" else 0.0
         require(share is None or 0 <= share <= 1, f"{key}.random_share must lie in [0, 1], not {share}.")
-        update = courses.updates(f"{key}.update", self.update, steps)
+        update = courses.updates(f"{key}.update", self.update, steps, within=self.rules == "vspdf")
         if self.algorithm == "gmp":
             return update, None, None
         written = _DROP if self.drop_fraction is None else self.drop_fraction
@@ -216,6 +218,13 @@ class Phase:
             "schedule, e.g. {sparsity: 0.0, schedule: power, sparsity_end: 0.75}, or take algorithm: static.",
         )
         moves = [step for step in found.update_steps() if step]
+        usual = found.update == courses.updates(key, None, found.steps)  # short phases may have none by themselves
+        rises = previous is not None and found.sparsity > previous.end
+        require(
+            bool(moves) or usual or rises or self.rules == "cstorch",
+            f"{key}.update: masks never move in the phase's {found.steps} steps: expected an update after step 0, "
+            "or algorithm: static.",
+        )
         near = min((b - a for a, b in pairwise(moves)), default=found.steps)
         self._check_ramp(key, near)
 
