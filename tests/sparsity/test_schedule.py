@@ -146,3 +146,43 @@ def test_what_is_left_out_follows_and_layers_have_amounts_of_their_own():
     apart = Phase(sparsity=0.5, layers={"*.c_fc": 0.9, "h.0.*": 0.0}, steps=1).resolved("phase", None, layers)
     assert apart.of_layers(layers)["h.0.mlp.c_fc"] == 0.9 and apart.of_layers(layers)["h.1.attn.c_proj"] == 0.5
     assert apart.mean(layers) == pytest.approx((2 * 400 * 0.9 + (400 + 400) * 0.5) / 2400)
+
+
+CYCLES = {"schedule": "cycling", "levels": [0.5, 0.9], "algorithm": "set"}
+
+
+@pytest.mark.parametrize(
+    "settings, end",
+    [
+        ({**CYCLES, "steps": 12, "update": {"steps": [0, 2, 4]}}, 0.5),  # back at its first level
+        ({**CYCLES, "steps": 12, "update": {"steps": [0, 2]}}, 0.9),
+        ({**CYCLES, "steps": 18}, 0.5),
+        ({**CYCLES, "steps": 1000}, 0.5),
+        ({"schedule": "cycling", "levels": [0.9, 0.75], "steps": 8, "update_every": 7}, 0.75),
+        ({"sparsity": 0.9, "schedule": "linear", "steps": 8, "update_every": 7}, 0.0),
+        ({"sparsity": [0.5, 0.9], "algorithm": "set", "steps": 12, "update": {"steps": [0, 2, 4]}}, 0.5),
+    ],
+)
+def test_the_end_of_a_phase_is_what_its_last_stage_has(settings, end):
+    found = Phase(**settings).resolved("phases.0")
+    assert found.end == found.stages()[-1].sparsity == end and found.sparsity_end in (None, end)
+    with pytest.raises(UserError, match=rf"phases.1.sparsity = 0.95 is above the phase before \({end}\)"):
+        Phase(sparsity=0.95, steps=4).resolved("phases.1", found)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"levels": [0.9, 0.75, 0.5, 0], "update_every": 7, "steps": 8},
+         r"levels: 0.5 is never reached: expected an update for each of 4 values, the phase's 8 steps have 2"),
+        ({"levels": [0.9, 0.75, 0.5, 0], "steps": 9}, r"phases.0.levels: 0 is never reached"),
+        ({**CYCLES, "levels": [0.5, 0.9, 0.7], "update": {"steps": [1, 3]}, "steps": 9}, r"levels: 0.7 is never"),
+        ({"schedule": "constant", "levels": [], "sparsity": [0.5, 0.9], "algorithm": "set", "update": {"steps": [1]},
+          "steps": 9}, r"phases.0.sparsity: 0.9 is never reached"),
+        ({"levels": [0.9, 0.5], "sparsity": 0.75, "steps": 8}, r"sparsity = 0.75, but the levels go from 0.9 to 0.5"),
+        ({"levels": [0.9, 0.5], "sparsity_end": 0.0, "steps": 8}, r"sparsity_end = 0.0, but the levels .*leave it out"),
+    ],
+)  # fmt: skip
+def test_levels_that_have_no_turn_and_amounts_beside_levels_are_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
+        Phase(**{"schedule": "cycling", **wrong}).resolved("phases.0")

@@ -146,7 +146,7 @@ class Amounts:
         """Sparsity after update `k` of the phase, the first being 0, before its step `start`."""
         if isinstance(self.schedule, Mapping):
             return round(courses.amount(self.schedule, start, k), 12)
-        a, b = self.sparsity, self.end
+        a, b = self.sparsity, self.sparsity if self.sparsity_end is None else self.sparsity_end
         if self.schedule == "cycling":
             return self.levels[k % len(self.levels)]
         if k >= last:
@@ -164,10 +164,8 @@ class Amounts:
 
     @property
     def end(self) -> float:
-        """Sparsity at the phase's end."""
-        if isinstance(self.schedule, Mapping) or (self.rules == "cstorch" and self.schedule == "constant"):
-            return self.stages()[-1].sparsity
-        return self.sparsity if self.sparsity_end is None else self.sparsity_end
+        """Sparsity at the phase's end: of its last stage, whatever was to come after it."""
+        return self.stages()[-1].sparsity
 
     def of_layers(self, layers: Iterable[str], sparsity: float | None = None) -> dict[str, float]:
         """Sparsity of each layer by its name, where the phase's own is `sparsity` (default: that of its start)."""

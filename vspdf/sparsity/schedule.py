@@ -49,8 +49,10 @@ class Phase:
     # "cosine", or "cycling" through `levels`; static masks only ever get denser. Or what `sparsity` may be beside a
     # number
     schedule: Any = "constant"
-    sparsity_end: float | None = None  # from the last update on; default 0 of static masks, if schedule is not constant
-    levels: list[float] = field(default_factory=list)  # of "cycling", e.g. [0.9, 0.75, 0.5, 0]
+    sparsity_end: float | None = (
+        None  # from the last update on, not beside levels; default 0 of static masks, if schedule is not constant
+    )
+    levels: list[float] = field(default_factory=list)  # of "cycling", one an update, e.g. [0.9, 0.75, 0.5, 0]
     update_every: int | None = None  # steps between updates of static masks; default: ten updates, or one per level
     layers: dict[str, float] = field(default_factory=dict)  # glob over layers to sparsity, the first match counts
     # Of the first masks: "random", "random:FORM" (2:4, 16x16, ...), "topk", "from_zeros", "checkerboard" or "file"
@@ -124,6 +126,9 @@ class Phase:
             self.count, self.algorithm, drop, update, random_share, self.rules, steps, self.moments,
             self.revived_warmup, self.lr, self.lr_multiple, self.lr_end, self.decay, warmup,
         )  # fmt: skip
+        if found.levels:
+            found = replace(found, sparsity_end=found.end)
+        self._check_levels(key, found)
         if self.rules == "cstorch" and not any(stage.sparsity for stage in found.stages()):
             found = replace(found, sparsity=0.0)  # no update comes within the phase: its masks stay dense
         found = replace(found, name=self.name or _usual_name(found))
@@ -258,13 +263,34 @@ class Phase:
             require(bool(self.levels), f"{key}.levels: schedule: cycling needs them, e.g. [0.9, 0.75, 0.5, 0].")
             for level in self.levels:
                 check_sparsity(f"{key}.levels", level)
-            start, end = self.levels[0], min(self.levels) if self.algorithm == "static" else self.levels[-1]
+            start, end = self.levels[0], self.levels[-1]  # the last of them that has its turn is known later
         check_sparsity(f"{key}.sparsity", start)
         return start, end
 
+    def _check_levels(self, key: str, found: Amounts) -> None:
+        """Whether each of the sparsities that a phase goes through has its turn, and nothing beside them says else."""
+        course = found.schedule if isinstance(found.schedule, dict) else {}
+        values = found.levels or course.get("values", ())
+        turns = len(found.update_steps())
+        if turns < len(values) and self.rules == "vspdf":
+            raise UserError(
+                f"{key}.{'levels' if found.levels else 'sparsity'}: {values[turns]:g} is never reached: expected an "
+                f"update for each of {len(values)} values, the phase's {found.steps} steps have {turns}."
+            )
+        if not found.levels:
+            return
+        for name, value, allowed in (
+            ("sparsity", self.sparsity, (0.0, found.sparsity)), ("sparsity_end", self.sparsity_end, (None, found.end)),
+        ):  # fmt: skip
+            require(
+                value in allowed,
+                f"{key}.{name} = {value}, but the levels go from {found.sparsity:g} to {found.end:g}: leave it out.",
+            )
+
     def _updates(self, key: str, steps: int, start: float, end: float) -> int:
         """Steps between the updates of a phase that is not constant."""
-        only_added(0 <= end <= start, f"{key}.sparsity_end = {end} must lie between 0 and sparsity = {start}")
+        if not self.levels:
+            only_added(0 <= end <= start, f"{key}.sparsity_end = {end} must lie between 0 and sparsity = {start}")
         every = -(-steps // (len(self.levels) or 10)) if self.update_every is None else self.update_every
         require(1 <= every < steps, f"{key}.update_every = {every} must lie between 1 and the phase's {steps} steps.")
         self._check_ramp(key, every)
