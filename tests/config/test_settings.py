@@ -227,3 +227,19 @@ def test_missing_configurations_name_what_is_near(tmp_path):
     (tmp_path / "mine.yaml").write_text(BASE)
     with pytest.raises(UserError, match=rf"Did you mean '{tmp_path}/mine.yaml'\?"):
         loading.load(tmp_path / "mime.yaml")
+
+
+SPARSE = [
+    "phases.0.sparsity=0.5", 'phases.0.layers={"*": 0.5}', "phases.0={schedule: cycling, levels: [0.5, 0]}",
+    "phases.0={algorithm: set, sparsity: 0.0, layers: {h.0.*: 0.5}}",
+    "phases.0={algorithm: gmp, schedule: power, sparsity_end: 0.5}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("override", SPARSE)
+def test_fine_tuning_is_dense_however_a_phase_would_be_sparse(override):
+    body = {"data": {"path": "pairs.jsonl"}, "phases": [{"steps": 6}, {"steps": 6}]}
+    start = ("run", ModelConfig(n_layer=1, d_model=8, n_head=2, sequence_length=64, vocab_size=257))
+    assert loading.build(body, "here", ['phases.1.layers={"*": 0}'], start=start).task
+    with pytest.raises(UserError, match=rf"{override[:8]}: fine-tuning is dense: expected no sparsity"):
+        loading.build(body, "here", [override], start=start)

@@ -59,6 +59,12 @@ def resolve(config: Config) -> ResolvedConfig:
     )
     for written in config.phases:
         found = dataclasses.replace(found, phases=(*found.phases, _phase(written, found)))
+    for i, phase in enumerate(found.phases if found.task else ()):
+        amounts = [*phase.layers.values(), *(stage.sparsity for stage in phase.stages())]
+        require(
+            not any(amounts) and phase.algorithm == "static",
+            f"phases.{i}: fine-tuning is dense: expected no sparsity, no levels or layers above 0, no moving masks.",
+        )
     require(
         not train.patience or found.phases[-1].schedule == "constant",
         f"train.patience = {train.patience} may end the last phase early: that needs schedule: constant, "
@@ -181,8 +187,6 @@ def _data(config: Config, longest: int) -> ResolvedData:
         return found
     require(config.init_from is None, "init_from is for pre-training; fine-tuning names its checkpoint first.")
     require(config.start is not None, "data.path is for fine-tuning: vspdf finetune CHECKPOINT CONFIG data.path=FILE.")
-    sparse = any(phase.sparsity or phase.algorithm != "static" for phase in config.phases)
-    require(not sparse, "fine-tuning is dense: phases must have no sparsity.")
     return resolve_task(data, longest)
 
 
