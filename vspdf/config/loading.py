@@ -29,7 +29,8 @@ def load(
     ----------
     source : path of a YAML file, or the name of a config that ships with vspdf ("quickstart")
     overrides : sequence of "key=value"
-        Dotted keys; list items by index: ``phases.0.steps=100``.
+        Dotted keys; list items by index: ``phases.0.steps=100``. A mapping replaces a setting that is one (`layers`);
+        of a group of settings (`model`) it changes those that it names.
     start : (str, ModelConfig), optional
         Fine-tuning: where the model to begin with is, and its shape; the configuration itself names none, or the same.
 
@@ -88,7 +89,7 @@ def build(
         try:
             _check_path(tree, key)
             _check_form(OmegaConf.to_container(value)["value"], _hint(key), key, f"override '{override}'")  # type: ignore[call-overload,index]
-            OmegaConf.update(tree, re.sub(r"\.(\d+)", r"[\1]", key), value.value)
+            _set(tree, re.sub(r"\.(\d+)", r"[\1]", key), value.value, _hint(key))
         except OmegaConfBaseException as error:
             raise _explained(error, f"override '{override}'") from None
     try:
@@ -106,6 +107,19 @@ def build(
                 raise UserError(f"model.{key} = {mine}, but the model to start from has {value}: leave it out.")
         config.model = ModelConfig(**found)
     return resolve(config)
+
+
+def _set(tree: DictConfig, path: str, value: Any, hint: Any) -> None:
+    """Puts a value in the place of a setting; of a group of settings (`model`, a phase) it is those that are named.
+
+    A setting that is itself a mapping is replaced whole: merged, rules of `layers` would come after those that count.
+    """
+    if dataclasses.is_dataclass(hint) and isinstance(value, DictConfig):
+        hints = get_type_hints(hint)
+        for name, item in value.items():
+            _set(tree, f"{path}.{name}", item, hints[str(name)])
+    else:
+        OmegaConf.update(tree, path, value, merge=not isinstance(value, DictConfig))
 
 
 def parse_override(override: str) -> tuple[str, DictConfig | ListConfig]:
@@ -181,7 +195,7 @@ def _hint(key: str) -> Any:
         if get_origin(hint) is list:
             hint = get_args(hint)[0]
         else:  # within a setting that may have any form, everything may
-            hint = get_type_hints(hint)[part] if dataclasses.is_dataclass(hint) else Any
+            hint = get_type_hints(hint).get(part, Any) if dataclasses.is_dataclass(hint) else Any
     return hint
 
 
@@ -233,7 +247,10 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> dict[
     for key in sorted({*a, *b}):
         old, new = a.get(key), b.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found.update(differences(old, new, f"{prefix}{key}."))
+            within = differences(old, new, f"{prefix}{key}.")
+            if not within and key == "layers" and list(old) != list(new):  # the first glob that matches counts
+                within = {prefix + key: (old, new)}
+            found.update(within)
         elif isinstance(old, list) and isinstance(new, list):
             if len(old) != len(new):
                 return {prefix + key: (f"a list of {len(old)}", f"one of {len(new)}")}
