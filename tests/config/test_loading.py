@@ -1,6 +1,9 @@
 """Overrides: what replaces, what is taken as typed, and what tells two configurations apart."""
 
+import pytest
+
 from vspdf.config import loading
+from vspdf.errors import UserError
 from vspdf.shapes import RopeScaling
 
 BODY = {
@@ -44,3 +47,27 @@ def test_layers_in_another_order_are_another_configuration():
     old, new = (loading.to_dict(build(f"phases.0.layers={globs}")) for globs in orders)
     assert loading.differences(old, old) == {}
     assert loading.differences(old, new).keys() == {"phases.0.layers"}
+
+
+TYPED = {
+    "run_dir=1.10": "1.10", "name=2024_01_02": "2024_01_02", "run_dir=no": "no", "run_dir=010": "010",
+    "data.corpus=foo #1.txt": "foo #1.txt", "data.corpus='foo #1.txt'": "foo #1.txt", 'data.corpus="a\\tb"': "a\tb",
+    "data.corpus=a: b": "a: b", "data.corpus=[x]": "[x]", "data.corpus={": "{", "data.corpus='it''s'": "it's",
+    "data.corpus='a' + 'b'": "'a' + 'b'", "data.corpus=": "", "data.corpus= x ": "x", "init_from=null": None,
+    "data.cache_dir=~": None, "init_from='null'": "null", "data.cache_dir=~/cache": "~/cache",
+    "seed=010": 10, "seed=0x10": 16, "train.threads=08": 8, "optimizer.lr=00.5": 0.5, "model.bias=no": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("override, value", TYPED.items(), ids=TYPED)
+def test_text_is_taken_as_typed_and_digits_are_decimal(override, value):
+    found = build(override)
+    for part in override.partition("=")[0].split("."):
+        found = getattr(found, part)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("override", ["train.timeout=1:30", "seed=1:30", "name=null", "data.corpus=~"])
+def test_what_yaml_would_make_another_number_or_nothing_is_refused(override):
+    with pytest.raises(UserError, match=r"override .* (could not be converted|must not be empty)"):
+        build(override)

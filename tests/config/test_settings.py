@@ -157,7 +157,7 @@ BAD_OVERRIDES = {
     "model=3": r"'model' must be a mapping of settings, not '3'",
     "train.batch_size=null": r"'train.batch_size' must not be empty",
     "train.tensorboard=maybe": r"'train.tensorboard': Value 'maybe' is not a valid bool",
-    "data.corpus={": r"its value is not valid YAML",
+    "phases.0.update={": r"its value is not valid YAML",
     "model.name=gpt2-smal": r"unknown model 'gpt2-smal'. Did you mean 'gpt2-small'\?",
     "model.n_head=5": r"model.n_head = 5 does not divide model.d_model = 32",
     "model.n_layer=1000000000": r"model.n_layer must be at most 10,000, not 1,000,000,000",

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -18,6 +19,7 @@ from vspdf.config.settings import Config, ModelConfig
 from vspdf.errors import UserError, did_you_mean, first_line, percent_meant
 
 _CEREBRAS = {"trainer", "runconfig", "train_input", "sparsity"}  # one of them is in each of its files
+_NULL = ("null", "Null", "NULL", "~")  # as YAML has it
 
 
 def load(
@@ -123,7 +125,7 @@ def _set(tree: DictConfig, path: str, value: Any, hint: Any) -> None:
 
 
 def parse_override(override: str) -> tuple[str, DictConfig | ListConfig]:
-    """The dotted key of ``key=value``, and its value under "value".
+    """The dotted key of ``key=value``, and its value under "value": read as YAML, but text as it is typed.
 
     Raises
     ------
@@ -133,12 +135,26 @@ def parse_override(override: str) -> tuple[str, DictConfig | ListConfig]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override '{override}' is not of the form key=value.")
+    if not text or _as_typed(text.strip(), _hint(key)):
+        return key, OmegaConf.create({"value": text.strip()})
     try:
-        return key, OmegaConf.create(f"value: {text}") if text else OmegaConf.create({"value": ""})
+        return key, OmegaConf.create(f"value: {text}")
     except YAMLError:
         raise UserError(f"override '{override}': its value is not valid YAML.") from None
     except OmegaConfBaseException as error:
         raise _explained(error, f"override '{override}'") from None
+
+
+def _as_typed(text: str, hint: Any) -> bool:
+    """Whether the value of an override is to be taken as it stands, for a setting of a type.
+
+    YAML 1.1 would make 1.10 of a folder's name 1.1 and "no" False, and end it at " #"; of a number, it takes 010 for 8
+    and 1:30 for 90. Quotes around all of a text go, and null stays null.
+    """
+    kinds = {*(get_args(hint) if isinstance(hint, UnionType) else (hint,))} - {type(None)}
+    if kinds == {str}:
+        return text not in _NULL and not re.fullmatch(r"'(?:[^']|'')*'|\"(?:[^\"\\]|\\.)*\"", text)
+    return kinds <= {int, float} and bool(re.fullmatch(r"[+-]?(0[\d_]+|[\d_]+(:[\d_]+)+)(\.[\d_]*)?", text))
 
 
 def shipped(folder: str = "configs") -> list[Path]:
