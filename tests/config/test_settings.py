@@ -243,3 +243,51 @@ def test_fine_tuning_is_dense_however_a_phase_would_be_sparse(override):
     assert loading.build(body, "here", ['phases.1.layers={"*": 0}'], start=start).task
     with pytest.raises(UserError, match=rf"{override[:8]}: fine-tuning is dense: expected no sparsity"):
         loading.build(body, "here", [override], start=start)
+
+
+IDLE = {
+    ("phases.1.decay=constant", "phases.1.lr_end=1e-5"): r"phases.1.lr_end = 1e-05 does nothing with decay: constant",
+    ("phases.1.init_method=topk",): r"phases.1.init_method = topk does nothing: first masks are those of the first",
+    ("phases.1.init_method=file", "phases.1.init_file=none.npz"): r"phases.1.init_method = file does nothing",
+    (
+        "phases.1={algorithm: set, sparsity: 0}",
+    ): r"phases.1: algorithm: set has no masks to move, the sparsity stays at 0",
+    ("phases.1={algorithm: rigl}",): r"phases.1: algorithm: rigl has no masks to move",
+    (
+        "train.memory=low",
+        "train.backend=reference",
+    ): r"train.memory = 'low' is of the CPU's kernels: it does nothing with",
+    ("train.memory=low", "train.device=cuda"): r"train.backend = 'auto' on train.device = 'cuda'",
+}
+
+
+@pytest.mark.parametrize("overrides, message", IDLE.items(), ids=str)
+def test_settings_that_would_do_nothing_are_refused(load, overrides, message):
+    with pytest.raises(UserError, match=message):
+        load(BASE, *overrides)
+
+
+def test_settings_that_say_what_is_so_anyway_are_taken(load, tmp_path):
+    constant = load(BASE, "phases.1={decay: constant, lr: 1e-3, lr_end: 1e-3}", "phases.0.decay=constant")
+    (tmp_path / "saved.yaml").write_text(loading.to_yaml(constant))
+    assert loading.load(tmp_path / "saved.yaml") == constant and constant.phases[1].lr_end == 1e-3
+    assert load(BASE, "phases.0.init_method=topk", "phases.1.init_method=topk").phases[1].init_method == "topk"
+    assert load(BASE, 'phases.1={algorithm: set, layers: {"*.c_fc": 0.5}}').phases[1].algorithm == "set"
+
+
+IDLE_IN_FINE_TUNING = {
+    "data.corpus=mine/": r"data.corpus = mine/ is for pre-training: fine-tuning learns from data.path alone",
+    "data.text_field=body": r"data.text_field = body is for pre-training",
+    "data.validation_fraction=0.1": r"validation_fraction = 0.1 does nothing beside data.validation_path: give one",
+    "model.init_std=0.1": r"model.init_std = 0.1, but the model to start from has weights of its own: leave it out",
+    "start=other": r"start = other, but fine-tuning was told to begin with run: leave it out",
+}
+
+
+@pytest.mark.parametrize("override, message", IDLE_IN_FINE_TUNING.items(), ids=IDLE_IN_FINE_TUNING)
+def test_settings_that_would_do_nothing_in_fine_tuning_are_refused(override, message):
+    start = ("run", ModelConfig(n_layer=1, d_model=8, n_head=2, sequence_length=64, vocab_size=257))
+    body = {"data": {"path": "pairs.jsonl", "validation_path": "more.jsonl"}, "phases": [{"steps": 6}]}
+    assert loading.build(body, "here", ["start=run", "model.init_std=0.02"], start=start).start == "run"
+    with pytest.raises(UserError, match=message):
+        loading.build(body, "here", [override], start=start)

@@ -30,7 +30,7 @@ def test_cosine_passes_the_middle_at_half_way_and_constant_stays():
     assert cosine.learning_rate(60, 1e-3) == pytest.approx((1e-3 + 1e-4) / 2)
     assert cosine.learning_rate(110, 1e-3) == pytest.approx(1e-4)
     assert cosine.learning_rate(35, 1e-3) == pytest.approx(1e-4 + 9e-4 * (1 + math.cos(math.pi / 4)) / 2)
-    constant = phase(decay="constant").resolved("phases.0")
+    constant = phase(decay="constant", lr_end=None).resolved("phases.0")
     assert {constant.learning_rate(step, 1e-3) for step in range(10, 100)} == {1e-3}
 
 

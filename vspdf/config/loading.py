@@ -100,18 +100,21 @@ def build(
         raise _explained(error, where) from None
     assert isinstance(config, Config)
     if start is not None:
+        if any(override.startswith("start=") for override in overrides) and config.start not in (None, start[0]):
+            raise UserError(f"start = {config.start}, but fine-tuning was told to begin with {start[0]}: leave it out.")
         config.start, model = start
         found = dataclasses.asdict(resolve_model(model))
         others = {"activation": found["mlp"], "d_attention": found["n_head"] * found["head_dim"]}
         for key, value in (found | others).items():
             mine = getattr(config.model, key)
-            if key not in ("init_std", "output_init_std") and mine not in (None, value, getattr(ModelConfig(), key)):
-                raise UserError(f"model.{key} = {mine}, but the model to start from has {value}: leave it out.")
+            if mine not in (None, value, getattr(ModelConfig(), key)):
+                drawn = "weights of its own" if key in ("init_std", "output_init_std") else value
+                raise UserError(f"model.{key} = {mine}, but the model to start from has {drawn}: leave it out.")
         config.model = ModelConfig(**found)
     return resolve(config)
 
 
-def _set(tree: DictConfig, path: str, value: Any, hint: Any) -> None:
+def _set(tree: Any, path: str, value: Any, hint: Any) -> None:
     """Puts a value in the place of a setting; of a group of settings (`model`, a phase) it is those that are named.
 
     A setting that is itself a mapping is replaced whole: merged, rules of `layers` would come after those that count.
@@ -119,7 +122,7 @@ def _set(tree: DictConfig, path: str, value: Any, hint: Any) -> None:
     if dataclasses.is_dataclass(hint) and isinstance(value, DictConfig):
         hints = get_type_hints(hint)
         for name, item in value.items():
-            _set(tree, f"{path}.{name}", item, hints[str(name)])
+            _set(tree, f"{path}.{name!s}", item, hints[str(name)])
     else:
         OmegaConf.update(tree, path, value, merge=not isinstance(value, DictConfig))
 

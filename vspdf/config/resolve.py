@@ -141,6 +141,12 @@ def _train(train: TrainConfig) -> ResolvedTrain:
             train.backend != backend or not train.device.startswith(device),
             f"train.backend = '{backend}' does not run on train.device = '{train.device}'.",
         )
+    own = train.backend in ("auto", "cpu") and not train.device.startswith("cuda")
+    require(
+        train.memory == "normal" or own,
+        f"train.memory = '{train.memory}' is of the CPU's kernels: it does nothing with train.backend = "
+        f"'{train.backend}' on train.device = '{train.device}'.",
+    )
     micro = train.batch_size if train.micro_batch_size is None else train.micro_batch_size
     parallel = (
         ("ddp" if train.device.startswith("cuda") else "exact") if train.data_parallel is None else train.data_parallel
@@ -187,6 +193,15 @@ def _data(config: Config, longest: int) -> ResolvedData:
         return found
     require(config.init_from is None, "init_from is for pre-training; fine-tuning names its checkpoint first.")
     require(config.start is not None, "data.path is for fine-tuning: vspdf finetune CHECKPOINT CONFIG data.path=FILE.")
+    for key in ("corpus", "text_field"):
+        require(
+            getattr(data, key) == getattr(DataConfig(), key),
+            f"data.{key} = {getattr(data, key)} is for pre-training: fine-tuning learns from data.path alone.",
+        )
+    require(
+        data.validation_path is None or data.validation_fraction == DataConfig.validation_fraction,
+        f"data.validation_fraction = {data.validation_fraction} does nothing beside data.validation_path: give one.",
+    )
     return resolve_task(data, longest)
 
 
@@ -234,12 +249,13 @@ def _phase(phase: PhaseConfig, run: ResolvedConfig) -> ResolvedPhase:
         batch_size % micro == 0,
         f"train.micro_batch_size = {micro} does not divide {key}.batch_size = {batch_size}.",
     )
-    amounts = dataclasses.replace(phase, steps=steps).resolved(key, previous, linear_layers(run.model))
     optimizer = run.optimizer
-    rates = {
-        "lr": optimizer.lr if phase.lr is None else phase.lr,
-        "lr_end": optimizer.lr / 10 if phase.lr_end is None else phase.lr_end,
-    }
+    lr, usual_end = optimizer.lr if phase.lr is None else phase.lr, optimizer.lr / 10
+    rates = {"lr": lr, "lr_end": usual_end if phase.lr_end is None else phase.lr_end}
+    # A resolved phase names its end though its decay be constant, as the translated ones of the Cerebras stack do.
+    plain = phase.decay == "constant" and phase.lr_end in (usual_end, lr * phase.lr_multiple)
+    of_steps = dataclasses.replace(phase, steps=steps, lr_end=None if plain else phase.lr_end)
+    amounts = of_steps.resolved(key, previous, linear_layers(run.model))
     found = ResolvedPhase(
         **{**vars(amounts), **rates},
         tokens=steps * batch_size * (run.data.length or run.model.sequence_length),

@@ -107,6 +107,11 @@ class Phase:
             (self.init_method == "file") == (self.init_file is not None),
             f"{key}: init_method: file and init_file, the file with the masks, belong together.",
         )
+        if previous and (self.init_method, self.init_file) != ("random", None):
+            require(
+                (self.init_method, self.init_file) == (previous.init_method, previous.init_file),
+                f"{key}.init_method = {self.init_method} does nothing: first masks are those of the first phase.",
+            )
         one_of(f"{key}.count", self.count, ("round", "truncate"))
         one_of(f"{key}.algorithm", self.algorithm, ALGORITHMS)
         one_of(f"{key}.rules", self.rules, RULES)
@@ -216,6 +221,11 @@ class Phase:
             return
         for stage in found.stages():
             check_sparsity(f"{key}.sparsity, from step {stage.start} on", stage.sparsity)
+        require(
+            self.rules == "cstorch" or any(self.layers.values()) or any(stage.sparsity for stage in found.stages()),
+            f"{key}: algorithm: {self.algorithm} has no masks to move, the sparsity stays at 0: expected one above it, "
+            "or algorithm: static.",
+        )
         constant = found.schedule == "constant" and (previous is None or found.sparsity <= previous.end)
         require(
             self.algorithm != "gmp" or not constant,
@@ -250,6 +260,8 @@ class Phase:
                 f"{key}.lr_end = {self.lr_end:.4g} must lie between 0 and the phase's peak (lr · lr_multiple).",
             )
         one_of(f"{key}.decay", self.decay, DECAYS)
+        ends = self.decay != "constant" or self.lr_end is None or (self.lr is not None and self.lr_end == peak)
+        require(ends, f"{key}.lr_end = {self.lr_end} does nothing with decay: constant: leave it out (null).")
         require(
             0 <= warmup <= steps, f"{key}.warmup_steps = {warmup} must lie between 0 and the phase's {steps} steps."
         )
