@@ -186,3 +186,18 @@ def test_the_end_of_a_phase_is_what_its_last_stage_has(settings, end):
 def test_levels_that_have_no_turn_and_amounts_beside_levels_are_refused(wrong, message):
     with pytest.raises(UserError, match=message):
         Phase(**{"schedule": "cycling", **wrong}).resolved("phases.0")
+
+
+def test_a_glob_that_an_earlier_one_leaves_nothing_is_told_once(caplog):
+    layers = linear_layers(Shape(2, 10, 1, 40, 5, 8))
+    rules = {"*.c_fc": 0.9, "h.1.*": 0.5, "h.1.mlp.*": 0.1, "*": 0.2, "h.0.attn.*": 0.3}
+    for _ in range(2):
+        Phase(sparsity=0.0, layers=rules, steps=1).resolved("phases.7", None, layers)
+    assert caplog.messages == [
+        "phases.7.layers: 'h.1.mlp.*' never counts: all that it matches is taken by '*.c_fc' and 'h.1.*' before it; "
+        "put it first, or leave it out.",
+        "phases.7.layers: 'h.0.attn.*' never counts: all that it matches is taken by '*' before it; put it first, or "
+        "leave it out.",
+    ]
+    Phase(sparsity=0.0, layers={"h.0.*": 0.5, "*.c_fc": 0.9}, steps=1).resolved("phases.7", None, layers)
+    assert len(caplog.messages) == 2  # one that counts somewhere is as it is meant to be

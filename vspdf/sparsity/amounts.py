@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 from vspdf.errors import did_you_mean, require
 from vspdf.sparsity import courses
 
 T = TypeVar("T")
+log = logging.getLogger("vspdf")
 
 
 def plain_name(name: str) -> str:
@@ -28,6 +31,22 @@ def matches(name: str, glob: str) -> bool:
 def first_match(rules: Mapping[str, T], name: str, default: T) -> T:
     """What the first glob of `rules` says that takes a module of that name, or `default`."""
     return next((rule for glob, rule in rules.items() if matches(name, glob)), default)
+
+
+def shadowed(rules: Mapping[str, T], names: Iterable[str]) -> dict[str, list[str]]:
+    """Globs of `rules` that match some of `names` and count for none of them, with the earlier ones that do."""
+    firsts: dict[str, list[str]] = {glob: [] for glob in rules}
+    for name in names:
+        found = [glob for glob in rules if matches(name, glob)]
+        for glob in found:
+            if found[0] not in firsts[glob]:
+                firsts[glob].append(found[0])
+    return {glob: before for glob, before in firsts.items() if before and glob not in before}
+
+
+@cache  # a configuration is resolved, and its phases checked, many times in a run
+def _warn_once(line: str) -> None:
+    log.warning("%s", line)
 
 
 class Stage(NamedTuple):
@@ -182,6 +201,8 @@ class Amounts:
     def check_layers(self, key: str, previous: Amounts | None, layers: Sequence[str]) -> None:
         """Whether the phase's globs match layers, and no layer is to be sparser than at the end of the phase before.
 
+        Of a glob that never counts a warning tells.
+
         Raises
         ------
         UserError
@@ -191,6 +212,11 @@ class Amounts:
             require(
                 any(matches(name, glob) for name in layers),
                 f"{key}.layers: '{glob}' matches no layer.{did_you_mean(glob, map(plain_name, layers))}",
+            )
+        for glob, before in shadowed(self.layers, layers).items():
+            _warn_once(
+                f"{key}.layers: '{glob}' never counts: all that it matches is taken by "
+                f"{' and '.join(map(repr, before))} before it; put it first, or leave it out."
             )
         if previous and self.algorithm == "static" and (self.layers or previous.layers):
             old = previous.of_layers(layers, previous.end)
