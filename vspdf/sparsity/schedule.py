@@ -219,10 +219,11 @@ class Phase:
         """Of masks that move: whether they can, and whether ramps end before the next update."""
         if self.algorithm == "static":
             return
-        for stage in found.stages():
+        stages = found.stages()
+        for stage in stages:
             check_sparsity(f"{key}.sparsity, from step {stage.start} on", stage.sparsity)
         require(
-            self.rules == "cstorch" or any(self.layers.values()) or any(stage.sparsity for stage in found.stages()),
+            self.rules == "cstorch" or any(self.layers.values()) or any(stage.sparsity for stage in stages),
             f"{key}: algorithm: {self.algorithm} has no masks to move, the sparsity stays at 0: expected one above it, "
             "or algorithm: static.",
         )
