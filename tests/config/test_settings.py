@@ -246,7 +246,6 @@ def test_fine_tuning_is_dense_however_a_phase_would_be_sparse(override):
 
 
 IDLE = {
-    ("phases.1.decay=constant", "phases.1.lr_end=1e-5"): r"phases.1.lr_end = 1e-05 does nothing with decay: constant",
     ("phases.1.init_method=topk",): r"phases.1.init_method = topk does nothing: first masks are those of the first",
     ("phases.1.init_method=file", "phases.1.init_file=none.npz"): r"phases.1.init_method = file does nothing",
     (
@@ -291,3 +290,9 @@ def test_settings_that_would_do_nothing_in_fine_tuning_are_refused(override, mes
     assert loading.build(body, "here", ["start=run", "model.init_std=0.02"], start=start).start == "run"
     with pytest.raises(UserError, match=message):
         loading.build(body, "here", [override], start=start)
+
+
+def test_an_end_of_the_rate_that_does_nothing_is_told(load, caplog):
+    with caplog.at_level("WARNING", "vspdf"):
+        load(BASE, "phases.1.decay=constant", "phases.1.lr_end=2.5e-5")
+    assert "phases.1.lr_end = 2.5e-05 does nothing with decay: constant." in caplog.text

@@ -110,10 +110,10 @@ def test_weights_that_share_memory_are_tied(how, caplog):
 def test_a_glob_that_never_counts_is_named(caplog):
     with caplog.at_level(logging.WARNING, "vspdf"):
         vspdf.sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), {"*": 0.75, "1": 0.5})
-    assert "sparsify: '1' never counts, '*' before it matches its layers." in caplog.text
+    assert "sparsify: '1' never counts: '*' before it takes all that it matches." in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING, "vspdf"):
-        vspdf.sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), {"1": 0.5, "*": 0.75})
+        vspdf.sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), {"1": 0.5, "0": 0.75, "*": 0.9})
     assert not caplog.records
 
 

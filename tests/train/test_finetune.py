@@ -197,7 +197,7 @@ def test_a_start_without_a_tokenizer_takes_one_that_fits(vspdf, files, tmp_path)
 def test_relations_are_in_lower_case_where_the_fine_tuning_had_them_so(vspdf, files, tmp_path):
     rows = [{"tripleset": [[name, "IS NEAR", "Rome"]], "annotations": [{"text": name}]} for name in "abcdefgh"]
     (tmp_path / "dart.json").write_text(json.dumps(rows))
-    more = ["data.lower_relations=true", "phases.0.steps=1", "phases.0.warmup_steps=0"]
+    more = ["data.lower_relations=true", "phases.0.steps=1", "phases.0.warmup_steps=0", "phases.0.decay=constant"]
     path, target = f"data.path={tmp_path / 'dart.json'}", f"run_dir={tmp_path / 'low'}"
     status, _, err = vspdf("finetune", files / "run", files / "fine.yaml", path, target, *more)
     assert status == 0, err

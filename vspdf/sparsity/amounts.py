@@ -45,7 +45,8 @@ def shadowed(rules: Mapping[str, T], names: Iterable[str]) -> dict[str, list[str
 
 
 @cache  # a configuration is resolved, and its phases checked, many times in a run
-def _warn_once(line: str) -> None:
+def warn_once(line: str) -> None:
+    """Logs a warning that was not yet given in this process."""
     log.warning("%s", line)
 
 
@@ -214,7 +215,7 @@ class Amounts:
                 f"{key}.layers: '{glob}' matches no layer.{did_you_mean(glob, map(plain_name, layers))}",
             )
         for glob, before in shadowed(self.layers, layers).items():
-            _warn_once(
+            warn_once(
                 f"{key}.layers: '{glob}' never counts: all that it matches is taken by "
                 f"{' and '.join(map(repr, before))} before it; put it first, or leave it out."
             )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vspdf.errors import UserError, did_you_mean
-from vspdf.sparsity.amounts import matches, plain_name
+from vspdf.sparsity.amounts import matches, plain_name, shadowed
 from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, sparse_layers
 
 log = logging.getLogger("vspdf")
@@ -152,22 +152,23 @@ def places_of(model: nn.Module) -> Counter[int]:
 def check_globs(
     model: nn.Module,
     linears: Mapping[str, nn.Module],
-    rules: Iterable[str],
+    rules: Mapping[str, object],
     include: str | Iterable[str],
     exclude: str | Iterable[str],
 ) -> None:
-    """Raises UserError for a glob that matches nothing; names a rule that never counts, since one before it does."""
-    names, before = [plain_name(name) for name in linears], list[str]()
+    """Raises UserError for a glob that matches nothing; names a rule that never counts, since those before it do."""
+    names = [plain_name(name) for name in linears]
     for glob in (*rules, *globs_of(include)):
         if not any(matches(name, glob) for name in names):
             raise UserError(f"'{glob}' matches no linear layer.{did_you_mean(glob, names)}")
     for glob in globs_of(exclude):
         if not any(matches(name, glob) for name, _ in model.named_modules()):
             raise UserError(f"'{glob}' matches no module.{did_you_mean(glob, names)}")
-    for glob in rules:
-        if all(_matches(name, before) for name in names if matches(name, glob)):
-            log.warning("sparsify: '%s' never counts, '%s' before it matches its layers.", glob, before[0])
-        before.append(glob)
+    for glob, before in shadowed(rules, names).items():
+        if glob != "*":  # for what is left, though it be nothing
+            log.warning(
+                "sparsify: '%s' never counts: '%s' before it takes all that it matches.", glob, "' and '".join(before)
+            )
 
 
 def why_dense(module: nn.Module, uses: Mapping[int, int], wrapped: bool) -> str:

@@ -12,7 +12,7 @@ from vspdf.errors import UserError, check_sparsity, did_you_mean, one_of, requir
 from vspdf.mask_forms import block_of
 from vspdf.sparsity import courses
 from vspdf.sparsity.amounts import Amounts as Amounts
-from vspdf.sparsity.amounts import only_added
+from vspdf.sparsity.amounts import only_added, warn_once
 
 # How first masks are drawn; "random:FORM" draws those that fit a form of `Pattern.random`
 INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard", "file")
@@ -262,7 +262,8 @@ class Phase:
             )
         one_of(f"{key}.decay", self.decay, DECAYS)
         ends = self.decay != "constant" or self.lr_end is None or (self.lr is not None and self.lr_end == peak)
-        require(ends, f"{key}.lr_end = {self.lr_end} does nothing with decay: constant: leave it out (null).")
+        if not ends:  # said, not refused: a file's end beside an override of its decay is nobody's mistake
+            warn_once(f"{key}.lr_end = {self.lr_end} does nothing with decay: constant.")
         require(
             0 <= warmup <= steps, f"{key}.warmup_steps = {warmup} must lie between 0 and the phase's {steps} steps."
         )
