@@ -1,6 +1,7 @@
 """Folders of transformers' architectures: the same function both ways, in every precision; and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -176,6 +177,60 @@ def test_a_sliding_window_bounds_the_sequence(tmp_path, caplog):
     assert checkpoints.shape_of(tmp_path).sequence_length == 16 and "slides over 16 tokens" in caplog.text
 
 
+HALF = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize("where", ["rope_parameters", "rope_scaling", "top"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_part_of_a_head_is_what_transformers_makes_of_it(tmp_path, name, where, caplog):
+    """These rotate whole heads, whatever the key says; `rope_scaling` counts before `rope_parameters`, as there."""
+    said = {"rope_parameters": {"rope_parameters": HALF},
+            "rope_scaling": {"rope_scaling": HALF, "rope_parameters": HALF | {"rope_theta": 7.0}},
+            "top": {"rope_parameters": None, "rope_theta": 100.0, "partial_rotary_factor": 0.5}}[where]  # fmt: skip
+    made(name).save_pretrained(tmp_path)
+    body = json.loads((tmp_path / "config.json").read_text()) | said
+    (tmp_path / "config.json").write_text(json.dumps(body))
+    ours = checkpoints.load(tmp_path).model
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(TOKENS), theirs(TOKENS).logits, rtol=1e-5, atol=1e-5)
+    assert (ours.shape.rope_fraction, ours.shape.rope_base) == (1, 100)
+    assert f"partial_rotary_factor = 0.5 is not read: transformers' {name} rotates whole heads" in caplog.text
+
+
+@pytest.mark.parametrize("more", [{}, {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_base": 100.0}], ids=str)
+def test_a_part_of_a_head_goes_out_as_gpt_neox(tmp_path, more):
+    torch.manual_seed(0)
+    ours = GPT(Shape(2, 32, 4, 48, 61, 40, position="rope", rope_fraction=0.5, tie=False, **more), init_std=0.3)
+    hugging_face.write_hugging_face(ours, None, tmp_path / "folder")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
+    assert theirs.config.model_type == "gpt_neox"
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(TOKENS).logits, ours(TOKENS), rtol=1e-5, atol=1e-5)
+    assert checkpoints.load(tmp_path / "folder").model.shape == ours.shape
+
+
+@pytest.mark.parametrize("said", [{"rotary_pct": None}, {"rope_theta": 7.0, "partial_rotary_factor": 0.5}], ids=str)
+def test_keys_that_gpt_neox_does_not_know_change_nothing(tmp_path, said):
+    made("gpt-neox").save_pretrained(tmp_path)
+    body = json.loads((tmp_path / "config.json").read_text()) | {"rope_parameters": None} | said
+    (tmp_path / "config.json").write_text(json.dumps({key: x for key, x in body.items() if x is not None}))
+    ours = checkpoints.load(tmp_path).model
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert (ours.shape.rope_fraction, ours.shape.rope_base) == (0.25, 10_000)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(TOKENS), theirs(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [{}, {"bias": "qkv"}, {"qk_norm": True}], ids=["llama", "qwen2", "qwen3"])
+def test_a_part_of_a_head_that_no_llama_has_is_refused(tmp_path, form):
+    llama = {"norm": "rms", "position": "rope", "mlp": "swiglu", "bias": False}
+    whole = Shape(2, 32, 4, 48, 61, 40, **llama | form)
+    assert hugging_face.configuration_of(whole)[0] == ("qwen2" if "bias" in form else "qwen3" if form else "llama")
+    with pytest.raises(UserError, match=r"position rope with rope_fraction 0.5 \(gpt_neox alone has one\), mlp swiglu"):
+        hugging_face.write_hugging_face(GPT(replace(whole, rope_fraction=0.5)), None, tmp_path / "folder")
+
+
 WRONG = {
     "experts": (
         {"model_type": "mixtral"},
@@ -183,6 +238,10 @@ WRONG = {
     ),
     "another activation": ({"hidden_act": "gelu"}, r"hidden_act = 'gelu' is not supported; expected 'silu'"),
     "yarn": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, r"rope_type 'yarn' is not supported"),
+    "a scaled part of a head": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}},
+        r"partial_rotary_factor = 0.5 with rope_type 'linear' is not supported: transformers' llama cannot run it",
+    ),
     "no factor": ({"rope_parameters": {"rope_type": "linear"}}, r"must have a factor"),
     "half of the biases": ({"mlp_bias": True}, r"mlp_bias must be as attention_bias, False"),
     "odd groups": ({"num_key_value_heads": 3}, r"n_kv_head = 3 does not divide model.n_head = 4"),

@@ -22,6 +22,7 @@ REFUSED = {"quantization_config": None, "sparsity_config": None, "compression_co
 _SIZES = {"n_layer": "num_hidden_layers", "d_model": "hidden_size", "n_head": "num_attention_heads",
           "d_ff": "intermediate_size", "vocab_size": "vocab_size",
           "sequence_length": "max_position_embeddings"}  # fmt: skip
+_NEOX_PART = 0.25  # of a head, where a GPT-NeoX's configuration does not say it
 
 
 class Layout(NamedTuple):
@@ -79,18 +80,31 @@ def only(config: Mapping[str, Any], allowed: Mapping[str, Any], where: str) -> N
             raise UserError(f"{where}: {key} = {value!r} is not supported; expected {expected!r}.")
 
 
-def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Rotary positions, as versions 4 and 5 of transformers write them."""
-    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
+def _rope(config: Mapping[str, Any], where: str, base_key: str = "rope_theta", part_key: str = "") -> dict[str, Any]:
+    """Rotary positions, as versions 4 and 5 of transformers write them and take them.
+
+    Parameters
+    ----------
+    config, where
+    base_key : str
+        Of the base, where the object of rotary positions has none.
+    part_key : str
+        Of the part of a head that is rotated; "": of a kind that rotates whole heads whatever its configuration says.
+    """
+    said = config.get("rope_scaling") or config.get("rope_parameters") or {}  # where both are, theirs takes the former
     if not isinstance(said, Mapping):
         raise UserError(f"{where}: rope_scaling must be an object, not {said!r}.")
 
     def first(*found: Any) -> Any:
         return next(value for value in found if value is not None)
 
-    base = first(said.get("rope_theta"), config.get("rope_theta"), config.get("rotary_emb_base"), 10_000.0)
-    part = first(said.get("partial_rotary_factor"), config.get("partial_rotary_factor"), config.get("rotary_pct"), 1.0)
+    base = first(said.get("rope_theta"), config.get(base_key), 10_000.0)
     kind = first(said.get("rope_type"), said.get("type"), "default")
+    if part_key:
+        part = first(said.get("partial_rotary_factor"), config.get(part_key), _NEOX_PART)
+    else:
+        part = _whole_heads(config, first(said.get("partial_rotary_factor"), config.get("partial_rotary_factor"), 1.0),
+                            kind, where)  # fmt: skip
     for key, value in (("rope_theta", base), ("partial_rotary_factor", part)):
         if not isinstance(value, int | float):
             raise UserError(f"{where}: {key} must be a number, not {value!r}.")
@@ -109,7 +123,27 @@ def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return found | {"rope_scaling": RopeScaling(kind, **stated)}
 
 
-def _write_rope(shape: Shape) -> dict[str, Any]:
+def _whole_heads(config: Mapping[str, Any], part: Any, kind: str, where: str) -> float:
+    """Of a kind that rotates whole heads: 1, and a line where its configuration asks for a part.
+
+    With scaling transformers builds angles for the part alone, which then fit no head.
+    """
+    if part == 1:
+        return 1.0
+    if kind != "default":
+        raise UserError(
+            f"{where}: partial_rotary_factor = {part!r} with rope_type '{kind}' is not supported: transformers' "
+            f"{config['model_type']} cannot run it; expected 1."
+        )
+    log.warning(
+        "%s: partial_rotary_factor = %r is not read: transformers' %s rotates whole heads.",
+        where, part, config["model_type"],
+    )  # fmt: skip
+    return 1.0
+
+
+def _write_rope(shape: Shape, partial: bool = False) -> dict[str, Any]:
+    """The same of a shape; `partial`: of a kind that may rotate a part of a head."""
     scaling = shape.rope_scaling
     said: dict[str, Any] = {"rope_theta": shape.rope_base, "rope_type": "default"}
     if scaling is not None:
@@ -117,7 +151,7 @@ def _write_rope(shape: Shape) -> dict[str, Any]:
     if scaling is not None and scaling.type == "llama3":
         said |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor,
                  "original_max_position_embeddings": scaling.original_length}  # fmt: skip
-    if shape.rope_fraction != 1:
+    if partial and shape.rope_fraction != 1:
         said["partial_rotary_factor"] = shape.rope_fraction
     older = {key: value for key, value in said.items() if key not in ("rope_theta", "partial_rotary_factor")}
     return {"rope_parameters": said, "rope_theta": shape.rope_base, "rope_scaling": older if scaling else None}
@@ -171,7 +205,7 @@ def _read_neox(config: Mapping[str, Any], where: str) -> Shape:
         raise UserError(
             f"{where}: hidden_act '{activation}' is not supported; expected one of {', '.join(ACTIVATIONS)}."
         )
-    rope = _rope({"rotary_pct": 0.25, **config}, where)
+    rope = _rope(config, where, base_key="rotary_emb_base", part_key="rotary_pct")
     sizes: dict[str, Any] = {ours: whole(config, theirs, where) for ours, theirs in _SIZES.items()}
     return Shape(
         **sizes, mlp=ACTIVATIONS[activation], tie=bool(config.get("tie_word_embeddings", False)),
@@ -186,7 +220,7 @@ def _write_neox(shape: Shape, kind: str) -> dict[str, Any]:
         "hidden_act": names.get(shape.mlp, shape.mlp), "layer_norm_eps": shape.norm_eps, "attention_bias": True,
         "use_parallel_residual": shape.parallel, "tie_word_embeddings": shape.tie, "attention_dropout": 0.0,
         "hidden_dropout": 0.0, "rotary_pct": shape.rope_fraction, "rotary_emb_base": shape.rope_base,
-        **_write_rope(shape),
+        **_write_rope(shape, partial=True),
     }  # fmt: skip
 
 

@@ -76,9 +76,10 @@ def configuration_of(shape: Shape, end_of_document: int | None = None) -> tuple[
     if shape.mlp not in names or _read_gpt2(config, "") != shape:
         found = written_as(shape)
         if found is None:
+            part = f" with rope_fraction {shape.rope_fraction} (gpt_neox alone has one)" * (shape.rope_fraction != 1)
             raise UserError(
                 f"no architecture of transformers that is written here (gpt2, {', '.join(LAYOUTS)}) is a model of "
-                f"norm {shape.norm}, position {shape.position}, mlp {shape.mlp}, bias {shape.bias}, qk_norm "
+                f"norm {shape.norm}, position {shape.position}{part}, mlp {shape.mlp}, bias {shape.bias}, qk_norm "
                 f"{shape.qk_norm} and {shape.n_head} heads of {shape.head_dim} in {shape.d_model}."
             )
         kind, config = found
