@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from vspdf import shapes
 from vspdf.config.resolve import model_shape, resolve_model
 from vspdf.config.settings import ModelConfig
 from vspdf.errors import UserError, did_you_mean
+from vspdf.interop import cerebras_rates
 from vspdf.interop.architectures import whole_number
 from vspdf.interop.cerebras_forms import CHOICES, NUMBERS, forms
+from vspdf.interop.cerebras_keys import check_keys, check_off, mapping, name_unknown
 from vspdf.interop.cerebras_sparsity import roles_of, sparsity
 
 log = logging.getLogger("vspdf")
@@ -43,7 +45,6 @@ _MODEL_BESIDE = ("name", "mixed_precision", "fp16_type", "use_bfloat16", "attent
                  "embedding_initializer", "output_layer_initializer")  # fmt: skip
 _MUP = ("mup_base_hidden_size", "mup_base_filter_size", "embeddings_scale", "output_logits_scale",
         "output_logits_alpha", "scale_qk_dot_by_d", "attention_logits_alpha", "adjust_learning_rate")  # fmt: skip
-_LARGEST_RATE = 1e6
 _STD = 0.02  # of an initializer that is left out
 _FACTORS = ("embeddings_scale", "output_logits_scale", "output_logits_alpha", "attention_logits_alpha")  # 1: as here
 _OPTIMIZER = ("optimizer_type", "betas", "beta1", "beta2", "eps", "epsilon", "weight_decay", "weight_decay_rate",
@@ -60,7 +61,7 @@ def is_cerebras(body: Any) -> bool:
     return "trainer" in body or "runconfig" in body or (isinstance(model, dict) and "hidden_size" in model)
 
 
-def translate(body: Mapping[str, Any], where: str, fine_tuning: bool = False) -> dict[str, Any]:
+def translate(body: Mapping[str, Any], where: str, fine_tuning: bool = False, started: bool = False) -> dict[str, Any]:
     """A configuration of ours, as YAML would hold it, without the text: theirs lies in files that are not read here.
 
     Parameters
@@ -71,13 +72,16 @@ def translate(body: Mapping[str, Any], where: str, fine_tuning: bool = False) ->
         For messages.
     fine_tuning : bool
         On pairs, of up to ``max_sequence_length`` tokens, instead of text.
+    started : bool
+        Whether it is said elsewhere what the run begins from.
 
     Raises
     ------
     UserError
         Naming the setting, if it asks for what cannot be done here.
     """
-    init = _mapping(_mapping(body.get("trainer"), "trainer", where).get("init"), "trainer.init", where)
+    check_keys(body, where, started or fine_tuning)
+    init = mapping(mapping(body.get("trainer"), "trainer", where).get("init"), "trainer.init", where)
     now = "trainer" in body
     model = _model_block(body, where)
     steps, data, extra = _current(body, init, where) if now else _older(body, where)
@@ -88,7 +92,7 @@ def translate(body: Mapping[str, Any], where: str, fine_tuning: bool = False) ->
     roles = roles_of(model_shape(resolve_model(ModelConfig(**ours))).block)
     found = sparsity(block, ours["n_layer"], where, older=not now, roles=roles)
     seed = found.pop("seed", None)
-    phase = {"steps": steps, **_rates(rates, steps, where), **found}
+    phase = {"steps": steps, **cerebras_rates.phase_rates(rates, steps, where), **found}
     if not fine_tuning and length not in (None, ours["sequence_length"]):
         raise UserError(
             f"{where}: train_input.max_sequence_length = {length} is not offered beside max_position_embeddings = "
@@ -103,7 +107,7 @@ def translate(body: Mapping[str, Any], where: str, fine_tuning: bool = False) ->
         "data": {"length": length} if fine_tuning else {"corpus": "", "tokenizer": ""},
         "train": {"batch_size": batch, "micro_batch_size": math.gcd(batch, 8), **extra},
     }
-    seeds = (seed, body.get("seed"), init.get("seed"), _mapping(body.get("runconfig"), "runconfig", where).get("seed"))
+    seeds = (seed, body.get("seed"), init.get("seed"), mapping(body.get("runconfig"), "runconfig", where).get("seed"))
     seed = next((found for found in seeds if found is not None), None)
     return config if seed is None else config | {"seed": seed}
 
@@ -121,11 +125,12 @@ def architecture(body: Mapping[str, Any], where: str) -> tuple[dict[str, int], s
 
 
 def _model_block(body: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    init = _mapping(_mapping(body.get("trainer"), "trainer", where).get("init"), "trainer.init", where)
-    return _mapping(init.get("model") if "trainer" in body else body.get("model"), "model", where)
+    init = mapping(mapping(body.get("trainer"), "trainer", where).get("init"), "trainer.init", where)
+    return mapping(init.get("model") if "trainer" in body else body.get("model"), "model", where)
 
 
 def _model(model: Mapping[str, Any], where: str) -> dict[str, Any]:
+    check_off("model", model, where)
     for key in _MUP:
         if model.get(key) not in (None, False, *((1,) if key in _FACTORS else ())):
             raise UserError(
@@ -155,7 +160,7 @@ def _check_batch(body: Mapping[str, Any], model: Mapping[str, Any], batch: int, 
 
     The forms are alike. A published model trained for its published steps tells: its batch is so many times larger.
     """
-    if _mapping(body.get("runconfig"), "runconfig", where).get("num_csx") == 1:
+    if mapping(body.get("runconfig"), "runconfig", where).get("num_csx") == 1:
         return
     mine = model_shape(resolve_model(ModelConfig(**model)))
     for name, (published, usual, _) in shapes.PUBLISHED.items():
@@ -169,7 +174,7 @@ def _check_batch(body: Mapping[str, Any], model: Mapping[str, Any], batch: int, 
                 f"published {tokens * systems / 1e9:.1f}B: release 1.8 wrote the batch of one of {round(systems)} "
                 f"systems. Write batch_size: {batch * round(systems)}, or runconfig.num_csx: 1 if {batch} is all."
             )
-    if _mapping(body.get("optimizer"), "optimizer", where).keys() & {"beta1", "weight_decay_rate"}:
+    if mapping(body.get("optimizer"), "optimizer", where).keys() & {"beta1", "weight_decay_rate"}:
         log.warning("%s: batch_size = %d is taken for the whole; release 1.8 wrote that of one system.", where, batch)
 
 
@@ -193,13 +198,8 @@ def _sizes(model: Mapping[str, Any], where: str, llama: bool = False) -> dict[st
             raise UserError(f"{where}: model.{theirs} must be a whole number, not {value!r}.{near}")
         found[ours] = value
     known = (*_MODEL, *_DROPOUT, *_MUP, *_MODEL_BESIDE, *_SIZES, *read)
-    _name_ignored("model", model, known, where)
+    name_unknown("model", model, known, where)
     return found
-
-
-def _name_ignored(what: str, block: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    if ignored := [f"{what}.{key}" for key in block if key not in known]:
-        log.warning("%s: settings that are not read here: %s.", where, ", ".join(ignored))
 
 
 def _check_loss(model: Mapping[str, Any], length: int, where: str) -> None:
@@ -229,123 +229,66 @@ def _std(model: Mapping[str, Any], key: str, where: str) -> float | None:
 
 def _current(body: Mapping[str, Any], init: Mapping[str, Any], where: str) -> tuple[int, Mapping, dict[str, Any]]:
     """Steps, where the data come from, and how often what is done."""
-    loop = _mapping(init.get("loop"), "trainer.init.loop", where)
-    fit = _mapping(_mapping(body["trainer"], "trainer", where).get("fit"), "trainer.fit", where)
-    data = _mapping(fit.get("train_dataloader"), "trainer.fit.train_dataloader", where)
+    loop = mapping(init.get("loop"), "trainer.init.loop", where)
+    fit = mapping(mapping(body["trainer"], "trainer", where).get("fit"), "trainer.fit", where)
+    data = mapping(fit.get("train_dataloader"), "trainer.fit.train_dataloader", where)
     every = {
-        "checkpoint_every": _mapping(init.get("checkpoint"), "trainer.init.checkpoint", where).get("steps"),
+        "checkpoint_every": mapping(init.get("checkpoint"), "trainer.init.checkpoint", where).get("steps"),
         "eval_every": loop.get("eval_frequency"),
-        "log_every": _mapping(init.get("logging"), "trainer.init.logging", where).get("log_steps"),
+        "log_every": mapping(init.get("logging"), "trainer.init.logging", where).get("log_steps"),
     }
     return (
-        whole_number(loop.get("max_steps"), "trainer.init.loop.max_steps", where),
+        _steps(loop, "trainer.init.loop", where),
         data,
         {key: value for key, value in every.items() if value is not None},
     )
 
 
+def _steps(block: Mapping[str, Any], name: str, where: str) -> int:
+    """Steps of a run from its beginning: ``num_steps`` counts before ``max_steps``, as there."""
+    key = "max_steps" if block.get("num_steps") is None else "num_steps"
+    return whole_number(block.get(key), f"{name}.{key}", where)
+
+
 def _older(body: Mapping[str, Any], where: str) -> tuple[int, Mapping, dict[str, Any]]:
-    run = _mapping(body.get("runconfig"), "runconfig", where)
+    run = mapping(body.get("runconfig"), "runconfig", where)
     every = {"checkpoint_every": run.get("checkpoint_steps"), "eval_every": run.get("eval_frequency"),
              "log_every": run.get("log_steps")}  # fmt: skip
     return (
-        whole_number(run.get("max_steps"), "runconfig.max_steps", where),
-        _mapping(body.get("train_input"), "train_input", where),
+        _steps(run, "runconfig", where),
+        mapping(body.get("train_input"), "train_input", where),
         {key: value for key, value in every.items() if value is not None},
     )
 
 
-def _optimizer(body: Mapping[str, Any], now: bool, where: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Our optimizer's settings, and the learning rate's stretches as {kind, start, end, steps}."""
-    stated = _mapping(body.get("optimizer"), "optimizer", where)
+def _optimizer(body: Mapping[str, Any], now: bool, where: str) -> tuple[dict[str, Any], list[cerebras_rates.Stretch]]:
+    """Our optimizer's settings, and the learning rate's stretches."""
+    stated = mapping(body.get("optimizer"), "optimizer", where)
+    if now and len(stated) > 1:
+        raise UserError(f"{where}: trainer.init.optimizer must hold one optimizer, not {', '.join(map(str, stated))}.")
     kind = next(iter(stated), "") if now else stated.get("optimizer_type", "")
     if str(kind).lower() != "adamw":
         raise UserError(f"{where}: optimizer '{kind}' is not offered; expected AdamW.")
-    settings = _mapping(stated[kind], f"optimizer.{kind}", where) if now else stated
+    settings = mapping(stated[kind], f"optimizer.{kind}", where) if now else stated
     for key, expected in (("correct_bias", True), ("use_bias_correction", True), ("adjust_learning_rate", None)):
         if settings.get(key, expected) not in (None, expected):
             raise UserError(f"{where}: optimizer.{key} = {settings[key]!r} is not offered; expected {expected!r}.")
-    _name_ignored("optimizer", settings, _OPTIMIZER, where)
+    check_off("optimizer", settings, where)
+    beside = ("max_gradient_norm",) if now else ()  # of the precision there, and of nothing here
+    name_unknown("optimizer", settings, [key for key in _OPTIMIZER if key not in beside], where)
     betas = settings.get("betas") or [settings.get("beta1", 0.9), settings.get("beta2", 0.999)]
     if not isinstance(betas, list) or len(betas) != 2:
         raise UserError(f"{where}: optimizer.betas must be two numbers, not {betas!r}.")
-    clip = (_mapping(body.get("precision"), "precision", where) if now else settings).get("max_gradient_norm")
-    if now:
-        listed = body.get("schedulers") or []
-        listed = listed if isinstance(listed, list) else [listed]
-        rates = [item for entry in listed for item in _flat(entry)] or [_flat_rate(settings.get("learning_rate"))]
-    else:
-        stated_rate = settings.get("learning_rate")
-        rates = [_flat_rate(item) for item in (stated_rate if isinstance(stated_rate, list) else [stated_rate])]
+    clip = (mapping(body.get("precision"), "precision", where) if now else settings).get("max_gradient_norm")
+    rate = settings.get("learning_rate")
+    stretches = (
+        cerebras_rates.current(body.get("schedulers"), rate, where) if now else cerebras_rates.older(rate, where)
+    )
     found = {"beta1": betas[0], "beta2": betas[1], "clip": clip or 0.0,
              "eps": settings.get("eps", settings.get("epsilon", 1e-6)),
              "weight_decay": settings.get("weight_decay", settings.get("weight_decay_rate", 0.0))}  # fmt: skip
-    stretches = [_stretch(rate, where) for rate in rates]
-    found["lr"] = max(max(s["start"], s["end"]) for s in stretches)
+    found["lr"] = max(max(one.start, one.end) for one in stretches)
     return found, stretches
-
-
-def _flat(entry: Any) -> list[dict[str, Any]]:
-    """``{LinearLR: {...}}`` as ``{scheduler: Linear, ...}``; a SequentialLR as its parts."""
-    name, settings = next(iter(entry.items())) if isinstance(entry, dict) and entry else ("", {})
-    if name == "SequentialLR":
-        parts = settings.get("schedulers") if isinstance(settings, dict) else None
-        return [item for part in parts for item in _flat(part)] if isinstance(parts, list) else [{}]
-    return [{"scheduler": str(name).removesuffix("LR"), **(settings if isinstance(settings, dict) else {})}]
-
-
-def _flat_rate(rate: Any) -> dict[str, Any]:
-    return rate if isinstance(rate, dict) else {"scheduler": "Constant", "learning_rate": rate}
-
-
-def _stretch(rate: Mapping[str, Any], where: str) -> dict[str, Any]:
-    kind = str(rate.get("scheduler", "")).lower().removesuffix("lr").removesuffix("decay")
-    if kind not in ("linear", "cosine", "constant"):
-        raise UserError(
-            f"{where}: the learning rate's scheduler '{rate.get('scheduler')}' is not offered; expected Linear, "
-            "CosineDecay or Constant."
-        )
-    start = rate.get("initial_learning_rate", rate.get("learning_rate", rate.get("val")))
-    end = rate.get("end_learning_rate", start) if kind != "constant" else start
-    for value in (start, end):
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < _LARGEST_RATE:
-            raise UserError(f"{where}: a learning rate must be a number of at least 0, not {value!r}.")
-    steps = next((rate[key] for key in ("total_iters", "steps", "decay_steps") if rate.get(key) is not None), None)
-    if steps is not None:
-        whole_number(steps, "total_iters of the learning rate", where)
-    return {"kind": kind, "start": float(start), "end": float(end), "steps": steps}
-
-
-def _rates(stretches: list[dict[str, Any]], steps: int, where: str) -> dict[str, Any]:
-    """Warm-up and decay of a phase."""
-    warmup = 0
-    if len(stretches) > 1 and stretches[0]["kind"] == "linear" and stretches[0]["start"] == 0:
-        warmup = whole_number(stretches[0]["steps"], "total_iters of the warm-up", where)
-        peak = stretches.pop(0)["end"]
-    else:
-        peak = stretches[0]["start"]
-    if (
-        len(stretches) == 2
-        and stretches[1]["kind"] == "constant"
-        and warmup + (stretches[0]["steps"] or 0) >= steps - 1
-    ):
-        stretches.pop()  # begins when the run has ended
-    if len(stretches) != 1 or stretches[0]["start"] != peak:
-        raise UserError(f"{where}: the learning rate must warm up from 0 and then fall once, or stay.")
-    last = stretches[0]
-    if last["kind"] != "constant" and last["steps"] is not None and abs(warmup + last["steps"] - steps) > 1:
-        raise UserError(
-            f"{where}: the learning rate's schedule covers {warmup + last['steps']:,} steps, the run has {steps:,}."
-        )
-    return {"lr": peak, "lr_end": last["end"], "decay": last["kind"], "warmup_steps": warmup}
-
-
-def _mapping(value: Any, key: str, where: str) -> Mapping[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: {key} must be a mapping, not {value!r}.")
-    return value
 
 
 def _block(settings: Mapping[str, Any]) -> Iterable[str]:
@@ -356,10 +299,10 @@ def _block(settings: Mapping[str, Any]) -> Iterable[str]:
     return replace(shapes.MODELS.get(str(settings.get("name")), shapes.Shape(1, 2, 1, 1, 1, 1)), **forms).block
 
 
-def translated(body: Any, where: str, fine_tuning: bool) -> Any:
+def translated(body: Any, where: str, fine_tuning: bool, started: bool = False) -> Any:
     """A whole file of the Cerebras stack, or its ``sparsity`` block beside our settings, as settings of ours."""
     if is_cerebras(body):
-        return {"name": re.sub(r"[^\w.-]", "-", Path(where).stem)} | translate(body, where, fine_tuning)
+        return {"name": re.sub(r"[^\w.-]", "-", Path(where).stem)} | translate(body, where, fine_tuning, started)
     if not isinstance(body, dict) or "sparsity" not in body:
         return body
     body = dict(body)

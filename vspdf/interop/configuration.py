@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,5 +38,6 @@ def load_config(
         As `vspdf.config.load`, and for a setting of theirs that asks for what is not offered here.
     """
     path = find_config(source)
-    body = translated(read_yaml(path), str(path), fine_tuning=start is not None)
+    started = any(re.match(r"init_from=.", override) for override in overrides)
+    body = translated(read_yaml(path), str(path), fine_tuning=start is not None, started=started)
     return build(body, str(path), overrides, start=start)
