@@ -79,7 +79,7 @@ class Off(NamedTuple):
     instead: str
 
 
-_NOTHING = (None, False, 0, {}, [])
+_NOTHING: tuple[Any, ...] = (None, False, 0, {}, [])
 _BY_NORM = Off((None,), "gradients are clipped by their norm alone: give max_gradient_norm")
 _ONE_BATCH = Off((None, 1), "batch_size is all of a step: multiply it, and leave the key out")
 _NO_EPOCHS = Off((None,), "the text is another one: give max_steps")

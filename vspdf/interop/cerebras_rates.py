@@ -106,7 +106,7 @@ def _stretch(rate: Mapping[str, Any], where: str) -> Stretch:
     _check_tags(rate, where)
     unset = {key: value for key, value in rate.items() if key != "disable_lr_steps_reset" or value}
     name_unknown(name, unset, _KNOWN[kind], where)
-    start = next((rate[key] for key in _START if key in rate), None)
+    start: Any = next((rate[key] for key in _START if key in rate), None)
     end = rate.get("end_learning_rate", start) if kind != "constant" else start
     for value in (start, end):
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < _LARGEST_RATE:
