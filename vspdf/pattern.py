@@ -249,7 +249,7 @@ class Pattern:
         Returns
         -------
         Pattern, shape (out_features, in_features)
-            Rows of a matrix are output features; GPT-2's transposed layers in a Hugging Face folder are turned.
+            Rows of a matrix are output features; weights that lie [in, out], as GPT-2's Conv1D has them, are turned.
 
         Raises
         ------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -203,7 +203,9 @@ def read_theirs(
     if tokenizer is not None:
         check_tokenizer(tokenizer, shape, str(folder), end)
     kind = config["model_type"]
-    found = canonical(with_masks(read_folder(folder), turned=kind in GPT2), str(folder)).tensors
+    stored = read_folder(folder)
+    turned = [name for name in stored if kind in GPT2 and name.endswith(_LINEAR)]
+    found = canonical(with_masks(stored, turned), str(folder)).tensors
     tensors, masks = finalize(cerebras_tensors.from_cerebras(found, str(folder)), str(folder))
     name_zeros(tensors, masks, str(folder))
     if kind in LAYOUTS:
@@ -213,16 +215,19 @@ def read_theirs(
     return model, tokenizer, state, patterns
 
 
-def with_masks(tensors: Mapping[str, Tensor], turned: bool) -> dict[str, Tensor]:
-    """What `save_pretrained` wrote of a sparse model, with a mask beside each weight in place of values and pattern."""
-    found = dict(tensors)
+def with_masks(tensors: Mapping[str, Tensor], turned: Iterable[str]) -> dict[str, Tensor]:
+    """What `save_pretrained` wrote of a sparse model, with a mask beside each weight in place of values and pattern.
+
+    `turned` names the weights that lie [in, out].
+    """
+    found, turned = dict(tensors), set(turned)
     for name in [name.removesuffix("._extra_state") for name in tensors if name.endswith("._extra_state")]:
         weight = tensors.get(f"{name}.weight")
         if weight is None or f"{name}.values" not in tensors or weight.dim() != 2:
             continue
-        out, into = reversed(weight.shape) if turned else weight.shape
+        out, into = reversed(weight.shape) if f"{name}.weight" in turned else weight.shape
         mask = Pattern((out, into), tensors[f"{name}._extra_state"].numpy()).mask()
-        found[f"{name}.weight{MASK}"] = mask.T if turned else mask
+        found[f"{name}.weight{MASK}"] = mask.T if f"{name}.weight" in turned else mask
         del found[f"{name}._extra_state"], found[f"{name}.values"]
     return found
 

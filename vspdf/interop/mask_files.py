@@ -1,16 +1,18 @@
 """Files of masks, whoever wrote them, as patterns by name, and patterns as files: the one reader of masks.
 
-What a file tells is which weights exist. Sparse forms keep what they store, explicit zeros included; of dense matrices
-a mask beside the weight counts, else NaN in the place of what is gone, else zeros. Nothing that is read is trusted: no
-code is run, indices are checked, and no file takes far more memory than it is large.
+What a file tells is which weights exist. Sparse forms keep what they store, explicit zeros included; of each dense
+matrix a mask beside the weight counts, else NaN in the place of what is gone, else zeros. Weights that lie [in, out],
+as transformers' Conv1D has them, are turned, their masks with them. Nothing that is read is trusted: no code is run,
+indices are checked, and no file takes far more memory than it is large.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
@@ -21,7 +23,7 @@ from vspdf.errors import UserError, did_you_mean, in_one_line, near_path
 from vspdf.files import read_json, write_whole
 from vspdf.interop.cerebras_tensors import from_cerebras
 from vspdf.interop.hugging_face import _LINEAR, GPT2, with_masks
-from vspdf.interop.masks import EMBEDDINGS, MASK, ZEROS, canonical
+from vspdf.interop.masks import EMBEDDINGS, MASK, ZEROS, canonical, is_weight, stored_in_out
 from vspdf.interop.tensors import PICKLES, flatten, read_folder
 from vspdf.interop.tensors import read as read_tensors
 from vspdf.pattern import Pattern
@@ -29,11 +31,33 @@ from vspdf.runs import checkpoint
 from vspdf.runs import masks as run_masks
 from vspdf.runs.folder import Run
 
+log = logging.getLogger("vspdf")
+T = TypeVar("T")
+
 EXPECTED = ".smtx, .mtx, .npz, .pt or .safetensors"
 _SMTX = "three lines: 'rows, columns, kept', row pointers, column indices"
 _LARGEST = 1 << 31  # positions of one matrix
 _ROOM, _GROWTH = 64 << 20, 1000  # positions that any file may have, and by byte of it
 _PACKED = 100  # bytes by byte of a compressed file
+_NO_NAME = ("", "mask", "weight", "arr_0")  # of a matrix that is of no layer: none, and what writers put for one
+
+
+class Masks(NamedTuple):
+    """What a file tells of layers.
+
+    Attributes
+    ----------
+    patterns : dict of str to Pattern
+        By name; "" of a matrix without one.
+    dense : set of str
+        Layers whose weight is there without a mask.
+    unsure : set of str
+        Layers whose square weight has a mask and may lie [in, out].
+    """
+
+    patterns: dict[str, Pattern]
+    dense: frozenset[str] = frozenset()
+    unsure: frozenset[str] = frozenset()
 
 
 def read(path: str | Path, name: str | None = None) -> Pattern:
@@ -42,7 +66,7 @@ def read(path: str | Path, name: str | None = None) -> Pattern:
     if name is not None:
         if path.suffix.lower() in (".smtx", ".mtx"):
             raise UserError(f"'{path}' holds one matrix, without names: leave name='{name}' away.")
-        return named(_everything(path, name), name, path)
+        return named(_labelled(_everything(path, name).patterns, path), name, path)
     found = read_all(path)
     if len(found) > 1:
         names = ", ".join(f"'{each}'" for each in list(found)[:3])
@@ -58,10 +82,28 @@ def read_all(path: str | Path) -> dict[str, Pattern]:
     UserError
         As `vspdf.Pattern.read`.
     """
+    return _labelled(by_layer(path, generic=False).patterns, Path(path))
+
+
+def by_layer(path: str | Path, generic: bool = True) -> Masks:
+    """The same, with what else the file tells of layers; `generic`: one mask with a name like "mask" has none.
+
+    Raises
+    ------
+    UserError
+        As `vspdf.Pattern.read`.
+    """
     found = _everything(Path(path))
-    if not found:
+    if not found.patterns:
         raise UserError(f"'{path}' holds no mask: no boolean matrix, no NaN, and no matrix with many zeros.")
+    if generic and len(found.patterns) == 1 and next(iter(found.patterns)) in _NO_NAME:
+        return Masks({"": next(iter(found.patterns.values()))}, unsure=frozenset({""} if found.unsure else ()))
     return found
+
+
+def alike(names: Iterable[str], name: str) -> list[str]:
+    """Names that are a name but for what stands before it in one of the two."""
+    return [key for key in names if f".{key}".endswith(f".{name}") or f".{name}".endswith(f".{key}")]
 
 
 def named(patterns: Mapping[str, Pattern], name: str, where: str | Path) -> Pattern:
@@ -74,7 +116,7 @@ def named(patterns: Mapping[str, Pattern], name: str, where: str | Path) -> Patt
         If there is none, or more than one.
     """
     name = name.removesuffix(".weight")
-    near = [key for key in patterns if f".{key}".endswith(f".{name}") or f".{name}".endswith(f".{key}")]
+    near = alike(patterns, name)
     if name in patterns:
         return patterns[name]
     if len(near) == 1:
@@ -114,7 +156,7 @@ def _kind(folder: Path) -> str:
     return "model" if (folder / "config.json").is_file() or any(folder.glob("*.mdl")) else ""
 
 
-def _everything(path: Path, name: str | None = None) -> dict[str, Pattern]:
+def _everything(path: Path, name: str | None = None) -> Masks:
     """Masks by name; of a `name` that is asked for also what a matrix alone would not be taken for."""
     if not path.exists():
         raise UserError(f"'{path}' not found.{near_path(path)}")
@@ -124,53 +166,63 @@ def _everything(path: Path, name: str | None = None) -> dict[str, Pattern]:
     if path.name in ("model.safetensors", "pytorch_model.bin") and (path.parent / "config.json").is_file():
         return _of_folder(path.parent, name)
     if suffix == ".smtx":
-        return {path.stem: _smtx(path)}
+        return Masks({"": _smtx(path)})
     if suffix == ".mtx":
-        return {path.stem: _mtx(path)}
+        return Masks({"": _mtx(path)})
     if suffix == ".npz":
         return _npz(path, name)
     if suffix in (".safetensors", *PICKLES):
-        return _patterns(canonical(_labelled(flatten(read_tensors(path)), path), str(path)).tensors, path, name)
+        tensors = flatten(read_tensors(path))
+        found = _patterns(canonical(_labelled(tensors, path), str(path)).tensors, path, name)
+        return Masks({"": found.patterns[path.stem]}) if [*tensors] == [""] and found.patterns else found
     raise UserError(f"'{path}' is no file of a mask: expected {EXPECTED}, a run or a Hugging Face folder.")
 
 
-def _labelled(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """A file's tensors by name; one that is all of the file has the file's."""
-    return {name or path.stem: tensor for name, tensor in tensors.items()}
+def _labelled(named: Mapping[str, T], path: Path) -> dict[str, T]:
+    """What a file holds by name; one that is all of the file has the file's."""
+    return {name or path.stem: one for name, one in named.items()}
 
 
-def _of_folder(folder: Path, name: str | None) -> dict[str, Pattern]:
+def _of_folder(folder: Path, name: str | None) -> Masks:
     kind = _kind(folder)
     if kind == "run":  # the masks it began with: at its end it may be dense
         run = Run(folder).require()
         if not run.patterns:
             raise UserError(f"'{folder}' holds no masks: its first phase is dense.")
-        return dict(run.patterns)
+        return Masks(dict(run.patterns))
     if kind == "checkpoint":
         from vspdf.interop.checkpoints import load
         from vspdf.sparsity.layer import sparse_layers
 
-        return {each: layer.pattern for each, layer in sparse_layers(load(folder).model).items()}
+        return Masks({each: layer.pattern for each, layer in sparse_layers(load(folder).model).items()})
     if not kind:
         raise UserError(f"'{folder}' is no folder of a model or a run: expected one, or a file ({EXPECTED}).")
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    turned = config.get("model_type", "gpt2") in GPT2  # their matrices are [in, out]
-    tensors = canonical(with_masks(read_folder(folder), turned), str(folder)).tensors
-    tensors = from_cerebras(tensors, str(folder))
-    turn = lambda key, tensor: tensor.T if key.removesuffix(MASK).endswith(_LINEAR) else tensor  # noqa: E731
-    if turned:
-        tensors = {key: turn(key, tensor) if tensor.dim() == 2 else tensor for key, tensor in tensors.items()}
-    return _patterns(tensors, folder, name)
+    theirs = _LINEAR if config.get("model_type", "gpt2") in GPT2 else ()  # whose matrices are [in, out]
+    tensors = read_folder(folder)
+    turned = {each for each in tensors if each.endswith(theirs)} | stored_in_out(tensors)[0]
+    tensors = from_cerebras(canonical(with_masks(tensors, turned), str(folder)).tensors, str(folder))
+    return _patterns(tensors, folder, name, theirs)
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def _patterns(tensors: Mapping[str, Tensor], where: Path, name: str | None) -> dict[str, Pattern]:
-    """Patterns of matrices whose masks stand beside them: those that say so, else by NaN, else by zeros."""
+def _patterns(tensors: Mapping[str, Tensor], where: Path, name: str | None, in_out: tuple[str, ...] = ()) -> Masks:
+    """Patterns of matrices whose masks stand beside them: those that say so, else by NaN, else by zeros.
+
+    Weights whose names end with `in_out` are turned, as are those whose biases tell that they lie [in, out].
+    """
+    turned, unsure = stored_in_out(tensors)
+    turned |= {key for key in tensors if key.endswith(in_out)}
+    tensors = {
+        key: tensor.T if tensor.dim() == 2 and key.removesuffix(MASK) in turned else tensor
+        for key, tensor in tensors.items()
+    }
     found: dict[str, dict[str, Pattern]] = {"mask": {}, "nan": {}, "zeros": {}}
+    weights: dict[str, str] = {}
     alone = len(tensors) == 1
-    for key in tensors:
+    for key, tensor in tensors.items():
         if key.removesuffix(MASK) in tensors and key.endswith(MASK):
             continue
         plain = key.removesuffix(".weight").removesuffix(MASK).removesuffix(".mask") or key
@@ -178,9 +230,29 @@ def _patterns(tensors: Mapping[str, Tensor], where: Path, name: str | None) -> d
         how, mask = _mask_of(tensors, key, asked, where)
         if mask is not None:
             found[how][plain] = _from_dense(mask, where)
-    if name is not None:
-        return {**found["zeros"], **found["nan"], **found["mask"]}
-    return found["mask"] or found["nan"] or found["zeros"]
+        if is_weight(key) and tensor.dim() == 2:
+            weights[plain] = key
+    if name is None:
+        best = next((how for how, masks in found.items() if masks), "zeros")
+        for how, masks in found.items():
+            found[how] = masks if how == best else {each: mask for each, mask in masks.items() if each in weights}
+        _tell_of_zeros(found, where)
+    patterns = {**found["zeros"], **found["nan"], **found["mask"]}
+    return Masks(
+        patterns,
+        frozenset(weights.keys() - patterns.keys()),
+        frozenset(each for each in patterns if weights.get(each) in unsure - turned),
+    )
+
+
+def _tell_of_zeros(found: Mapping[str, Mapping[str, Pattern]], where: Path) -> None:
+    """Names weights whose zeros are taken for masked beside others that have masks."""
+    said = found["mask"].keys() | found["nan"].keys()
+    if said and (zeros := [each for each in found["zeros"] if each not in said]):
+        log.warning(
+            "%s: beside %d with masks, weights without one hold zeros, which are taken for masked: %s%s.",
+            where, len(said), ", ".join(zeros[:4]), ", ..." * (len(zeros) > 4),
+        )  # fmt: skip
 
 
 def _mask_of(tensors: Mapping[str, Tensor], key: str, asked: bool, where: Path) -> tuple[str, Tensor | None]:
@@ -275,7 +347,7 @@ def _mtx(path: Path) -> Pattern:
 # -- NumPy's archives -------------------------------------------------------------------------------------------------
 
 
-def _npz(path: Path, name: str | None) -> dict[str, Pattern]:
+def _npz(path: Path, name: str | None) -> Masks:
     """scipy.sparse's form, a run's file of masks, or arrays by name."""
     try:
         if not is_zipfile(path):
@@ -287,9 +359,9 @@ def _npz(path: Path, name: str | None) -> dict[str, Pattern]:
         with np.load(path) as archive:
             names = set(archive.files)
             if {"format", "shape"} <= names:
-                return {path.stem: _scipy_npz(path, archive)}
+                return Masks({"": _scipy_npz(path, archive)})
             if any(f"{each}.shape" in names for each in names):
-                return {each: Pattern(*stored) for each, stored in run_masks.read(path).bits.items()}
+                return Masks({each: Pattern(*stored) for each, stored in run_masks.read(path).bits.items()})
             arrays = {each: torch.from_numpy(_plain_array(archive[each])) for each in archive.files}
     except UserError:
         raise

@@ -219,7 +219,7 @@ def _finalize(tensors: Mapping[str, Tensor], where: str) -> Finalized:
         if name in masks:
             raise UserError(f"{where}: '{name}' is NaN at {int(nan.sum())} positions that its mask keeps.")
         clean[name] = torch.zeros_like(tensor)  # keeps the order of names
-        if tensor.dim() == 2 and _may_be_sparse(name) and not bool(nan.all()):
+        if tensor.dim() == 2 and is_weight(name) and not bool(nan.all()):
             masks[name] = ~nan
             clean[name] = torch.nan_to_num(tensor, nan=0.0)
         else:
@@ -270,7 +270,7 @@ def name_zeros(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], where
     """
     found = {}
     for name, tensor in tensors.items():
-        if name not in masks and tensor.dim() == 2 and tensor.is_floating_point() and _may_be_sparse(name):
+        if name not in masks and tensor.dim() == 2 and tensor.is_floating_point() and is_weight(name):
             share = 1 - int(torch.count_nonzero(tensor)) / max(1, tensor.numel())
             if ZEROS <= share < 1:
                 found[name] = share
@@ -285,6 +285,38 @@ def name_zeros(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], where
     return found
 
 
-def _may_be_sparse(name: str) -> bool:
+def stored_in_out(tensors: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
+    """Names of weights that lie [in, out], as transformers' Conv1D has them, and of square ones that may.
+
+    A bias tells, as long as its layer has outputs; of a square weight those layers do whose names are alike longest.
+    """
+    told: dict[str, bool] = {}
+    square: list[str] = []
+    for name, weight in tensors.items():
+        bias = tensors.get(f"{name.removesuffix('weight')}bias")
+        if name.split(".")[-1] != "weight" or weight.dim() != 2 or bias is None or bias.dim() != 1:
+            continue
+        if weight.shape[0] == weight.shape[1] == len(bias):
+            square.append(name)
+        elif len(bias) in weight.shape:
+            told[name] = len(bias) == weight.shape[1]
+    by_beginning: dict[tuple[str, ...], set[bool]] = {}
+    for name, turned in told.items():
+        parts = name.split(".")
+        for i in range(min(len(parts), _DEEPEST)):
+            by_beginning.setdefault(tuple(parts[:i]), set()).add(turned)
+    unsure = set()
+    for name in square:
+        parts = name.split(".")
+        beginnings = (tuple(parts[:i]) for i in range(min(len(parts), _DEEPEST), -1, -1))
+        found = next((by_beginning[part] for part in beginnings if part in by_beginning), {True, False})
+        told[name] = found == {True}
+        if len(found) > 1:
+            unsure.add(name)
+    return {name for name, turned in told.items() if turned}, unsure
+
+
+def is_weight(name: str) -> bool:
+    """Whether a tensor's name is that of a module's weight that pruning may have made sparse."""
     parts = name.split(".")
     return parts[-1] == "weight" and "optimizer" not in parts and not any(e in name for e in EMBEDDINGS)
