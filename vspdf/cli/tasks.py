@@ -15,10 +15,10 @@ from vspdf.errors import UserError, one_of, require
 from vspdf.parallel.environment import from_environment
 
 if TYPE_CHECKING:
-    from vspdf.config.resolved import ResolvedConfig
     from vspdf.data.tokenizer import Tokenizer
     from vspdf.evaluate.generate import Decoding
     from vspdf.model import GPT
+    from vspdf.runs.folder import Run
 
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
 
@@ -166,10 +166,11 @@ def evaluate(
         elif text:
             loss, body["text"] = held_out.on_text(model, tokenizer, text, batch_size, progress, world)
         else:
-            loaded, (folder, settings) = world.together(lambda: (checkpoints.load(path, device=device), _run_of(path)))
+            loaded, (folder, run) = world.together(lambda: (checkpoints.load(path, device=device), _run_of(path)))
             body = {"checkpoint": str(folder), "step": loaded.state["step"]}
-            sha256 = loaded.state["corpus"]["sha256"]
-            loss = held_out.on_run(loaded.model, loaded.tokenizer, settings, sha256, progress, batch_size, world)
+            loss = held_out.on_run(
+                loaded.model, loaded.tokenizer, run.config, run.manifest, progress, batch_size, world
+            )
         if not names:
             body |= {"val_loss": loss.loss, "val_bits_per_byte": loss.bits_per_byte}
         if not world.first:
@@ -186,8 +187,8 @@ def _tokens(total: int) -> Progress:
     return Progress(total, "tokens")
 
 
-def _run_of(path: Path) -> tuple[Path, ResolvedConfig]:
-    """The checkpoint that a path means, and the configuration of its run."""
+def _run_of(path: Path) -> tuple[Path, Run]:
+    """The checkpoint that a path means, and its run."""
     from vspdf.interop import checkpoints
     from vspdf.runs import checkpoint
     from vspdf.runs.folder import of_checkpoint
@@ -195,7 +196,7 @@ def _run_of(path: Path) -> tuple[Path, ResolvedConfig]:
     if checkpoints.kind(path) == "checkpoint":
         folder = checkpoint.resolve(path)
         if (run := of_checkpoint(folder)).configured:
-            return folder, run.config
+            return folder, run
     raise UserError(f"'{path}' has no run with held-out text: give `text` FILE, or `tasks`.")
 
 

@@ -103,6 +103,8 @@ def _work(config: ResolvedConfig, order: dict[str, Any]) -> None:
             loaded = checkpoints.load(folder, config.train.backend)
         model = loaded.model.to(device(config.train.device, "train.device"))
         data = source.prepare(config, loaded.tokenizer)
+        if not order["untrained"]:
+            source.check_unchanged(data, config, run.manifest)
         for part, text in {"val": data, **({"test": data.for_test()} if order["test"] else {})}.items():
             if f"{part}_loss" in result:  # of a trial that is now a result
                 continue

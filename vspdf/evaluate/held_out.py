@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vspdf.config.resolved import ResolvedConfig
@@ -10,7 +10,6 @@ from vspdf.data import source
 from vspdf.data.pairs import Pairs
 from vspdf.data.text import Dataset, Text
 from vspdf.data.tokenizer import Tokenizer
-from vspdf.errors import UserError
 from vspdf.evaluate.loss import Evaluation, evaluate, settle
 from vspdf.model import GPT
 from vspdf.parallel.world import ALONE, World
@@ -21,8 +20,8 @@ _LOGITS = 1 << 28  # of a batch by default, at most: 1 GB
 
 
 def on_run(
-    model: GPT, tokenizer: Tokenizer | None, config: ResolvedConfig, sha256: str, progress: Callable[[int], Progress],
-    batch_size: int | None = None, world: World = ALONE,
+    model: GPT, tokenizer: Tokenizer | None, config: ResolvedConfig, manifest: Mapping[str, Any],
+    progress: Callable[[int], Progress], batch_size: int | None = None, world: World = ALONE,
 ) -> Evaluation:  # fmt: skip
     """Mean loss over all that a run held out.
 
@@ -30,8 +29,8 @@ def on_run(
     ----------
     config : ResolvedConfig
         Of the run.
-    sha256 : str
-        Of the corpus that it trained on, as its checkpoint says.
+    manifest : mapping
+        What the run wrote down of the data that it trained on.
     progress : callable
         Given the number of tokens of a held-out text, returns what is called with the number done.
     batch_size : int, optional
@@ -42,14 +41,12 @@ def on_run(
     Raises
     ------
     UserError
-        If the corpus is missing or has changed since.
+        If the corpus is missing, or it or its tokenizer has changed since.
     """
 
     def prepared() -> Dataset | Pairs:
         data = source.prepare(config, tokenizer)
-        if data.manifest["corpus"]["sha256"] != sha256:
-            name = config.task.path if config.task else config.data.corpus
-            raise UserError(f"the corpus '{name}' has changed since the model was trained on it.")
+        source.check_unchanged(data, config, manifest)
         return data
 
     data = world.together(prepared)

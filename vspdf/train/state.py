@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vspdf.config.resolved import ResolvedConfig, ResolvedPhase
+from vspdf.data import source
 from vspdf.data.pairs import Pairs
 from vspdf.data.text import Dataset
 from vspdf.errors import UserError
@@ -217,7 +218,7 @@ class State:
         Raises
         ------
         UserError
-            If the checkpoint is damaged, or belongs to another corpus, model or course of phases.
+            If the checkpoint is damaged, or belongs to another corpus, tokenizer, model or course of phases.
         """
         stored = checkpoint.read(Path(self.config.run_dir))
         body, corpus, shape = stored.state, self.data.manifest["corpus"], asdict(self.shape)
@@ -232,7 +233,8 @@ class State:
             raise UserError(
                 f"the checkpoint belongs to another model: its {key} is {theirs[key]}, here it is {shape[key]}."
             )
-        Run(Path(self.config.run_dir)).check(body)
+        run = Run(Path(self.config.run_dir)).check(body)
+        source.check_unchanged(self.data, self.config, run.manifest)
         threads = torch.get_num_threads()
         if self.config.train.threads is None and body.get("threads", threads) != threads:
             log.warning(
