@@ -12,6 +12,7 @@ from rich.console import JustifyMethod
 from rich.table import Table
 
 from vspdf.cli.console import Json, emit, only, out, say, tell
+from vspdf.errors import UserError
 from vspdf.parallel.environment import refuse
 
 
@@ -50,6 +51,8 @@ def compare(
         study_page.check_plot(plot)
     only(not results, "is for running: `results` shows what is there", context, "root", "jobs", "minutes")
     if results:
+        if others := [change for change in changes or [] if not change.startswith("folder=")]:
+            raise UserError(f"`results` shows what was kept of the study as it is: '{others[0]}' is for running.")
         body = read(studies.load(study, changes or []))
     else:
         body = runner.run(study, root, jobs, changes=changes or [], minutes=minutes, say=say)

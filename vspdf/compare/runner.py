@@ -40,6 +40,7 @@ from vspdf.runs.folder import LOCK, LOG, Run
 log = logging.getLogger("vspdf")
 
 Say = Callable[[str], None]
+_FILLED_IN = {"model.vocab_size", "data.first_sequence"}  # by the trainer, where the configuration leaves them open
 _PATIENCE = 20.0  # seconds to wait for workers of a process that was killed: they finish their step and save
 
 
@@ -202,7 +203,7 @@ class _StudyRun:
             return
         changed = differences(loading.to_dict(self.files.config), loading.to_dict(self.config))
         for key, (old, new) in changed.items():
-            left_open = new is None  # to the trainer, which wrote down what it took
+            left_open = new is None and key in _FILLED_IN
             # What it starts from is the study's own, wherever the study lies.
             if key not in FREE_TO_CHANGE | {"start"} and not left_open:
                 raise UserError(
