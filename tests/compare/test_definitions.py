@@ -57,7 +57,7 @@ def test_a_run_with_a_setting_that_the_study_no_longer_has_is_refused(write, tmp
     (folder / "config.yaml").write_text(loading.to_yaml(before.configure({}, 0, folder).with_data(257, 0)))
     runner._StudyRun(before, {}, 0, True, folder).check()
     path = write(("threads: 1", "memory: normal")) if key == "train.threads" else write()
-    with pytest.raises(UserError, match=f"was trained with {key} = .*, the study says None: remove it, or give"):
+    with pytest.raises(UserError, match=rf"was trained with {key} = .*, the study says None: remove it, or give"):
         runner._StudyRun(definition.load(path).arms["sparse"], {}, 0, True, folder).check()
 
 

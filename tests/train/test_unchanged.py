@@ -1,12 +1,14 @@
-"""A run goes on, and is evaluated, on the data that it began with: what was replaced under the same name is noticed."""
+"""A run goes on, and is evaluated, with the files that it began with: what was replaced or removed since is noticed."""
 
 import json
+import shutil
 
 import pytest
 
 from vspdf.config import loading
 from vspdf.data.tokenizer import Tokenizer
 from vspdf.errors import UserError
+from vspdf.runs.folder import Run
 from vspdf.train.trainer import train
 
 
@@ -41,7 +43,7 @@ def replaced(request, tiny, tmp_path):
 def test_a_tokenizer_that_was_replaced(replaced, tmp_path, refused, vspdf):
     config, put_back = replaced
     summary = (tmp_path / "run" / "summary.json").read_text()
-    message = r"the tokenizer '.*' has changed since the model was trained with it: .*tokenizer.json in the run directory is a copy"
+    message = r"the tokenizer '.*' has changed since the model was trained with it: .*tokenizer.json in the run"
     refused(message, "train", config, "phases=[{steps: 2}]", "--resume")
     refused(message, "eval", tmp_path / "run")
     assert (tmp_path / "run" / "summary.json").read_text() == summary
@@ -57,9 +59,29 @@ def test_a_trial_whose_tokenizer_was_replaced_is_no_result(replaced, tmp_path):
     config, put_back = replaced
     settings = loading.load(config, ["phases=[{steps: 2}]"])
     order = {"test": False, "untrained": False, "task": None}
-    with pytest.raises(UserError, match="the tokenizer '.*' has changed since the model was trained with it"):
+    with pytest.raises(UserError, match=r"the tokenizer '.*' has changed since the model was trained with it"):
         worker._work(settings, order)
     assert not (tmp_path / "run" / "evaluation.json").exists()
     put_back()
     worker._work(settings, order)
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["val_loss"] > 0
+
+
+def test_a_run_whose_checkpoints_are_gone_is_left_as_it_is(tiny, tmp_path, refused):
+    """It had been trained from step 0 again, its metrics emptied. Without a summary the metrics tell."""
+    run = tmp_path / "run"
+    three = ("phases=[{steps: 3}]", "train.checkpoint_every=2")
+    train(loading.load(tiny, three), say=lambda line: None)
+    shutil.rmtree(run / "checkpoints")
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    refused(r"cannot resume '.*run': the run is finished, its checkpoints/ is gone; put it back, or remove '.*run'",
+            "train", tiny, *three, "--resume")  # fmt: skip
+    for name in ("summary.json", "summary.digest.json"):
+        (run / name).unlink()
+        del before[name]
+    refused("the run had come to step 3, its checkpoints/ is gone", "train", tiny, *three, "--resume")
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    lines = before["metrics.jsonl"].splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join(lines[:2]))  # killed while its first checkpoint was written
+    train(loading.load(tiny, three), resume=True, say=lambda line: None)
+    assert Run(run).finished and len(Run(run).lines) == 3

@@ -36,7 +36,8 @@ def check(config: ResolvedConfig, resume: bool) -> ResolvedConfig:
     Raises
     ------
     UserError
-        If the directory holds a run already, none to resume, or one that was configured otherwise.
+        If the directory holds a run already, none to resume, one that was configured otherwise, or one whose
+        checkpoints are gone.
     """
     run = Run(Path(config.run_dir))
     if run.begun and not resume:
@@ -56,7 +57,22 @@ def check(config: ResolvedConfig, resume: bool) -> ResolvedConfig:
         elif key not in FREE_TO_CHANGE:
             run.check()
             raise UserError(f"cannot resume '{run.folder}': {key} was {old}, is now {new}.{_beyond(run)}")
+    if not run.checkpoints and (run.finished or run.step > _first_checkpoint(run.config)):
+        how = "is finished" if run.finished else f"had come to step {run.step}"
+        raise UserError(
+            f"cannot resume '{run.folder}': the run {how}, its {names.CHECKPOINTS}/ is gone; put it back, or remove "
+            f"'{run.folder}' to train anew."
+        )
     return config
+
+
+def _first_checkpoint(config: ResolvedConfig) -> int:
+    """The step after which a run has a checkpoint at the latest."""
+    train, due = config.train, [config.steps]
+    due += [train.checkpoint_every] if train.checkpoint_every else []
+    if train.keep_best:  # the first evaluation is the best so far
+        due += [train.eval_every or config.steps, config.phases[0].steps]
+    return min(due)
 
 
 def _beyond(run: Run) -> str:
