@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -18,8 +20,42 @@ from typer.core import TyperCommand
 from vspdf.draw import words
 from vspdf.errors import Interrupted, UserError, percent_meant
 
-out = Console()
-err = Console(stderr=True)
+
+class Plain(Console):
+    """A console that prints text as it is, no ``:name:`` for an emoji and no ``[name]`` for a style.
+
+    Where nobody takes in what it says on stderr (a `head` that has ended, a full disk), it says no more: the work goes
+    on, which is worth more than its lines of progress.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(emoji=False, markup=False, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich has it."""
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            if not self.stderr:
+                raise
+            self._fall_silent()
+
+    def on_broken_pipe(self) -> None:
+        """What rich does with this end of the program: figures that nobody reads end it, progress does not."""
+        if not self.stderr:
+            super().on_broken_pipe()
+        self._fall_silent()
+
+    def _fall_silent(self) -> None:
+        self.quiet = True
+        with suppress(OSError):  # what is left in the stream's buffer must not fail when it is closed
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stderr.fileno())
+            os.close(nowhere)
+
+
+out = Plain()
+err = Plain(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 MachineName = Annotated[str, typer.Option("--machine", help="A machine by name, or a YAML file of your own.")]
@@ -66,7 +102,11 @@ def only(ok: bool, where: str, context: typer.Context, *names: str) -> None:
 
 def emit(body: dict[str, Any]) -> None:
     """Prints one JSON object to stdout."""
-    sys.stdout.write(json.dumps(body) + "\n")
+    try:
+        sys.stdout.write(json.dumps(body) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        out.on_broken_pipe()
 
 
 def say(line: str) -> None:
@@ -90,7 +130,7 @@ def show(table: Table) -> None:
     widest = out.options.update(max_width=10_000)
     if Measurement.get(out, widest, table).maximum > out.width:
         table.box, table.pad_edge, table.show_edge = SIMPLE_HEAD, False, False
-    Console(width=max(out.width, Measurement.get(out, widest, table).maximum)).print(table)
+    Plain(width=max(out.width, Measurement.get(out, widest, table).maximum)).print(table)
 
 
 class Progress:

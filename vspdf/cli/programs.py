@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from vspdf.cli.console import Json, MachineName, Settings, emit, murmur, percentage, say, show, tell
 from vspdf.draw import words
@@ -165,13 +166,16 @@ def validate(
             last = c["id"]
             table.add_section()
             table.add_row(
-                f"[bold]{c['id']}[/] {c['title']}", "", "", f"< {c['tolerance']:.0%}" if c["tolerance"] else ""
+                Text.assemble((c["id"], "bold"), f" {c['title']}"),
+                "",
+                "",
+                f"< {c['tolerance']:.0%}" if c["tolerance"] else "",
             )
-        missed = "" if c["passed"] else " [red]MISSED[/]"
+        missed = "" if c["passed"] else " MISSED"
         detail = c["case"].removeprefix(c["title"]).lstrip(", ")
         table.add_row(
             f"  {detail}", words.amount(c["published"]), words.amount(c["simulated"]),
-            f"{c['error']:+.2%}{missed}", c["role"], c["level"],
+            Text.assemble(f"{c['error']:+.2%}", (missed, "red")), c["role"], c["level"],
         )  # fmt: skip
     show(table)
     roles = [c["role"] for c in result["cases"]]
