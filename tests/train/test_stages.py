@@ -14,6 +14,7 @@ from vspdf.config import loading
 from vspdf.errors import UserError
 from vspdf.interop import checkpoints
 from vspdf.pattern import Pattern, kept_count
+from vspdf.runs import digests
 from vspdf.sparsity.layer import sparse_layers
 from vspdf.train.trainer import train
 
@@ -199,6 +200,35 @@ def test_a_converted_checkpoint_still_knows_its_place_in_the_data(tmp_path, tiny
     assert any("without moments, its data from sequence 24" in line for line in said)
     run(changed(path, "three", phases=[{"steps": 1}], init_from=str(one), seed=1))
     assert "saw this text in another order" in caplog.text
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["now", "before checkpoints told"])
+def test_what_another_run_saw_of_the_text_held_out_here_is_said(tmp_path, tiny_config, caplog, older):
+    """With other parts held out the order is another too, so that no place in it is taken."""
+    path = tiny_config(tmp_path)
+    one, _, _, _ = run(changed(path, "one", phases=[{"steps": 1}]))
+    if older:
+        file = one / "checkpoints" / "step-00000001" / "state.json"
+        body = json.loads(file.read_text())
+        del body["test_fraction"], body["state_sha256"]
+        file.write_text(json.dumps({**body, "state_sha256": digests.of_body(body)}))
+    again = changed(path, "again", phases=[{"steps": 1}], init_from=str(one))
+    test, both = (["data.test_fraction=0.3"], ["data.test_fraction=0.3", "data.validation_fraction=0.2"])
+    for i, (changes, was, what) in enumerate((
+        ([], None, None),
+        (test, "data.test_fraction = 0.0", "test"),
+        ([*test, "data.first_sequence=8"], "data.test_fraction = 0.0", "test"),
+        (both, "data.validation_fraction = 0.1 and data.test_fraction = 0.0", "validation or test"),
+        (both[1:], "data.validation_fraction = 0.1", "validation"),
+    )):  # fmt: skip
+        caplog.clear()
+        _, _, _, said = run(again, *changes, f"run_dir={tmp_path / str(i)}")
+        assert any("its data from sequence 8" in line for line in said) == (
+            not what or "data.first_sequence=8" in changes
+        )
+        warned = [line for line in caplog.messages if "was trained on this text with" in line]
+        assert len(warned) == bool(what)
+        assert not what or f"with {was}: it may have seen what is {what} text here" in warned[0]
 
 
 def test_a_sparse_run_goes_on_sparse_and_cannot_get_sparser(tmp_path, tiny_config):

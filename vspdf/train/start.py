@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from vspdf.kernels import hardware
 from vspdf.model import GPT
 from vspdf.parallel.world import ALONE, World
 from vspdf.runs import checkpoint
-from vspdf.runs.folder import Run
+from vspdf.runs.folder import Run, of_checkpoint
 from vspdf.runs.record import PhaseRecord
 from vspdf.shapes import Shape
 from vspdf.sparsity.layer import sparse_layers
@@ -110,7 +111,7 @@ def _to_tune(task: ResolvedTask, source: str, say: Callable[[str], None]) -> tup
 
 def _take_over(state: State, source: str, loaded: checkpoints.Loaded, say: Callable[[str], None]) -> None:
     """Takes weights, masks, moments and the place in the data from another run, or the weights of a folder."""
-    config, corpus, old = state.config, state.data.manifest["corpus"], loaded.state
+    config, old = state.config, loaded.state
     if loaded.tokenizer is None:
         log.warning("init_from '%s' has no tokenizer: data.tokenizer is taken to be its own.", source)
     elif not loaded.tokenizer.same_vocabulary(state.data.tokenizer):
@@ -128,11 +129,32 @@ def _take_over(state: State, source: str, loaded: checkpoints.Loaded, say: Calla
         stored = checkpoint.read(Path(source))
         if stored.moments and config.phases[0].moments == "keep":
             stored.restore_optimizer(state.model, state.renew_optimizer(config.phases[0]))
-    if config.data.first_sequence is None:
-        ours = (corpus, config.data.validation_fraction, config.seed)
-        if (old.get("corpus"), old.get("validation_fraction"), old.get("seed")) == ours:
-            state.config = config.with_data(first_sequence=old["sequences"])
-        elif old.get("corpus") == corpus:
-            log.warning("init_from '%s' saw this text in another order: some of it will be seen again.", source)
+    if (old.get("corpus") or {}).get("sha256") == state.data.manifest["corpus"][
+        "sha256"
+    ]:  # whatever its file is called
+        _go_on_in(state, source, old)
     where = f", its data from sequence {state.first_sample}" if state.first_sample else ""
     say(f"starting from {source} (step {old['step']}), {'with' if state.optimizer else 'without'} moments{where}")
+
+
+def _go_on_in(state: State, source: str, old: dict[str, Any]) -> None:
+    """Takes the place in the text where another run on it stopped; what it has seen of it otherwise is a warning."""
+    config, data = state.config, state.config.data
+    theirs = {key: old.get(key) for key in ("validation_fraction", "test_fraction")}
+    if theirs["test_fraction"] is None:  # an older one does not tell, its run's configuration does
+        run = of_checkpoint(checkpoint.resolve(Path(source)))
+        theirs["test_fraction"] = run.config.data.test_fraction if run.configured else data.test_fraction
+    others = [f"data.{key} = {was}" for key, was in theirs.items() if was != getattr(data, key)]
+    seen = ["validation"] if theirs["validation_fraction"] != data.validation_fraction else []
+    seen += ["test"] if others and data.test_fraction else []
+    if seen:
+        log.warning(
+            "init_from '%s' was trained on this text with %s: it may have seen what is %s text here, whose loss would "
+            "be too low.", source, " and ".join(others), " or ".join(seen),
+        )  # fmt: skip
+    if data.first_sequence is not None:
+        return
+    if others or old.get("seed") != config.seed:
+        log.warning("init_from '%s' saw this text in another order: some of it will be seen again.", source)
+    else:
+        state.config = config.with_data(first_sequence=old["sequences"])

@@ -182,6 +182,7 @@ class State:
             "phase": self.phases.now.phase,
             "seed": config.seed,
             "validation_fraction": config.data.validation_fraction,
+            "test_fraction": config.data.test_fraction,
             "sequences": self.first_sample + self.place.samples,
             "seconds": self.seconds,
             "samples": self.samples,
