@@ -5,7 +5,7 @@ import textwrap
 
 import pytest
 
-from vspdf.compare import definition, runner
+from vspdf.compare import budget, definition, runner
 from vspdf.config import loading
 from vspdf.errors import UserError
 
@@ -66,3 +66,56 @@ def test_results_that_are_kept_are_of_the_study_as_it_is(refused, vspdf):
             "compare", "toy", "folder=here", "seeds=[77]", "--results")  # fmt: skip
     status, out, _ = vspdf("compare", "toy", "folder=here", "--results", "--json")
     assert status == 0 and json.loads(out)["seeds"] == [0, 1, 2, 3, 4]
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+TIMED = ("seeds: [0]", "seconds: 20\nseeds: [0]")
+SPARSE = "    phases: [{sparsity: 0.75, steps: 12}]\n"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ([TIMED, (SPARSE, f"{SPARSE}    tune: {{phases.0.steps: [4, 12]}}\n")],
+         "arm 'sparse': tune.phases.0.steps: with 'seconds' the time decides on steps"),
+        ([TIMED, (SPARSE, f"{SPARSE}    tune: {{phases: [[{{steps: 4}}], [{{steps: 12}}]]}}\n")],
+         "arm 'sparse': tune.phases: with 'seconds' the time decides on steps"),
+        ([(SPARSE, f"{SPARSE}    tune: {{epochs: [1, 2]}}\n")], "arm 'sparse': tune.epochs is a task's to try"),
+        ([("seeds: [0]", "pairs: [[[sparse], dense]]\nseeds: [0]")], r"pairs: no arm '\['sparse'\]'"),
+        ([("seeds: [0]", "multiplier: [[dense], sparse]\nseeds: [0]")], r"multiplier: no arm '\['dense'\]'"),
+    ],
+)  # fmt: skip
+def test_studies_that_mean_nothing_end_in_one_line(write, tmp_path, refused, changes, message):
+    path = write(*changes)
+    refused(message, "compare", path, "--runs", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_steps_are_measured_without_ramps_that_are_longer_than_the_measurement():
+    phases = [{"sparsity": 0.75, "steps": 600, "algorithm": "set", "warmup_steps": 50, "revived_warmup": 20}]
+    body = {"model": {"n_layer": 1, "d_model": 8, "n_head": 1, "sequence_length": 8}, "phases": phases}
+    short = budget._for_a_while(definition.Arm("set", body, {}, "here"), budget._STEPS)
+    (phase,) = loading.build({**short, "name": "calibration"}, "here").phases
+    assert phase.steps == 28 and phase.revived_warmup == 0 and body["phases"][0]["warmup_steps"] == 50
+
+
+@pytest.mark.parametrize(
+    "bend, message",
+    [
+        (lambda known: known.update(dense=[1]), "arm 'dense' cannot be read: it is no JSON object"),
+        (lambda known: known["dense"].pop("phases"), "it has no 'phases'"),
+        (lambda known: known["dense"]["phases"][0].update(step=0.0), "in 'phases', its 'step' is '0.0'"),
+        (lambda known: known["dense"]["phases"].pop(), "it has 1 phases of 2"),
+        (lambda known: known["dense"].update(took="long"), "its 'took' is 'long'"),
+    ],
+)
+def test_a_calibration_of_another_form_is_named(write, tmp_path, refused, monkeypatch, bend, message):
+    path, root = write(TIMED), tmp_path / "runs"
+    monkeypatch.setattr(budget, "_pace", lambda arm: [{"step": 0.1, "update": 0.0}] * len(arm.body["phases"]))
+    budget.settle(definition.load(path), root)
+    file = root / budget.CALIBRATION
+    known = json.loads(file.read_text())
+    bend(known)
+    file.write_text(json.dumps(known))
+    refused(rf"calibration.json, .*{message}. Without the file it is measured again", "compare", path, "--runs", root)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ from vspdf.config.resolved import ResolvedConfig
 from vspdf.errors import UserError
 from vspdf.files import read_json, write_whole
 from vspdf.kernels.hardware import keep_freed_memory
+from vspdf.runs import forms
 from vspdf.runs.folder import LOG, Run
 from vspdf.train.trainer import train
 
@@ -42,6 +44,18 @@ _QUIET = {"log_every": 1, "eval_every": 0, "eval_tokens": 1024, "checkpoint_ever
           "sample_tokens": 0}  # fmt: skip
 
 Pace = list[dict[str, float]]
+
+
+def _more_than(least: float) -> Callable[[Any], bool]:
+    """Whether a value is a finite number above one."""
+    return lambda value: isinstance(value, int | float) and not isinstance(value, bool) and least < value < math.inf
+
+
+# Of an arm in the file.
+_FORM: forms.Form = {
+    "digest": lambda value: isinstance(value, str), "took?": _more_than(0.0),
+    "phases": [{"step": _more_than(0.0), "update": _more_than(-1e-9)}],
+}  # fmt: skip
 
 
 def settle(study: Study, root: Path, jobs: int = 1, say: Callable[[str], None] = lambda line: None) -> Study:
@@ -57,11 +71,11 @@ def settle(study: Study, root: Path, jobs: int = 1, say: Callable[[str], None] =
     if study.seconds is None:
         return study
     file = root / CALIBRATION
-    known = read_json(file) if file.exists() else {}
     digests = {
         name: hashlib.sha256(json.dumps([arm.body, _STEPS], sort_keys=True).encode()).hexdigest()
         for name, arm in study.arms.items()
     }
+    known = _known(file, study, digests)
     new = [arm for name, arm in study.arms.items() if known.get(name, {}).get("digest") != digests[name]]
     if new:
         for name, pace in _measured(new, list(study.arms.values()), jobs - 1, say).items():
@@ -85,6 +99,27 @@ def settle(study: Study, root: Path, jobs: int = 1, say: Callable[[str], None] =
     if known != before:
         write_whole(file, json.dumps(known, indent=1))
     return replace(study, arms=arms)
+
+
+def _known(file: Path, study: Study, digests: dict[str, str]) -> dict[str, Any]:
+    """What was measured before, by arm; of the study's own arms in the form in which it is written.
+
+    Raises
+    ------
+    UserError
+        If it is not.
+    """
+    known = read_json(file) if file.exists() else {}
+    for name, arm in study.arms.items():
+        if name not in known:
+            continue
+        why = forms.wrong(known[name], _FORM)
+        if why is None and known[name]["digest"] == digests[name]:
+            found, has = len(known[name]["phases"]), len(arm.body["phases"])
+            why = f"it has {found} phases of {has}" if found != has else None
+        if why:
+            raise UserError(f"{file}, arm '{arm.name}' cannot be read: {why}. Without the file it is measured again.")
+    return known
 
 
 def _trials_took(study: Study, root: Path, arm: Arm, expected: float) -> float | None:
@@ -145,7 +180,8 @@ def _for_a_while(arm: Arm, steps: int) -> dict[str, Any]:
         phase["steps"] = steps
         if phase.get("algorithm", "static") != "static":
             phase["update"] = {"freq": _EVERY}
-        phase.pop("update_every", None)
+        for absolute in ("update_every", "warmup_steps", "revived_warmup"):  # may be longer; a step takes as long
+            phase.pop(absolute, None)
     body["train"] = {**body.get("train", {}), **_QUIET}
     return body
 

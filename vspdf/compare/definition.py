@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from vspdf.compare import relations
 from vspdf.config import loading
 from vspdf.config.resolve import resolve_task
 from vspdf.config.resolved import ResolvedConfig, ResolvedTask
@@ -259,57 +260,10 @@ def load(source: str | Path, changes: Sequence[str] = ()) -> Study:
     )
     return Study(
         str(body.get("name", path.stem)), path, about.strip(), read, seeds, tuning_seeds,
-        _pairs(body, read, where), {name: arm.task for name, arm in fine_tunings.items() if arm.task},
-        fine_tunings, tuple(changes), _family(body.get("multiplier", []), read, where),
-        *_times(body, read, {*seeds} & {*tuning_seeds}, where),
+        relations.pairs(body, read, where), {name: arm.task for name, arm in fine_tunings.items() if arm.task},
+        fine_tunings, tuple(changes), relations.family(body.get("multiplier", []), read, where),
+        *relations.times(body, read, {*seeds} & {*tuning_seeds}, where),
     )  # fmt: skip
-
-
-def _pairs(body: Form, read: dict[str, Arm], where: str) -> tuple[tuple[str, str], ...]:
-    """The pairs of arms to compare; without a word about them, each other arm with the first."""
-    first = next(iter(read))
-    pairs = body.get("pairs", [[name, first] for name in read if name != first])
-    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise UserError(f"{where}: 'pairs' must be a list of pairs of arms, e.g. [[variable, spdf]].")
-    for a, b in pairs:
-        for name in (a, b):
-            if name not in read:
-                raise UserError(f"{where}: pairs: no arm '{name}'.{did_you_mean(str(name), read)}")
-        if a == b:
-            raise UserError(f"{where}: pairs: '{a}' is paired with itself.")
-    return tuple((a, b) for a, b in pairs)
-
-
-def _times(body: Form, read: dict[str, Arm], both: set[int], where: str) -> tuple[float | None, float | None]:
-    """CPU seconds of a run, and of a trial where that is shorter."""
-    found = []
-    for key in ("seconds", "tuning_seconds"):
-        value = body.get(key)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-        if value is not None and not number:
-            raise UserError(f"{where}: '{key}' must be a number of CPU seconds, not {value!r}.")
-        found.append(value)
-    seconds, trial = found
-    if trial is not None and (seconds is None or both):
-        raise UserError(f"{where}: 'tuning_seconds' goes with 'seconds', and with tuning_seeds apart from seeds.")
-    for name, arm in read.items() if seconds is not None else ():
-        if any(phase.get("steps") is None for phase in arm.body["phases"]) or arm.untrained or "tasks" in body:
-            raise UserError(f"{where}: arm '{name}': with 'seconds', phases have steps, which say their proportion.")
-        if arm.configure({}, 0).train.threads != 1 or arm.configure({}, 0).train.device != "cpu":
-            raise UserError(f"{where}: 'seconds' are CPU seconds of one thread: set common.train.threads to 1.")
-    return seconds, trial
-
-
-def _family(names: Any, read: dict[str, Arm], where: str) -> tuple[str, ...]:
-    """Dense arms, at least two."""
-    if not isinstance(names, list) or len(names) == 1:
-        raise UserError(f"{where}: 'multiplier' must be a list of at least two dense arms, e.g. [dense-64, dense-128].")
-    for name in names:
-        if name not in read:
-            raise UserError(f"{where}: multiplier: no arm '{name}'.{did_you_mean(str(name), read)}")
-        if any(stage.sparsity for phase in read[name].configure({}, 0).phases for stage in phase.stages()):
-            raise UserError(f"{where}: multiplier: arm '{name}' is not dense.")
-    return tuple(names)
 
 
 def _common_of(name: str, path: Path) -> Any:
@@ -348,6 +302,8 @@ def _arm(name: str, arm: Any, common: Form, where: str) -> Arm:
     untrained, tune = arm.get("untrained", False), _values_to_try(arm.get("tune", {}), here)
     if untrained not in (True, False) or (untrained and (tune or "phases" in own)):
         raise UserError(f"{here}: 'untrained' is true or false; such an arm has neither 'phases' nor 'tune'.")
+    if "epochs" in tune:
+        raise UserError(f"{here}: tune.epochs is a task's to try; an arm trains for steps, phases.0.steps.")
     for key in NOT_OF_AN_ARM:
         if _has(own, key) or any(tuned == key or tuned.startswith(f"{key}.") for tuned in tune):
             raise UserError(f"{here}: '{key}' must be the same for all arms: set it in 'common'.")
@@ -380,7 +336,7 @@ def _check_values(arm: Arm) -> None:
     arm.configure({}, 0)
     for key, values in arm.tune.items():
         for value in values:
-            if key != "epochs" or not arm.task:
+            if key != "epochs":
                 arm.configure({key: value}, 0)
             elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise UserError(f"{arm.where}: tune.epochs must be numbers above 0, not {value}.")
@@ -409,7 +365,7 @@ def _fine_tunings(body: Form, first: Arm, where: str) -> dict[str, Arm]:
                 raise UserError(f"{here}: '{key}' is not a task's to set.")
         tune = _values_to_try(own.pop("tune", {}), here)
         protocol, decoding = task.get("protocol", "multi-bleu"), task.get("decoding", {})
-        if protocol not in PROTOCOLS:
+        if not isinstance(protocol, str) or protocol not in PROTOCOLS:
             raise UserError(f"{here}: protocol '{protocol}' is not known.{did_you_mean(str(protocol), PROTOCOLS)}")
         known = [item.name for item in fields(Decoding)]
         if not isinstance(decoding, dict) or not {*decoding} <= {*known}:
@@ -417,7 +373,11 @@ def _fine_tunings(body: Form, first: Arm, where: str) -> dict[str, Arm]:
             raise UserError(f"{here}: decoding has no '{wrong}'.{did_you_mean(str(wrong), known)}")
         model = first.configure({}, 0).model
         data = resolve_task(DataConfig(path=own["data"]["path"]), model.sequence_length)
-        about = Task(str(name), data, protocol, Decoding(**decoding), str(task.get("source", "")))
+        try:
+            how = Decoding(**decoding)
+        except UserError as error:
+            raise UserError(f"{here}: decoding: {error}") from None
+        about = Task(str(name), data, protocol, how, str(task.get("source", "")))
         own = _ours(own, here, fine_tuning=True)
         read = Arm(str(name), own, tune, here, task=about, model=ModelConfig(**asdict(model)))
         _check_values(read)
