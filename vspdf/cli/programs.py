@@ -165,17 +165,12 @@ def validate(
         if c["id"] != last:
             last = c["id"]
             table.add_section()
-            table.add_row(
-                Text.assemble((c["id"], "bold"), f" {c['title']}"),
-                "",
-                "",
-                f"< {c['tolerance']:.0%}" if c["tolerance"] else "",
-            )
-        missed = "" if c["passed"] else " MISSED"
+            tolerance = f"< {c['tolerance']:.0%}" if c["tolerance"] else ""
+            table.add_row(Text.assemble((c["id"], "bold"), f" {c['title']}"), "", "", tolerance)
+        error = Text.assemble(f"{c['error']:+.2%}", ("" if c["passed"] else " MISSED", "red"))
         detail = c["case"].removeprefix(c["title"]).lstrip(", ")
         table.add_row(
-            f"  {detail}", words.amount(c["published"]), words.amount(c["simulated"]),
-            Text.assemble(f"{c['error']:+.2%}", (missed, "red")), c["role"], c["level"],
+            f"  {detail}", words.amount(c["published"]), words.amount(c["simulated"]), error, c["role"], c["level"],
         )  # fmt: skip
     show(table)
     roles = [c["role"] for c in result["cases"]]
