@@ -146,7 +146,8 @@ def evaluate(
     from vspdf.evaluate import harness, held_out
     from vspdf.interop import checkpoints
 
-    names = [name for name in tasks.split(",") if name]
+    names = [name for part in tasks.split(",") if (name := part.strip())]
+    require(bool(names) or not tasks, f"`tasks` '{tasks}': expected names of tasks with commas between them.")
     require(bool(names) or not task_folder, "`task_folder` goes with `tasks`: name the tasks in it.")
     require(not (text and names), "`text` and `tasks` are two evaluations: give one of them.")
     only(bool(names), "goes with `tasks`", context, "few_shot", "limit")

@@ -103,10 +103,10 @@ def lines_of(text: str) -> list[str]:
 def read_lines(path: str | Path) -> list[str]:
     """Lines of a text file; see `lines_of`."""
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise UserError(f"'{path}' is a folder: expected a file of one text a line.")
     if not path.is_file():
-        raise UserError(
-            f"'{path}' {'is a folder, expected a file' if path.is_dir() else 'not found'}.{near_path(path)}"
-        )
+        raise UserError(f"'{path}' not found.{near_path(path)}")
     return lines_of(whole_text(path))
 
 

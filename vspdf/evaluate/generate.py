@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from vspdf.errors import UserError
 from vspdf.model import GPT, Cache
 
 Tokens = list[int]
+MOST_BEAMS = 1000
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,31 @@ class Decoding:
     no_repeat_ngram: int = 4
     temperature: float = 0.0  # of sampling; 0: the likeliest token (greedy)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses what no text can be made with.
+
+        Raises
+        ------
+        UserError
+            Naming the setting in backticks.
+        """
+        for key, least, most in (
+            ("max_tokens", 1, None), ("beams", 1, MOST_BEAMS), ("no_repeat_ngram", 0, None), ("seed", 0, None),
+        ):  # fmt: skip
+            value = getattr(self, key)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or value < least or (most is not None and value > most):
+                expected = (
+                    f"{least} or more" if most is None else f"{least} to {most:,}, each costs as much as an answer"
+                )
+                raise UserError(f"`{key}` {value}: expected {expected}.")
+        for key in ("length_penalty", "temperature"):
+            value = getattr(self, key)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or (key == "temperature" and value < 0):
+                also = " of 0 or more" if key == "temperature" else ""
+                raise UserError(f"`{key}` {value}: expected a finite number{also}.")
 
 
 def generate(

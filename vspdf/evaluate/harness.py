@@ -198,7 +198,7 @@ def _adapter(model: GPT, tokenizer: Tokenizer, batch_size: int, say: Callable[[s
             for number in range(world.rank, len(requests), world.size):
                 context, how = requests[number].args
                 stops = how.get("until") or []
-                count = min(how.get("max_gen_toks", 256), window - 1)
+                count = max(1, min(how.get("max_gen_toks", 256), window - 1))
                 prompt = self.tok_encode(context)[-(window - count) :] or [self.eot_token_id]
                 decoding = Decoding(
                     max_tokens=count, temperature=how.get("temperature", 0.0) if how.get("do_sample") else 0.0

@@ -17,6 +17,7 @@ import numpy as np
 
 from vspdf.draw import page, words
 from vspdf.draw.svg import Band, Series, line_chart
+from vspdf.errors import UserError
 from vspdf.files import write_whole
 from vspdf.report import run_parts
 from vspdf.report.comparison import AXES, Arm, Axis, arms_of, compare, curve, evaluated, measure
@@ -49,12 +50,25 @@ def write(folders: Sequence[Path], output: Path | None = None) -> Path:
     Raises
     ------
     UserError
-        As `vspdf.runs.folder.read`, or if the file cannot be written.
+        As `vspdf.runs.folder.read`, if the file cannot be written, or if `output` is there and no page.
     """
+    if output is not None:
+        _must_be_a_page(output)
     text = render(read(folders))
     output = output or (folders[0] if len(folders) == 1 else Path()) / REPORT
     write_whole(output, text)
     return output
+
+
+def _must_be_a_page(path: Path) -> None:
+    """Refuses to write over what is no HTML: reports are drawn anew, a slip of the name must not cost a file."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(512).lstrip()
+    except OSError:  # not there, or writing says what is wrong
+        return
+    if not begin.lower().startswith((b"<!doctype html", b"<html")):
+        raise UserError(f"'{path}' exists and is no HTML page: it is not overwritten; name another or move it away.")
 
 
 def refresh(folder: Path) -> None:

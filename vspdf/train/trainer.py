@@ -94,6 +94,7 @@ def _train(
     resume = resume or (restarted() and Run(Path(config.run_dir)).begun)
     threads = config.train.threads or world.threads
     if threads:
+        common.check_threads(threads)
         torch.set_num_threads(threads)
     with writer.Writer(Path(config.run_dir)) as files:
 
