@@ -99,7 +99,16 @@ def _write_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer | None, sta
     folder.mkdir(parents=True)
     if tokenizer is not None:
         Run(folder).tokenizer.write_text(tokenizer.to_json(), encoding="utf-8")
-    kept = ("tokenizer", "corpus", "validation_fraction", "seed", "sequences", "task", "converted_from")
+    kept = (
+        "tokenizer",
+        "corpus",
+        "validation_fraction",
+        "test_fraction",
+        "seed",
+        "sequences",
+        "task",
+        "converted_from",
+    )
     body = {key: state[key] for key in kept if key in state}
     body |= {} if tokenizer is None else {"tokenizer": tokenizer.about}
     body |= {"model": asdict(model.shape), "vspdf": hardware.versions()["vspdf"]}

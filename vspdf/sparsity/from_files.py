@@ -56,7 +56,7 @@ class MaskFile:
 
     def _key(self, name: str) -> str | None:
         """Which of the file's names is a layer's, weights without a mask among them."""
-        names = {*self.masks.patterns, *self.masks.dense}
+        names = [*self.masks.patterns, *sorted(self.masks.dense)]
         if name in names:
             return name
         near = sorted(self.files.alike(names, name), key=len)

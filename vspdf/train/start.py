@@ -129,9 +129,8 @@ def _take_over(state: State, source: str, loaded: checkpoints.Loaded, say: Calla
         stored = checkpoint.read(Path(source))
         if stored.moments and config.phases[0].moments == "keep":
             stored.restore_optimizer(state.model, state.renew_optimizer(config.phases[0]))
-    if (old.get("corpus") or {}).get("sha256") == state.data.manifest["corpus"][
-        "sha256"
-    ]:  # whatever its file is called
+    theirs, ours = old.get("corpus") or {}, state.data.manifest["corpus"]
+    if theirs.get("sha256") == ours["sha256"]:  # whatever its file is called
         _go_on_in(state, source, old)
     where = f", its data from sequence {state.first_sample}" if state.first_sample else ""
     say(f"starting from {source} (step {old['step']}), {'with' if state.optimizer else 'without'} moments{where}")
