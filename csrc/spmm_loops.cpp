@@ -1,6 +1,7 @@
 // SpMM without generated code: loops over blocks of features, and what few tokens run.
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <type_traits>
 
 #include "parallel.hpp"
@@ -179,6 +180,17 @@ int64_t run_dots(const SpmmKernels& kernels, const RowColumns& columns, const Ta
 }
 
 #if defined(__x86_64__)
+static bool all_finite(const float* x, int64_t n) {
+    constexpr uint32_t exponent = 0x7F800000;  // all ones: infinities and NaN
+    uint32_t found = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        found |= (bits & exponent) == exponent;
+    }
+    return !found;
+}
+
 template <class Value>
 static void rows_by_bits(const Spmv<Value>& work, int threads) {
     const int64_t parts = std::min<int64_t>(threads, ceil_div(work.rows, kSlice));
@@ -204,8 +216,9 @@ int64_t run_bits(const Plan& plan, const Target& y, const Source& x, const void*
         }
         from = floats.floats();
     }
+    const bool finite = all_finite(from, cols * tokens);
     const auto run = [&](const auto* mine) {
-        rows_by_bits(Spmv<std::decay_t<decltype(*mine)>>{sums.floats(), rows, from, cols, int(tokens), mine,
+        rows_by_bits(Spmv<std::decay_t<decltype(*mine)>>{sums.floats(), rows, from, cols, int(tokens), finite, mine,
                                                          mine + plan.nnz(), plan.start().data(), plan.bits().data},
                      threads);
     };

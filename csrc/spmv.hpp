@@ -19,6 +19,7 @@ struct Spmv {
     int64_t rows;
     const float* x;  // [tokens][cols]
     int cols, tokens;
+    bool finite;  // all of x
     const Value *values, *end;
     const uint32_t* start;
     const uint8_t* bits;
