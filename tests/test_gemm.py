@@ -1,5 +1,7 @@
 """Dense products by the library that knows the processor: as exact as torch's own, and only where it was measured."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,32 @@ def test_the_setting_is_as_it_was_also_after_an_error():
     before = setting()
     with pytest.raises(ZeroDivisionError), gemm.faster():
         1 / 0  # noqa: B018
+    assert setting() == before
+
+
+@pytest.mark.skipif(setting() is None, reason="torch before 2.9 has no such setting")
+def test_of_several_threads_the_last_to_leave_restores_the_setting(monkeypatch):
+    """One enters first and leaves first, the other second and last: what the second found set was the first's."""
+    monkeypatch.setattr(gemm, "library", lambda: "oneDNN")
+    before, entered, left, seen = setting(), threading.Event(), threading.Event(), []
+
+    def second():
+        with gemm.faster():
+            entered.set()
+            left.wait(60)
+            seen.append(setting())
+
+    thread = threading.Thread(target=second)
+    with gemm.faster():
+        thread.start()
+        assert entered.wait(60)
+    seen.append(setting())
+    left.set()
+    thread.join()
+    assert seen == ["bf16", "bf16"]  # still inside
+    assert setting() == before
+    with gemm.faster(), gemm.faster():
+        assert setting() == "bf16"
     assert setting() == before
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -47,30 +48,47 @@ def processor() -> tuple[str, int]:
 def faster() -> Iterator[None]:
     """Inside, torch multiplies float32 matrices on CPUs by `library`, single ones and batches; else by MKL.
 
-    Equal up to rounding. It is a setting of the process, as it was before when the context ends.
+    Equal up to rounding. It is a setting of the process, as it was before when the context ends, the last one of all
+    threads'.
     """
     if library() == "MKL":
         yield
     else:
-        with _onednn():
+        with _onednn:
             yield
 
 
-@contextlib.contextmanager
-def _onednn() -> Iterator[None]:
+class _OneDNN:
     """torch asks oneDNN where bfloat16 is allowed within a product. oneDNN has such a one for AMX alone, and multiplies
-    in full float32 elsewhere, which is tried before it is believed."""
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    in full float32 elsewhere, which is tried before it is believed.
+
+    The setting is the process's, contexts are the threads': the first to enter notes what was set, the last to leave
+    restores it. Were each to save and restore by itself, the one that entered second and left last would leave it set.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.before = threading.Lock(), 0, "none"
+
+    def __enter__(self) -> None:
+        matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        with self.lock:
+            if self.inside == 0:
+                self.before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                torch.backends.mkldnn.matmul.fp32_precision = self.before  # type: ignore[attr-defined]
+
+
+_onednn = _OneDNN()
 
 
 def _keeps_digits() -> bool:
     x = torch.linspace(-1, 1, 2 * 64 * 64).view(2, 64, 64)
-    with _onednn():
+    with _onednn:
         found = torch.bmm(x, x)
     exact = x.double() @ x.double()
     return bool((found - exact).abs().max() < 1e-5 * exact.abs().max())  # bfloat16 would be off by 4e-3
