@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -55,12 +56,19 @@ class Machine:
     parameters : mapping of str to Parameter
     note : str
         What a reader of its results must know; empty for a machine held against measurements.
+    settings : mapping of str to value
+        What `override` replaced, so that no figure of a changed machine bears the real one's name.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], note: str = ""):
+    def __init__(
+        self, parameters: Mapping[str, Parameter], note: str = "", settings: Mapping[str, Any] = MappingProxyType({})
+    ):
         self.parameters = dict(parameters)
         self.note = note
+        self.settings = dict(settings)
         self.__dict__ |= {name: parameter.value for name, parameter in self.parameters.items()}  # read a million times
+        if changed := {key: value for key, value in self.settings.items() if key != "name"}:
+            self.__dict__["name"] += f" with {_listed(changed)}"
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"no machine parameter '{name}'.")
@@ -79,7 +87,12 @@ class Machine:
                 raise UserError(f"unknown machine parameter '{key}'.{did_you_mean(key, parameters)}")
             old = parameters[key]
             parameters[key] = Parameter(_like(key, value, old.value), old.unit, "set by the user", "set")
-        return Machine(parameters, self.note)
+        return Machine(parameters, self.note, self.settings | {key: parameters[key].value for key in values})
+
+    def said(self) -> dict[str, Any]:
+        """What every result says of the machine that it is of: ``machine``, ``note``, ``settings``."""
+        note = f"Set by the user: {_listed(self.settings, most=len(self.settings))}." if self.settings else ""
+        return {"machine": self.name, "note": " ".join(filter(None, (self.note, note))), "settings": self.settings}
 
     # What follows are quantities that several programs derive in the same way.
 
@@ -101,6 +114,15 @@ class Machine:
     def fabric(self) -> dict[str, Any]:
         """The part that the event simulator's core takes."""
         return {name: getattr(self, name) for name in CORE}
+
+
+def _listed(settings: Mapping[str, Any], most: int = 3) -> str:
+    """``task_switch=500, host_bandwidth=1e+09``; where there are more than `most`, how many."""
+    if len(settings) > most:
+        return f"{len(settings)} settings"
+    return ", ".join(
+        f"{key}={value:g}" if type(value) is float else f"{key}={value}" for key, value in settings.items()
+    )
 
 
 def _like(key: str, value: Any, old: Any) -> Any:
@@ -162,7 +184,7 @@ def _read(machine: str | Path, deriving: tuple[Path, ...] = ()) -> Machine:
     if path.resolve() in deriving:
         raise UserError(f"{path}: a machine cannot start from itself, not even by way of others.")
     own, base, note = _parse(path)
-    if base is None and path.parent == FOLDER and path.stem == FIRST:
+    if base is None and _ships(path) and path.stem == FIRST:
         return Machine(own)
     start = _read(_beside(path, base or FIRST), (*deriving, path.resolve()))
     for key in own:
@@ -173,9 +195,20 @@ def _read(machine: str | Path, deriving: tuple[Path, ...] = ()) -> Machine:
         key: replace(parameter, grade=_taken_over(parameter.grade), source=f"as {start.name}: {parameter.source}")
         for key, parameter in start.parameters.items()
     }
+    name = _name(path, own.get("name") or replace(kept["name"], value=path.stem, source="the file"))
     return Machine(
-        kept | own, note or f"{path.stem} is held against no measurement: it is {start.name} with other numbers."
+        kept | own | {"name": name},
+        note or f"{name.value} is held against no measurement: it is {start.name} with other numbers.",
     )
+
+
+def _name(path: Path, name: Parameter) -> Parameter:
+    """A machine of one's own is not called as one that ships, be its file a copy of that one's: then as the file is."""
+    return replace(name, value=path.name if name.value in names() and not _ships(path) else str(name.value))
+
+
+def _ships(path: Path) -> bool:
+    return path.resolve().parent == FOLDER.resolve()
 
 
 def _beside(path: Path, base: str) -> str:

@@ -304,4 +304,4 @@ def simulate(
         body = {key: round(x) if key.startswith("cycles") else x for key, x in work.aggregate.items()}
     cycles = body.get("cycles", body.get("cycles_max", 0))
     seconds = {label: cycles / hertz for label, hertz in chosen.clocks.items()}
-    return {"program": program, "machine": chosen.name, "level": level, "why": why, **body, "seconds": seconds}
+    return {"program": program, **chosen.said(), "level": level, "why": why, **body, "seconds": seconds}

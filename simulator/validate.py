@@ -250,7 +250,7 @@ def validate(
     steps = [abs(case["error"]) for case in cases if case["id"].startswith(STEP)]
     errors = {"mean_error": sum(steps) / len(steps), "largest_error": max(steps)} if steps else {}
     return {
-        "machine": chosen.name, "note": chosen.note, "cases": cases, "passed": all(c["passed"] for c in cases),
+        **chosen.said(), "cases": cases, "passed": all(c["passed"] for c in cases),
         "chosen_in_view": views, "known_misses": missed,
         "steps": errors,
     }  # fmt: skip

@@ -60,8 +60,7 @@ def _report(machine: Machine, middle: Case, solve: Solve, found: band.Band | Non
             "sparse": {k: whole / (v * case.speedup / speedup["central"]) for k, v in three.items()},
         }
     return {
-        "machine": machine.name,
-        "note": machine.note,
+        **machine.said(),
         "level": "aggregate",
         "central": central(machine),
         "clock": label,

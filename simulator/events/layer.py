@@ -74,8 +74,7 @@ def event_layer(
         "in_features": weights.in_features,
         "out_features": weights.out_features,
         "sparsity": 1 - real.density,
-        "machine": machine.name,
-        "note": machine.note,
+        **machine.said(),
         "level": "event",
         "region": region,
         "why": f"one row of {region['columns']} PEs stands for the wafer's {machine.width} x {machine.height}: all "

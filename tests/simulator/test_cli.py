@@ -80,7 +80,10 @@ def test_settings_and_machines_reach_the_result(vspdf, tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text('name: {value: own, unit: "", grade: M, source: "a guess"}\n')
     _, out, _ = vspdf("simulate", *VERBS["reduce"], "--machine", own, "--set", "task_switch=30", "--json")
-    assert json.loads(out)["machine"] == "own" and json.loads(out)["cycles"] == plain["cycles"] + 30 - CS2.task_switch
+    assert (
+        json.loads(out)["machine"] == "own with task_switch=30"
+        and json.loads(out)["cycles"] == plain["cycles"] + 30 - CS2.task_switch
+    )
 
 
 @pytest.mark.parametrize(

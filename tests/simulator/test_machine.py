@@ -6,6 +6,7 @@ import textwrap
 import numpy as np
 import pytest
 
+import vspdf as package
 from vspdf.errors import UserError
 from vspdf.simulator import machine, simulate, validate
 from vspdf.simulator.events import programs
@@ -234,9 +235,57 @@ def test_a_machine_of_ones_own(tmp_path):
         """)
     )
     own = machine.load(path, ["colours=32"])
-    assert own.name == "wse-3" and own.width == 900 and own.height == CS2.height and own.colours == 32
+    assert own.name == "wse-3 with colours=32" and own.width == 900 and own.height == CS2.height and own.colours == 32
     assert own.parameters["colours"].grade == "set"
     assert simulate.simulate("reduce", machine=path, pes=900, elements=4, group=30)["machine"] == "wse-3"
+
+
+def test_a_machine_that_is_not_the_real_one_does_not_bear_its_name(tmp_path, vspdf):
+    nameless, copy = tmp_path / "faster.yaml", tmp_path / "cs2.yaml"
+    nameless.write_text('host_bandwidth: {value: 1.0e12, unit: bytes/s, grade: M, source: "a thought"}\n')
+    copy.write_text((machine.FOLDER / "cs2.yaml").read_text())
+    assert (machine.load(nameless).name, machine.load(copy).name) == ("faster", "cs2.yaml")
+    assert machine.load(machine.FOLDER / "cs2.yaml").name == "cs2"
+    one = machine.load("cs2", {"task_switch": 500})
+    assert one.name == "cs2 with task_switch=500" and one.override({"banks": 4}).settings == {
+        "task_switch": 500,
+        "banks": 4,
+    }
+    many = machine.load("cs3", ["banks=4", "colours=9", "hop_cycles=2", "host_bandwidth=1e9"])
+    assert many.name == "cs3 with 4 settings" and many.said()["settings"]["host_bandwidth"] == 1e9
+    assert many.said()["note"].endswith("Set by the user: banks=4, colours=9, hop_cycles=2, host_bandwidth=1e+09.")
+    assert machine.load("cs2", {"name": "mine", "banks": 4}).name == "mine with banks=4"
+
+
+RESULTS = {
+    "gemm": {"algorithm": "summa", "grid": "4x4", "n": 8},
+    "gemv": {"grid": "4x4", "n": 8},
+    "spmm": {"format": "coo", "grid": "2x2", "n": 8, "k": 8, "m": 4},
+    "reduce": {"pes": 4, "elements": 8, "group": 2},
+    "layer": {"tokens": 64, "in_features": 64, "out_features": 64},
+    "layer event": {"tokens": 8, "in_features": 16, "out_features": 8, "level": "event"},
+    "step": {"model": "gpt2-small", "batch": 8},
+    "scale": {"model": "gpt2-small", "batch": 8, "systems": [1, 2]},
+}
+
+
+@pytest.mark.parametrize("program", RESULTS)
+def test_every_result_says_of_which_machine_it_is(program):
+    ask = lambda **how: package.simulate(program.split()[0], **RESULTS[program], **how)  # noqa: E731
+    plain = ask()
+    assert (plain["machine"], plain["note"], plain["settings"]) == ("cs2", "", {})
+    assert "unvalidated" in ask(machine="cs3")["note"]
+    changed = ask(settings=["task_switch=500"])
+    assert changed["machine"] == "cs2 with task_switch=500" and changed["settings"] == {"task_switch": 500}
+    assert "Set by the user: task_switch=500." in changed["note"]
+
+
+def test_validation_says_of_which_machine_it_is(vspdf):
+    _, out, _ = vspdf("validate", "--case", "V1", "--set", "bank_bytes=2", "--json")
+    found = json.loads(out)
+    assert found["machine"] == "cs2 with bank_bytes=2" and found["settings"] == {"bank_bytes": 2}
+    _, out, _ = vspdf("simulate", "gemm", "--grid", "4x4", "--n", 8, "--machine", "cs3", "--set", "banks=4")
+    assert "gemm on cs3 with banks=4" in out and "unvalidated" in out and "Set by the user: banks=4." in out
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,9 @@ def test_a_small_batch_waits_for_weights():
 
 
 def test_what_does_not_fit_is_said():
-    with pytest.raises(UserError, match=r"does not fit cs2: the activations of one sequence"):
+    with pytest.raises(
+        UserError, match=r"does not fit cs2 with activation_share=0.0001: the activations of one sequence"
+    ):
         simulate(machine=CS2.override({"activation_share": 1e-4}))
 
 

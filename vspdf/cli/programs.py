@@ -40,7 +40,7 @@ def _run(program: str, options: dict[str, Any]) -> None:
     table.add_column("")
     table.add_column("", justify="right")
     for key, value in result.items():
-        if key in ("program", "machine", "level", "why"):
+        if key in ("program", "machine", "note", "settings", "level", "why"):
             continue
         if isinstance(value, dict):
             for name, part in value.items():
@@ -48,6 +48,8 @@ def _run(program: str, options: dict[str, Any]) -> None:
         else:
             table.add_row(key.replace("_", " "), words.amount(value))
     show(table)
+    if result["note"]:
+        tell(result["note"])
 
 
 def spmm(

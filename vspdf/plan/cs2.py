@@ -123,7 +123,7 @@ def compare_phases(
                 "bound_by": result["bound_by"],
                 "central": result["central"],
                 "clock": result["clock"],
-                "machine": machine.name,
+                **machine.said(),
                 "mask": result["mask"],
             }
         )
@@ -260,7 +260,7 @@ def scale_by_request(
         kind = "so many sequences a system" if weak else "one batch for all"
         outlook.plot_rows(rows, "systems", f"{machine.name}: {kind}", plot)
     return {
-        "machine": machine.name, "note": machine.note, "batch": what.batch, "weak": weak, "sparsity": 1 - what.kept,
+        **machine.said(), "batch": what.batch, "weak": weak, "sparsity": 1 - what.kept,
         "sequence_length": what.shape.sequence_length, "rows": rows,
     }  # fmt: skip
 
