@@ -232,7 +232,11 @@ void Fabric::start_vector(int p, Pe& e, const Vector& v, int issue) {
                          (!unary && src1.kind != Dsr::kMemory);
     const int length = v.arith == Arith::kDot ? src0.length : dst.length;
     if (streams) {
-        if (int(e.threads.size()) >= m_.micro_threads) fail(p, "more micro-threads than the machine has.");
+        if (int(e.threads.size()) >= m_.micro_threads) {  // a limit of the machine, no fault of the simulator
+            throw std::invalid_argument(name(p) + ", cycle " + std::to_string(now_) +
+                                        ": the program runs more micro-threads at once than this machine has, " +
+                                        std::to_string(m_.micro_threads) + ".");
+        }
         MicroThread t;
         t.vector = v;
         t.dst = dst, t.src0 = src0, t.src1 = src1;

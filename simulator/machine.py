@@ -26,6 +26,12 @@ POSITIVE = {
 }  # fmt: skip
 GRADES = {"A", "B", "D", "M"}
 MOST = 1e15  # of any number
+# Whole numbers go no further than the core's 32 bits, its sums of them included, carry; wafers than what is tried of
+# them ends in seconds; buffers than fit a computer's memory for thousands of PEs.
+MOST_WHOLE = 10**6
+MOST_OF = {"width": 10_000, "height": 10_000, "sram_bytes": 2**30, "router_buffer": 1024}
+MOST_QUEUES, MOST_WORDS = 64, 1024
+LEAST_OF = {"swarm_fanout": 2}  # a tree
 # What the event simulator's core takes under the same name.
 CORE = (
     "colours", "switch_positions", "hop_cycles", "ramp_cycles", "router_buffer", "in_queue_depth", "out_queue_depth",
@@ -129,16 +135,23 @@ def _like(key: str, value: Any, old: Any) -> Any:
     if isinstance(old, str):
         return str(value)
     if isinstance(old, list):
-        if not isinstance(value, (list, tuple)) or not value or not all(type(v) is int and v > 0 for v in value):
+        fits = isinstance(value, (list, tuple)) and 1 <= len(value) <= MOST_QUEUES
+        if not fits or not all(type(v) is int and 0 < v <= MOST_WORDS for v in value):
             raise UserError(
-                f"machine parameter '{key}' takes a list of positive integers such as {old}, not {value!r}."
+                f"machine parameter '{key}' takes a list of positive integers such as {old}, at most {MOST_QUEUES} of "
+                f"them and none above {MOST_WORDS:,}, not {value!r}."
             )
         return list(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MOST:
-        raise UserError(f"machine parameter '{key}' takes a number of at least 0 and at most {MOST:g}, not {value!r}.")
+    whole = isinstance(old, int)
+    least, most = LEAST_OF.get(key, 0), MOST_OF.get(key, MOST_WHOLE) if whole else MOST
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        end = f"{most:,}" if whole else f"{most:g}"
+        raise UserError(
+            f"machine parameter '{key}' takes a number of at least {least} and at most {end}, not {value!r}."
+        )
     if value < 1 / MOST and key in POSITIVE:
         raise UserError(f"machine parameter '{key}' must be above 0.")
-    if isinstance(old, int) and float(value) != int(value):
+    if whole and float(value) != int(value):
         raise UserError(f"machine parameter '{key}' takes a whole number, not {value!r}.")
     return type(old)(value)
 

@@ -192,7 +192,7 @@ MOVES = {
 def _crowded(m):
     try:
         programs.ring_gemm(m, normal(4, 4), normal(4, 4), 2, interleaved=True)
-    except RuntimeError as error:
+    except UserError as error:
         return str(error)
     return "fits"
 
@@ -298,7 +298,7 @@ def test_validation_says_of_which_machine_it_is(vspdf):
         ("banks: {value: 8, unit: count, grade: M, source: x, note: y}", "unknown field 'note'"),
         ("banks: {value: eight, unit: count, grade: M, source: x}", "takes a number"),
         ("in_queue_depth: {value: 4, unit: words, grade: M, source: x}", "list of positive integers"),
-        ("banks: {value: .inf, unit: count, grade: M, source: x}", "at most 1e"),
+        ("banks: {value: .inf, unit: count, grade: M, source: x}", "at most 1,000,000"),
         ("banks: {value: .nan, unit: count, grade: M, source: x}", "takes a number"),
         ("banks: {value: 8, unit: count, grade: [M], source: x}", "words as its grade"),
         ("banks: {value: 8, unit: 3, grade: M, source: x}", "words as its unit"),
@@ -328,6 +328,12 @@ def test_a_bad_machine_file_is_one_clear_line(tmp_path, text, message):
         ("banks=2.5", "whole number"),
         ("banks=-1", "at least 0"),
         ("banks=0", "must be above 0"),
+        ("swarm_fanout=1", "at least 2"),
+        ("hop_cycles=1000000000000", "a number of at least 0 and at most 1,000,000, not 1000000000000"),
+        ("width=1000000000", "at most 10,000"),
+        ("router_buffer=1000000", "at most 1,024"),
+        ("host_bandwidth=1e16", "a number of at least 0 and at most 1e"),
+        ("in_queue_depth=[6, 1000000000000]", "none above 1,024"),
         ("hop_cycles=[", "expected key=value"),
         ("hop_cycles=${a}", "expected key=value|takes a number"),
     ],
@@ -335,6 +341,30 @@ def test_a_bad_machine_file_is_one_clear_line(tmp_path, text, message):
 def test_a_bad_setting_is_one_clear_line(setting, message):
     with pytest.raises(UserError, match=message):
         machine.load("cs2", [setting])
+
+
+LARGEST = [  # all but those of which the core takes less, and programs need more
+    name for name, p in CS2.parameters.items()
+    if isinstance(p.value, int) and name not in {"colours", "switch_positions", "hop_cycles", "ramp_cycles"}
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["least", "most"])
+def test_whole_numbers_that_are_let_in_run(value):
+    """What the core cannot take is refused as a setting, in a line; all else ends in a result or such a line."""
+    for name in LARGEST:
+        end = machine.LEAST_OF.get(name, 1) if value == "least" else machine.MOST_OF.get(name, machine.MOST_WHOLE)
+        changed = CS2.override({name: end})
+        for program in ("gemm", "gemv", "spmm", "reduce", "scale"):
+            if name in ("sram_bytes", "width", "height") and value == "least":
+                with pytest.raises(UserError):
+                    package.simulate(program, machine=changed, **RESULTS[program])
+                break
+            try:
+                assert package.simulate(program, machine=changed, **RESULTS[program])["machine"] == changed.name
+            except UserError as error:
+                assert (name, program) == ("micro_threads", "gemm"), error
+                assert "more micro-threads at once than this machine has, 1." in str(error)
 
 
 def test_unknown_machine():
