@@ -115,25 +115,27 @@ def reduce(machine: Machine, pes: int, elements: int, group: int | str, everywhe
         raise UserError("a reduction needs at least 2 PEs.")
     if group != "star" and not (isinstance(group, int) and 1 <= group <= pes):
         raise UserError(f"`group` {group}: expected 1 to {pes} (the number of PEs) or 'star'.")
-    cycles = machine.launch_cycles + machine.vector_startup
+    if pes > machine.width:
+        raise UserError(f"a line of {pes:,} PEs does not fit: {machine.name} is {machine.width:,} PEs wide.")
+    cycles = machine.launch_cycles
     if group == "star":
-        cycles += (pes - 1) * (elements + machine.vector_startup)
+        cycles += machine.vector_startup + (pes - 1) * (elements + machine.vector_startup)
     else:
-        leaders = -(-pes // int(group))
-        if int(group) > 1:
-            cycles += elements + (int(group) - 1) * machine.relay_cycles
-        if leaders > 1:
-            # The first leader streams straight on and waits at the second's door: one step of the chain less.
-            steps = leaders - (2 if int(group) > 1 else 1)
-            cycles += (
-                machine.alu_cycles
-                + start(machine)
-                + elements
-                + steps * (machine.relay_cycles + (int(group) - 1) * machine.hop_cycles)
-            )
+        cycles += _chains(machine, pes, elements, int(group)) + elements
     if everywhere:
         cycles += machine.alu_cycles + machine.task_switch + _multicast(machine, elements, pes - 1)
     return cycles
+
+
+def _chains(machine: Machine, pes: int, elements: int, group: int) -> int:
+    """When the last leader adds up its first element, in chains of `group` PEs, the last one of what is left."""
+    sizes = [group] * (pes // group) + ([pes % group] if pes % group else [])
+    begun = machine.vector_startup + (sizes[0] - 1) * machine.relay_cycles  # the first leader streams straight on
+    for size in sizes[1:]:  # the others first end their own chain, if there is one
+        own = machine.vector_startup + (size - 1) * machine.relay_cycles + elements if size > 1 else 0
+        came = begun + machine.relay_cycles + (size - 1) * machine.hop_cycles
+        begun = max(came, own + machine.alu_cycles + start(machine))
+    return begun
 
 
 # ---- dense products --------------------------------------------------------------------------------------------------

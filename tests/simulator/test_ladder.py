@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import vspdf as package
+from vspdf.errors import UserError
 from vspdf.simulator import machine as machines
 from vspdf.simulator.aggregate import programs as aggregate_programs
 from vspdf.simulator.events import programs
@@ -55,6 +57,27 @@ def test_the_levels_agree_on_other_machines(program, settings):
     for name, _, event, aggregate in ladder().rungs(machine, 8):
         if name == program:
             assert aggregate() == pytest.approx(event(), rel={"forward": 0.12}.get(program, 0.05))
+
+
+# Groups that do not divide the PEs: the last one is shorter, of a single PE perhaps; a group of one is no chain.
+UNEVEN = [
+    (4, 117, 3, False), (600, 64, 550, False), (30, 126, 25, False), (28, 99, 25, True), (10, 50, 1, False),
+    (7, 50, 6, False), (26, 10, 12, True), (11, 1, 3, False), (2, 9, 1, True), (12, 50, 12, False), (9, 256, 2, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [{}, *OTHERS.values()], ids=["as it is", *OTHERS])
+def test_the_levels_agree_to_the_cycle_on_groups_of_any_size(settings):
+    machine = CS2.override(settings)
+    for pes, elements, group, everywhere in UNEVEN:
+        event = programs.reduce(machine, np.ones((pes, elements), np.float32), group, everywhere).cycles
+        assert aggregate_programs.reduce(machine, pes, elements, group, everywhere) == event, (pes, elements, group)
+
+
+def test_a_line_longer_than_the_wafer_is_refused_at_either_level():
+    for level in ("event", "aggregate", "auto"):
+        with pytest.raises(UserError, match="does not fit: "):
+            package.simulate("reduce", pes=10_000_000, elements=4, group=1, level=level)
 
 
 # Long ways, and buffers that keep the links full all the same: what a hop costs is seen wherever it counts.
