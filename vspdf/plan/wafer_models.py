@@ -12,7 +12,8 @@ from vspdf.plan.models import HF_TYPES, model_and_batch
 from vspdf.simulator.aggregate.model import MASKED, Transformer
 
 # Architectures beyond those that are trained here, of Llama's kind as far as sizes go, and what they call things.
-LLAMA_LIKE = ("gemma", "gemma2", "phi3", "olmo", "stablelm", "starcoder2")
+# Whether such a model's vocabulary is one matrix where its configuration says nothing of it: transformers' defaults.
+LLAMA_LIKE = {"gemma": True, "gemma2": True, "phi3": False, "olmo": False, "stablelm": False, "starcoder2": True}
 UNGATED = ("starcoder2",)
 KEYS = {
     "n_layer": "num_hidden_layers", "d_model": "hidden_size", "n_head": "num_attention_heads",
@@ -51,7 +52,10 @@ def _llama_like(file: Path, body: dict[str, Any]) -> Transformer:
     for name, value in {**sizes, "n_kv_head": grouped, "head_dim": head}.items():
         if type(value) is not int or value < (0 if name == "head_dim" else 1):
             raise UserError(f"{file}: expected a whole number as {KEYS.get(name, name)}, not {value!r}.")
+    tie = body.get("tie_word_embeddings", LLAMA_LIKE[kind])
+    if not isinstance(tie, bool):
+        raise UserError(f"{file}: expected true or false as tie_word_embeddings, not {tie!r}.")
     mlp = "gelu_tanh" if kind in UNGATED else "swiglu"
     return Transformer(
-        **sizes, n_kv_head=grouped, head_dim=head, mlp=mlp, norm="rms", position="rope", bias=False, tie=False
+        **sizes, n_kv_head=grouped, head_dim=head, mlp=mlp, norm="rms", position="rope", bias=False, tie=tie
     )
