@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vspdf.errors import UserError, did_you_mean, one_of, require
+from vspdf.errors import UserError, check_whole, did_you_mean, one_of, require
 from vspdf.simulator import machine as machines
 from vspdf.simulator.aggregate import programs as aggregate_programs
 from vspdf.simulator.events import fabric, pictures, programs
@@ -72,8 +72,13 @@ def _choice(argument: str, value: str, known: Iterable[str]) -> str:
 
 def _positive(**numbers: int) -> None:
     for name, value in numbers.items():
-        if value < 1:
-            raise UserError(f"`{name}` must be at least 1, not {value}.")
+        check_whole(f"`{name}`", value)
+
+
+def _seed(seed: int | None) -> int:
+    if seed is not None:
+        check_whole("`seed`", seed, least=0)
+    return seed or 0
 
 
 def _square(grid: str, n: int) -> int:
@@ -86,7 +91,9 @@ def _square(grid: str, n: int) -> int:
 
 def _error(found: np.ndarray, expected: np.ndarray) -> float:
     """Largest difference, relative to the largest value."""
-    scale = float(np.abs(expected).max()) if expected.size else 0.0
+    if not expected.size:
+        return 0.0
+    scale = float(np.abs(expected).max())
     return float(np.abs(found.astype(np.float64) - expected).max()) / (scale or 1.0)
 
 
@@ -102,20 +109,24 @@ def spmm(
     """Sparse [n, k] x dense [k, m] in fp32; the grid's width splits k, its height n; `density` in percent, or 100."""
     width, height = _grid(grid)
     _positive(n=n, k=k, m=m)
+    seed = _seed(seed)
     _choice("format", format, (*programs.FORMATS, "dense"))
+    require(
+        m > 1 or format == "dense", "`m` 1: a column of B is padding in sparse formats, so that at least 2 are needed."
+    )
     nt, kt = programs.check_spmm(machine, width, height, n, k, m)
     if format == "dense":
         for name, value in (("density", density), ("nnz_per_pe", nnz_per_pe)):
             require(value is None, f"`{name}` is for sparse formats: `format` dense stores every value.")
 
         def run_dense() -> tuple[programs.Outcome, dict[str, Any]]:
-            run = programs.dense(machine, n, k, m, width, height, seed or 0)
+            run = programs.dense(machine, n, k, m, width, height, seed)
             c, a, b = run.result
             return run, _window(run, _error(c, a @ b))
 
         return Work(aggregate_programs.dense(machine, n, k, m, width, height), run_dense, width * height, VECTOR_SPEED)
     density = _density(density, nnz_per_pe, nt, kt)
-    generator = np.random.default_rng(seed or 0)
+    generator = np.random.default_rng(seed)
     if n * k <= 1 << 26:
         mask = generator.random((n, k)) < density / 100
         counts, slots = programs.tile_counts(mask, width, height, format, nnz_per_pe)
@@ -134,7 +145,7 @@ def spmm(
     def run_sparse() -> tuple[programs.Outcome, dict[str, Any]]:
         if mask is None:
             raise UserError(f"`level` event: a matrix of {n} x {k} is too large; the aggregate level takes it.")
-        run = programs.spmm(machine, format, mask, m, width, height, nnz_per_pe, seed or 0)
+        run = programs.spmm(machine, format, mask, m, width, height, nnz_per_pe, seed)
         c, a, b = run.result
         return run, _window(run, _error(c, a @ b)) | {"nnz_per_pe": stored}
 
@@ -146,6 +157,7 @@ def _density(density: float | None, nnz_per_pe: int | None, nt: int, kt: int) ->
     density = 100.0 if density is None else density
     require(0 <= density <= 100, f"`density` {density}: expected a percentage between 0 and 100.")
     if nnz_per_pe is not None:
+        _positive(nnz_per_pe=nnz_per_pe)
         holds = nt * kt
         require(1 <= nnz_per_pe <= holds, f"`nnz_per_pe` {nnz_per_pe}: a PE's tile of {nt} x {kt} holds 1 to {holds}.")
         mean = density / 100 * holds
@@ -177,6 +189,7 @@ def gemm(machine: Machine, algorithm: str, grid: str, n: int, dtype: str = "fp32
     `efficiency` is the time of the local products alone over the whole time.
     """
     _choice("algorithm", algorithm, ALGORITHMS)
+    seed = _seed(seed)
     pes, half = _square(grid, n), _choice("dtype", dtype, ("fp32", "fp16")) == "fp16"
     model = aggregate_programs.gemm(machine, algorithm, pes, n, half)
 
@@ -190,7 +203,7 @@ def gemm(machine: Machine, algorithm: str, grid: str, n: int, dtype: str = "fp32
         }
 
     def run() -> tuple[programs.Outcome, dict[str, Any]]:
-        a, b = _normal(seed or 0, n, n, half=half), _normal((seed or 0) + 1, n, n, half=half)
+        a, b = _normal(seed, n, n, half=half), _normal(seed + 1, n, n, half=half)
         if algorithm == "summa":
             done = programs.summa(machine, a, b, pes, half)
         else:
@@ -206,10 +219,11 @@ def gemv(
 ) -> Work:
     """Dense [n, n] x vector on a square grid."""
     _choice("algorithm", algorithm, ("meshgemv",))
+    seed = _seed(seed)
     pes, half = _square(grid, n), _choice("dtype", dtype, ("fp32", "fp16")) == "fp16"
 
     def run() -> tuple[programs.Outcome, dict[str, Any]]:
-        a, v = _normal(seed or 0, n, n, half=half), _normal((seed or 0) + 1, n, half=half)
+        a, v = _normal(seed, n, n, half=half), _normal(seed + 1, n, half=half)
         done = programs.mesh_gemv(machine, a, v, pes, half)
         return done, {
             "cycles": done.cycles,

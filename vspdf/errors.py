@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Integral
 from pathlib import Path
 
 _LISTED = 60  # known words that a line names at most: all settings of a file, not all tasks of a harness
@@ -88,6 +89,12 @@ def require(ok: bool, message: str) -> None:
     """Raises `UserError` with a message where a condition does not hold."""
     if not ok:
         raise UserError(message)
+
+
+def check_whole(key: str, value: object, least: int = 1) -> None:
+    """Refuses what is no whole number, or less than `least`."""
+    good = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+    require(good, f"{key} must be a whole number of at least {least}, not {value!r}.")
 
 
 def one_of(key: str, value: str, known: Iterable[str]) -> None:

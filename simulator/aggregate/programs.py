@@ -116,7 +116,10 @@ def reduce(machine: Machine, pes: int, elements: int, group: int | str, everywhe
     if group != "star" and not (isinstance(group, int) and 1 <= group <= pes):
         raise UserError(f"`group` {group}: expected 1 to {pes} (the number of PEs) or 'star'.")
     if pes > machine.width:
-        raise UserError(f"a line of {pes:,} PEs does not fit: {machine.name} is {machine.width:,} PEs wide.")
+        raise UserError(
+            f"a grid of {pes}x1 PEs does not fit: {machine.name} has {machine.width}x{machine.height} (width x height) "
+            "for programs."
+        )
     cycles = machine.launch_cycles
     if group == "star":
         cycles += machine.vector_startup + (pes - 1) * (elements + machine.vector_startup)

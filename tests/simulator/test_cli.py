@@ -86,6 +86,9 @@ def test_settings_and_machines_reach_the_result(vspdf, tmp_path):
     )
 
 
+STEP = {"model": "gpt2-small", "batch": 8}
+
+
 @pytest.mark.parametrize(
     "program, arguments, message",
     [
@@ -99,8 +102,21 @@ def test_settings_and_machines_reach_the_result(vspdf, tmp_path):
         ("spmm", {"format": "coo", "grid": "2x2", "n": 8, "k": 8, "m": 4, "nnz_per_pe": 17}, "`nnz_per_pe` 17"),
         ("layer", {"tokens": 9, "in_features": 9}, "expected `tokens`, `in_features` and `out_features`"),
         ("step", {}, "expected `model` NAME or `run` RUN"),
+        ("spmm", {"format": "coo", "grid": "2x2", "n": 8, "k": 8, "m": 1}, "`m` 1: a column of B is padding"),
+        ("spmm", {"format": "coo", "grid": "2x2", "n": 8, "k": 8, "m": 4.5}, "`m` must be a whole number"),
+        ("gemm", {"grid": "4x4", "n": 8.5}, "`n` must be a whole number of at least 1, not 8.5"),
+        ("gemv", {"grid": "4x4", "n": 8, "seed": -1}, "`seed` must be a whole number of at least 0, not -1"),
+        ("reduce", {"pes": 2.5, "elements": 4, "group": 2}, "`pes` must be a whole number"),
+        ("layer", {"tokens": 64, "in_features": 64, "out_features": 64.5}, "`out_features` must be a whole number"),
+        ("layer", {"tokens": True, "in_features": 64, "out_features": 64}, "`tokens` must be a whole number"),
+        ("step", {**STEP, "batch": 8.5}, "`batch` must be a whole number of at least 1, not 8.5"),
+        ("step", {**STEP, "sweep": "batch=inf"}, "expected finite numbers"),
+        ("step", {**STEP, "sweep": "sparsity=nan"}, "expected finite numbers"),
+        ("step", {**STEP, "sweep": "batch=1500000000.5"}, "batch takes whole numbers"),
+        ("step", {**STEP, "tokens": float("inf")}, "`tokens` must be at least 1 and finite, not inf"),
+        ("scale", {**STEP, "systems": [1.5]}, "`systems` must be a whole number of at least 1, not 1.5"),
     ],
-    ids=["grid", "level", "group", "non-zeros", "layer", "step"],
+    ids=lambda value: str(value)[:40],
 )
 def test_a_caller_in_python_is_told_of_arguments(program, arguments, message):
     with pytest.raises(UserError) as caught:
@@ -128,7 +144,7 @@ def test_seeds(vspdf):
         (["reduce", "--pes", 800, "--elements", 4, "--group", 4], "a grid of 800x1 PEs does not fit: cs2 has 750x994"),
         (["reduce", "--pes", 8, "--elements", 20000, "--group", 4], "it has 49,152: take fewer --elements."),
         (["reduce", "--pes", 8, "--elements", 4, "--group", "x"], "--group 'x': expected a number of PEs or 'star'"),
-        (["reduce", "--pes", 8, "--elements", 0, "--group", 2], "--elements must be at least 1"),
+        (["reduce", "--pes", 8, "--elements", 0, "--group", 2], "--elements must be a whole number of at least 1"),
         (["gemm", "--grid", "4x5", "--n", 8], "--grid 4x5: this program runs on a square grid"),
         (["gemm", "--grid", "800x800", "--n", 8000], "a grid of 800x800 PEs does not fit"),
         (["gemm", "--grid", "4", "--n", 8], "--grid '4': expected WIDTHxHEIGHT"),

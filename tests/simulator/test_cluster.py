@@ -149,7 +149,7 @@ def test_scale_on_the_command_line(vspdf, tmp_path):
     "arguments, message",
     [
         (("--systems", "1,x"), "expected whole numbers with commas"),
-        (("--systems", "0"), "numbers of at least 1"),
+        (("--systems", "0"), "--systems must be a whole number of at least 1, not 0"),
         (("--systems", "128"), "128 systems share a batch of 64"),
     ],
 )

@@ -265,7 +265,7 @@ def test_a_layer_of_one_input_has_no_corner():
             ("layer", "--tokens", 9, "--in", 9, "--out", 9, "--level", "evnt"),
             "--level = 'evnt' is not known. Did you mean 'event'?",
         ),
-        (("layer", "--tokens", 0, "--in", 9, "--out", 9), "must be at least 1"),
+        (("layer", "--tokens", 0, "--in", 9, "--out", 9), "must be a whole number of at least 1"),
         (("layer",), "expected --tokens, --in and --out"),
         (("layer", "--tokens", 9, "--in", 9, "--out", 9, "--sparsity", 1), "sparsity must lie in"),
         (("layer", "--tokens", 9, "--in", 9, "--out", 9, "--set", "trigger_cycle=1"), "Did you mean 'trigger_cycles'"),

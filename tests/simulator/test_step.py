@@ -389,7 +389,7 @@ def test_step_on_the_command_line(vspdf):
         ((), "expected --model NAME or --run RUN"),
         (("--model", "gpt3-xxl", "--batch", 1), "Did you mean 'gpt3-xl'"),
         (("--model", "gpt3-xl"), "how many sequences"),
-        (("--model", "gpt3-xl", "--batch", 0), "--batch must be at least 1"),
+        (("--model", "gpt3-xl", "--batch", 0), "--batch must be a whole number of at least 1"),
         (("--model", "gpt3-xl", "--batch", 1, "--sparsity", 1), "sparsity must lie in"),
         (("--model", "gpt3-xl", "--batch", 1, "--level", "event"), "at the aggregate level only"),
         (("--model", "gpt3-xl", "--batch", 1, "--systems", 2), "2 systems share a batch of 1"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vspdf.errors import UserError, check_sparsity, did_you_mean, one_of, require
+from vspdf.errors import UserError, check_sparsity, check_whole, did_you_mean, one_of, require
 from vspdf.plan import outlook
 from vspdf.plan.wafer_models import transformer
 from vspdf.runs.folder import Run
@@ -179,9 +180,10 @@ def layer_by_request(
     else:
         sparsity = 0.9 if sparsity is None else sparsity
         check_sparsity("`sparsity`", sparsity)
+        check_whole("`in_features`", in_features)
+        check_whole("`out_features`", out_features)
         weights = Weights(out_features, in_features, 1 - sparsity)
-    if min(weights.in_features, weights.out_features, tokens) < 1:
-        raise UserError("`in_features`, `out_features` and `tokens` must be at least 1.")
+    check_whole("`tokens`", tokens)
     if level == "event":
         from vspdf.simulator.events.layer import event_layer  # needs the compiled core
 
@@ -213,7 +215,7 @@ def step_by_request(
     """
     if level != "aggregate":
         raise UserError(f"`level` {level}: a training step is simulated at the aggregate level only.")
-    require(tokens is None or tokens >= 1, f"`tokens` must be at least 1, not {tokens}.")
+    require(tokens is None or 1 <= tokens < math.inf, f"`tokens` must be at least 1 and finite, not {tokens}.")
     swept = outlook.parse_sweep(sweep) if sweep is not None else None
     if plot is not None:
         check_picture(plot)
@@ -251,7 +253,9 @@ def scale_by_request(
     """
     if level != "aggregate":
         raise UserError(f"`level` {level}: several systems are simulated at the aggregate level only.")
-    require(bool(systems) and min(systems) >= 1, "`systems` takes numbers of at least 1, e.g. 1,2,4,8,16.")
+    require(len(systems) > 0, "`systems` takes whole numbers of at least 1, e.g. 1,2,4,8,16.")
+    for count in systems:
+        check_whole("`systems`", count)
     if plot is not None:
         check_picture(plot)
     what, _, _ = _model(model, run, batch, sequence, 1, sparsity)
@@ -271,8 +275,8 @@ def _model(
 ) -> tuple[Model, Run | None, list[Mapping[str, np.ndarray]]]:  # fmt: skip
     """What is asked for, the run it comes from and that run's masks."""
     for name, value in (("batch", batch), ("sequence", sequence), ("systems", systems)):
-        if value is not None and value < 1:
-            raise UserError(f"`{name}` must be at least 1, not {value}.")
+        if value is not None:
+            check_whole(f"`{name}`", value)
     if (model is None) == (run is None):
         raise UserError("expected `model` NAME or `run` RUN, one of them.")
     done = Run(Path(run)).require(finished=True).check(whole=False) if run is not None else None

@@ -3,6 +3,7 @@ machines."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -115,7 +116,8 @@ def parse_sweep(text: str) -> tuple[str, list[float]]:
         numbers = [float(value) for value in values.split(",")]
     except ValueError:
         raise UserError(f"`sweep` '{text}': expected numbers with commas between them, e.g. {name}=1,2,4.") from None
-    whole = name == "sparsity" or all(n == int(n) and n >= 1 for n in numbers if abs(n) < 1e9)
+    require(all(map(math.isfinite, numbers)), f"`sweep` '{text}': expected finite numbers.")
+    whole = name == "sparsity" or all(n == int(n) and n >= 1 for n in numbers)
     require(whole, f"`sweep` '{text}': {name} takes whole numbers of at least 1.")
     return name, numbers if name == "sparsity" else [int(n) for n in numbers]
 
