@@ -124,6 +124,9 @@ class _Product(torch.autograd.Function):
     def over_batch(cls, size: int, dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> tuple[Tensor, int]:
         """Sample by sample, where a batch of the second input does not fold into the tokens of the first."""
         take = lambda i: [v if d is None else v.select(d, i) for v, d in zip(inputs, dims, strict=True)]  # noqa: E731
+        if size == 0:  # the sum of no samples is zero, of a sample's shape, and autograd still knows where it is from
+            one = [v if d is None else v.sum(d) for v, d in zip(inputs, dims, strict=True)]
+            return cls.apply(*one).unsqueeze(0)[:0], 0
         return torch.stack([cls.apply(*take(i)) for i in range(size)]), 0
 
 
@@ -166,7 +169,8 @@ class Linear(_Product):
         if dims[2] is None:
             return linear(x, values, bias, key, backend), 0
         bias = bias.movedim(dims[2], 0)
-        return linear(x, values, None, key, backend) + bias.view(len(bias), *[1] * (x.dim() - 2), -1), 0
+        y = linear(x, values, None, key, backend) + bias.view(len(bias), *[1] * (x.dim() - 2), bias.shape[-1])
+        return y.to(x.dtype), 0  # a bias may be wider than x
 
 
 class GradInput(_Product):

@@ -98,6 +98,11 @@ def _check_product(
     _check_dtypes("values", values, name, x, dtype)
     if bias is not None:
         _check_vector("bias", bias, pattern.out_features, pattern)
+        if wide and (bias.dtype != dtype or bias.device != x.device):  # x alone does not say what is wanted
+            raise UserError(
+                f"bias {bias.dtype} on {bias.device}: expected {dtype} on {x.device}, as values are, beside {name} "
+                f"{x.dtype}."
+            )
         _check_dtypes("bias", bias, name, x, dtype)
 
 

@@ -87,3 +87,23 @@ def test_the_output_may_be_edited_in_place_as_that_of_a_linear(shape):
         y += 1
         one[1](y).square().sum().backward()
     assert torch.equal(model[0].values.grad, plain[0].values.grad)
+
+
+def test_vmap_over_bias_keeps_the_dtype_of_x():
+    x, values, bias = (t.float() for t in drawn())
+    many = torch.stack([bias, bias.sin(), bias.cos()])
+    found = vmap(lambda x, b: sparse(x, values, b))(x.bfloat16(), many)
+    one_by_one = torch.stack([sparse(one, values, b) for one, b in zip(x.bfloat16(), many, strict=True)])
+    assert found.dtype == one_by_one.dtype == torch.bfloat16
+    torch.testing.assert_close(found, one_by_one, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("function", [sparse, dense], ids=["sparse", "dense"])
+def test_vmap_over_no_samples(function):
+    x, values, bias = drawn()
+    none = values.new_zeros(0, len(values)).requires_grad_()
+    y = vmap(function, (None, 0, None))(x, none, bias)
+    assert y.shape == (0, 3, 5) and y.dtype == x.dtype
+    assert torch.autograd.grad(y.sum(), none)[0].shape == none.shape
+    gradients = vmap(grad(lambda v: function(x, v, bias).sum()))(none)
+    assert gradients.shape == none.shape

@@ -419,6 +419,11 @@ def test_tallies_nest():
             UserError,
             "bias torch.bfloat16 on cpu and x torch.float32 on cpu must agree",
         ),
+        (
+            {"x": torch.ones(3, 5).bfloat16(), "bias": torch.ones(4).bfloat16()},
+            UserError,
+            "bias torch.bfloat16 on cpu: expected torch.float32 on cpu, as values are, beside x torch.bfloat16",
+        ),
         ({"x": torch.ones(3, 5).long()}, UserError, "x is torch.int64: expected a floating-point"),
         ({"backend": "cup"}, UserError, "unknown backend 'cup'. Did you mean 'cpu'"),
         (
@@ -427,7 +432,7 @@ def test_tallies_nest():
             r"backend 'triton' cannot run: no (CUDA or HIP device|kernel for device 'cpu')",
         ),
     ],
-    ids=["x", "scalar x", "values", "bias", "values dtype", "bias dtype", "integers", "backend", "triton"],
+    ids=["x", "scalar x", "values", "bias", "values dtype", "bias dtype", "wide bias", "integers", "backend", "triton"],
 )
 def test_what_does_not_fit_is_named(change, error, message):
     pattern = Pattern.random((4, 5), 0.5)
