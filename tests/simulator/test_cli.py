@@ -298,6 +298,23 @@ def test_every_published_case_is_within_its_tolerance(validated):
     assert len(reduce) == 9 and np.mean(reduce) < 0.01
 
 
+def test_scaling_to_16_systems_is_a_bound_that_can_be_missed():
+    """It is of the cs3, with what was set: jitter and latency cost, no loss at all keeps it too, and it says so."""
+
+    def case(settings, machine="cs2"):
+        (found,) = validate.validate(machine, settings, only=["V15"])["cases"]
+        return found
+
+    plain = case([])
+    assert plain["case"].endswith("at least") and plain["published"] == 15.3 and plain["simulated"] < 16
+    assert plain == case([], machine="cs3") and plain["passed"]
+    assert case(["swarm_fanout=2"])["simulated"] < plain["simulated"]  # a level more
+    for lossy in (["system_jitter=0.05"], ["exchange_latency=10"]):
+        assert not case(lossy)["passed"] and case(lossy)["error"] > 0.05
+    assert case(["width=700"], machine="cs3")["simulated"] != plain["simulated"]
+    assert "V15" in machines.load("cs3").note
+
+
 def test_roles_are_what_the_table_allows(validated):
     roles = {}
     for case in validated["cases"]:
