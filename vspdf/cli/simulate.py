@@ -54,7 +54,7 @@ def simulate_layer(
 
     `vspdf simulate layer --tokens 65536 --in 12288 --out 12288 --sparsity 0.9`
 
-    `vspdf simulate layer --run runs/quickstart --layer blocks.0.mlp.c_fc`
+    `vspdf simulate layer --run runs/quickstart --layer h.0.mlp.c_fc`
     """
     from vspdf.plan import cs2
 
