@@ -60,6 +60,29 @@ def test_commands_in_pages_exist():
             assert verb in verbs, f"{page}: vspdf {verb}"
 
 
+def test_the_program_on_the_fabric_runs_as_printed():
+    """The page's program squares on one PE and stores on the next."""
+    import numpy as np
+
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "simulator-programs.md").read_text(), re.DOTALL)
+    names = {}
+    exec(program, names)
+    np.testing.assert_array_equal(names["squared"], names["data"] ** 2)
+    assert 200 < names["cycles"] < 400  # a vector of 100 twice, and start-ups
+
+
+def test_the_layer_that_help_names_is_one_of_the_quick_start():
+    from vspdf.cli.simulate import simulate_layer
+    from vspdf.interop import load_config
+    from vspdf.model import GPT
+    from vspdf.plan.models import model_and_batch
+
+    (name,) = re.findall(r"--run runs/quickstart --layer (\S+?)`", simulate_layer.__doc__)
+    assert load_config("quickstart").run_dir == "runs/quickstart"
+    shape, _ = model_and_batch("quickstart")
+    assert name in dict(GPT(shape).named_modules())
+
+
 def test_tables_are_those_of_the_results_that_are_kept(tmp_path):
     """Of studies and of benchmarked machines: `python docs/make_figures.py evidence performance` fills them in."""
     script = runpy.run_path(str(ROOT / "docs" / "make_figures.py"))
