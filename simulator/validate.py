@@ -247,7 +247,8 @@ def validate(
         cases += mine
         if say:
             passed = sum(case["passed"] for case in mine)
-            say(f"{name} {about['title']}: {passed} of {len(mine)} within {about.get('tolerance', 0):.0%}")
+            how = f"within {about['tolerance']:.0%}" if "tolerance" in about else "kept"
+            say(f"{name} {about['title']}: {passed} of {len(mine)} {how}")
     views = {name: about["view"] for name, about in known.items() if "view" in about}
     steps = [abs(case["error"]) for case in cases if case["id"].startswith(STEP)]
     errors = {"mean_error": sum(steps) / len(steps), "largest_error": max(steps)} if steps else {}
