@@ -217,3 +217,19 @@ def test_no_torch_is_needed():
 def test_bad_input(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+ODD = {
+    "both forms": {"phases": [(0.9, 1e9)], "tokens": 5e9},
+    "a sparsity beside phases": {"phases": [(0.9, 1e9)], "sparsity": 0.5},
+    "fewer tokens than none": {"tokens": -5e9},
+    "no number of tokens": {"tokens": float("nan")},
+    "a negative length": {"tokens": 1e9, "sequence_length": -2048},
+    "half a token of length": {"tokens": 1e9, "sequence_length": 2.5},
+}
+
+
+@pytest.mark.parametrize("how", ODD.values(), ids=ODD)
+def test_what_training_flops_cannot_honour_is_refused(how):
+    with pytest.raises(UserError):
+        training_flops("gpt3-xl", **how)

@@ -171,3 +171,39 @@ def test_two_ways_to_count_what_is_kept(numel, sparsity, rounded, truncated):
     assert kept_count(numel, sparsity) == rounded and kept_count(numel, sparsity, truncate=True) == truncated
     for make in (Pattern.random, Pattern.checkerboard):
         assert make((1, numel), sparsity, truncate=True).nnz == truncated
+
+
+# -- what is no pattern -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_topk_ranks_as_exactly_as_the_weights_are(dtype):
+    small = torch.tensor([[1e-30, 2e-30], [4e-30, 3e-30]], dtype=dtype)
+    assert Pattern.topk(small, 0.5).positions().tolist() == [2, 3]
+    if dtype == torch.float64:
+        for row in ([1e50, 1e60], [1e-60, 1e-50], [1.0, 1.0 + 1e-12]):
+            assert Pattern.topk(torch.tensor([row], dtype=dtype), 0.5).positions().tolist() == [1]
+
+
+@pytest.mark.parametrize("weight", [torch.full((4, 4), float("nan")), torch.full((4, 4), float("inf")), torch.ones(4),
+                                    torch.ones(2, 3, 1)], ids=["NaN", "inf", "1-D", "3-D"])  # fmt: skip
+def test_topk_of_what_is_no_matrix_of_numbers_is_refused(weight):
+    with pytest.raises(UserError, match="topk ranks a matrix of finite numbers"):
+        Pattern.topk(weight, 0.5)
+
+
+NONE = {
+    "bits of another type": lambda: Pattern((1, 8), np.array([257])),
+    "bits that are broken": lambda: Pattern((1, 8), np.array([1.9])),
+    "a broken side": lambda: Pattern.random((2.7, 4), 0.5),
+    "no seed": lambda: Pattern.random((4, 4), 0.5, seed=None),
+    "a seed below 0": lambda: Pattern.random((4, 4), 0.5, seed=-1),
+    "a mask in bfloat16": lambda: Pattern.from_mask(torch.ones(2, 2, dtype=torch.bfloat16)),
+    "a sparse mask": lambda: Pattern.from_mask(torch.ones(2, 2, dtype=torch.bool).to_sparse()),
+}
+
+
+@pytest.mark.parametrize("make", NONE.values(), ids=NONE)
+def test_what_is_no_pattern_is_refused(make):
+    with pytest.raises(UserError):
+        make()

@@ -8,12 +8,13 @@ One multiply-add is 2 FLOPs throughout.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from vspdf.errors import UserError, check_sparsity, did_you_mean
+from vspdf.errors import UserError, check_sparsity, check_whole, did_you_mean, require
 from vspdf.shapes import Shape, named_shape
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,15 +108,18 @@ def training_flops(
     Raises
     ------
     UserError
-        For an unknown model or convention, or if neither `phases` nor `tokens` is given.
+        For an unknown model or convention, if not one of `phases` and `tokens` is given, or for numbers that are none
+        of tokens or of a length.
     """
     shape = named_shape(model) if isinstance(model, str) else model
     if sequence_length is not None:
+        check_whole("sequence_length", sequence_length)
         shape = replace(shape, sequence_length=sequence_length)
-    if phases is None:
-        if tokens is None:
-            raise UserError("training_flops needs `tokens`, or `phases` as (sparsity, tokens) pairs.")
-        phases = [(sparsity, tokens)]
+    if (phases is None) == (tokens is None) or (phases is not None and sparsity):
+        raise UserError("training_flops needs `tokens`, or `phases` as (sparsity, tokens) pairs: one of the two.")
+    phases = [(sparsity, tokens or 0.0)] if phases is None else phases
+    for _, count in phases:
+        require(0 <= count < math.inf, f"tokens must be a number of at least 0, not {count}.")
     return sum(n * flops_per_token(shape, s, convention, causal) for s, n in phases)
 
 

@@ -1,4 +1,4 @@
-"""Random masks that hardware likes better than single weights, each as uniform as its form allows, exact in count."""
+"""Masks of a form: those that hardware likes, as uniform as it allows, and even ones, all exact in count."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ from functools import cache
 import numpy as np
 
 from vspdf.errors import UserError
+
+
+def checkerboard(shape: tuple[int, int], keep: int) -> np.ndarray:
+    """Boolean matrix of `keep` positions at equal distances, each row shifted by one against the row above."""
+    rows, columns = shape
+    i, numel = np.arange(rows * columns, dtype=np.int64), rows * columns
+    even = ((i + 1) * keep // numel > i * keep // numel).reshape(shape)
+    return np.take_along_axis(even, (np.arange(columns) + np.arange(rows)[:, None]) % columns, axis=1)
 
 
 def block_of(form: str) -> tuple[int, int] | None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from vspdf import mask_forms
-from vspdf.errors import UserError, check_sparsity
+from vspdf.errors import UserError, check_sparsity, check_whole
 
 log = logging.getLogger("vspdf")
 _alive: weakref.WeakValueDictionary[str, Pattern] = weakref.WeakValueDictionary()
@@ -62,17 +62,16 @@ def ones(bits: np.ndarray) -> int:
 
 
 def _sides(shape: tuple[int, int]) -> tuple[int, int]:
-    sides = [int(side) for side in np.ravel(shape)]
-    if len(sides) != 2 or min(sides) < 1:
+    sides = np.ravel(shape)
+    if len(sides) != 2 or sides.dtype.kind not in "iu" or min(sides) < 1:
         raise UserError(f"a pattern's shape is (out_features, in_features), both at least 1, not {shape}.")
-    return sides[0], sides[1]
+    return int(sides[0]), int(sides[1])
 
 
 class Pattern:
     """Positions of the weights that exist in a matrix of shape (out_features, in_features).
 
-    Equal patterns are one object while alive (`digest` identifies it), copies are the object itself, and pickling
-    carries shape and bits only. Make one with `random` or `from_mask`, or of stored `bits`.
+    Equal patterns are one object while alive, copies are the object itself, pickling carries shape and bits only.
 
     Parameters
     ----------
@@ -108,11 +107,10 @@ class Pattern:
     def __new__(cls, shape: tuple[int, int], bits: np.ndarray) -> Pattern:
         out_features, in_features = shape = _sides(shape)
         numel = out_features * in_features
-        bits = np.array(bits, dtype=np.uint8)  # its own: the caller's memory may change
-        if bits.shape != ((numel + 7) // 8,):
-            raise UserError(
-                f"a pattern of shape {shape} needs {(numel + 7) // 8} bytes of bits, got them as {bits.shape}."
-            )
+        bits = np.array(bits)  # its own: the caller's memory may change
+        if bits.shape != ((numel + 7) // 8,) or bits.dtype != np.uint8:
+            need = f"{(numel + 7) // 8} bytes of bits"
+            raise UserError(f"a pattern of {shape} needs {need}, got {bits.dtype} of shape {bits.shape}.")
         if numel % 8 and bits[-1] >> (numel % 8):
             raise UserError("a pattern's unused trailing bits must be zero.")
         digest = hashlib.sha256(repr(shape).encode() + bits.data).hexdigest()[:32]  # by the processor's instructions
@@ -154,6 +152,7 @@ class Pattern:
             If `sparsity` is outside [0, 1], a side is below 1, or `fits` is no such form.
         """
         shape = _sides(shape)
+        check_whole("seed", seed, least=0)
         numel = shape[0] * shape[1]
         keep = kept_count(numel, sparsity, truncate)
         if fits is not None:
@@ -174,6 +173,9 @@ class Pattern:
         UserError
             If `mask` is not a two-dimensional boolean array.
         """
+        if isinstance(mask, torch.Tensor) and (mask.layout != torch.strided or mask.dtype != torch.bool):
+            what = f"{mask.dtype}, {mask.layout}".replace("torch.", "")
+            raise UserError(f"a mask must be a boolean matrix [out, in], got {what}.")
         array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
         if array.ndim != 2 or array.dtype != np.bool_:
             raise UserError(f"a mask must be a boolean matrix [out, in], got {array.dtype} of shape {array.shape}.")
@@ -278,13 +280,15 @@ class Pattern:
         Raises
         ------
         UserError
-            If `sparsity` is outside [0, 1].
+            If `sparsity` is outside [0, 1], or `weight` no matrix of finite numbers.
         """
-        shape = _sides((weight.shape[0], weight.shape[1]))
         keep = kept_count(weight.numel(), sparsity, truncate)
+        if weight.dim() != 2 or not bool(weight.isfinite().all()):
+            raise UserError(f"topk ranks a matrix of finite numbers: {tuple(weight.shape)} is none, or NaN is in it.")
+        exact = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
         mask = np.zeros(weight.numel(), dtype=bool)
-        mask[np.argsort(-weight.detach().abs().float().cpu().numpy().reshape(-1), kind="stable")[:keep]] = True
-        return cls(shape, pack(mask))
+        mask[np.argsort(-exact.abs().cpu().numpy().reshape(-1), kind="stable")[:keep]] = True
+        return cls((weight.shape[0], weight.shape[1]), pack(mask))
 
     @classmethod
     def checkerboard(cls, shape: tuple[int, int], sparsity: float, *, truncate: bool = False) -> Pattern:
@@ -295,13 +299,9 @@ class Pattern:
         UserError
             If `sparsity` is outside [0, 1] or a side is below 1.
         """
-        rows, columns = shape = _sides(shape)
-        numel = rows * columns
-        keep = kept_count(numel, sparsity, truncate)
-        i = np.arange(numel, dtype=np.int64)
-        even = ((i + 1) * keep // numel > i * keep // numel).reshape(shape)
-        turned = (np.arange(columns) + np.arange(rows)[:, None]) % columns
-        return cls(shape, pack(np.take_along_axis(even, turned, axis=1)))
+        shape = _sides(shape)
+        keep = kept_count(shape[0] * shape[1], sparsity, truncate)
+        return cls(shape, pack(mask_forms.checkerboard(shape, keep)))
 
     def grow(self, sparsity: float, seed: int = 0) -> Pattern:
         """This pattern plus random positions, until its sparsity is `sparsity`; no position is dropped.

@@ -22,12 +22,30 @@ def trained(tmp_path_factory, tiny_config):
         (["--seed", "-1"], "error: --seed -1: expected 0 or more"),
         (["--temperature", "inf"], "error: --temperature inf: expected a finite number of 0 or more"),
         (["--beams", "2", "--length-penalty", "nan"], "error: --length-penalty nan: expected a finite number"),
+        (["--prompt", "\udcff"], "error: --prompt is no UTF-8 text"),
         (["--beams", "100000"], "error: --beams 100000: expected 1 to 1,000, each costs as much as an answer"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_text_that_cannot_be_made(trained, refused, arguments, message):
     refused(message, "generate", trained, "--prompt", "a", "--json", *arguments)
+
+
+def test_no_temperature_is_too_low(trained, vspdf):
+    texts = [vspdf("generate", trained, "--prompt", "a", "--temperature", of)[1] for of in ("1e-9", "1e-320")]
+    assert texts[0] == texts[1] and texts[0].strip() != "a"
+
+
+def test_text_is_made_by_one_process(trained, refused, monkeypatch):
+    for key, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(key, value)
+    refused("generate is one process", "generate", trained, "--prompt", "a")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vspdf.data.tokenizer import Tokenizer
+from vspdf.evaluate import harness
 from vspdf.evaluate.harness import CEREBRAS7, evaluate_tasks, score_continuations
 from vspdf.interop import checkpoints
 from vspdf.model import GPT
@@ -218,3 +219,13 @@ def test_texts_that_cannot_be_scored(vspdf, tiny, tmp_path, monkeypatch, argumen
     (tmp_path / "empty.txt").write_text(" \n")
     status, out, err = vspdf("eval", "run", *arguments)
     assert (status, out) == (2, "") and message in err.splitlines()[-1]
+
+
+def test_a_group_counts_once_beside_its_tasks():
+    def rows(**scores):
+        return {name: {"acc": score} for name, score in scores.items()}
+
+    members = {"group_subtasks": {"group": ["a", "b"], "bare": ["a", "b"]}}
+    assert harness._asked(members, "group", rows(group=0.83, a=0.0, b=1.0)) == 0.83  # weighted by the harness
+    assert harness._asked(members, "bare", rows(bare=None, a=0.0, b=1.0)) == 0.5
+    assert harness._asked({}, "a", rows(a=0.25)) == 0.25 and harness._asked({}, "a", rows(a=None)) is None

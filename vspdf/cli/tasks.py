@@ -12,7 +12,7 @@ from rich.table import Table
 
 from vspdf.cli.console import Json, Progress, emit, only, say, show, tell
 from vspdf.errors import UserError, one_of, require
-from vspdf.parallel.environment import from_environment
+from vspdf.parallel.environment import from_environment, refuse
 
 if TYPE_CHECKING:
     from vspdf.data.tokenizer import Tokenizer
@@ -54,6 +54,7 @@ def generate(
     from vspdf.evaluate.generate import Decoding
     from vspdf.files import make_folder, must_be_new, write_whole
 
+    refuse("generate", "run it by itself")
     one_of("`overlong`", overlong, answers.OVERLONG)
     if output:
         must_be_new(output)

@@ -84,6 +84,8 @@ def one_prompt(text: str | None, task: dict[str, Any] | None, say: Callable[[str
         if task:
             raise UserError("the model was fine-tuned to answer: give `prompt` a context, or `input` a task file.")
         return Prompts([""], True, "the prompt")
+    if text.encode(errors="replace").decode() != text:
+        raise UserError("`prompt` is no UTF-8 text.")
     if task and task["lower_relations"] and (lowered := tasks.lowered(text)) != text:
         say(_LOWERED)
         text = lowered

@@ -154,7 +154,9 @@ def sample(
         if decoding.temperature == 0:
             chosen = logits.argmax(-1)
         else:
-            cumulated = (logits.double() / decoding.temperature).softmax(-1).cumsum(-1)
+            logits = logits.double()
+            logits = logits - logits.amax(-1, keepdim=True)  # so that no temperature makes infinities of them
+            cumulated = (logits / decoding.temperature).softmax(-1).cumsum(-1)
             points = torch.stack([torch.rand(1, generator=sources[i], dtype=torch.float64) for i in live])
             chosen = torch.searchsorted(cumulated, points.to(cumulated) * cumulated[:, -1:])[:, 0]
             chosen = chosen.clamp(max=logits.shape[-1] - 1)

@@ -66,7 +66,7 @@ def evaluate_tasks(
     -------
     dict
         `tasks`: by name, `metrics`, `samples`, `few_shot`, and `acc`: acc, or exact_match and the like for tasks
-        without; `missing`: why, by name of what could not be evaluated; `average`: of `acc` over `tasks`,
+        without; `missing`: why, by name of what could not be evaluated; `average`: of `acc` over what was asked for,
         None where none was evaluated.
 
     Raises
@@ -94,6 +94,7 @@ def evaluate_tasks(
                 raise UserError(f"no task '{name}'.{did_you_mean(name, [*GROUPS, *managers[name].all_tasks])}")
     adapter = _adapter(model, tokenizer, batch_size, say, world)
     found: dict[str, Any] = {}
+    asked: dict[str, float | None] = {}
     missing: dict[str, str] = {}
     for number, name in enumerate(names, 1):
         say(f"task {number}/{len(names)}: {name}")
@@ -110,12 +111,23 @@ def evaluate_tasks(
                 missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             else:
                 missing.pop(name, None)
-                found.update({task: _scores(result, task, scores) for task, scores in result["results"].items()})
+                rows = {task: _scores(result, task, scores) for task, scores in result["results"].items()}
+                asked[name] = _asked(result, name, rows)
+                found.update(rows)
                 break
         if name in missing:
             say(f"task {name} was not evaluated: {missing[name]}")
-    main = [row["acc"] for row in found.values() if row["acc"] is not None]
+    main = [score for name in names if (score := asked.get(name)) is not None]
     return {"tasks": found, "missing": missing, "average": sum(main) / len(main) if main else None}
+
+
+def _asked(result: dict[str, Any], name: str, rows: dict[str, Any]) -> float | None:
+    """The score of what was asked for: a group's own, or where it has none the mean of its tasks."""
+    if rows.get(name, {}).get("acc") is not None:
+        return rows[name]["acc"]
+    groups = {group for group, members in (result.get("group_subtasks") or {}).items() if members}
+    scores = [row["acc"] for task, row in rows.items() if task not in groups and row["acc"] is not None]
+    return sum(scores) / len(scores) if scores else None
 
 
 @cache
