@@ -297,6 +297,37 @@ def test_results_of_two_machines_are_not_compared(tmp_path):
         compare.read(tmp_path / "x.json")
 
 
+def test_steps_of_two_models_are_not_compared():
+    small, large = ({"model": {"d_model": width, "batch_size": 4}} for width in (64, 768))
+    with pytest.raises(UserError, match=r"of another model \(d_model 64, now 768\)"):
+        compare.compare(result(1.9, 2, 2.1) | small, result(3.9, 4, 4.1) | large)
+    with pytest.raises(UserError, match="batch_size 4, now 1"):
+        compare.compare(result(1.9, 2, 2.1) | small, result(3.9, 4, 4.1) | {"model": {"d_model": 64, "batch_size": 1}})
+    assert compare.compare(result(1.9, 2, 2.1) | small, result(1.9, 2, 2.1) | small)["same"] == 1
+
+
+def test_what_became_wrong_is_a_kind_of_its_own(monkeypatch):
+    from vspdf.cli import bench_tables
+
+    right, wrong = result(1.9, 2.0, 2.1, in_features=16, out_features=16), result(None, None, None)
+    wrong["rows"][0] |= {"in_features": 16, "out_features": 16}
+    found = compare.compare(right, wrong)
+    assert [row["old"] for row in found["wrong"]] == [2.0] and not found["slower"] and not found["unmatched"]
+    assert found["verdict"] == "1 WRONG now, 0 rows alike"
+    assert compare.compare(wrong, right)["verdict"] == "1 right that was wrong, 0 rows alike"
+    lines = []
+    monkeypatch.setattr(bench_tables, "tell", lines.append)
+    bench_tables._print_comparison(found)
+    assert lines[1] == "  wrong: layer, vspdf, 8x16x16, sparsity 0.5, 1 threads, float32: 2.00x -> wrong"
+
+
+def test_rows_of_either_result_alone_are_counted():
+    both, other, third = (result(1.9, 2.0, 2.1, tokens=n) for n in (8, 9, 10))
+    old = both | {"rows": both["rows"] + other["rows"] + third["rows"]}
+    found = compare.compare(old, both | {"rows": both["rows"] + result(1, 2, 3, tokens=11)["rows"]})
+    assert (found["same"], found["unmatched"]) == (1, 3) and found["verdict"].endswith("3 in one result only")
+
+
 def test_comparing_by_command(vspdf, tmp_path):
     body = rows_of(vspdf, *SMALL, "--no-peers")
     (tmp_path / "old.json").write_text(json.dumps(body))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -38,40 +39,54 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     -------
     dict
         ``faster`` and ``slower``, each a list of the row's own keys with ``change`` (new over old), ``old`` and ``new``
-        ratio, the largest change first; how many rows are the ``same``, ``unclear`` (an interval wider than noise), or
-        in one result only (``unmatched``); ``verdict`` in words.
+        ratio, the largest change first; ``wrong``, rows with a ratio before whose results are wrong now, with ``old``,
+        and ``right``, the reverse, with ``new``; how many rows are the ``same``, ``unclear`` (an interval wider than
+        noise), or in one result only (``unmatched``); ``verdict`` in words.
 
     Raises
     ------
     UserError
-        If no row is in both, or the processors differ.
+        If no row is in both, or the processors or the models differ.
     """
     if (a := old.get("hardware", {}).get("cpu")) != (b := new["hardware"]["cpu"]):
         raise UserError(f"the earlier result is of another machine ({a}), this one is {b}: ratios differ by machine.")
-    before = {_of(row): row for row in old["rows"]}
-    found: dict[str, Any] = {"faster": [], "slower": [], "same": 0, "unclear": 0, "unmatched": 0}
-    for row in new["rows"]:
-        was = before.get(_of(row))
-        if was is None or None in (row["ratio_to_dense"], was["ratio_to_dense"]):
-            found["unmatched"] += was is None
-            continue
-        if row["ratio_low"] == row["ratio_high"] == 1:
-            continue  # the base itself
-        if row.get("noisy") or was.get("noisy"):
-            found["unclear"] += 1
-            continue
-        if row["ratio_low"] > was["ratio_high"] * (1 + BETWEEN):
-            found["faster"].append(_change(row, was))
-        elif row["ratio_high"] < was["ratio_low"] / (1 + BETWEEN):
-            found["slower"].append(_change(row, was))
-        else:
-            found["same"] += 1
-    if not any(found.values()) or found["unmatched"] == len(new["rows"]):
+    _check_models(old.get("model"), new.get("model"))
+    before, after = ({_of(row): row for row in result["rows"]} for result in (old, new))
+    found: dict[str, Any] = {"faster": [], "slower": [], "wrong": [], "right": [], "same": 0, "unclear": 0}
+    for key in filter(before.__contains__, after):
+        if kind := _kind(was := before[key], row := after[key]):
+            if isinstance(found[kind], list):
+                found[kind].append(_change(row, was))
+            else:
+                found[kind] += 1
+    if not any(found.values()):
         raise UserError("no row of the earlier result is in this one: time the same shapes, sparsities and threads.")
     for kind in ("faster", "slower"):
         found[kind].sort(key=lambda row: -abs(math.log(row["change"])))
+    found["unmatched"] = len(before.keys() ^ after.keys())
     found["verdict"] = _verdict(found)
     return found
+
+
+def _check_models(old: dict[str, Any] | None, new: dict[str, Any] | None) -> None:
+    """Refuses results of steps of two models: their rows say nothing of size or batch."""
+    old, new = old or {}, json.loads(json.dumps(new or {}))
+    if differ := [f"{key} {old[key]}, now {new[key]}" for key in new if key in old and old[key] != new[key]]:
+        raise UserError(f"the earlier result is of another model ({'; '.join(differ)}): time the same model and batch.")
+
+
+def _kind(was: dict[str, Any], row: dict[str, Any]) -> str:
+    """Where a row of both results is counted; "" for the base itself, and for what was wrong and still is."""
+    ratios = was["ratio_to_dense"], row["ratio_to_dense"]
+    if None in ratios:
+        return "" if ratios == (None, None) else "right" if ratios[0] is None else "wrong"
+    if row["ratio_low"] == row["ratio_high"] == 1:
+        return ""
+    if row.get("noisy") or was.get("noisy"):
+        return "unclear"
+    if row["ratio_low"] > was["ratio_high"] * (1 + BETWEEN):
+        return "faster"
+    return "slower" if row["ratio_high"] < was["ratio_low"] / (1 + BETWEEN) else "same"
 
 
 def _of(row: dict[str, Any]) -> tuple:
@@ -79,12 +94,19 @@ def _of(row: dict[str, Any]) -> tuple:
 
 
 def _change(row: dict[str, Any], was: dict[str, Any]) -> dict[str, Any]:
-    new, old = row["ratio_to_dense"], was["ratio_to_dense"]
-    return {key: row[key] for key in _OF if key in row} | {"old": old, "new": new, "change": new / old}
+    ratios = {"old": was["ratio_to_dense"], "new": row["ratio_to_dense"]}
+    ratios = {name: ratio for name, ratio in ratios.items() if ratio is not None}
+    change = {"change": ratios["new"] / ratios["old"]} if len(ratios) == 2 else {}
+    return {key: row[key] for key in _OF if key in row} | ratios | change
 
 
 def _verdict(found: dict[str, Any]) -> str:
-    rest = f"{found['same']} rows alike" + (f", {found['unclear']} too noisy to tell" if found["unclear"] else "")
-    if not found["faster"] and not found["slower"]:
-        return f"no difference: {rest}"
-    return f"{len(found['faster'])} faster, {len(found['slower'])} slower, {rest}"
+    faster, slower, wrong, right = (len(found[kind]) for kind in ("faster", "slower", "wrong", "right"))
+    parts = [f"{wrong} WRONG now"] * bool(wrong) + [
+        f"{right} right that {'was' if right == 1 else 'were'} wrong"
+    ] * bool(right)
+    parts += [f"{faster} faster", f"{slower} slower"] if faster or slower else []
+    parts += [f"{found['same']} rows alike"]
+    parts += [f"{found['unclear']} too noisy to tell"] * bool(found["unclear"])
+    parts += [f"{found['unmatched']} in one result only"] * bool(found["unmatched"])
+    return ("" if faster or slower or wrong or right else "no difference: ") + ", ".join(parts)

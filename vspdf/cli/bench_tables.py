@@ -305,13 +305,15 @@ def _print_rest(result: dict[str, Any]) -> None:
 
 def _print_comparison(found: dict[str, Any]) -> None:
     tell(f"Against the earlier result: {found['verdict']}.")
-    for kind in ("faster", "slower"):
+    for kind in ("wrong", "right", "faster", "slower"):
         for row in found[kind][:20]:
             of = [str(row[key]) for key in ("mask", "product", "candidate", "attention") if row.get(key) is not None]
             size = f"{row['tokens']}x{row['in_features']}x{row['out_features']}, " if "tokens" in row else ""
+            was, now = (f"{row[key]:.2f}x" if key in row else "wrong" for key in ("old", "new"))
+            change = f" ({row['change'] - 1:+.0%})" if "change" in row else ""
             tell(
                 f"  {kind}: {', '.join(of)}, {size}sparsity {row['sparsity']:.4g}, {row['threads']} threads, "
-                f"{row['dtype']}: {row['old']:.2f}x -> {row['new']:.2f}x ({row['change'] - 1:+.0%})"
+                f"{row['dtype']}: {was} -> {now}{change}"
             )
 
 
