@@ -16,6 +16,7 @@ from torch import nn
 
 from vspdf.bench.problem import DTYPES
 from vspdf.bench.rounds import Timed, compared, on_threads, others_at_work
+from vspdf.errors import require
 from vspdf.kernels import hardware
 from vspdf.model import GPT, Cache
 from vspdf.sparsity.layer import SparseLinear, sparse_layers
@@ -108,6 +109,8 @@ def _models(model: GPT, sparsities: Sequence[float], dtypes: Sequence[str]) -> d
         if amount is None:
             sparsify(mine, 0.5, init_method="from_zeros")
             layers = sparse_layers(mine).values()
+            zeros = any(layer.pattern.nnz < layer.pattern.numel for layer in layers)
+            require(zeros, "`sparsity` zeros: none of its weights is zero: expected a checkpoint that was pruned.")
             amount = 1 - sum(layer.pattern.nnz for layer in layers) / sum(layer.pattern.numel for layer in layers)
         elif amount:
             sparsify(mine, amount)

@@ -169,9 +169,8 @@ def bench_linear(
             progress(case.about)
             sides, failed = _sides(case, wanted, dtypes)
             missing |= failed
-            times = time_rounds(
-                {_key(*key): side.calls for key, side in sides.items()}, budget, _key("dense", dtypes[0])
-            )
+            times, broken = _timed_sides(sides, budget, dtypes[0])
+            missing |= broken
             found.append((case, sides, times))
     rows = [row for case, sides, times in found for row in _rows(case, sides, times, dtypes[0], peaks[case.threads])]
     return {
@@ -203,17 +202,35 @@ def _sides(
         except Exception as error:  # others' code
             missing[name] = in_one_line(error)
             continue
-        own = getattr(candidate, "dtype", None)
-        for dtype in [own] if own else [d for d in dtypes if d in getattr(candidate, "dtypes", DTYPES)]:
+        own, takes = getattr(candidate, "dtype", None), _taken(candidate)
+        if own and own not in DTYPES:
+            missing[name] = f"its dtype is {own}: on a CPU {' and '.join(DTYPES)} are timed"
+            continue
+        for dtype in [own] if own else [d for d in dtypes if d in takes]:
             calls = problem.calls(candidate, dtype)
             errors, failed = problem.check(calls)
             missing |= {f"{name} {product} in {dtype}": why for product, why in failed.items()}
             wrong = tuple(product for product, error in errors.items() if not error <= TOLERANCE[dtype])
             calls = {product: call for product, call in calls.items() if product in errors and product not in wrong}
             sides[name, dtype] = Side(calls, errors, wrong, seconds)
-        if not own and (without := [d for d in dtypes if d not in getattr(candidate, "dtypes", DTYPES)]):
-            missing[f"{name} in {', '.join(without)}"] = "it takes " + " and ".join(candidate.dtypes)
+        if not own and (without := [d for d in dtypes if d not in takes]):
+            missing[f"{name} in {', '.join(without)}"] = "it takes " + " and ".join(takes)
     return sides, missing
+
+
+def _timed_sides(
+    sides: dict[tuple[str, str], Side], budget: Budget | int, first: str
+) -> tuple[dict[tuple[str, str], list[Timed]], dict[str, str]]:
+    """Times of every side, and why some have none of a product that was computed before."""
+    names, failed = {_key(*key): key for key in sides}, {}  # type: ignore[var-annotated]
+    times = time_rounds({_key(*key): side.calls for key, side in sides.items()}, budget, _key("dense", first), failed)
+    return times, {"{0} {2} in {1}".format(*names[name], product): why for (name, product), why in failed.items()}
+
+
+def _taken(candidate: Any) -> list[str]:
+    """Names of the dtypes that a candidate takes: of one, its name alone will do."""
+    takes = getattr(candidate, "dtypes", DTYPES)
+    return list(map(str, [takes] if isinstance(takes, str) or not isinstance(takes, Iterable) else takes))
 
 
 def _rows(

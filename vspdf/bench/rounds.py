@@ -15,11 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from vspdf.errors import in_one_line
 from vspdf.kernels.cpu import PRODUCTS
+
+T = TypeVar("T")
 
 HELD_UP = 0.85  # of a call's best share of the processor: below it, others had the cores
 BUSY = 0.5  # cores that other programs keep at work: more, and a measurement says so
@@ -82,35 +85,52 @@ class Budget(NamedTuple):
 
 
 def time_rounds(
-    candidates: dict[str, Candidate], budget: int | Budget, base: str = "dense"
-) -> dict[tuple[str, str], list[Timed]]:
+    candidates: dict[str, Candidate], budget: int | Budget, base: str = "dense",
+    failed: dict[tuple[str, str], str] | None = None,
+) -> dict[tuple[str, str], list[Timed]]:  # fmt: skip
     """Times of every (candidate, product) in each round; "layer" is the sum of a round's three products.
 
-    One that is settled against `base` is not timed any more, so that its column is shorter than that of the base.
+    One that is settled against `base` is not timed any more, so that its column is shorter than that of the base. With
+    `failed`, one that raises is timed no more and has no times; why is told there.
     """
     budget = Budget(budget) if isinstance(budget, int) else budget
-    repeats = {
-        (name, product): _warmed(candidate[product])
-        for product in (*PRODUCTS, "layer")
-        for name, candidate in candidates.items()
-        if product in candidate
-    }
-    times: dict[tuple[str, str], list[Timed]] = {key: [] for key in repeats}
+    repeats: dict[tuple[str, str], int] = {}
+    times: dict[tuple[str, str], list[Timed]] = {}
+    for key in [(name, product) for product in (*PRODUCTS, "layer") for name in candidates]:
+        if key[1] in (calls := candidates[key[0]]) and (count := _tried(_warmed, key, failed, calls[key[1]])):
+            repeats[key], times[key] = count, []
     active, start, done = set(candidates), time.perf_counter(), 0
     while active and (budget.rounds is None or done < budget.rounds):
-        for (name, product), count in repeats.items():
-            if name in active or name == base:
-                times[name, product].append(Timed.of(candidates[name][product], count))
+        for (name, product), count in list(repeats.items()):
+            if name not in active and name != base:
+                continue
+            if timed := _tried(Timed.of, (name, product), failed, candidates[name][product], count):
+                times[name, product].append(timed)
+            else:
+                del repeats[name, product], times[name, product]
         done += 1
         if budget.rounds is None:
             active -= {name for name in active if done >= LEAST and _settled(name, times, base, budget.width)}
             if done >= FEWEST and time.perf_counter() - start > budget.seconds:
                 break
-    for name, candidate in candidates.items():
-        if all(product in candidate for product in PRODUCTS):
+    for name in candidates:
+        if all((name, product) in times for product in PRODUCTS):
             columns = zip(*(times[name, product] for product in PRODUCTS), strict=True)
             times[name, "layer"] = [Timed(*map(sum, zip(*column, strict=True))) for column in columns]
     return times
+
+
+def _tried(
+    run: Callable[..., T], key: tuple[str, str], failed: dict[tuple[str, str], str] | None, *given: Any
+) -> T | None:
+    """What a call comes to; None where it raises and `failed` is there to be told why."""
+    try:
+        return run(*given)
+    except Exception as error:  # others' code
+        if failed is None:
+            raise
+        failed[key] = in_one_line(error)
+        return None
 
 
 def _warmed(call: Callable[[], Any]) -> int:

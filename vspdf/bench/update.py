@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vspdf.bench.rounds import Timed, held_up, interval, on_threads, others_at_work
+from vspdf.errors import require
 from vspdf.kernels import cpu, hardware
 from vspdf.sparsity.evolve import evolve
 from vspdf.sparsity.layer import SparseLinear
@@ -35,7 +36,14 @@ def bench_update(
     dict
         `rows` with `step_seconds`, `update_seconds`, of these `plan_seconds`, and `share_of_step`, the median of the
         rounds' ratios, with its 95 % interval from `share_low` to `share_high`; `hardware`, `versions`, `load`.
+
+    Raises
+    ------
+    UserError
+        If a sparsity is not between 0 and 1.
     """
+    for sparsity in sparsities:
+        require(0 < sparsity < 1, f"`sparsity` {sparsity:g}: expected more than 0 and less than 1: else no mask moves.")
     load, rows = others_at_work(), []
     with on_threads(threads) as used:
         for sparsity in sparsities:

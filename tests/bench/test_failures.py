@@ -1,0 +1,96 @@
+"""What a benchmark cannot time is said in one line, and the rest is timed."""
+
+import json
+
+import pytest
+
+from vspdf.bench import linear
+from vspdf.bench.candidates import Dense
+from vspdf.bench.problem import Problem
+from vspdf.interop import hugging_face
+from vspdf.model import GPT
+from vspdf.shapes import Shape
+
+LINEAR = ("bench", "linear", "--shapes", "24x32x48", "--sparsity", "0.5", "--rounds", 2, "--threads", 1, "--no-peers")
+THEIRS = """
+from vspdf.bench.candidates import Dense
+
+class Half(Dense):
+    dtype = "float16"
+
+class Later(Dense):
+    calls = 0
+    last = 1
+
+    def forward(self, x, weight):
+        self.calls += 1
+        if self.calls > self.last:
+            raise RuntimeError("no memory\\nis left")
+        return super().forward(x, weight)
+
+class MuchLater(Later):
+    last = 5
+"""
+
+
+@pytest.fixture
+def theirs(tmp_path, monkeypatch):
+    (tmp_path / "theirs.py").write_text(THEIRS)
+    monkeypatch.chdir(tmp_path)
+    yield
+    import sys
+
+    sys.modules.pop("theirs", None)
+
+
+def timed(vspdf, *arguments):
+    """Products that have rows, by candidate, and what is missing."""
+    status, out, err = vspdf(*LINEAR, *arguments, "--json")
+    assert status == 0, err
+    body = json.loads(out)
+    found = {}
+    for row in body["rows"]:
+        found.setdefault(row["candidate"], []).append(row["product"])
+    return found, body["missing"]
+
+
+ALL = ["forward", "grad_input", "grad_values", "layer"]
+
+
+def test_a_dtype_that_is_not_timed(vspdf, theirs):
+    found, missing = timed(vspdf, "--candidate", "theirs:Half")
+    assert found["vspdf"] == ALL and "theirs:Half" not in found
+    assert missing == {"theirs:Half": "its dtype is float16: on a CPU float32 and bfloat16 are timed"}
+
+
+@pytest.mark.parametrize("name", ["Later", "MuchLater"])
+def test_a_candidate_that_raises_while_it_is_timed(vspdf, theirs, name):
+    found, missing = timed(vspdf, "--candidate", f"theirs:{name}")
+    assert found["vspdf"] == found["dense"] == ALL and found[f"theirs:{name}"] == ["grad_input", "grad_values"]
+    assert missing == {f"theirs:{name} forward in float32": "no memory is left"}
+
+
+class One(Dense):
+    dtypes = "float32"
+
+
+def test_one_dtype_by_its_name_alone():
+    problem = Problem.random(8, 16, 16, 0.5)
+    case, one = linear.Case(problem.pattern, 8, 0.5, None, 1), One()
+    sides, missing = linear._sides(case, {"one": one}, ["float32", "bfloat16"])
+    assert list(sides) == [("one", "float32")] and missing == {"one in bfloat16": "it takes float32"}
+    one.dtypes = "not float32"
+    assert linear._sides(case, {"one": one}, ["float32"])[0] == {}
+
+
+def test_a_checkpoint_without_zeros(tmp_path, refused):
+    hugging_face.write_hugging_face(GPT(Shape(1, 16, 2, 32, 33, 32)), None, tmp_path / "dense")
+    small = ("--rounds", 1, "--tokens", 1, "--context", 2, "--threads", 1)
+    refused("--sparsity zeros: none of its weights is zero", "bench", "decode", "--model", tmp_path / "dense",
+            "--sparsity", "zeros", *small)  # fmt: skip
+
+
+@pytest.mark.parametrize("sparsity", ["0", "0.5,0", "1"])
+def test_masks_that_cannot_move(refused, sparsity):
+    message = f"--sparsity {sparsity[-1]}: expected more than 0 and less than 1"
+    refused(message, "bench", "update", "--shape", "8x16x16", "--sparsity", sparsity, "--rounds", 1)
