@@ -9,6 +9,7 @@ from vspdf.bench.candidates import Dense
 from vspdf.bench.problem import Problem
 from vspdf.interop import hugging_face
 from vspdf.model import GPT
+from vspdf.pattern import Pattern
 from vspdf.shapes import Shape
 
 LINEAR = ("bench", "linear", "--shapes", "24x32x48", "--sparsity", "0.5", "--rounds", 2, "--threads", 1, "--no-peers")
@@ -94,3 +95,24 @@ def test_a_checkpoint_without_zeros(tmp_path, refused):
 def test_masks_that_cannot_move(refused, sparsity):
     message = f"--sparsity {sparsity[-1]}: expected more than 0 and less than 1"
     refused(message, "bench", "update", "--shape", "8x16x16", "--sparsity", sparsity, "--rounds", 1)
+
+
+# -- lists that are empty ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "verb, option, given",
+    [("linear", option, ",") for option in ("--shapes", "--sparsity", "--dtype", "--pattern", "--threads")]
+    + [("linear --mask .", "--tokens", " "), ("suite --tiny", "--sections", ","), ("step", "--dtype", ",")]
+    + [("update", option, given) for option in ("--shape", "--sparsity") for given in ("", ",")]
+    + [("decode", option, given) for option in ("--sparsity", "--batch-size", "--dtype") for given in ("", ",")],
+)
+def test_an_empty_list_is_refused_at_once(refused, monkeypatch, tmp_path, verb, option, given):
+    monkeypatch.chdir(tmp_path)
+    Pattern.random((16, 16), 0.5).write(tmp_path / "a.smtx")
+    monkeypatch.setattr(linear, "bench_linear", lambda *given: pytest.fail("it is timed"))
+    refused(f"{option} '{given}' is an empty list: expected", "bench", *verb.split(), option, given)
+
+
+def test_spaces_beside_commas(vspdf):
+    assert timed(vspdf, "--dtype", "float32, bfloat16")[0]["vspdf"] == ALL * 2

@@ -37,9 +37,20 @@ SHORT = {"fp32": "float32", "bf16": "bfloat16"}
 LONG = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def _numbers(text: str, kind: type, what: str, least: float = 0, most: float = math.inf) -> list[Any]:
+def _parts(text: str, what: str, expected: str = "names with commas between", needed: bool = False) -> list[str]:
+    """What stands between the commas; of a list that is not there nothing, unless it is needed."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts and (text or needed):
+        raise UserError(f"{what} '{text}' is an empty list: expected {expected}.")
+    return parts
+
+
+def _numbers(
+    text: str, kind: type, what: str, least: float = 0, most: float = math.inf, needed: bool = False
+) -> list[Any]:
+    parts = _parts(text, what, "numbers with commas between", needed)
     try:
-        numbers = [kind(part) for part in text.split(",") if part]
+        numbers = [kind(part) for part in parts]
     except ValueError:
         meant = next(filter(None, map(percent_meant, text.split(","))), "")
         raise UserError(f"{what} '{text}': expected numbers with commas between.{meant}") from None
@@ -47,14 +58,13 @@ def _numbers(text: str, kind: type, what: str, least: float = 0, most: float = m
         bounds = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
         meant = f" Did you mean {wrong[0] / 100:g}?" if most == 1 and 2 <= wrong[0] < 100 else ""
         raise UserError(f"{what} '{text}': expected numbers {bounds}, not {wrong[0]}.{meant}")
-    if not numbers and text:
-        raise UserError(f"{what} '{text}': expected numbers with commas between.")
     return numbers
 
 
-def _shapes(text: str, what: str = "--shapes") -> list[tuple[int, int, int]]:
+def _shapes(text: str, what: str = "--shapes", needed: bool = False) -> list[tuple[int, int, int]]:
+    parts = _parts(text, what, "TOKENSxINxOUT, e.g. 1024x768x3072", needed)
     try:
-        found: Any = [tuple(int(n) for n in shape.split("x")) for shape in text.split(",") if shape]
+        found: Any = [tuple(int(n) for n in shape.split("x")) for shape in parts]
         assert all(len(shape) == 3 and min(shape) > 0 for shape in found)
     except (ValueError, AssertionError):
         raise UserError(f"{what} '{text}': expected TOKENSxINxOUT, e.g. 1024x768x3072.") from None
@@ -95,7 +105,7 @@ def _destination(path: Path | None, what: str, kinds: Sequence[str]) -> None:
 
 def _dtypes(text: str) -> list[str]:
     """Names of dtypes as torch has them; a machine that is slow at one is told of it before minutes of waiting."""
-    found = [SHORT.get(name, name) for name in text.split(",") if name]
+    found = [SHORT.get(name, name) for name in _parts(text, "--dtype")]
     if "bfloat16" in found and (slow := slow_bf16_measured()):
         say(f"bfloat16 will take long: {slow}.")
     return found
@@ -226,7 +236,7 @@ def _masks(
     from vspdf.bench import patterns
     from vspdf.bench.linear import SHAPES
 
-    names = list(patterns.KINDS) if pattern == "all" else [name for name in pattern.split(",") if name]
+    names = list(patterns.KINDS) if pattern == "all" else _parts(pattern, "--pattern")
     sides = list(dict.fromkeys((n_out, n_in) for _, n_in, n_out in shapes or SHAPES))
     found = [each for name in names for each in patterns.draw(name, sides, sparsities)]
     many = len(sides) > 1, len(sparsities) > 1
@@ -240,7 +250,7 @@ def _on_gpu(
 ) -> None:  # fmt: skip
     from vspdf.bench import linear_gpu
 
-    names = [LONG.get(name, name) for name in (dtype or "bf16,fp32").split(",")]
+    names = [LONG.get(name, name) for name in _parts(dtype or "bf16,fp32", "--dtype")]
     result = linear_gpu.bench_linear(shapes or linear_gpu.SHAPES, sparsities, names, rounds or 7, peers, tune, murmur)
     _finish(result, csv, None, as_json)
     if not as_json:
@@ -264,10 +274,10 @@ def bench_update(
     from vspdf.bench import update
 
     _destination(csv, "--csv", (".csv",))
-    shapes = _shapes(shape, "--shape")
+    shapes = _shapes(shape, "--shape", needed=True)
     if len(shapes) != 1:
         raise UserError(f"--shape '{shape}': expected TOKENSxINxOUT, e.g. 1024x768x3072.")
-    sparsities = _numbers(sparsity, float, "--sparsity", most=1)
+    sparsities = _numbers(sparsity, float, "--sparsity", most=1, needed=True)
     _warn_of_crowds([threads] if threads else [])
     keep_freed_memory()
     result = update.bench_update(*shapes[0], sparsities, drop_fraction, threads, rounds, murmur)
@@ -337,7 +347,7 @@ def bench_suite(
 
     if output.exists() and not output.is_dir():
         raise UserError(f"--output '{output}': is a file, expected a folder.")
-    chosen = [part for part in sections.split(",") if part]
+    chosen = _parts(sections, "--sections")
     keep_freed_memory()
     result = suite.bench_suite(chosen or suite.SECTIONS, name or None, tiny, murmur)
     files = bench_page.write(result, output)
@@ -378,8 +388,9 @@ def bench_decode(
     from vspdf.bench.problem import DTYPES
 
     _destination(csv, "--csv", (".csv",))
-    sparsities = [] if sparsity == "zeros" else _numbers(sparsity, float, "--sparsity", most=1)
-    batches, dtypes = _numbers(batch_size, int, "--batch-size", least=1), dtype.split(",")
+    sparsities = [] if sparsity == "zeros" else _numbers(sparsity, float, "--sparsity", most=1, needed=True)
+    batches = _numbers(batch_size, int, "--batch-size", least=1, needed=True)
+    dtypes = _parts(dtype, "--dtype", needed=True)
     for one in dtypes:
         one_of("--dtype", one, DTYPES)
     _warn_of_crowds([threads] if threads else [])
