@@ -97,6 +97,39 @@ def test_masks_that_cannot_move(refused, sparsity):
     refused(message, "bench", "update", "--shape", "8x16x16", "--sparsity", sparsity, "--rounds", 1)
 
 
+# -- masks by name ----------------------------------------------------------------------------------------------------
+
+
+def test_labels_that_would_be_alike(vspdf, tmp_path):
+    few = ("bench", "linear", "--tokens", 8, "--rounds", 1, "--threads", 1, "--no-peers")
+    drawn = ("--pattern", "uniform,2:4", "--shapes", "8x128x128", "--sparsity", "0.991,0.994,0.991")
+    status, out, err = vspdf(*few, *drawn, "--json")
+    assert status == 0, err
+    assert list(json.loads(out)["masks"]) == ["uniform 0.991", "uniform 0.994", "2:4 0.5"]
+    for name, seed in (("a.npz", 1), ("a.smtx", 2), ("a (2).smtx", 3)):
+        Pattern.random((16, 16), 0.5, seed=seed).write(tmp_path / name)
+    body = json.loads(vspdf(*few, "--mask", tmp_path, "--json")[1])
+    assert set(body["masks"]) == {row["mask"] for row in body["rows"]} and len(body["masks"]) == 3
+    out = vspdf(*few, *drawn)[1]
+    assert "uniform 0.991" in out and "uniform 0.994" in out
+
+
+def row(sparsity, ratio, mask=None):
+    about = (8, 16, 16, sparsity, mask, 1, "float32", "layer", "vspdf")
+    return linear.Row(*about, ratio_to_dense=ratio)
+
+
+def test_break_even_is_of_one_kind_of_mask():
+    fast = [row(0.5, 0.5, "banded 16x16 0.5"), row(0.9, 1.5, "banded 16x16 0.9")]
+    slow = [row(0.5, 0.2, "a b 50%"), row(0.9, 0.6, "a b 90%")]
+    found = {each["mask"]: each["sparsity"] for each in linear._break_even([*fast, *slow])}
+    assert found == {"banded": pytest.approx(0.7), "a b": None}
+    plain = linear._break_even([row(0.5, 0.5), row(0.9, 1.5)])
+    assert len(plain) == 1 and "mask" not in plain[0] and plain[0]["sparsity"] == pytest.approx(0.7)
+    for mask in ("epoch 1", "version 1.2.3", "0.5", "banded"):
+        assert linear._break_even([row(0.5, 1.5, mask)])[0]["mask"] == mask
+
+
 # -- lists that are empty ---------------------------------------------------------------------------------------------
 
 
@@ -116,3 +149,10 @@ def test_an_empty_list_is_refused_at_once(refused, monkeypatch, tmp_path, verb, 
 
 def test_spaces_beside_commas(vspdf):
     assert timed(vspdf, "--dtype", "float32, bfloat16")[0]["vspdf"] == ALL * 2
+
+
+@pytest.mark.parametrize("verb", ["linear", "update", "step", "suite", "decode"])
+def test_ranks_do_not_measure_each_other(refused, monkeypatch, verb):
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    refused(f"bench {verb} is one process, and the environment .* tells of 2: start it without", "bench", verb)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -105,8 +106,17 @@ def cases(
             Case(Pattern.random((n_out, n_in), s), t, s, None, count)
             for count, (t, n_in, n_out), s in itertools.product(threads, shapes, sparsities)
         ]
-    given = list(masks)
+    given = distinct(masks)
     return [Case(p, t, p.sparsity, name, count) for count, t, (name, p) in itertools.product(threads, tokens, given)]
+
+
+def distinct(masks: Iterable[tuple[str, Pattern]]) -> list[tuple[str, Pattern]]:
+    """Masks by names of their own: a name that was there before is numbered, "a (2)"."""
+    found: dict[str, Pattern] = {}
+    for name, pattern in masks:
+        others = (f"{name} ({n})" for n in itertools.count(2))
+        found[name if name not in found else next(other for other in others if other not in found)] = pattern
+    return list(found.items())
 
 
 def bench_linear(
@@ -142,7 +152,8 @@ def bench_linear(
     -------
     dict
         ``rows`` (of `Row` fields), ``masks`` (`problem.facts` by name), ``summary`` (geometric means by sparsity),
-        ``peak_gflops`` by threads, ``break_even`` sparsity per shape, product and thread count, ``load`` and
+        ``peak_gflops`` by threads, ``break_even`` sparsity per shape, product, thread count and kind of mask
+        (``mask``, of masks that are given), ``load`` and
         ``sensors`` before and after, ``hardware``, ``versions``, ``missing`` candidates with the reason.
 
     Raises
@@ -304,9 +315,9 @@ def _break_even(rows: Sequence[Row]) -> list[dict[str, Any]]:
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         if row.candidate == "vspdf" and row.possible and row.dtype == "float32" and row.ratio_to_dense:
-            of = (row.tokens, row.in_features, row.out_features, row.threads, row.product)
+            of = (row.tokens, row.in_features, row.out_features, row.threads, row.product, _kind(row))
             groups.setdefault(of, []).append(row)
-    for (tokens, in_features, out_features, threads, product), group in groups.items():
+    for (tokens, in_features, out_features, threads, product, kind), group in groups.items():
         group.sort(key=lambda row: row.sparsity)
         at = None
         for a, b in itertools.pairwise(group):
@@ -318,6 +329,18 @@ def _break_even(rows: Sequence[Row]) -> list[dict[str, Any]]:
             {
                 "tokens": tokens, "in_features": in_features, "out_features": out_features, "threads": threads,
                 "product": product, "sparsity": at, "note": f"below {group[0].sparsity}" if below else "",
-            }
+            } | ({"mask": kind} if kind is not None else {})
         )  # fmt: skip
     return found
+
+
+def _kind(row: Row) -> str | None:
+    """What a row's mask has in common with those of other sparsities: its name without size and sparsity."""
+    if row.mask is None:
+        return None
+    found = re.fullmatch(r"(.+?)(?: \d+x\d+)?(?: ([\d.]+)(%?))?", row.mask)
+    try:
+        told = float(found[2]) / (100 if found[3] else 1) if found and found[2] else row.sparsity
+    except ValueError:  # a name that ends in a version
+        return row.mask
+    return found[1] if found and abs(told - row.sparsity) < 0.006 else row.mask

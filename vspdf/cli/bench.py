@@ -13,6 +13,7 @@ from vspdf.cli import bench_tables as tables
 from vspdf.cli.console import Json, Verb, emit, murmur, say, show, tell
 from vspdf.errors import UserError, one_of, percent_meant, require
 from vspdf.kernels.hardware import crowded, keep_freed_memory, slow_bf16_measured
+from vspdf.parallel.environment import refuse
 
 Positive = Annotated[int, typer.Option(min=1)]
 Rounds = Annotated[
@@ -32,6 +33,16 @@ Dtypes = Annotated[
     str, typer.Option("--dtype", "--precision", help="float32 (default), bfloat16; on a GPU float16, tf32 too.")
 ]
 bench = typer.Typer(help="Sparse against dense and peers, interleaved in one process.", no_args_is_help=True)
+
+
+class _Alone(Verb):
+    """A verb that measures: several processes would measure each other."""
+
+    def invoke(self, context: Any) -> Any:
+        """Refuses to be one of several."""
+        refuse(f"bench {context.info_name}", "start it without torchrun, alone on its machine")
+        return super().invoke(context)
+
 
 SHORT = {"fp32": "float32", "bf16": "bfloat16"}
 LONG = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -145,7 +156,7 @@ def _earlier(path: Path | None) -> dict[str, Any] | None:
     return None if path is None else compare.read(path)
 
 
-@bench.command(name="linear", cls=Verb)
+@bench.command(name="linear", cls=_Alone)
 def bench_linear(
     shapes: Annotated[str, typer.Option(help="TOKENSxINxOUT, with commas, or a CONFIG; default: layers of GPTs.")] = "",
     sparsity: Annotated[str, typer.Option(help="With commas; default 0.5,0.75,0.9,0.95,0.99, or CONFIG's own.")] = "",
@@ -238,10 +249,21 @@ def _masks(
 
     names = list(patterns.KINDS) if pattern == "all" else _parts(pattern, "--pattern")
     sides = list(dict.fromkeys((n_out, n_in) for _, n_in, n_out in shapes or SHAPES))
-    found = [each for name in names for each in patterns.draw(name, sides, sparsities)]
-    many = len(sides) > 1, len(sparsities) > 1
-    label = lambda name, p: name + f" {p.in_features}x{p.out_features}" * many[0] + f" {p.sparsity:.2g}" * many[1]  # noqa: E731
-    return [(label(name, p), p) for name, p in found]
+    found = list(dict.fromkeys(each for name in names for each in patterns.draw(name, sides, sparsities)))
+    return _labelled(found, len(sides) > 1, len(sparsities) > 1)
+
+
+def _labelled(found: Sequence[tuple[str, Any]], sizes: bool, amounts: bool) -> list[tuple[str, Any]]:
+    """Masks by kind, size and sparsity, the latter where there are several, with as many digits as tell them apart."""
+
+    def labels(digits: int) -> list[str]:
+        return [
+            name + f" {p.in_features}x{p.out_features}" * sizes + f" {p.sparsity:.{digits}g}" * amounts
+            for name, p in found
+        ]
+
+    digits = next((n for n in range(2, 10) if len(set(labels(n))) == len(found)), 2)
+    return list(zip(labels(digits), (p for _, p in found), strict=True))
 
 
 def _on_gpu(
@@ -257,7 +279,7 @@ def _on_gpu(
         tables.print_linear_gpu(result)
 
 
-@bench.command(name="update", cls=Verb)
+@bench.command(name="update", cls=_Alone)
 def bench_update(
     shape: Annotated[str, typer.Option(help="TOKENSxINxOUT.")] = "1024x768x3072",
     sparsity: Annotated[str, typer.Option(help="With commas between.")] = "0.5,0.75,0.9",
@@ -286,7 +308,7 @@ def bench_update(
         tables.print_update(result)
 
 
-@bench.command(name="step", cls=Verb)
+@bench.command(name="step", cls=_Alone)
 def bench_step(
     n_layer: Positive = 12,
     d_model: Positive = 768,
@@ -328,7 +350,7 @@ def bench_step(
         tables.print_step(result)
 
 
-@bench.command(name="suite", cls=Verb)
+@bench.command(name="suite", cls=_Alone)
 def bench_suite(
     output: Annotated[Path, typer.Option(help="Folder for MACHINE.json and MACHINE.html.")] = Path("."),
     name: Annotated[str, typer.Option(help="What to call this machine; default: its processor's name.")] = "",
@@ -361,7 +383,7 @@ def bench_suite(
     tell(f"{result['seconds'] / 60:.1f} minutes. Open {files[1]} for all of it.")
 
 
-@bench.command(name="decode", cls=Verb)
+@bench.command(name="decode", cls=_Alone)
 def bench_decode(
     model: Annotated[
         str, typer.Option(help="A named model, or any checkpoint: a run, a Hugging Face folder.")
