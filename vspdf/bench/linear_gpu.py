@@ -180,7 +180,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row per candidate and product, and "layer" rows: the sum of a round's three products.
 
-    ``auto`` in a layer row is the sum of the best path of each product that would be trusted.
+    ``auto`` in a layer row is the sum of the best path of each product that would be trusted. A row of a path whose
+    result differs from float64 is not ``correct``, counts in no layer row, and is nothing that `auto` may choose; a
+    product without the base, cuBLAS, has no rows.
     """
     rows: list[dict[str, Any]] = []
     sums: dict[str, list[list[float]]] = {}
@@ -191,27 +193,33 @@ def measure(
             algorithm = layer.search(product) if "2:4" in calls else 0
             seconds, failed = time_rounds(calls, rounds, stopwatch)
             layer.missing.update({f"{name} {product}": why for name, why in failed.items()})
-            paths = {name: column for name, column in seconds.items() if name in PATHS}
-            timing = tuning.timing({**paths, "cublas": seconds["cublas"]}, algorithm)
-            choice, key = timing.choice("measured"), tuning.gpu_key(product, layer.pattern, tokens, layer.x.dtype)
-            layer.timings[key] = timing
-            if tune:
-                tuning.keep(key, timing, layer.device)
-            errors = {name: layer.error(product, calls[name]()) for name in paths}
-            errors["auto"] = errors[choice.path]
-            seconds["auto"] = seconds[choice.path]
-            base = seconds["cublas"]
+            if (base := seconds.get("cublas")) is None:
+                continue
+            errors = {name: layer.error(product, calls[name]()) for name in seconds if name in PATHS}
+            wrong = {name for name, error in errors.items() if not error <= TOLERANCE[layer.name]}
+            chosen = {}
+            if "dense" in errors.keys() - wrong:  # what auto falls back to
+                right = {name: seconds[name] for name in errors if name not in wrong}
+                timing = tuning.timing({**right, "cublas": base}, algorithm)
+                choice, key = timing.choice("measured"), tuning.gpu_key(product, layer.pattern, tokens, layer.x.dtype)
+                layer.timings[key] = timing
+                if tune:
+                    tuning.keep(key, timing, layer.device)
+                errors["auto"], seconds["auto"] = errors[choice.path], seconds[choice.path]
+                chosen = {"auto": choice.path}
             for name, column in seconds.items():
-                sums.setdefault(name, []).append(column)
-                rows.append({**_row(layer, product, name, column, base, 1), "error": errors.get(name)})
-            rows[-1]["path"] = choice.path
+                if name not in wrong:
+                    sums.setdefault(name, []).append(column)
+                row = _row(layer, product, name, column, base, 1)
+                row |= {"path": chosen.get(name, name), "correct": name not in wrong, "error": errors.get(name)}
+                rows.append(row)
     whole = {
         name: [sum(parts) for parts in zip(*columns, strict=True)]
         for name, columns in sums.items()
         if len(columns) == 3
     }
-    base = whole["cublas"]
-    rows += [_row(layer, "layer", name, column, base, 3) | {"error": None} for name, column in whole.items()]
+    for name, column in whole.items() if "cublas" in whole else ():
+        rows.append(_row(layer, "layer", name, column, whole["cublas"], 3) | {"correct": True, "error": None})
     return rows
 
 

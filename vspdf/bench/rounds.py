@@ -218,7 +218,7 @@ def sensors() -> dict[str, float]:
 
 def write_csv(result: dict[str, Any], path: Path) -> None:
     """The rows of a result, with the model, the hardware and the versions in every line."""
-    first = result["rows"][0]
+    first: dict[str, Any] = next(iter(result["rows"]), {})
     facts = {**result.get("model", {}), **result["hardware"], **result["versions"], "load": result.get("load")}
     told = {key: str(value) for key, value in facts.items() if key not in first}
     with path.open("w", newline="") as stream:

@@ -165,7 +165,9 @@ def bench_linear(
     tokens: Annotated[str, typer.Option(help="Of --mask, with commas between; default 1024.")] = "",
     threads: Annotated[str, typer.Option(help="With commas between; default: 1 and all cores.")] = "",
     rounds: Rounds = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Of a layer at most; rounds end at intervals of 2 %.")] = 10.0,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.0, help="Of a layer at most, default 10; rounds end at intervals of 2 %.")
+    ] = None,
     peers: Annotated[bool, typer.Option(help="Time other libraries and dense bf16 too.")] = True,
     candidate: Candidates = None,
     dtype: Dtypes = "",
@@ -196,7 +198,7 @@ def bench_linear(
     chosen, amounts, dtype = _layers(shapes, sparsity, dtype)
     if device == "cuda":
         _for_cpus(threads=threads, plot=plot, mask=mask, pattern=pattern, tokens=tokens, candidate=candidate,
-                  compare=compare, roofline=roofline)  # fmt: skip
+                  compare=compare, roofline=roofline, seconds=seconds is not None)  # fmt: skip
         _on_gpu(chosen, amounts, dtype, rounds, peers, tune, csv, as_json)
         return
     if device != "cpu":
@@ -215,8 +217,8 @@ def bench_linear(
     _warn_of_crowds(counts)
     keep_freed_memory()
     result = linear.bench_linear(
-        chosen or linear.SHAPES, amounts, counts or None, Budget(rounds, seconds), peers, dtypes, masks, lengths,
-        candidate or (), murmur,
+        chosen or linear.SHAPES, amounts, counts or None, Budget(rounds, 10.0 if seconds is None else seconds),
+        peers, dtypes, masks, lengths, candidate or (), murmur,
     )  # fmt: skip
     _finish(result, csv, old, as_json, plot, roofline)
     if not as_json:

@@ -51,10 +51,13 @@ def print_linear_gpu(result: dict[str, Any]) -> None:
         error = "" if r["error"] is None else f"{r['error']:.1e}"
         name = f"auto: {r['path']}" if r["candidate"] == "auto" != r["path"] else r["candidate"]
         table.add_row(
-            shape, f"{r['sparsity']:.4g}", r["precision"], r["product"], name, f"{r['ratio_to_dense']:.2f}x",
-            f"{r['gflops_useful'] / 1e3:.1f}", error,
+            shape, f"{r['sparsity']:.4g}", r["precision"], r["product"], name,
+            f"{r['ratio_to_dense']:.2f}x" if r["correct"] else Text("wrong", "red"),
+            f"{r['gflops_useful'] / 1e3:.1f}" if r["correct"] else "", error,
         )  # fmt: skip
     show(table)
+    if wrong := sum(not r["correct"] for r in result["rows"]):
+        tell(f"WRONG: {wrong} of {len(result['rows'])} rows differ from float64; auto takes none of them.")
     for name, reason in result["missing"].items():
         tell(f"{name} was not timed: {reason}")
 
