@@ -175,3 +175,8 @@ def test_unfit_json_lines(line, parts, tmp_path, refused):
     message = refused(path)
     for part in [str(path), *parts]:
         assert part in message
+
+
+@pytest.mark.parametrize("name", [" ", "stdlib + "])
+def test_a_corpus_without_a_name_is_not_the_folder_one_is_in(name, refused):
+    assert "names no corpus" in refused(name)

@@ -40,6 +40,7 @@ OTHERS = {
     "zip": (b"PK\x03\x04", "is a ZIP archive: unpack it"),
     "Parquet": (b"PAR1", "is Parquet: write its rows as JSONL"),
     "UTF-16": ("a".encode("utf-16"), "is UTF-16, not UTF-8: save it as UTF-8"),
+    "UTF-32": ("a".encode("utf-32"), "is UTF-32, not UTF-8: save it as UTF-8"),
     "half a gzip file": (gzip.compress(ROWS)[:-9], "is no whole gzip file"),
     "a bent gzip file": (gzip.compress(ROWS)[:20] + b"xxx" + gzip.compress(ROWS)[23:], "is no whole gzip file"),
     "zeros without end": (gzip.compress(bytes(70 << 20)), "unpacks to more than 200 times its .* bytes: refused"),
@@ -53,6 +54,12 @@ def test_what_is_no_text_is_said_to_be(tmp_path, content, message):
     for read in (documents, tasks.read, tasks.read_lines):
         with pytest.raises(UserError, match=message):
             read(path)
+
+
+def test_a_text_that_begins_as_bzip2_would_is_a_text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("BZhang wrote this.\n")
+    assert tasks.read_lines(path) == ["BZhang wrote this."]
 
 
 def test_a_bare_cr_ends_lines_where_nothing_else_does(tmp_path):

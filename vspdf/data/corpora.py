@@ -70,6 +70,10 @@ def load_documents(config: ResolvedData, cut: bool = True) -> Corpus:
         parts = [load_documents(replace(config, corpus=part.strip()), cut) for part in name.split(" + ")]
         python = platform.python_version() if any(part.python for part in parts) else None
         return Corpus(name, lambda: chain.from_iterable(parts), python)
+    if not name.strip():  # as a path it would be the folder that one is in
+        raise UserError(
+            f"data.corpus '{config.corpus}' names no corpus (or a part of it does not): expected {_EXPECTED}."
+        )
     if name in _OF_PYTHON:
         return Corpus(name, _OF_PYTHON[name], platform.python_version())
     if name.startswith("hf:"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +14,14 @@ from typing import Any
 from vspdf.errors import UserError
 
 _GZIP = b"\x1f\x8b"
-_OTHERS = {
-    b"\x28\xb5\x2f\xfd": "zstd: unpack it with `zstd -d`, or use gzip",
-    b"BZh": "bzip2: unpack it with `bunzip2`, or use gzip",
-    b"\xfd7zXZ": "xz: unpack it with `unxz`, or use gzip",
-    b"PK\x03\x04": "a ZIP archive: unpack it",
-    b"PAR1": "Parquet: write its rows as JSONL",
-    b"\xff\xfe": "UTF-16, not UTF-8: save it as UTF-8",
-    b"\xfe\xff": "UTF-16, not UTF-8: save it as UTF-8",
+_OTHERS = {  # how a file begins: the first that matches counts
+    rb"\x28\xb5\x2f\xfd": "zstd: unpack it with `zstd -d`, or use gzip",
+    rb"BZh[1-9](1AY|\x17rE)": "bzip2: unpack it with `bunzip2`, or use gzip",
+    rb"\xfd7zXZ": "xz: unpack it with `unxz`, or use gzip",
+    rb"PK\x03\x04": "a ZIP archive: unpack it",
+    rb"PAR1": "Parquet: write its rows as JSONL",
+    rb"\xff\xfe\0\0|\0\0\xfe\xff": "UTF-32, not UTF-8: save it as UTF-8",
+    rb"\xff\xfe|\xfe\xff": "UTF-16, not UTF-8: save it as UTF-8",
 }
 _AHEAD = 1 << 16  # bytes that tell how lines end
 _GROWTH, _ROOM = 200, 64 << 20  # how much larger text may be than its gzip file
@@ -44,7 +45,7 @@ def opened(path: Path) -> Iterator[io.BufferedReader[Any]]:
         with io.BufferedReader(open(path, "rb", buffering=0), _AHEAD) as file:
             head = file.peek(8)
             for magic, what in _OTHERS.items():
-                if head.startswith(magic):
+                if re.match(magic, head):
                     raise UserError(f"'{path}' is {what}.")
             if head.startswith(_GZIP):
                 with gzip.open(file) as inside:
