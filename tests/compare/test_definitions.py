@@ -1,7 +1,6 @@
 """Which finished runs a study takes for its own, and studies that cannot be run as they are written."""
 
 import json
-import textwrap
 
 import pytest
 
@@ -25,19 +24,9 @@ STUDY = """
 
 
 @pytest.fixture
-def write(tmp_path, corpus):
+def write(tmp_path, study_file):
     """Writes the study, changed as asked."""
-
-    def write(*changes):
-        text = textwrap.dedent(STUDY).replace("CORPUS", str(corpus))
-        for old, new in changes:
-            assert old in text
-            text = text.replace(old, new)
-        path = tmp_path / "mine.yaml"
-        path.write_text(text)
-        return path
-
-    return write
+    return lambda *changes: study_file(STUDY, tmp_path, *changes)
 
 
 # -- whose a run is ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from xml.etree import ElementTree
 
@@ -53,19 +52,9 @@ STUDY = """
 
 
 @pytest.fixture(scope="module")
-def written(corpus):
+def written(study_file):
     """Writes the study, changed as asked, into a folder."""
-
-    def write(folder, *changes):
-        text = textwrap.dedent(STUDY).replace("CORPUS", str(corpus))
-        for old, new in changes:
-            assert old in text
-            text = text.replace(old, new)
-        path = folder / "mine.yaml"
-        path.write_text(text)
-        return path
-
-    return write
+    return lambda folder, *changes: study_file(STUDY, folder, *changes)
 
 
 @pytest.fixture(scope="module")

@@ -233,9 +233,13 @@ def _timed_sides(
     sides: dict[tuple[str, str], Side], budget: Budget | int, first: str
 ) -> tuple[dict[tuple[str, str], list[Timed]], dict[str, str]]:
     """Times of every side, and why some have none of a product that was computed before."""
-    names, failed = {_key(*key): key for key in sides}, {}  # type: ignore[var-annotated]
-    times = time_rounds({_key(*key): side.calls for key, side in sides.items()}, budget, _key("dense", first), failed)
-    return times, {"{0} {2} in {1}".format(*names[name], product): why for (name, product), why in failed.items()}
+    keys, failed = {_key(*key): key for key in sides}, dict[tuple[str, str], str]()
+    times = time_rounds({name: sides[key].calls for name, key in keys.items()}, budget, _key("dense", first), failed)
+    missing = {}
+    for (key, product), why in failed.items():
+        name, dtype = keys[key]
+        missing[f"{name} {product} in {dtype}"] = why
+    return times, missing
 
 
 def _taken(candidate: Any) -> list[str]:

@@ -57,11 +57,16 @@ def hand_over(old: nn.Module, new: nn.Module, name: str) -> None:
     new.train(old.training)
 
 
+def is_plain(value: object) -> bool:
+    """Whether something is a tensor of numbers in memory, and not of a class of its own (quantised blocks, shards)."""
+    return type(value) in (Tensor, nn.Parameter)
+
+
 def mark(old: Tensor, new: Tensor, name: str, move: Callable[[Tensor], Tensor]) -> None:
     """Copies attributes of a parameter (``weight.no_decay``) to the one in its place, those of its shape (an anchor to
     which it is drawn, say) by `move`; names hooks that stay behind."""
     for key, value in vars(old).items():
-        moves = type(value) in (Tensor, nn.Parameter) and value.shape == old.shape
+        moves = is_plain(value) and value.shape == old.shape
         vars(new)[key] = move(value.detach()).contiguous() if moves else value
     if old._backward_hooks or getattr(old, "_post_accumulate_grad_hooks", None):
         log.warning(

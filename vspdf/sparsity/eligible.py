@@ -74,6 +74,7 @@ def _adapters(model: nn.Module) -> tuple[set[str], bool]:
 
 
 def globs_of(globs: str | Iterable[str]) -> tuple[str, ...]:
+    """Globs, given as one or as several."""
     return (globs,) if isinstance(globs, str) else tuple(globs)
 
 
@@ -106,6 +107,7 @@ def linear_layers(model: nn.Module) -> tuple[dict[str, nn.Module], bool]:
 
 
 def require_some(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
+    """Raises UserError, saying why, where a model has no layer to make sparse."""
     if is_linear(model):
         raise UserError("sparsify replaces layers inside a model; for a single one use SparseLinear.from_linear.")
     if already := 0 if linears else len(sparse_layers(model)):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vspdf.errors import UserError, did_you_mean
+from vspdf.sparsity.attached import is_plain
 from vspdf.sparsity.layer import is_sharded, sparse_layers
 
 log = logging.getLogger("vspdf")
@@ -76,7 +77,7 @@ def _odd(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: Mappi
         key
         for key, value in state.items()
         if any(
-            (tensor.shape != parameter.shape and tensor.numel() > 1) or not (_plain(tensor) or is_sharded(tensor))
+            (tensor.shape != parameter.shape and tensor.numel() > 1) or not (is_plain(tensor) or is_sharded(tensor))
             for tensor in _tensors(value)
         )
     ]
@@ -98,15 +99,10 @@ _BEGINNINGS: dict[type, tuple[str, str]] = {
 }
 
 
-def _plain(tensor: Tensor) -> bool:
-    """Whether a tensor is one of numbers in memory, and not of a class of its own (quantised blocks, say)."""
-    return type(tensor) in (Tensor, nn.Parameter)
-
-
 def elements(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> list[Tensor]:
     """What an optimizer keeps of each element of a parameter: tensors of its shape."""
     state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-    return [tensor for tensor in _tensors(state) if tensor.shape == parameter.shape and _plain(tensor)]
+    return [tensor for tensor in _tensors(state) if tensor.shape == parameter.shape and is_plain(tensor)]
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -99,8 +99,8 @@ class Phases:
         self._now: int | None = None
         self._weights: dict[str, int] = {}  # of each layer that is sparse or could be
         self._model: nn.Module | None = None
-        self._seen: int | None = None  # the last step that `at` was called for, and that masks changed before
-        self._changed: int | None = None
+        self._seen: int | None = None  # the last step that `at` was called for
+        self._changed: int | None = None  # the last step before which masks changed
         self._missed = False  # whether an update was, and that has been said
         self._gradients: DenseGradients | None = None  # for RigL, from the step before an update
 

@@ -26,6 +26,8 @@ class RevivedWarmup:
         What `densify` or `set_sparsity` returned.
     steps : int
         Length of the ramp.
+    done : int
+        Steps of it that were taken before, where a run is resumed.
     """
 
     def __init__(self, model: nn.Module, before: Mapping[str, Pattern], steps: int, done: int = 0) -> None:

@@ -49,9 +49,8 @@ class Phase:
     # "cosine", or "cycling" through `levels`; static masks only ever get denser. Or what `sparsity` may be beside a
     # number
     schedule: Any = "constant"
-    sparsity_end: float | None = (
-        None  # from the last update on, not beside levels; default 0 of static masks, if schedule is not constant
-    )
+    # From the last update on, not beside levels; default 0 of static masks, if schedule is not constant.
+    sparsity_end: float | None = None
     levels: list[float] = field(default_factory=list)  # of "cycling", one an update, e.g. [0.9, 0.75, 0.5, 0]
     update_every: int | None = None  # steps between updates of static masks; default: ten updates, or one per level
     layers: dict[str, float] = field(default_factory=dict)  # glob over layers to sparsity, the first match counts
