@@ -1,4 +1,5 @@
 import copy
+import gc
 import inspect
 import json
 import logging
@@ -14,8 +15,9 @@ import textwrap
 _cache = tempfile.TemporaryDirectory(prefix="vspdf-tests-")
 os.environ["VSPDF_CACHE"] = _cache.name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: threads that wait for others leave it to those
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest  # noqa: E402
 
@@ -38,6 +40,18 @@ TINY_RUN = """
       - {name: half, sparsity: 0.5, steps: 8}
       - {name: dense, steps: 8}
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_stay():
+    """What imports have left is not looked through again whenever garbage is collected, or referrers are asked for."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

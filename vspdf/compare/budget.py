@@ -4,8 +4,8 @@ Times are CPU seconds of the training steps, moves of masks included, measured o
 other. A run beside shares memory and caches, and slows some arms more than others: where runs will go side by side,
 each arm is measured beside each arm in turn. What else the machine does should be little. The measurement is kept in
 the study's folder, so that the study may be stopped and started. Half a minute says less than an arm's trials do, which
-last minutes beside other runs: with `tuning_seconds`, what they took decides the steps of the arm's other runs, once
-and for all: values that are added to `tune` later leave them as they are.
+last minutes beside other runs: with `tuning_seconds`, what the fastest took decides the steps of the arm's other runs,
+once and for all: values that are added to `tune` later leave them as they are.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _FORM: forms.Form = {
 def settle(study: Study, root: Path, jobs: int = 1, say: Callable[[str], None] = lambda line: None) -> Study:
     """The study with as many steps in every phase of its arms as fill its `seconds`, `jobs` runs at a time; the
     steps as written say in which proportion. Measures what is not known yet. A study without `seconds` as it is.
-    Once an arm's trials with `tuning_seconds` are done, its other runs' steps are by the time that these took.
+    Once an arm's trials with `tuning_seconds` are done, its other runs' steps are by the time that the fastest took.
 
     Raises
     ------
@@ -123,13 +123,13 @@ def _known(file: Path, study: Study, digests: dict[str, str]) -> dict[str, Any]:
 
 
 def _trials_took(study: Study, root: Path, arm: Arm, expected: float) -> float | None:
-    """How many times the CPU seconds expected of an arm's trials they took, the mean of those that went to their end;
-    None while any is missing."""
+    """How many times the CPU seconds expected of an arm's trials the fastest took that went to its end; None while any
+    is missing. What else the machine's host does only adds to the others, and to some arms' more than to others'."""
     found = tuned(study, root, arm)
     if found.chosen is None or not found.trials:
         return None
     runs = [Run(arm.folder(root, trial.values, seed)) for trial in found.trials for seed in study.tuning_seeds]
-    return statistics.fmean(run.lines[-1]["training_cpu_seconds"] for run in runs if run.finished) / expected
+    return float(min(run.lines[-1]["training_cpu_seconds"] for run in runs if run.finished)) / expected
 
 
 def _measured(arms: Sequence[Arm], others: Sequence[Arm], beside: int, say: Callable[[str], None]) -> dict[str, Pace]:

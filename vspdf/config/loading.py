@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -83,7 +84,7 @@ def build(
         )
     try:
         _check_form(body, Config, "", where)
-        tree = OmegaConf.merge(OmegaConf.structured(Config), body)
+        tree = OmegaConf.merge(_defaults(), body)
     except OmegaConfBaseException as error:
         raise _explained(error, where) from None
     for override in overrides:
@@ -114,13 +115,23 @@ def build(
     return resolve(config)
 
 
+@cache  # a study builds hundreds of configurations; `merge` copies what it begins with
+def _defaults() -> Any:
+    return OmegaConf.structured(Config)
+
+
+@cache
+def _hints(form: type) -> dict[str, Any]:
+    return get_type_hints(form)
+
+
 def _set(tree: Any, path: str, value: Any, hint: Any) -> None:
     """Puts a value in the place of a setting; of a group of settings (`model`, a phase) it is those that are named.
 
     A setting that is itself a mapping is replaced whole: merged, rules of `layers` would come after those that count.
     """
     if dataclasses.is_dataclass(hint) and isinstance(value, DictConfig):
-        hints = get_type_hints(hint)
+        hints = _hints(hint)
         for name, item in value.items():
             _set(tree, f"{path}.{name!s}", item, hints[str(name)])
     else:
@@ -214,7 +225,7 @@ def _hint(key: str) -> Any:
         if get_origin(hint) is list:
             hint = get_args(hint)[0]
         else:  # within a setting that may have any form, everything may
-            hint = get_type_hints(hint).get(part, Any) if dataclasses.is_dataclass(hint) else Any
+            hint = _hints(hint).get(part, Any) if dataclasses.is_dataclass(hint) else Any
     return hint
 
 
@@ -224,7 +235,7 @@ def _check_form(value: Any, hint: Any, key: str, where: str) -> None:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise UserError(f"{where}: {named} a mapping of settings, not {_described(value)}.")
-        known = get_type_hints(hint)
+        known = _hints(hint)
         for name, item in value.items():
             path = f"{key}.{name}" if key else str(name)
             if name not in known:
