@@ -121,8 +121,9 @@ def _defaults() -> Any:
 
 
 @cache
-def _hints(form: type) -> dict[str, Any]:
-    return get_type_hints(form)
+def _settings(hint: Any) -> dict[str, Any]:
+    """Types of the settings in a group of them; of anything else none."""
+    return get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
 
 
 def _set(tree: Any, path: str, value: Any, hint: Any) -> None:
@@ -130,10 +131,9 @@ def _set(tree: Any, path: str, value: Any, hint: Any) -> None:
 
     A setting that is itself a mapping is replaced whole: merged, rules of `layers` would come after those that count.
     """
-    if dataclasses.is_dataclass(hint) and isinstance(value, DictConfig):
-        hints = _hints(hint)
+    if (settings := _settings(hint)) and isinstance(value, DictConfig):
         for name, item in value.items():
-            _set(tree, f"{path}.{name!s}", item, hints[str(name)])
+            _set(tree, f"{path}.{name!s}", item, settings[str(name)])
     else:
         OmegaConf.update(tree, path, value, merge=not isinstance(value, DictConfig))
 
@@ -222,20 +222,17 @@ def _hint(key: str) -> Any:
     """Type of the setting that a dotted key names."""
     hint: Any = Config
     for part in key.split("."):
-        if get_origin(hint) is list:
-            hint = get_args(hint)[0]
-        else:  # within a setting that may have any form, everything may
-            hint = _hints(hint).get(part, Any) if dataclasses.is_dataclass(hint) else Any
+        # Within a setting that may have any form, everything may.
+        hint = get_args(hint)[0] if get_origin(hint) is list else _settings(hint).get(part, Any)
     return hint
 
 
 def _check_form(value: Any, hint: Any, key: str, where: str) -> None:
     """Mappings, lists and keys must be those of the dataclasses; what single values are is left to OmegaConf."""
     named = f"'{key}' must be" if key else "expected"
-    if dataclasses.is_dataclass(hint):
+    if known := _settings(hint):
         if not isinstance(value, dict):
             raise UserError(f"{where}: {named} a mapping of settings, not {_described(value)}.")
-        known = _hints(hint)
         for name, item in value.items():
             path = f"{key}.{name}" if key else str(name)
             if name not in known:
