@@ -117,6 +117,7 @@ def build(
 
 @cache  # a study builds hundreds of configurations; `merge` copies what it begins with
 def _defaults() -> Any:
+    """What a configuration is before a file says anything, with the types of its settings."""
     return OmegaConf.structured(Config)
 
 
