@@ -102,9 +102,8 @@ def _change(row: dict[str, Any], was: dict[str, Any]) -> dict[str, Any]:
 
 def _verdict(found: dict[str, Any]) -> str:
     faster, slower, wrong, right = (len(found[kind]) for kind in ("faster", "slower", "wrong", "right"))
-    parts = [f"{wrong} WRONG now"] * bool(wrong) + [
-        f"{right} right that {'was' if right == 1 else 'were'} wrong"
-    ] * bool(right)
+    parts = [f"{wrong} WRONG now"] * bool(wrong)
+    parts += [f"{right} right that {'was' if right == 1 else 'were'} wrong"] * bool(right)
     parts += [f"{faster} faster", f"{slower} slower"] if faster or slower else []
     parts += [f"{found['same']} rows alike"]
     parts += [f"{found['unclear']} too noisy to tell"] * bool(found["unclear"])
