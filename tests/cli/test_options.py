@@ -295,6 +295,7 @@ REFUSED = {
     "beams draw nothing": ("generate {run} --beams 2 --tokens 4 --seed 1", "--seed is for sampling"),
     "greedy draws nothing": ("generate {run} --temperature 0 --seed 1", "--seed is for sampling"),
     "nothing is run": ("compare toy --results --jobs 2", "--jobs is for running"),
+    "nothing is added": ("compare toy --results --add-to results.json", "--add-to is for running"),
     "one stage": ("plan --model gpt2-small --sparsity 0.5 --split add-on", "there is one stage"),
     "own stages": ("plan --model quickstart --split add-on", "there is one stage"),
     "a file has no words": ("convert {text} x.pt --tokenizer {run}/tokenizer.json", "leave --tokenizer away"),

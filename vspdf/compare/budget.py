@@ -60,15 +60,16 @@ _FORM: forms.Form = {
 
 def settle(study: Study, root: Path, jobs: int = 1, say: Callable[[str], None] = lambda line: None) -> Study:
     """The study with as many steps in every phase of its arms as fill its `seconds`, `jobs` runs at a time; the
-    steps as written say in which proportion. Measures what is not known yet. A study without `seconds` as it is.
-    Once an arm's trials with `tuning_seconds` are done, its other runs' steps are by the time that the fastest took.
+    steps as written say in which proportion. Measures what is not known yet. A study without `seconds`, or whose steps
+    earlier results have, as it is. Once an arm's trials with `tuning_seconds` are done, its other runs' steps are by
+    the time that the fastest took.
 
     Raises
     ------
     UserError
         If an arm is too slow for its phases to have a step each.
     """
-    if study.seconds is None:
+    if study.seconds is None or all(arm.earlier for arm in study.arms.values()):
         return study
     file = root / CALIBRATION
     digests = {

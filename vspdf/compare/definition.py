@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shlex
@@ -92,6 +93,8 @@ class Arm:
         The initial weights as they are drawn, for fine-tuning to begin with.
     steps, trial_steps, trial_seeds
         Of a study with `seconds`: steps of each phase, those of the runs that settings are chosen by, and their seeds.
+    earlier : dict, optional
+        What results whose runs are gone hold of it (`vspdf.compare.earlier`): its values, trials and runs.
     task, of, begin, model
         Of an arm's fine-tuning, whose `name` is the task's: the task, the arm's name, the checkpoint that each seed
         begins with, and its shape.
@@ -105,6 +108,7 @@ class Arm:
     steps: tuple[int, ...] = ()
     trial_steps: tuple[int, ...] = ()
     trial_seeds: frozenset[int] = frozenset()
+    earlier: Form | None = None
     task: Task | None = None
     of: str = ""
     begin: Callable[[int], Path] = field(default=lambda seed: Path(START))
@@ -131,6 +135,16 @@ class Arm:
         except UserError as error:
             message = str(error)
             raise UserError(message if message.startswith(self.where) else f"{self.where}: {message}") from None
+
+    @property
+    def digest(self) -> str:
+        """Of the configuration as written: equal where two studies' arms train alike, but for values tried."""
+        return hashlib.sha256(json.dumps(self.body, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def held(self) -> frozenset[int]:
+        """Seeds that earlier results have."""
+        return frozenset(run["seed"] for run in self.earlier["runs"]) if self.earlier else frozenset()
 
     def _steps(self, epochs: float) -> int:
         assert self.task is not None

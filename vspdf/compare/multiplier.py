@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from vspdf.report.comparison import interval, paired
+from vspdf.report.comparison import interval, paired, timed
 
 
 def multipliers(arms: Sequence[Mapping[str, Any]], family: Sequence[str]) -> list[dict[str, Any]]:
@@ -91,11 +91,13 @@ def _at(points: Sequence[tuple[float, float]], x: float) -> float:
 
 def _as_slow(arm: Mapping[str, Any], dense: Sequence[Mapping[str, Any]]) -> float | None:
     """Logarithm of the weights of the dense model whose step takes as long as the arm's; None where unknown."""
-    pace = lambda some: statistics.median(run["cpu_seconds"] / run["tokens"] for run in some["runs"])  # noqa: E731
-    timed = [one for one in (*dense, arm) if one["runs"] and all(run.get("cpu_seconds") for run in one["runs"])]
-    if len(timed) < 3 or timed[-1] is not arm:
+    pace = lambda some: statistics.median(run["cpu_seconds"] / run["tokens"] for run in timed(some["runs"]))  # noqa: E731
+    known = [
+        one for one in (*dense, arm) if timed(one["runs"]) and all(run.get("cpu_seconds") for run in timed(one["runs"]))
+    ]
+    if len(known) < 3 or known[-1] is not arm:
         return None
-    points = [(math.log(one["kept"]), -pace(one)) for one in timed[:-1]]
+    points = [(math.log(one["kept"]), -pace(one)) for one in known[:-1]]
     size, _ = _where(points, -pace(arm))
     if math.isnan(size) or size > max(x for x, _ in points) + math.log(4):  # too far beyond what was timed
         return None

@@ -18,7 +18,7 @@ from vspdf.config.resolved import ResolvedConfig
 from vspdf.errors import UserError
 from vspdf.files import read_json
 from vspdf.kernels import hardware
-from vspdf.report.comparison import Axis, at, curve, evaluated, paired, spread
+from vspdf.report.comparison import CPU, WALL, Axis, at, curve, evaluated, paired, spread, timed
 from vspdf.report.tables import LOSSES, main_axes
 from vspdf.runs.folder import COLUMNS, Run
 
@@ -56,9 +56,9 @@ def collect(study: Study, root: Path, jobs: int | None = None) -> dict[str, Any]
         if arm["flops"] and first["flops"]:
             arm["relative_flops"] = {name: total / first["flops"][name] for name, total in arm["flops"].items()}
     runs = [run for arm in arms for run in arm["runs"]]
-    uneven = _apart(arms, study.seconds)
     trained = [pair for pair in study.pairs if not any(study.arms[name].untrained for name in pair)]
     machines = [run.pop("machine") for run in runs]
+    uneven = _apart(arms, study.seconds)
     corpora = [run.pop("corpus") for run in runs]
     return {
         "study": study.name,
@@ -87,11 +87,8 @@ def collect(study: Study, root: Path, jobs: int | None = None) -> dict[str, Any]
 
 def _apart(arms: Sequence[dict[str, Any]], seconds: float | None) -> dict[str, Any] | None:
     """How far the arms of a study with `seconds` ended apart in CPU time: the `share`, and of which `arms`."""
-    took = {
-        arm["name"]: statistics.fmean(run["cpu_seconds"] for run in arm["runs"])
-        for arm in arms
-        if arm["runs"] and all(run["cpu_seconds"] for run in arm["runs"])
-    }
+    spent = {arm["name"]: [run["cpu_seconds"] for run in timed(arm["runs"])] for arm in arms}
+    took = {name: statistics.fmean(each) for name, each in spent.items() if each and all(each)}
     if seconds is None or len(took) < 2:
         return None
     least, most = min(took, key=lambda name: took[name]), max(took, key=lambda name: took[name])
@@ -115,8 +112,13 @@ def _arm(study: Study, root: Path, arm: Arm) -> dict[str, Any]:
     config = arm.configure(state.chosen or {}, study.seeds[0])
     runs = []
     if state.chosen is not None:
-        folders = [arm.folder(root, state.chosen, seed) for seed in study.seeds]
-        runs = [_run(folder) for folder in folders if {"test_loss", "diverged"} & Run(folder).evaluation.keys()]
+        held = {run["seed"]: run for run in (arm.earlier["runs"] if arm.earlier else ())}
+        folders = {seed: arm.folder(root, state.chosen, seed) for seed in study.seeds}
+        runs = [
+            dict(held[seed]) if seed in held else _run(folder, added=arm.earlier is not None)
+            for seed, folder in folders.items()
+            if seed in held or {"test_loss", "diverged"} & Run(folder).evaluation.keys()
+        ]
     whole = [run for run in runs if run["test_loss"] is not None]
     weights = sum(resolve.linear_layers(config.model).values())
     stages = resolve.amounts(config)
@@ -130,6 +132,7 @@ def _arm(study: Study, root: Path, arm: Arm) -> dict[str, Any]:
             {key: getattr(phase, key) for key in ("name", "sparsity", "steps", "tokens")} for phase in config.phases
         ],
         "tuned": state.chosen,
+        "digest": arm.digest,
         "at_the_edge": state.at_the_edge(arm),
         "trials": [{"values": trial.values, "val_loss": _finite(trial.losses)} for trial in state.trials],
         "test_loss": spread([run["test_loss"] for run in whole]),
@@ -149,8 +152,11 @@ def _finite(losses: Sequence[float | None]) -> list[float | None]:
     return [loss if loss is not None and math.isfinite(loss) else None for loss in losses]
 
 
-def _run(folder: Path) -> dict[str, Any]:
-    """A finished run. Its curve is what was logged while it trained, on `train.eval_tokens` of the validation text."""
+def _run(folder: Path, added: bool) -> dict[str, Any]:
+    """A finished run; of a seed that is `added` to earlier results, with its machine.
+
+    Its curve is what was logged while it trained, on `train.eval_tokens` of the validation text.
+    """
     run = Run(folder).check()
     known, shape = run.evaluation, run.shape
     points = []
@@ -163,9 +169,11 @@ def _run(folder: Path) -> dict[str, Any]:
             },
         })  # fmt: skip
     last = run.lines[-1] if run.lines else {"tokens": 0, "training_seconds": 0.0, "flops": dict.fromkeys(COLUMNS, 0)}
+    machine = {key: run.summary.get(key) for key in ("hardware", "versions")}
     return {
         "seed": run.config.seed,
         **{key: known.get(key) for key in LOSSES},
+        **({"added": machine} if added else {}),
         **({"diverged": known["diverged"]} if "diverged" in known else {}),
         "tokens": last["tokens"],
         "seconds": last["training_seconds"],
@@ -176,7 +184,7 @@ def _run(folder: Path) -> dict[str, Any]:
         "flops_by_convention": points[-1]["flops_by_convention"] if points else None,
         "order": run.manifest["order"],
         "corpus": {key: run.manifest[key] for key in ("corpus", "tokenizer", "train", "validation", "test")},
-        "machine": {key: run.summary.get(key) for key in ("hardware", "versions")},
+        "machine": machine,
         "parameters": shape.parameters,
         "curve": points,
     }
@@ -253,9 +261,14 @@ def _difference(a: dict[str, Any], b: dict[str, Any], key: str, axes: Sequence[A
     }  # fmt: skip
 
 
+def _fair(pairs: Sequence[tuple[Any, Any]], axis: Axis) -> Sequence[tuple[Any, Any]]:
+    """Pairs that an axis may be held to: added runs have no seconds to be compared."""
+    return [pair for pair in pairs if len(timed(pair)) == 2] if axis in (CPU, WALL) else pairs
+
+
 def _at_equal(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], axis: Axis) -> dict[str, float | None]:
     differences, budgets = [], []
-    for a, b in pairs:
+    for a, b in _fair(pairs, axis):
         budget = min(axis.value(run["curve"][-1]) for run in (a, b))
         mine, theirs = at(a["curve"], axis, budget), at(b["curve"], axis, budget)
         if mine is None or theirs is None:
@@ -263,7 +276,10 @@ def _at_equal(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], axis: Axis
         differences.append(mine - theirs)
         budgets.append(budget)
     body = paired(differences)
-    return {"budget": statistics.fmean(budgets), **{key: body[key] for key in ("mean", "low", "high")}}
+    return {
+        "budget": statistics.fmean(budgets) if budgets else None,
+        **{key: body[key] for key in ("mean", "low", "high")},
+    }
 
 
 def _reach(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], axis: Axis) -> dict[str, Any]:
@@ -271,7 +287,7 @@ def _reach(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], axis: Axis) -
 
     `share` is the mean over pairs with its interval, None where a pair never came there; `reached` says how many did.
     """
-    shares = []
+    shares, pairs = [], _fair(pairs, axis)
     for a, b in pairs:
         wanted, total = b["curve"][-1]["val_loss"], axis.value(b["curve"][-1])
         before = None

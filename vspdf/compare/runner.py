@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vspdf.compare import budget, definition, tuning, worker
+from vspdf.compare import budget, definition, earlier, tuning, worker
 from vspdf.compare.definition import Arm, Study, Values
 from vspdf.compare.results import TOLERANCE, collect
 from vspdf.compare.tuning import tuned
@@ -50,6 +50,7 @@ def run(
     jobs: int | None = None,
     *,
     changes: Sequence[str] = (),
+    add_to: Path | None = None,
     minutes: float | None = None,
     say: Say = log.info,
 ) -> dict[str, Any]:
@@ -64,6 +65,9 @@ def run(
         Runs at a time; default: as many as the cores allow, with `train.threads` each.
     changes : sequence of "key=value"
         Settings of the study to change, by dotted keys.
+    add_to : Path, optional
+        A `results.json` of this study whose runs are gone: its values and steps are taken, and what seeds it lacks are
+        run. `root` remembers it.
     minutes : float, optional
         Stop after so long, as after Ctrl-C but without its error: the results say that they are not complete.
     say : callable
@@ -86,11 +90,13 @@ def run(
     root = root or Path("runs") / wanted.name
     threads = next(iter(wanted.arms.values())).configure({}, 0).train.threads or os.cpu_count() or 1
     jobs = jobs or max(1, (os.cpu_count() or 1) // threads)
+    wanted = earlier.take(wanted, root, add_to, say)
     wanted = budget.settle(wanted, root, jobs, say)
     _check_data(wanted)
     with _alone(root) as held, _signals() as stopped:
         runner = _Runner(wanted, root, jobs, held, say, stopped, until)
         runner.check()
+        earlier.keep(root, add_to)
         try:
             runner.go()
         finally:
@@ -118,6 +124,7 @@ def _check_data(wanted: Study) -> None:
             data.check(sum(phase.steps * phase.batch_size for phase in config.phases))
         except UserError as error:
             raise UserError(f"{arm.where}: {error}") from None
+        earlier.check_text(arm, data)
 
 
 @contextmanager
@@ -294,13 +301,14 @@ class _Runner:
             state = tuned(self.study, self.root, arm)
             mine = [
                 self._run(arm, trial.values, seed, test=False)
-                for trial in state.trials
+                for trial in (() if arm.earlier else state.trials)
                 for seed in self.study.tuning_seeds
                 if may(arm, seed)
             ]
             trials.append(mine)
             if state.chosen is not None:
-                finals.extend(self._run(arm, state.chosen, s, test=True) for s in self.study.seeds if may(arm, s))
+                left = [seed for seed in self.study.seeds if seed not in arm.held and may(arm, seed)]
+                finals.extend(self._run(arm, state.chosen, seed, test=True) for seed in left)
             elif mine and all(run.done for run in mine):
                 raise UserError(f"{arm.where}: every value of 'tune' diverged; try smaller ones.")
         finals.sort(key=lambda run: self.study.seeds.index(run.seed))

@@ -76,12 +76,20 @@ def tuning(arm: Arm, seeds: Sequence[int], loss: Callable[[Values, int], float |
 
 def planned(arm: Arm, study: Study) -> int:
     """How many trainings an arm takes in all: trials, and one for each seed that no trial was of."""
+    if arm.earlier:
+        return len(set(study.seeds) - arm.held)
     trials = arm.trials() * len(study.tuning_seeds)
     return trials + len(set(study.seeds) - set(study.tuning_seeds if arm.tune else ()))
 
 
 def tuned(study: Study, root: Path, arm: Arm) -> Tuning:
-    """What the finished trials of an arm say about its values."""
+    """What the finished trials of an arm say about its values, or earlier results of it."""
+    if arm.earlier:
+        known = [
+            Trial(trial["values"], tuple(math.inf if loss is None else loss for loss in trial["val_loss"]))
+            for trial in arm.earlier["trials"]
+        ]
+        return Tuning(arm.earlier["tuned"], known)
 
     def loss(values: Values, seed: int) -> float | None:
         known = Run(arm.folder(root, values, seed)).evaluation

@@ -53,6 +53,11 @@ OTHER_AXES = (
 AXES = (TOKENS, EXECUTED, WALL)  # of runs side by side
 
 
+def timed(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs of a study whose times count: all but those added to earlier results, on whatever machine that was."""
+    return [run for run in runs if "added" not in run]
+
+
 def curve(run: Run) -> list[dict[str, Any]]:
     """A point for each logged step of a run; `val_loss` and `val_bits_per_byte` where it was evaluated.
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from vspdf.draw import words
 from vspdf.draw.words import between, number
-from vspdf.report.comparison import CPU, EXECUTED, TOKENS, WALL, Axis
+from vspdf.report.comparison import CPU, EXECUTED, TOKENS, WALL, Axis, timed
 from vspdf.runs.folder import COLUMNS
 
 
@@ -24,9 +24,11 @@ def time_axis(arms: Sequence[dict[str, Any]]) -> Axis:
 
 def undisturbed(results: dict[str, Any]) -> bool:
     """Whether times may be quoted: CPU time, or wall-clock time of one machine with no more to do than it has cores."""
-    loads = [run["load_average"] for arm in results["arms"] for run in arm["runs"] if run["load_average"] is not None]
+    runs = [run for arm in results["arms"] for run in arm["runs"]]
+    loads = [run["load_average"] for run in timed(runs) if run["load_average"] is not None]
     quiet = not loads or max(loads) <= (results["hardware"]["cores"] or 1) + 0.5
-    return results["same_machine"] and (quiet or time_axis(results["arms"]) is CPU)
+    one_machine = results["same_machine"] or len(timed(runs)) < len(runs)
+    return one_machine and (quiet or time_axis(results["arms"]) is CPU)
 
 
 def main_axes(arms: Sequence[dict[str, Any]]) -> tuple[Axis, ...]:
@@ -114,7 +116,15 @@ def notes(results: dict[str, Any]) -> list[str]:
         said.append(f"Best at the least or greatest value tried, so a better one may lie outside: {'; '.join(edges)}.")
     for title, arm in titled:
         said.extend(f"{title}, seed {run['seed']}: {run['diverged']}" for run in arm["runs"] if "diverged" in run)
-    if not results["same_machine"]:
+    added = [run for arm in results["arms"] for run in arm["runs"] if "added" in run]
+    if added:
+        seeds = ", ".join(map(str, sorted({run["seed"] for run in added})))
+        cpus = ", ".join(sorted({run["added"]["hardware"]["cpu"] for run in added}))
+        said.append(
+            f"{len(added)} runs (seed {seeds}) were added later, in as many steps, on {cpus}: they count as losses, "
+            "not as times."
+        )
+    elif not results["same_machine"]:
         said.append("The runs were made on different machines or with different versions: seconds do not compare.")
     if time_axis(results["arms"]) is CPU:
         said.append(
@@ -162,7 +172,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
 def _loss_tables(results: dict[str, Any]) -> list[Table]:
     title, key = clocks(results)[0]
     clock = time_axis(results["arms"]).name
-    timed = undisturbed(results)
+    quotable = undisturbed(results)
     sized = any(arm.get("stored_bytes") for arm in results["arms"])  # results of before do not say
     rows: list[tuple[str, ...]] = []
     for arm in results["arms"]:
@@ -173,26 +183,26 @@ def _loss_tables(results: dict[str, Any]) -> list[Table]:
             f"{len(runs)}/{len(results['seeds'])}", f"{runs[0]['tokens']:,}" if runs else "–",
             *(number(relative.get(name), ".1%") for name in ("linear", "executed")),
             *([words.size(arm["stored_bytes"])] if arm.get("stored_bytes") else ["–"] if sized else []),
-            *([number(mean(arm, key), ".0f")] if timed else []),
+            *([number(mean(arm, key), ".0f")] if quotable else []),
         ))  # fmt: skip
     head = (
         "test loss", "± 95 %", "seeds", "tokens", "weight-FLOPs", "executed", *(["stored"] if sized else []),
-        *([title] if timed else []),
+        *([title] if quotable else []),
     )  # fmt: skip
     found = [Table("test loss, nats a token", ("arm", *head), rows)]
     if results["paired"]:
-        reach = timed and any("reach" in pair for pair in results["paired"])
+        reach = quotable and any("reach" in pair for pair in results["paired"])
         rows = [
             (
                 f"{pair['a']} − {pair['b']}", number(pair["mean"], "+.4f"), between(pair, "+.4f"),
                 str(len(pair["seeds"])), pair["verdict"],
-                *([number(pair["at_equal"].get(clock, {}).get("mean"), "+.4f")] if timed else []),
+                *([number(pair["at_equal"].get(clock, {}).get("mean"), "+.4f")] if quotable else []),
                 *([number(pair["reach"].get(clock, {}).get("share"), ".0%")] if reach else []),
             )
             for pair in results["paired"]
         ]  # fmt: skip
         pair_head = (
-            "a − b", "mean", "95 % interval", "seeds", "a is", *(["at equal time"] if timed else []),
+            "a − b", "mean", "95 % interval", "seeds", "a is", *(["at equal time"] if quotable else []),
             *(["time to b's loss"] if reach else []),
         )  # fmt: skip
         found.append(Table("paired differences of test losses", pair_head, rows))
@@ -284,6 +294,7 @@ def clocks(results: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def mean(arm: dict[str, Any], key: str) -> float | None:
-    """The mean over an arm's runs of a figure, of those that have it."""
-    known = [run[key] for run in arm["runs"] if run[key] is not None]
+    """The mean over an arm's runs of a figure, of those that have it, and whose times count."""
+    runs = timed(arm["runs"]) if key in ("seconds", "cpu_seconds") else arm["runs"]
+    known = [run[key] for run in runs if run[key] is not None]
     return statistics.fmean(known) if known else None

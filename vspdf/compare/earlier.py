@@ -1,0 +1,107 @@
+"""Results whose runs are gone, as on another machine: a study adds seeds to them.
+
+What they chose for an arm stands, and so do its steps: losses hang on those, not on the machine. Nothing is tried or
+measured anew, a seed that they hold is not run again, and those that are added count as losses, not as times.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vspdf.compare.definition import Arm, Study
+from vspdf.data.text import Dataset
+from vspdf.errors import UserError
+from vspdf.files import read_json, write_whole
+from vspdf.runs import forms
+
+FILE = "earlier.json"  # in the study's folder, so that the same command goes on without them
+
+_WHOLE = lambda value: isinstance(value, int)  # noqa: E731
+_TEXT = lambda value: isinstance(value, str)  # noqa: E731
+_LIST = lambda value: isinstance(value, list)  # noqa: E731
+_MAPPING = lambda value: isinstance(value, dict)  # noqa: E731
+_FORM: forms.Form = {
+    "study": _TEXT, "corpus": _MAPPING, "hardware": _MAPPING, "versions": _MAPPING,
+    "arms": [{
+        "name": _TEXT, "digest?": _TEXT, "tuned": lambda value: value is None or isinstance(value, dict),
+        "phases": [{"steps": _WHOLE}], "trials": [{"values": _MAPPING, "val_loss": _LIST}],
+        "runs": [{"seed": _WHOLE, "order": _TEXT, "tokens": _WHOLE, "curve": _LIST, "added?": _MAPPING}],
+    }],
+}  # fmt: skip
+
+
+def take(study: Study, root: Path, source: Path | None, say: Callable[[str], None]) -> Study:
+    """The study with what `source`, a `results.json`, holds of its arms, or what an earlier call left in `root`.
+
+    Raises
+    ------
+    UserError
+        If they are not results of this study, or `root` adds to others.
+    """
+    kept = root / FILE
+    if source is None and not kept.exists():
+        return study
+    file = source or kept
+    body = read_json(file)
+    if why := forms.wrong(body, _FORM):
+        raise UserError(f"{file} cannot be read as results of a study: {why}.")
+    if study.tasks:
+        raise UserError(f"{file}: seeds cannot be added to a study with 'tasks': fine-tuning begins with runs.")
+    if body["study"] != study.name:
+        raise UserError(f"{file} holds results of '{body['study']}', expected those of '{study.name}'.")
+    held = {arm["name"]: arm for arm in body["arms"]}
+    if held.keys() != study.arms.keys():
+        raise UserError(f"{file} has the arms {', '.join(held)}; expected {', '.join(study.arms)}.")
+    arms = {name: _with(arm, study, held[name], body, file) for name, arm in study.arms.items()}
+    if unsure := [name for name, arm in held.items() if "digest" not in arm]:
+        say(f"{file} does not say how {', '.join(unsure)} were configured: taken to be as in {study.path}")
+    if kept.exists() and read_json(kept) != body:
+        raise UserError(f"'{root}' adds to other results than {file}: give the study another folder.")
+    return replace(study, arms=arms)
+
+
+def keep(root: Path, source: Path | None) -> None:
+    """Has the folder of a study remember what it adds to."""
+    if source is not None:
+        write_whole(root / FILE, json.dumps(read_json(source), indent=1) + "\n")
+
+
+def _with(arm: Arm, study: Study, held: dict[str, Any], body: dict[str, Any], file: Path) -> Arm:
+    """The arm with what is held of it."""
+
+    def differs(what: str) -> UserError:
+        return UserError(f"{file}, arm '{arm.name}': {what}, so they are results of another study.")
+
+    if held["tuned"] is None or held["tuned"].keys() != arm.tune.keys():
+        raise UserError(f"{file}, arm '{arm.name}': no values were chosen for {', '.join(arm.tune)}.")
+    if held.get("digest", arm.digest) != arm.digest:
+        raise differs("it was configured otherwise than the study is now")
+    if study.seconds is not None:
+        arm = replace(arm, steps=tuple(phase["steps"] for phase in held["phases"]))
+    if len(held["phases"]) != len(arm.body["phases"]):
+        raise differs(f"it has {len(held['phases'])} phases of {len(arm.body['phases'])}")
+    config = arm.configure(held["tuned"], study.seeds[0])
+    for i, (phase, was) in enumerate(zip(config.phases, held["phases"], strict=True)):
+        for key in ("name", "sparsity", "steps", "tokens"):
+            if was.get(key) != getattr(phase, key):
+                raise differs(f"its phase {i} has {key} = {was.get(key)} of {getattr(phase, key)}")
+    for run in held["runs"]:
+        if "diverged" not in run and run["tokens"] != sum(phase.tokens for phase in config.phases):
+            raise differs(f"seed {run['seed']} read {run['tokens']:,} tokens")
+    here = {key: body[key] for key in ("hardware", "versions")}
+    runs = [run | {"machine": run.get("added", here), "corpus": body["corpus"]} for run in held["runs"]]
+    return replace(arm, earlier=held | {"runs": runs})
+
+
+def check_text(arm: Arm, data: Dataset) -> None:
+    """Raises UserError if earlier runs of the arm read other text than `data`."""
+    for run in arm.earlier["runs"] if arm.earlier else ():
+        for key, was in run["corpus"].items():
+            if (now := data.manifest.get(key)) != was:
+                raise UserError(
+                    f"{arm.where}: earlier runs had {key} = {was}, expected the same text; here it is {now}."
+                )
