@@ -113,13 +113,18 @@ def test_added_runs_count_as_losses_and_not_as_times(study, tmp_path, changed):
         (lambda body: body["arms"][0].update(digest="0" * 64), "arm 'dense': it was configured otherwise"),
         (lambda body: body["arms"][1]["phases"][0].update(sparsity=0.5), "its phase 0 has sparsity = 0.5 of 0.75"),
         (lambda body: body["arms"][1]["phases"].pop(), "arm 'variable': it has 1 phases of 2"),
-        (lambda body: body["arms"][0].update(tuned=None), "arm 'dense': no values were chosen for optimizer.lr"),
+        (lambda body: body["arms"][0].update(tuned=None), "arm 'dense': its values were not chosen yet"),
+        (
+            lambda body: body["arms"][1].update(tuned={"optimizer.lr": 1}),
+            "it chose optimizer.lr, the study tunes nothing",
+        ),
         (lambda body: body["arms"][0]["runs"][0].update(tokens=7), "arm 'dense': seed 0 read 7 tokens"),
         (lambda body: body["corpus"]["corpus"].update(sha256="0"), "expected the same text"),
         (lambda body: body.pop("corpus"), "cannot be read as results of a study: it has no 'corpus'"),
         (lambda body: body["arms"][0]["runs"][0].pop("order"), "it has no 'order'"),
+        (lambda body: body["arms"][0]["runs"][0]["curve"][0].update(val_loss="low"), "its 'val_loss' is 'low'"),
     ],
-    ids=["study", "arms", "digest", "sparsity", "phases", "untuned", "tokens", "text", "key", "run"],
+    ids=["study", "arms", "digest", "sparsity", "phases", "untuned", "tuned", "tokens", "text", "key", "run", "point"],
 )
 def test_results_of_something_else_are_refused(study, tmp_path, changed, change, message):
     with pytest.raises(UserError) as caught:
@@ -140,5 +145,7 @@ def test_a_folder_adds_to_one_set_of_results(study, tmp_path, changed):
 def test_older_results_that_do_not_say_how_arms_were_configured_are_taken_with_a_line(study, tmp_path, changed):
     said = []
     file = changed(lambda body: [arm.pop("digest") for arm in body["arms"]])
-    runner.run(study[0], tmp_path / "runs", jobs=2, add_to=file, say=said.append)
+    more = ["arms.dense.tune={optimizer.lr: [1.0e+30, 3.0e-3, 4.0e-3]}"]
+    runner.run(study[0], tmp_path / "runs", jobs=2, changes=more, add_to=file, say=said.append)
+    assert any("dense: optimizer.lr = 0.004 was not tried in" in line for line in said)
     assert any("does not say how dense, variable were configured" in line for line in said)

@@ -20,16 +20,26 @@ from vspdf.runs import forms
 
 FILE = "earlier.json"  # in the study's folder, so that the same command goes on without them
 
-_WHOLE = lambda value: isinstance(value, int)  # noqa: E731
-_TEXT = lambda value: isinstance(value, str)  # noqa: E731
-_LIST = lambda value: isinstance(value, list)  # noqa: E731
-_MAPPING = lambda value: isinstance(value, dict)  # noqa: E731
+
+def _is(*types: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, types)
+
+
+_NUMBER = _is(int, float)
+_POINT: forms.Form = {
+    "step": _is(int), "tokens": _NUMBER, "val_loss": _NUMBER, "seconds": _NUMBER,
+    "cpu_seconds": _is(int, float, type(None)), "flops": {"executed": _NUMBER},
+}  # fmt: skip
+_RUN: forms.Form = {
+    "seed": _is(int), "order": _is(str), "tokens": _is(int), "parameters": _is(int), "seconds": _NUMBER,
+    "cpu_seconds": _is(int, float, type(None)), "test_loss": _is(float, type(None)), "flops": _is(dict),
+    "load_average": _is(int, float, type(None)), "curve": [_POINT], "added?": {"hardware": _is(dict, type(None))},
+}  # fmt: skip
 _FORM: forms.Form = {
-    "study": _TEXT, "corpus": _MAPPING, "hardware": _MAPPING, "versions": _MAPPING,
+    "study": _is(str), "corpus": _is(dict), "hardware": _is(dict), "versions": _is(dict),
     "arms": [{
-        "name": _TEXT, "digest?": _TEXT, "tuned": lambda value: value is None or isinstance(value, dict),
-        "phases": [{"steps": _WHOLE}], "trials": [{"values": _MAPPING, "val_loss": _LIST}],
-        "runs": [{"seed": _WHOLE, "order": _TEXT, "tokens": _WHOLE, "curve": _LIST, "added?": _MAPPING}],
+        "name": _is(str), "digest?": _is(str), "tuned": _is(dict, type(None)), "phases": [{"steps": _is(int)}],
+        "trials": [{"values": _is(dict), "val_loss": _is(list)}], "runs": [_RUN],
     }],
 }  # fmt: skip
 
@@ -57,6 +67,11 @@ def take(study: Study, root: Path, source: Path | None, say: Callable[[str], Non
     if held.keys() != study.arms.keys():
         raise UserError(f"{file} has the arms {', '.join(held)}; expected {', '.join(study.arms)}.")
     arms = {name: _with(arm, study, held[name], body, file) for name, arm in study.arms.items()}
+    for name, arm in arms.items():
+        tried = [trial["values"] for trial in held[name]["trials"]]
+        for key, values in arm.tune.items():
+            if new := [str(value) for value in values if not any(one.get(key) == value for one in tried)]:
+                say(f"{name}: {key} = {', '.join(new)} was not tried in {file}, and is not now")
     if unsure := [name for name, arm in held.items() if "digest" not in arm]:
         say(f"{file} does not say how {', '.join(unsure)} were configured: taken to be as in {study.path}")
     if kept.exists() and read_json(kept) != body:
@@ -76,8 +91,11 @@ def _with(arm: Arm, study: Study, held: dict[str, Any], body: dict[str, Any], fi
     def differs(what: str) -> UserError:
         return UserError(f"{file}, arm '{arm.name}': {what}, so they are results of another study.")
 
-    if held["tuned"] is None or held["tuned"].keys() != arm.tune.keys():
-        raise UserError(f"{file}, arm '{arm.name}': no values were chosen for {', '.join(arm.tune)}.")
+    if held["tuned"] is None:
+        raise UserError(f"{file}, arm '{arm.name}': its values were not chosen yet: tuning must be complete.")
+    if held["tuned"].keys() != arm.tune.keys():
+        chosen, wanted = (", ".join(some) or "nothing" for some in (held["tuned"], arm.tune))
+        raise differs(f"it chose {chosen}, the study tunes {wanted}")
     if held.get("digest", arm.digest) != arm.digest:
         raise differs("it was configured otherwise than the study is now")
     if study.seconds is not None:

@@ -119,7 +119,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     added = [run for arm in results["arms"] for run in arm["runs"] if "added" in run]
     if added:
         seeds = ", ".join(map(str, sorted({run["seed"] for run in added})))
-        cpus = ", ".join(sorted({run["added"]["hardware"]["cpu"] for run in added}))
+        cpus = ", ".join(sorted({(run["added"]["hardware"] or {}).get("cpu", "?") for run in added}))
         said.append(
             f"{len(added)} runs (seed {seeds}) were added later, in as many steps, on {cpus}: they count as losses, "
             "not as times."
