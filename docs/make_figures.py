@@ -192,6 +192,7 @@ EQUAL_TIME = (
     ("any model, 10M bytes of text", "multiplier", "set-then-dense", None),
     ("", "multiplier", "set-75", None),
     ("any model of 0.41 MB", "size-cap", "set", "dense-l2"),
+    ("any model, in bfloat16", "frontier-bf16", "set-then-dense-192", "dense-128"),
     ("any model", "frontier-5min", "set-then-dense-192", "dense-128"),
     ("", "frontier-5min", "set-then-dense-192", "dense-192-bf16"),
     ("", "frontier-256", "set-192", "dense-128"),

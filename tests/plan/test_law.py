@@ -15,7 +15,8 @@ from vspdf.shapes import Shape
 from vspdf.train.trainer import train
 
 STUDIES = (
-    "multiplier-128", "multiplier", "frontier-5min", "frontier-256", "frontier-longer", "frontier-20min", "same-size",
+    "multiplier-128", "multiplier", "frontier-5min", "frontier-bf16", "frontier-256", "frontier-longer",
+    "frontier-20min", "same-size",
 )  # fmt: skip
 DENSE = [
     (study, arm["name"], arm["kept"], arm["phases"][0]["tokens"], arm["test_loss"]["mean"])

@@ -24,8 +24,8 @@ _EXPONENTS = ((0.35, 0.35), (0.30, 0.40), (0.40, 0.30))
 FITS = len(_EXPONENTS)
 # Dense models beside sparse ones, all of them with attention as wide as the model.
 _STUDIES = (
-    "multiplier-128", "multiplier", "frontier-5min", "frontier-256", "frontier-longer", "frontier-20min", "same-size",
-    "size-cap",
+    "multiplier-128", "multiplier", "frontier-5min", "frontier-bf16", "frontier-256", "frontier-longer",
+    "frontier-20min", "same-size", "size-cap",
 )  # fmt: skip
 _ENDS_DENSE = "set-then-dense"
 DENSE_SHARE = 1 / 3  # of its steps, the last ones
