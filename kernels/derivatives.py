@@ -147,8 +147,7 @@ class Linear(_Product):
         with packed_once:
             grad_x = grad_input(grad, values, key, ctx.backend) if needs[0] else None
             grad_v = grad_values(grad, x, key, ctx.backend, values.dtype) if needs[1] else None
-        # As nn.Linear under autocast: added up in float32, rounded once. `dtype=` would copy all of `grad` first.
-        grad_b = grad.reshape(-1, grad.shape[-1]).sum(0).to(values.dtype) if needs[2] else None
+        grad_b = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=values.dtype) if needs[2] else None
         return grad_x, grad_v, grad_b, None, None
 
     @staticmethod
