@@ -62,12 +62,9 @@ def test_only_seeds_that_are_missing_are_run_and_come_out_as_they_would_have(stu
     found = runner.run(path, root, jobs=2, changes=MORE, add_to=file)
     assert sorted(folder.name for folder in root.rglob("seed-*")) == ["seed-2", "seed-2"]
     assert losses(found) == losses(whole) and found["complete"]
-    for key in ("arms", "paired"):
-        clock = lambda value: json.dumps(value, sort_keys=True)  # noqa: E731
-        mine, theirs = (
-            [one.get("tuned"), one.get("trials"), one.get("differences")] for one in (found[key][0], whole[key][0])
-        )
-        assert clock(mine) == clock(theirs)
+    for mine, theirs in zip(found["arms"], whole["arms"], strict=True):
+        assert (mine["tuned"], mine["trials"]) == (theirs["tuned"], theirs["trials"])
+    assert found["paired"][0]["differences"] == whole["paired"][0]["differences"]
     again = runner.run(path, root, jobs=2, changes=MORE)  # remembers what it adds to
     assert losses(again) == losses(whole)
 

@@ -142,9 +142,9 @@ class Arm:
         return hashlib.sha256(json.dumps(self.body, sort_keys=True).encode()).hexdigest()
 
     @property
-    def held(self) -> frozenset[int]:
-        """Seeds that earlier results have."""
-        return frozenset(run["seed"] for run in self.earlier["runs"]) if self.earlier else frozenset()
+    def held(self) -> dict[int, Form]:
+        """Runs that earlier results have, by seed."""
+        return {run["seed"]: run for run in self.earlier["runs"]} if self.earlier else {}
 
     def _steps(self, epochs: float) -> int:
         assert self.task is not None

@@ -74,7 +74,7 @@ def take(study: Study, root: Path, source: Path | None, say: Callable[[str], Non
                 say(f"{name}: {key} = {', '.join(new)} was not tried in {file}, and is not now")
     if unsure := [name for name, arm in held.items() if "digest" not in arm]:
         say(f"{file} does not say how {', '.join(unsure)} were configured: taken to be as in {study.path}")
-    if kept.exists() and read_json(kept) != body:
+    if source is not None and kept.exists() and read_json(kept) != body:
         raise UserError(f"'{root}' adds to other results than {file}: give the study another folder.")
     return replace(study, arms=arms)
 
@@ -86,7 +86,13 @@ def keep(root: Path, source: Path | None) -> None:
 
 
 def _with(arm: Arm, study: Study, held: dict[str, Any], body: dict[str, Any], file: Path) -> Arm:
-    """The arm with what is held of it."""
+    """The arm with what results hold of it, `held`, its steps set to theirs.
+
+    Raises
+    ------
+    UserError
+        If it is not the arm that they are of.
+    """
 
     def differs(what: str) -> UserError:
         return UserError(f"{file}, arm '{arm.name}': {what}, so they are results of another study.")
@@ -116,8 +122,14 @@ def _with(arm: Arm, study: Study, held: dict[str, Any], body: dict[str, Any], fi
 
 
 def check_text(arm: Arm, data: Dataset) -> None:
-    """Raises UserError if earlier runs of the arm read other text than `data`."""
-    for run in arm.earlier["runs"] if arm.earlier else ():
+    """The text that seeds are added on must be that of the arm's earlier runs.
+
+    Raises
+    ------
+    UserError
+        If `data` are of another corpus, tokenizer or split.
+    """
+    for run in arm.held.values():
         for key, was in run["corpus"].items():
             if (now := data.manifest.get(key)) != was:
                 raise UserError(

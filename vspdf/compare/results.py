@@ -112,7 +112,7 @@ def _arm(study: Study, root: Path, arm: Arm) -> dict[str, Any]:
     config = arm.configure(state.chosen or {}, study.seeds[0])
     runs = []
     if state.chosen is not None:
-        held = {run["seed"]: run for run in (arm.earlier["runs"] if arm.earlier else ())}
+        held = arm.held
         folders = {seed: arm.folder(root, state.chosen, seed) for seed in study.seeds}
         runs = [
             dict(held[seed]) if seed in held else _run(folder, added=arm.earlier is not None)

@@ -77,7 +77,7 @@ def tuning(arm: Arm, seeds: Sequence[int], loss: Callable[[Values, int], float |
 def planned(arm: Arm, study: Study) -> int:
     """How many trainings an arm takes in all: trials, and one for each seed that no trial was of."""
     if arm.earlier:
-        return len(set(study.seeds) - arm.held)
+        return len(set(study.seeds) - arm.held.keys())
     trials = arm.trials() * len(study.tuning_seeds)
     return trials + len(set(study.seeds) - set(study.tuning_seeds if arm.tune else ()))
 
