@@ -61,6 +61,7 @@ CASES = {
             "--runs": "--runs elsewhere",
             "--jobs": "--jobs 3",
             "--minutes": ("toy --results", "--minutes 1"),
+            "--arms": "--arms dens",
             "--add-to": "--add-to {study}",
             "--results": ("{study} --minutes 0", "--results"),
             "--plot": ("toy --results", "--plot p.svg"),

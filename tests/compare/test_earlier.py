@@ -69,6 +69,17 @@ def test_only_seeds_that_are_missing_are_run_and_come_out_as_they_would_have(stu
     assert losses(again) == losses(whole)
 
 
+def test_some_arms_are_run_now_and_the_others_later(study, tmp_path):
+    path, file, whole = study
+    root, said = tmp_path / "runs", []
+    first = runner.run(path, root, jobs=2, changes=MORE, arms=["variable"], add_to=file, say=said.append)
+    assert {name: len(found) for name, found in losses(first).items()} == {"dense": 2, "variable": 3}
+    assert not first["complete"] and any("mine: 1 runs, 0 of them done" in line for line in said)
+    assert losses(runner.run(path, root, jobs=2, changes=MORE)) == losses(whole)
+    with pytest.raises(UserError, match="there is no arm 'variabel'"):
+        runner.run(path, root, jobs=2, arms=["variabel"])
+
+
 def test_steps_that_fill_a_time_are_those_of_the_results(study, tmp_path, study_file, monkeypatch):
     monkeypatch.setattr(budget, "_measured", lambda *_: pytest.fail("nothing is to be measured anew"))
     path = study_file(STUDY, tmp_path, ("tuning_seeds: [7]", "tuning_seeds: [7]\nseconds: 1000\ntuning_seconds: 10"))

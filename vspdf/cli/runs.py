@@ -25,6 +25,7 @@ def compare(
         int | None, typer.Option(min=1, help="Runs at a time; default: as many as the cores allow.")
     ] = None,
     minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop after so long; run it again to go on.")] = None,
+    arms: Annotated[str | None, typer.Option(help="Run these arms only, as a,b; leave the others for later.")] = None,
     add_to: Annotated[
         Path | None, typer.Option(help="A results.json whose runs are gone: runs the seeds that it lacks.")
     ] = None,
@@ -44,7 +45,7 @@ def compare(
 
     `vspdf compare gpu --minutes 9`
 
-    `vspdf compare toy 'seeds=[0, 1, 2, 3, 4, 5]' --add-to results.json`
+    `vspdf compare toy 'seeds=[0, 1, 2, 3, 4, 5]' --add-to results.json --arms dense,variable`
     """
     from vspdf.compare import definition as studies
     from vspdf.compare import runner
@@ -54,13 +55,15 @@ def compare(
     refuse("compare", "`jobs` N spreads a study over the cores of one machine")
     if plot:
         study_page.check_plot(plot)
-    only(not results, "is for running: `results` shows what is there", context, "root", "jobs", "minutes", "add_to")
+    rule = "is for running: `results` shows what is there"
+    only(not results, rule, context, "root", "jobs", "minutes", "arms", "add_to")
     if results:
         if others := [change for change in changes or [] if not change.startswith("folder=")]:
             raise UserError(f"`results` shows what was kept of the study as it is: '{others[0]}' is for running.")
         body = read(studies.load(study, changes or []))
     else:
-        body = runner.run(study, root, jobs, changes=changes or [], add_to=add_to, minutes=minutes, say=say)
+        names = [name.strip() for name in arms.split(",")] if arms is not None else []
+        body = runner.run(study, root, jobs, changes=changes or [], arms=names, add_to=add_to, minutes=minutes, say=say)
     if plot:
         study_page.plot(body, plot)
         say(f"wrote {plot}")

@@ -31,7 +31,7 @@ from vspdf.config.loading import FREE_TO_CHANGE, differences
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.data.text import prepare
 from vspdf.draw import words
-from vspdf.errors import Interrupted, UserError
+from vspdf.errors import Interrupted, UserError, did_you_mean
 from vspdf.files import lock
 from vspdf.kernels.hardware import device
 from vspdf.report import study_page
@@ -50,6 +50,7 @@ def run(
     jobs: int | None = None,
     *,
     changes: Sequence[str] = (),
+    arms: Sequence[str] = (),
     add_to: Path | None = None,
     minutes: float | None = None,
     say: Say = log.info,
@@ -65,6 +66,8 @@ def run(
         Runs at a time; default: as many as the cores allow, with `train.threads` each.
     changes : sequence of "key=value"
         Settings of the study to change, by dotted keys.
+    arms : sequence of str
+        Arms to run now; default all. The others are left for later, so results may say that they are not complete.
     add_to : Path, optional
         A `results.json` of this study whose runs are gone: its values and steps are taken, and what seeds it lacks are
         run. `root` remembers it.
@@ -87,6 +90,9 @@ def run(
     """
     until = math.inf if minutes is None else time.monotonic() + 60 * minutes
     wanted = definition.load(source, changes)
+    for name in arms:
+        if name not in wanted.arms:
+            raise UserError(f"{wanted.path}: there is no arm '{name}'.{did_you_mean(name, wanted.arms)}")
     root = root or Path("runs") / wanted.name
     threads = next(iter(wanted.arms.values())).configure({}, 0).train.threads or os.cpu_count() or 1
     jobs = jobs or max(1, (os.cpu_count() or 1) // threads)
@@ -94,7 +100,7 @@ def run(
     wanted = budget.settle(wanted, root, jobs, say)
     _check_data(wanted)
     with _alone(root) as held, _signals() as stopped:
-        runner = _Runner(wanted, root, jobs, held, say, stopped, until)
+        runner = _Runner(wanted, arms or list(wanted.arms), root, jobs, held, say, stopped, until)
         runner.check()
         earlier.keep(root, add_to)
         try:
@@ -226,15 +232,20 @@ class _Runner:
     """Keeps `jobs` workers busy until nothing is missing."""
 
     def __init__(
-        self, wanted: Study, root: Path, jobs: int, lock: int | None, say: Say, stopped: Callable[[], bool],
-        until: float,
+        self, wanted: Study, names: Sequence[str], root: Path, jobs: int, lock: int | None, say: Say,
+        stopped: Callable[[], bool], until: float,
     ) -> None:  # fmt: skip
         self.study, self.root, self.jobs, self.say, self.stopped = wanted, root, jobs, say, stopped
+        self.names = names  # of the arms to run
         self.inherited = [] if lock is None else [lock]
         self.until = until  # by the monotonic clock
         self.running: list[_StudyRun] = []
         fine = sum(tuning.planned(arm, wanted) for arm in wanted.fine_tunings.values())
-        self.total = sum(tuning.planned(arm, wanted) + fine for arm in wanted.arms.values())
+        self.total = sum(tuning.planned(arm, wanted) + fine for arm in self._arms)
+
+    @property
+    def _arms(self) -> list[Arm]:
+        return [arm for arm in self.study.arms.values() if arm.name in self.names]
 
     def check(self) -> None:
         """No run in the folder may be one of another version of the study."""
@@ -282,7 +293,7 @@ class _Runner:
         Fine-tuning comes after pre-training, in the same order, each run as soon as what it begins with is done.
         """
         found: list[_StudyRun] = []
-        arms = list(self.study.arms.values())
+        arms = self._arms
         self._add(arms, found)
         begun = {run.folder for run in found if run.done and "diverged" not in run.files.evaluation}
         fine: list[Arm] = []
@@ -380,7 +391,7 @@ class _Runner:
         usual = fmean(pace.values())
         each = fmean(fmean(run.steps for run in some) for some in runs.values())
         left = 0.0
-        for arm in self.study.arms.values():
+        for arm in self._arms:
             for name, of in [(arm.name, arm), *((f"{arm.name} on {t}", a) for t, a in self.study.fine_tunings.items())]:
                 some = runs.get(name, [])
                 open_ = tuning.planned(of, self.study) - sum(run.trained for run in some)
