@@ -248,6 +248,7 @@ def test_fine_tuning_is_dense_however_a_phase_would_be_sparse(override):
 IDLE = {
     ("phases.1.init_method=topk",): r"phases.1.init_method = topk does nothing: first masks are those of the first",
     ("phases.1.init_method=file", "phases.1.init_file=none.npz"): r"phases.1.init_method = file does nothing",
+    ("phases.0.sparsity=0", "phases.0.init_method=topk"): r"phases.0.init_method = topk does nothing: the phase begins",
     (
         "phases.1={algorithm: set, sparsity: 0}",
     ): r"phases.1: algorithm: set has no masks to move, the sparsity stays at 0",

@@ -101,16 +101,6 @@ class Phase:
         """
         named = not courses.is_course(self.schedule)
         one_of(f"{key}.schedule", self.schedule if named else "constant", SCHEDULES)
-        check_init_method(f"{key}.init_method =", self.init_method)
-        require(
-            (self.init_method == "file") == (self.init_file is not None),
-            f"{key}: init_method: file and init_file, the file with the masks, belong together.",
-        )
-        if previous and (self.init_method, self.init_file) != ("random", None):
-            require(
-                (self.init_method, self.init_file) == (previous.init_method, previous.init_file),
-                f"{key}.init_method = {self.init_method} does nothing: first masks are those of the first phase.",
-            )
         one_of(f"{key}.count", self.count, ("round", "truncate"))
         one_of(f"{key}.algorithm", self.algorithm, ALGORITHMS)
         one_of(f"{key}.rules", self.rules, RULES)
@@ -119,6 +109,7 @@ class Phase:
             raise UserError(f"{key} needs a number of steps of at least 1, not {steps}.")
         update, drop, random_share = self._moving(key, steps)
         start, schedule, end, every = self._amounts(key, steps, update)
+        self._check_first_masks(key, start, previous)
         for glob, amount in self.layers.items():
             check_sparsity(f"{key}.layers: the sparsity of '{glob}'", amount)
         one_of(f"{key}.moments", self.moments, ("keep", "reset"))
@@ -142,6 +133,25 @@ class Phase:
         if previous and self.algorithm == "static" and not (found.layers or previous.layers):
             only_added(start <= previous.end, f"{key}.sparsity = {start} is above the phase before ({previous.end})")
         return found
+
+    def _check_first_masks(self, key: str, start: float, previous: Amounts | None) -> None:
+        """Of how they are made: whether that is known, and there are any to make."""
+        method = self.init_method
+        check_init_method(f"{key}.init_method =", method)
+        require(
+            (method == "file") == (self.init_file is not None),
+            f"{key}: init_method: file and init_file, the file with the masks, belong together.",
+        )
+        if previous:
+            require(
+                method == "random" or (method, self.init_file) == (previous.init_method, previous.init_file),
+                f"{key}.init_method = {method} does nothing: first masks are those of the first phase.",
+            )
+        elif method not in ("random", "from_zeros", "file") and self.rules == "vspdf":  # these are held against weights
+            require(
+                any((start, *self.layers.values())),
+                f"{key}.init_method = {method} does nothing: the phase begins dense.",
+            )
 
     def _moving(self, key: str, steps: int) -> tuple[dict[str, Any] | None, Any, float | None]:
         """When masks move, how much of them, and which share of that by chance."""
