@@ -258,7 +258,9 @@ def test_a_hugging_face_folder_is_the_model_it_describes(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(body))
     assert plan(tmp_path).shape == Shape(2, 48, 4, 192, 131, 32, mlp="gelu_tanh", norm_eps=1e-6, tie=False)
     OPTConfig().save_pretrained(tmp_path)
-    assert plan(tmp_path).shape == Shape(12, 768, 12, 3072, 50272, 2048)
+    opt = plan(tmp_path)
+    assert opt.shape == Shape(12, 768, 12, 3072, 50272, 2048) and "by its sizes alone" in " ".join(opt.notes)
+    assert not any("by its sizes" in note for note in found.notes) and "by its sizes" in plan("bert-large").notes[0]
 
 
 def test_a_configuration_keeps_its_own_phases_and_budget():

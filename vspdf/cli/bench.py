@@ -11,7 +11,7 @@ import typer
 
 from vspdf.cli import bench_tables as tables
 from vspdf.cli.console import Json, Verb, emit, murmur, say, show, tell
-from vspdf.errors import UserError, one_of, percent_meant, require
+from vspdf.errors import UserError, did_you_mean, one_of, percent_meant, require
 from vspdf.kernels.hardware import crowded, keep_freed_memory, slow_bf16_measured
 from vspdf.parallel.environment import refuse
 
@@ -440,6 +440,8 @@ def _to_decode(source: str, length: int, zeros: bool) -> Any:
     if source in MODELS:
         require(not zeros, f"`sparsity` zeros is for a checkpoint that was pruned; {source} is a name.")
         return GPT(replace(MODELS[source], sequence_length=length))
+    if not Path(source).exists():
+        raise UserError(f"`model` '{source}' not found, by name or as a checkpoint.{did_you_mean(source, MODELS)}")
     model = checkpoints.load(source).model
     densify(model)
     longest = model.shape.sequence_length

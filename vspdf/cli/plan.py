@@ -77,12 +77,12 @@ def plan(
             "causal": causal or None, "save": save, "memory": memory, "time": time or None, "machines": machines,
         })  # fmt: skip
         return
-    advised = advice.advise(hours, murmur) if hours is not None else None
     found = planner.plan(
         model, sparsity=sparsity, effective=effective, split=split, phases=_stages(phases) if phases else None,
         steps=steps, batch_size=batch_size, sequence=sequence, convention=convention, causal=causal, save=save,
         memory=memory, hours=hours, time=time, machines=several, progress=murmur,
     )  # fmt: skip
+    advised = advice.advise(hours, murmur) if hours is not None else None
     if write:
         plan_write.write(found, write)
         say(f"wrote {write}: vspdf train {write}")

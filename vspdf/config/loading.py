@@ -188,7 +188,8 @@ def find_config(source: str | Path, folder: str = "configs", what: str = "config
     if path.is_dir():
         raise UserError(f"{path} is a folder; a {what} is a YAML file.")
     near = [*ours, *(str(file) for file in path.parent.glob("*.yaml"))]
-    raise UserError(f"no {what} '{source}': neither a file nor one that ships.{did_you_mean(str(source), near)}")
+    hint = f" Did you mean '{path.stem}'?" if path.stem in ours else did_you_mean(str(source), near)
+    raise UserError(f"no {what} '{source}': neither a file nor one that ships.{hint}")
 
 
 def to_yaml(config: ResolvedConfig) -> str:

@@ -59,7 +59,7 @@ class DataConfig:
     validation_fraction: float = 0.05  # of the text, held out as whole documents
     test_fraction: float = 0.0  # likewise, for figures that no choice was made by; training and tuning never read it
     repeat: bool = False  # False: running out of unseen samples is an error
-    # Fine-tuning: a file of contexts with completions instead of a corpus (see vspdf.tasks)
+    # Fine-tuning: a file of contexts with completions instead of a corpus (see vspdf.data.tasks)
     path: str | None = None
     format: str = "auto"  # "dart", "webnlg", "e2e", "jsonl"
     validation_path: str | None = None  # default: validation_fraction of the examples in `path`

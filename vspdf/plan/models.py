@@ -26,6 +26,7 @@ TOKENS_PER_PARAMETER = 20  # compute-optimal (arXiv:2203.15556), as Cerebras-GPT
 # Hugging Face architectures whose blocks hold 4·d² + 2·d·d_ff weights, though our GPT is none of them, and what their
 # configurations call things.
 HF_TYPES = ("gptj", "gpt_neo", "opt", "bert")
+_OF_OTHERS = ("gpt-j", "bert")  # models by name
 HF_KEYS = {
     "n_layer": ("n_layer", "num_hidden_layers", "num_layers"),
     "d_model": ("n_embd", "hidden_size"),
@@ -46,6 +47,7 @@ class Source(NamedTuple):
     settings: Config
     model: ResolvedModel
     phases: tuple[ResolvedPhase, ...] = ()
+    by_size: bool = False  # whether it is another architecture than ours, of which the sizes are taken alone
 
     @property
     def shape(self) -> Shape:
@@ -65,7 +67,7 @@ class Source(NamedTuple):
 def _source(model: str | Path) -> Source:
     path, name = Path(model), str(model)
     if name in shapes.MODELS:
-        return _template(ModelConfig(name=name), name)
+        return _template(ModelConfig(name=name), name)._replace(by_size=name.startswith(_OF_OTHERS))
     if path.is_dir() and name:  # "" would be the current directory
         if not (path / "config.json").is_file():
             raise UserError(f"'{model}' holds no config.json: expected a Hugging Face folder.")
@@ -106,7 +108,7 @@ def _from_hugging_face(folder: Path) -> Source:
         sizes[key] = next((body[name] for name in names if body.get(name) is not None), None)
         if (sizes[key] is None and key != "d_ff") or not isinstance(sizes[key], int | None):
             raise UserError(f"{file}: expected a whole number as {' or '.join(names)}, not {sizes[key]}.")
-    return _of_folder(_template(ModelConfig(**sizes), _usable_name(folder)), folder)
+    return _of_folder(_template(ModelConfig(**sizes), _usable_name(folder)), folder)._replace(by_size=True)
 
 
 def _usable_name(folder: Path) -> str:
