@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vspdf.errors import UserError, require
+from vspdf.errors import UserError, check_whole, require
 from vspdf.pattern import Pattern, kept_count
 from vspdf.sparsity.amounts import Amounts, only_added
 from vspdf.sparsity.eligible import sparsifiable
@@ -83,7 +83,8 @@ class Phases:
         of_all = {"moments": moments, "revived_warmup": revived_warmup, "init_method": init_method}
         given: dict[str, Any] = {name: value for name, value in of_all.items() if value is not None}
         self.phases: list[Amounts] = []
-        self.seed, self.options = seed, options
+        check_whole("seed", seed, least=0)
+        self.seed, self.options = int(seed), options
         for i, phase in enumerate(phases):
             if not isinstance(phase, (Phase, Amounts)):
                 phase = phase_of(f"phases.{i}", phase)

@@ -96,8 +96,8 @@ def sparsify(
     Raises
     ------
     UserError
-        If a sparsity is outside [0, 1), `init_method` is unknown, a pattern does not fit, or a glob or the
-        whole call matches no layer. The model is then as it was.
+        If a sparsity is outside [0, 1), `seed` is no whole number of at least 0, `init_method` is unknown, a pattern
+        does not fit, or a glob or the whole call matches no layer. The model is then as it was.
     """
     rules = read_amounts(sparsity)
     if init_method == "file":
@@ -199,7 +199,8 @@ def set_sparsity(
     Raises
     ------
     UserError
-        If a layer is already denser, the model has no sparse layer, or `moments` is unknown.
+        If a layer is already denser, the model has no sparse layer, `seed` is no whole number of at least 0, or
+        `moments` is unknown.
     """
     check_moments(moments)
     layers = sparse_layers(model)
