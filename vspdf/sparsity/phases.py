@@ -18,7 +18,7 @@ from vspdf.sparsity.eligible import sparsifiable
 from vspdf.sparsity.from_files import MaskFile
 from vspdf.sparsity.layer import SparseLinear, is_sharded, patterns_of, sparse_layers
 from vspdf.sparsity.moves import move
-from vspdf.sparsity.optimizer import forget
+from vspdf.sparsity.optimizer import check_optimizer, forget
 from vspdf.sparsity.revived import RevivedWarmup
 from vspdf.sparsity.schedule import Phase, phase_of
 from vspdf.sparsity.scores import DenseGradients
@@ -186,6 +186,7 @@ class Phases:
         UserError
             If that would drop weights.
         """
+        check_optimizer(optimizer)
         self.check(model)
         phase, before = self.phases[0], {}
         layers = sparse_layers(model)
@@ -282,10 +283,11 @@ class Phases:
         Raises
         ------
         UserError
-            Before `start` or `restore`.
+            Before `start` or `restore`, or if `optimizer` is none (several in a list).
         """
         if self._now is None:
             raise UserError("Phases: start(model) or restore(...) comes before the first step.")
+        check_optimizer(optimizer)
         self._model = model
         if step == self._seen:
             return False
@@ -332,6 +334,7 @@ class Phases:
             Call its `step` after each step of the optimizer. It goes through switches by itself, and resumes by its
             `state_dict`.
         """
+        check_optimizer(optimizer)
         lr = float(optimizer.defaults.get("lr", optimizer.param_groups[0]["lr"]))
         if not lr > 0:
             raise UserError(f"{type(optimizer).__name__} has lr = {lr:g}: phases need a positive one to go by.")
