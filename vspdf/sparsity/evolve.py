@@ -212,8 +212,10 @@ def lowest(values: np.ndarray, count: int) -> np.ndarray:
     if count >= len(values):
         return np.arange(len(values))
     edge = np.partition(values, count - 1)[count - 1]
-    below = np.flatnonzero(values < edge)
-    return np.concatenate([below, np.flatnonzero(values == edge)[: count - len(below)]])
+    nan = np.isnan(edge)  # to which nothing compares: all numbers lie below, all NaN are equal
+    below = np.flatnonzero(~np.isnan(values) if nan else values < edge)
+    equal = np.flatnonzero(np.isnan(values) if nan else values == edge)
+    return np.concatenate([below, equal[: count - len(below)]])
 
 
 def highest(scores: np.ndarray, taken: np.ndarray, count: int) -> np.ndarray:
