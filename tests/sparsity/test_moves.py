@@ -364,3 +364,28 @@ def test_the_lowest_are_as_many_as_asked_for_and_nan_counts_as_the_largest():
     for count, wanted in enumerate([[], [3], [1, 3], [1, 3, 5], [1, 3, 4, 5], [0, 1, 3, 4, 5], [0, 1, 2, 3, 4, 5]]):
         assert sorted(moving.lowest(values, count)) == wanted
     assert sorted(moving.highest(values, values == 3.0, 3)) == [0, 3, 4]
+
+
+@pytest.mark.parametrize("again", ["start", "resume"])
+def test_phases_that_are_used_again_know_nothing_of_the_model_before(again, caplog):
+    def trained(phases, seed, stop=8):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(12, 30), nn.GELU(), nn.Linear(30, 12)).double()
+        if again == "start":
+            phases.start(model)
+        else:
+            vspdf.sparsify(model, 0.75)
+            phases.resume(model, 0)
+        loop(phases, model, adamw(model), range(stop))
+        return model
+
+    stage = vspdf.Phase(steps=20, algorithm="rigl", sparsity=0.75, update={"freq": 4})
+    used, fresh = vspdf.Phases([stage]), vspdf.Phases([stage])
+    before = trained(used, 1, stop=7)
+    used.at(7, before)
+    assert used.dense_gradients is not None and used.turnover.updates == 1
+    model, wanted = trained(used, 2), trained(fresh, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), wanted.parameters(), strict=True))
+    assert used.turnover.figures() == fresh.turnover.figures()
+    assert not any(layer._forward_hooks for layer in sparse_layers(before).values())
+    assert not caplog.records

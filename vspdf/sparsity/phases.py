@@ -153,7 +153,7 @@ class Phases:
         if sparse_layers(model):
             return
         if self.phases[0].init_file:
-            self._check_file(self.phases[0])
+            MaskFile(self.phases[0].init_file).check_sparsities(self.phases[0].of_layers(self._weights))
         if self.phases[0].init_method != "from_zeros":
             return
         for name, amount in self.phases[0].of_layers(self._weights).items():
@@ -163,18 +163,6 @@ class Phases:
                     f"phases.0.init_method = from_zeros takes zeros for masked: '{name}' has {zeros:.2%} of them, "
                     f"its sparsity is to be {amount:.2%}. Start from a model that has (init_from), or give what it has."
                 )
-
-    def _check_file(self, phase: Amounts) -> None:
-        """Whether a phase's file has the masks that its sparsities speak of."""
-        masks = MaskFile(phase.init_file or "")
-        for name, amount in phase.of_layers(self._weights).items():
-            mask = masks.of(name) if amount else 0.0
-            found = mask.sparsity if isinstance(mask, Pattern) else 0.0
-            require(
-                abs(found - amount) <= 0.005,
-                f"phases.0.init_file: '{name}' has a sparsity of {found:.2%} in '{phase.init_file}', and is to have "
-                f"{amount:.2%}: give the sparsity that its mask has, by `layers` where they differ.",
-            )
 
     def start(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
         """Brings a model into the form of the first phase, before its optimizer is made or with it.
@@ -207,7 +195,7 @@ class Phases:
                 seed=self.seed, init_method="random" if file else phase.init_method,
                 truncate=phase.count == "truncate", optimizer=optimizer, **self.options,
             )  # fmt: skip
-        self._seen = self._changed = None
+        self._forget()
         self._enter(model, 0, before)
         self._collect(1, model)
         return model
@@ -256,7 +244,7 @@ class Phases:
                 f"the checkpoint has a sparsity of {found:.4g}; after {step} steps these phases have "
                 f"{self._sparsity(self.stages[self._time.index(step)]):.4g}. Are the phases those it was trained with?"
             )
-        self._seen = self._changed = None
+        self._forget()
         self._enter(model, index, *(ramp or ({}, 0)))
         if ramp is None and index and 0 < step - self.now.start < phase.revived_warmup:
             log.warning("resumed within a ramp of revived weights: the rest of it is left out.")
@@ -368,6 +356,17 @@ class Phases:
         if self._watches(step):
             self._gradients = DenseGradients({name: model.get_submodule(name) for name in self._weights})
 
+    def _watch_no_longer(self) -> None:
+        if self._gradients is not None:
+            self._gradients.close()
+            self._gradients = None
+
+    def _forget(self) -> None:
+        """What is known of a training before: its phases may be used again, for another model."""
+        self._watch_no_longer()
+        self._seen = self._changed = self.turnover = None
+        self._missed = False
+
     def _change(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Gives the model the form that it is to have at a step."""
         assert self._now is not None
@@ -378,9 +377,7 @@ class Phases:
         else:
             amounts = phase.of_layers(self._weights, new.sparsity)
             before = move(model, optimizer, phase, amounts, inside, (self.seed, step), self._gradients, self.options)
-        if self._gradients is not None:
-            self._gradients.close()
-            self._gradients = None
+        self._watch_no_longer()
         if optimizer is not None and new.phase != old.phase and phase.moments == "reset":
             for parameter in model.parameters():
                 forget(optimizer, parameter)
