@@ -188,3 +188,13 @@ def test_a_dense_view_is_saved_and_copied_as_a_tensor(sparse_one, tmp_path):
     torch.save({"w": weight}, tmp_path / "w.pt")
     for found in (torch.load(tmp_path / "w.pt")["w"], copy.deepcopy(weight)):
         assert type(found) is torch.Tensor and torch.equal(found, torch.Tensor(weight))
+
+
+def test_what_is_frozen_stays_frozen_there_and_back():
+    for weight, bias in ((True, False), (False, True), (False, False), (True, True)):
+        linear = nn.Linear(10, 6)
+        linear.weight.requires_grad_(weight), linear.bias.requires_grad_(bias)
+        layer = SparseLinear.from_linear(linear, Pattern.random((6, 10), 0.5))
+        assert (layer.values.requires_grad, layer.bias.requires_grad) == (weight, bias)
+        back = layer.to_linear()
+        assert (back.weight.requires_grad, back.bias.requires_grad) == (weight, bias)

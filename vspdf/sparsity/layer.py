@@ -113,6 +113,8 @@ class SparseLinear(nn.Linear):
             layer = cls(pattern, values, shift, backend=backend, memory=memory)
         layer.__dict__["origin"] = shell(linear)
         layer.values.requires_grad_(weight.requires_grad)
+        if bias is not None:
+            layer.bias.requires_grad_(bias.requires_grad)  # type: ignore[arg-type]
         return layer.train(linear.training)
 
     @property
@@ -239,6 +241,9 @@ class SparseLinear(nn.Linear):
             linear.weight.copy_(reference.materialise(self.values, self.pattern))
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
+        linear.weight.requires_grad_(self.values.requires_grad)
+        if self.bias is not None:
+            linear.bias.requires_grad_(self.bias.requires_grad)
         return linear.train(self.training)
 
     def to_original(self) -> nn.Module:
