@@ -178,6 +178,21 @@ def test_a_layer_made_in_inference_mode_runs(sparse_one):
         assert sparse_one()(torch.ones(2, 48)).shape == (2, 96)
 
 
+@pytest.mark.parametrize("made", ["before", "within"])
+def test_the_dense_weight_is_read_and_edited_in_inference_mode(made, sparse_one):
+    layer = sparse_one()[0] if made == "before" else torch.inference_mode()(sparse_one)()[0]
+    x = torch.randn(4, 48)
+    with torch.inference_mode():
+        assert layer.weight.dtype == torch.float32 and layer.weight.shape == (96, 48)
+        torch.testing.assert_close(nn.functional.linear(x, layer.weight, layer.bias), layer(x))
+        for n, edit in enumerate((
+            lambda w, n: w.fill_(n), lambda w, n: w.data.T.fill_(n), lambda w, n: w.detach()[:].fill_(n),
+            lambda w, n: torch.full((96, 48), n, out=w), lambda w, n: nn.init.constant_(w, n),
+        )):  # fmt: skip
+            edit(layer.weight, float(n))
+            assert (layer.values == n).all() and torch.equal(layer.weight, n * layer.pattern.mask())
+
+
 def test_the_input_goes_by_its_name_in_torch(sparse_one):
     layer, x = sparse_one()[0], torch.randn(4, 48)
     assert torch.equal(layer(input=x), layer(x))

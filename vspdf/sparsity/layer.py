@@ -198,6 +198,9 @@ class SparseLinear(nn.Linear):
         `values`; what they would put at masked positions is dropped.
         """
         require_whole(self.values)
+        if torch.is_inference_mode_enabled():  # whose own tensors do not count edits
+            with torch.inference_mode(False), torch.no_grad():
+                return DenseView.of(reference.materialise(self.values, self.pattern), self)
         return DenseView.of(reference.materialise(self.values, self.pattern), self)
 
     def __setattr__(self, name: str, value: Any) -> None:
