@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vspdf.errors import UserError, check_whole, require
+from vspdf.errors import UserError, check_whole, did_you_mean, require
 from vspdf.pattern import Pattern, kept_count
 from vspdf.sparsity.amounts import Amounts, only_added
 from vspdf.sparsity.eligible import sparsifiable
@@ -27,6 +27,7 @@ from vspdf.sparsity.timeline import Stretch, Timeline
 from vspdf.sparsity.turnover import Turnover
 
 log = logging.getLogger("vspdf")
+_OPTIONS = ("include", "exclude", "rescale", "backend", "memory")  # of `sparsify`, which a phase may ask for later
 
 
 class Phases:
@@ -53,7 +54,8 @@ class Phases:
     Raises
     ------
     UserError
-        If a phase would drop weights, or a sparsity or a number of steps is impossible.
+        If a phase would drop weights, a sparsity or a number of steps is impossible, an option is unknown, or `rescale`
+        has nothing to scale.
 
     Examples
     --------
@@ -81,6 +83,10 @@ class Phases:
     ) -> None:
         require(bool(phases), "Phases needs at least one phase, e.g. [(0.9, 900), (0.0, 100)].")
         of_all = {"moments": moments, "revived_warmup": revived_warmup, "init_method": init_method}
+        for name in options:
+            require(
+                name in _OPTIONS, f"Phases has no option '{name}'.{did_you_mean(name, (*_OPTIONS, *of_all, 'seed'))}"
+            )
         given: dict[str, Any] = {name: value for name, value in of_all.items() if value is not None}
         self.phases: list[Amounts] = []
         check_whole("seed", seed, least=0)
@@ -92,6 +98,8 @@ class Phases:
             if isinstance(phase, Phase):
                 phase = phase.resolved(f"phases.{i}", self.phases[-1] if i else None)
             self.phases.append(phase)
+        if options.get("rescale") and self.phases[0].begins_dense:
+            raise UserError("rescale = True does nothing: it scales first masks, and the first phase begins dense.")
         self._time = Timeline(self.phases)
         self.stages = self._time.stages
         self.before: dict[str, Pattern] = {}  # of layers that the last switch changed, how they were
