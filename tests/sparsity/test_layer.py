@@ -213,3 +213,35 @@ def test_what_is_frozen_stays_frozen_there_and_back():
         assert (layer.values.requires_grad, layer.bias.requires_grad) == (weight, bias)
         back = layer.to_linear()
         assert (back.weight.requires_grad, back.bias.requires_grad) == (weight, bias)
+
+
+def swapped(model):
+    """A state with the two layers' parts exchanged, as nothing but their shapes forbids."""
+    return {f"{1 - int(key[0])}{key[1:]}": tensor for key, tensor in model.state_dict().items()}
+
+
+def two(first=(16, 64), second=(64, 16)):
+    model = nn.Sequential(*(nn.Linear(i, o, bias=False) for o, i in (first, second)))
+    vspdf.sparsify(model, 0.75, seed=1)
+    return model
+
+
+def test_a_state_of_another_shape_is_refused():
+    said = r"pattern is of a layer of shape \(64, 16\) \(out, in\), this one has \(16, 64\)"
+    with pytest.raises(UserError, match=said):
+        two().load_state_dict(swapped(two()))
+    dense = nn.Sequential(nn.Linear(64, 16, bias=False), nn.Linear(16, 64, bias=False))
+    with pytest.raises(UserError, match="the stored pattern is of a layer of shape"):
+        vspdf.Phases([(0.75, 4)]).restore(dense, swapped(two()), 1)
+    # As many bytes as the bits alone of the other shape would be: 16 more of bits, or two sides.
+    layer, other = (SparseLinear(p := Pattern.random(s, 0.9, 1), torch.ones(p.nnz)) for s in ((18, 64), (16, 64)))
+    assert len(other.get_extra_state()) == len(layer.pattern.bits)
+    with pytest.raises(UserError, match=r"shape \(16, 64\) \(out, in\), this one has \(18, 64\)"):
+        layer.set_extra_state(other.get_extra_state())
+
+
+def test_a_state_of_before_shapes_were_in_it_is_read(sparse_one):
+    for saved, model in ((two(), two()), (sparse_one(seed=1), sparse_one(seed=2))):
+        old = {k: v[:-16] if k.endswith("_extra_state") else v for k, v in saved.state_dict().items()}
+        model.load_state_dict(old)
+        assert all(torch.equal(a.weight, b.weight) for a, b in zip(model, saved, strict=True))

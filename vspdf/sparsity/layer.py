@@ -16,6 +16,7 @@ from vspdf.pattern import Pattern
 from vspdf.shapes import PATH_BYTES
 from vspdf.sparsity.attached import shell
 from vspdf.sparsity.dense_view import DenseView
+from vspdf.sparsity.stored import from_state, to_state
 
 log = logging.getLogger("vspdf")
 
@@ -45,10 +46,10 @@ class SparseLinear(nn.Linear):
     """Linear layer in which only the kept weights exist.
 
     Parameters: ``values``, shape (nnz,), row-major over the pattern, and ``bias``, shape (out_features,) or None.
-    A state_dict holds both and the packed pattern; loading one adopts its pattern, which must have as many weights, and
-    refuses values that come without one. It is an `nn.Linear` to code that asks (peft's LoRA, for one): its `weight` is
-    made anew at every access. Optimizers that tell matrices from the rest by ``dim()`` take `values`, a vector, for the
-    rest: `vspdf.parameter_groups` does not.
+    A state_dict holds both and the packed pattern with its shape; loading one adopts its pattern, which must be of that
+    shape and have as many weights, and refuses values that come without one. It is an `nn.Linear` to code that asks
+    (peft's LoRA, for one): its `weight` is made anew at every access. Optimizers that tell matrices from the rest by
+    ``dim()`` take `values`, a vector, for the rest: `vspdf.parameter_groups` does not.
 
     Attributes
     ----------
@@ -272,10 +273,10 @@ class SparseLinear(nn.Linear):
         return sparse_linear(input, self.values, self.pattern, self.bias, backend=self.backend)
 
     def get_extra_state(self) -> Tensor:
-        return torch.from_numpy(self.pattern.bits.copy())
+        return to_state(self.pattern)
 
     def set_extra_state(self, state: Tensor) -> None:
-        pattern = Pattern(self.pattern.shape, state.cpu().numpy())
+        pattern = from_state(state, self.pattern.shape)
         if pattern.nnz != self.pattern.nnz:
             raise UserError(f"the stored pattern has {pattern.nnz} weights, this layer {self.pattern.nnz}.")
         self.pattern = pattern

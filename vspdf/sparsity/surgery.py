@@ -33,6 +33,7 @@ from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, sides, 
 from vspdf.sparsity.optimizer import carry, check_follows, check_moments, check_takes_vectors, warn_of_stale
 from vspdf.sparsity.pretrained import teach_save_pretrained
 from vspdf.sparsity.schedule import check_init_method
+from vspdf.sparsity.stored import from_state
 from vspdf.sparsity.wrapped import warn_of_reducers
 
 log = logging.getLogger("vspdf")
@@ -292,5 +293,5 @@ def adopt(
             continue
         if name not in modules or not is_linear(modules[name]):
             raise UserError(f"the state holds a sparse layer '{name}', the model has no linear layer of that name.")
-        patterns[name] = Pattern(sides(modules[name]), bits.cpu().numpy())
+        patterns[name] = from_state(bits, sides(modules[name]))
     return sparsify(model, patterns, backend=backend, memory=memory) if patterns else {}
