@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from vspdf import mask_forms
-from vspdf.errors import UserError, check_sparsity, check_whole
+from vspdf.errors import UserError, check_sparsity, check_whole, require
 
 log = logging.getLogger("vspdf")
 _alive: weakref.WeakValueDictionary[str, Pattern] = weakref.WeakValueDictionary()
@@ -149,7 +149,7 @@ class Pattern:
         Raises
         ------
         UserError
-            If `sparsity` is outside [0, 1], a side is below 1, or `fits` is no such form.
+            If `sparsity` is outside [0, 1], `seed` or a side no whole number, or too small, or `fits` no such form.
         """
         shape = _sides(shape)
         check_whole("seed", seed, least=0)
@@ -309,13 +309,12 @@ class Pattern:
         Raises
         ------
         UserError
-            If that would need fewer positions than are kept now.
+            If that would need fewer positions than are kept now, or `seed` is no whole number of at least 0.
         """
+        check_whole("seed", seed, least=0)
         add = kept_count(self.numel, sparsity) - self.nnz
-        if add < 0:
-            raise UserError(
-                f"a pattern can only grow: its sparsity is {self.sparsity:.6g}, {sparsity} would drop weights."
-            )
+        now = f"a pattern can only grow: its sparsity is {self.sparsity:.6g}"
+        require(add >= 0, f"{now}, {sparsity} would drop weights.")
         flat = self._flat()
         flat[np.random.default_rng(seed).choice(np.flatnonzero(~flat), add, replace=False, shuffle=False)] = True
         return Pattern(self.shape, pack(flat))

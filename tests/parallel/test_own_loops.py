@@ -18,6 +18,7 @@ from vspdf.model import GPT
 from vspdf.runs.checkpoint import model_tensors
 from vspdf.shapes import Shape
 from vspdf.sparsity.layer import sparse_layers
+from vspdf.sparsity.surgery import sparsify
 from vspdf.train.trainer import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,6 +193,19 @@ def test_dcp_checkpoints_are_read_by_one_process(found, folder):
     assert len(sparse_layers(model)) == 8
     whole, ours = load_file(folder / "whole.safetensors"), model_tensors(model)
     assert whole.keys() == ours.keys() and all(torch.equal(whole[name], ours[name]) for name in whole)
+
+
+def test_older_dcp_states_which_have_no_shapes_are_read_by_the_length_of_the_bias():
+    model = torch.nn.Sequential(torch.nn.Linear(12, 30), torch.nn.Linear(30, 12, bias=False))
+    sparsify(model, 0.5)
+    weights = {f"{i}.weight": model[i].weight.detach() for i in (0, 1)}
+    state = model.state_dict()
+    assert all(torch.equal(sharded.dense(state, "a folder")[name], weight) for name, weight in weights.items())
+    older = {name: tensor[:-16] if name.endswith("_extra_state") else tensor for name, tensor in state.items()}
+    with pytest.raises(UserError, match="the shape of sparse layer '1' is not known: it has no bias"):
+        sharded.dense(older, "a folder")
+    older = {name: tensor for name, tensor in older.items() if name.startswith("0")}
+    assert torch.equal(sharded.dense(older, "a folder")["0.weight"], weights["0.weight"])
 
 
 def test_init_from_a_dcp_checkpoint(found, folder, tiny, tmp_path):

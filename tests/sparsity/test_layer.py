@@ -178,6 +178,21 @@ def test_a_layer_made_in_inference_mode_runs(sparse_one):
         assert sparse_one()(torch.ones(2, 48)).shape == (2, 96)
 
 
+@pytest.mark.parametrize("made", ["before", "within"])
+def test_the_dense_weight_is_read_and_edited_in_inference_mode(made, sparse_one):
+    layer = sparse_one()[0] if made == "before" else torch.inference_mode()(sparse_one)()[0]
+    x = torch.randn(4, 48)
+    with torch.inference_mode():
+        assert layer.weight.dtype == torch.float32 and layer.weight.shape == (96, 48)
+        torch.testing.assert_close(nn.functional.linear(x, layer.weight, layer.bias), layer(x))
+        for n, edit in enumerate((
+            lambda w, n: w.fill_(n), lambda w, n: w.data.T.fill_(n), lambda w, n: w.detach()[:].fill_(n),
+            lambda w, n: torch.full((96, 48), n, out=w), lambda w, n: nn.init.constant_(w, n),
+        )):  # fmt: skip
+            edit(layer.weight, float(n))
+            assert (layer.values == n).all() and torch.equal(layer.weight, n * layer.pattern.mask())
+
+
 def test_the_input_goes_by_its_name_in_torch(sparse_one):
     layer, x = sparse_one()[0], torch.randn(4, 48)
     assert torch.equal(layer(input=x), layer(x))
@@ -188,3 +203,45 @@ def test_a_dense_view_is_saved_and_copied_as_a_tensor(sparse_one, tmp_path):
     torch.save({"w": weight}, tmp_path / "w.pt")
     for found in (torch.load(tmp_path / "w.pt")["w"], copy.deepcopy(weight)):
         assert type(found) is torch.Tensor and torch.equal(found, torch.Tensor(weight))
+
+
+def test_what_is_frozen_stays_frozen_there_and_back():
+    for weight, bias in ((True, False), (False, True), (False, False), (True, True)):
+        linear = nn.Linear(10, 6)
+        linear.weight.requires_grad_(weight), linear.bias.requires_grad_(bias)
+        layer = SparseLinear.from_linear(linear, Pattern.random((6, 10), 0.5))
+        assert (layer.values.requires_grad, layer.bias.requires_grad) == (weight, bias)
+        back = layer.to_linear()
+        assert (back.weight.requires_grad, back.bias.requires_grad) == (weight, bias)
+
+
+def swapped(model):
+    """A state with the two layers' parts exchanged, as nothing but their shapes forbids."""
+    return {f"{1 - int(key[0])}{key[1:]}": tensor for key, tensor in model.state_dict().items()}
+
+
+def two(first=(16, 64), second=(64, 16)):
+    model = nn.Sequential(*(nn.Linear(i, o, bias=False) for o, i in (first, second)))
+    vspdf.sparsify(model, 0.75, seed=1)
+    return model
+
+
+def test_a_state_of_another_shape_is_refused():
+    said = r"pattern is of a layer of shape \(64, 16\) \(out, in\), this one has \(16, 64\)"
+    with pytest.raises(UserError, match=said):
+        two().load_state_dict(swapped(two()))
+    dense = nn.Sequential(nn.Linear(64, 16, bias=False), nn.Linear(16, 64, bias=False))
+    with pytest.raises(UserError, match="the stored pattern is of a layer of shape"):
+        vspdf.Phases([(0.75, 4)]).restore(dense, swapped(two()), 1)
+    # As many bytes as the bits alone of the other shape would be: 16 more of bits, or two sides.
+    layer, other = (SparseLinear(p := Pattern.random(s, 0.9, 1), torch.ones(p.nnz)) for s in ((18, 64), (16, 64)))
+    assert len(other.get_extra_state()) == len(layer.pattern.bits)
+    with pytest.raises(UserError, match=r"shape \(16, 64\) \(out, in\), this one has \(18, 64\)"):
+        layer.set_extra_state(other.get_extra_state())
+
+
+def test_a_state_of_before_shapes_were_in_it_is_read(sparse_one):
+    for saved, model in ((two(), two()), (sparse_one(seed=1), sparse_one(seed=2))):
+        old = {k: v[:-16] if k.endswith("_extra_state") else v for k, v in saved.state_dict().items()}
+        model.load_state_dict(old)
+        assert all(torch.equal(a.weight, b.weight) for a, b in zip(model, saved, strict=True))

@@ -328,3 +328,64 @@ def test_growth_does_not_collapse_onto_a_column_of_large_activations():
         grown = model[0].pattern.mask() & ~first
         shares[rules] = float(grown[:, 3].sum() / grown.sum())
     assert shares["cstorch"] > 0.4 and shares["vspdf"] < 0.2, shares
+
+
+def blocks():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 32))
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_moves_no_mask_and_says_so(bad, caplog):
+    model, phase = blocks(), vspdf.Phase(sparsity=0.9, steps=100, algorithm="rigl", update={"freq": 10, "stop": 21})
+    phases = vspdf.Phases([phase])
+    phases.start(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    first = [layer.pattern for layer in sparse_layers(model).values()]
+    for step in range(21):
+        phases.at(step, model, optimizer)
+        x = torch.randn(8, 32, generator=torch.Generator().manual_seed(step))
+        if step == 9:
+            x[0, 0] = bad
+        value = model(x).square().mean()
+        value.backward()
+        if value.isfinite():
+            phases.step(optimizer)
+        optimizer.zero_grad()
+        now = [layer.pattern for layer in sparse_layers(model).values()]
+        assert [p.nnz for p in now] == [102, 102] and (now == first) == (step < 19)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"RigL: the gradient of '{name}' is not finite: its mask stays as it is." for name in "14"
+    ]
+
+
+def test_the_lowest_are_as_many_as_asked_for_and_nan_counts_as_the_largest():
+    values = np.array([np.nan, 3.0, np.nan, -np.inf, np.inf, 3.0])
+    for count, wanted in enumerate([[], [3], [1, 3], [1, 3, 5], [1, 3, 4, 5], [0, 1, 3, 4, 5], [0, 1, 2, 3, 4, 5]]):
+        assert sorted(moving.lowest(values, count)) == wanted
+    assert sorted(moving.highest(values, values == 3.0, 3)) == [0, 3, 4]
+
+
+@pytest.mark.parametrize("again", ["start", "resume"])
+def test_phases_that_are_used_again_know_nothing_of_the_model_before(again, caplog):
+    def trained(phases, seed, stop=8):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(12, 30), nn.GELU(), nn.Linear(30, 12)).double()
+        if again == "start":
+            phases.start(model)
+        else:
+            vspdf.sparsify(model, 0.75)
+            phases.resume(model, 0)
+        loop(phases, model, adamw(model), range(stop))
+        return model
+
+    stage = vspdf.Phase(steps=20, algorithm="rigl", sparsity=0.75, update={"freq": 4})
+    used, fresh = vspdf.Phases([stage]), vspdf.Phases([stage])
+    before = trained(used, 1, stop=7)
+    used.at(7, before)
+    assert used.dense_gradients is not None and used.turnover.updates == 1
+    model, wanted = trained(used, 2), trained(fresh, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), wanted.parameters(), strict=True))
+    assert used.turnover.figures() == fresh.turnover.figures()
+    assert not any(layer._forward_hooks for layer in sparse_layers(before).values())
+    assert not caplog.records

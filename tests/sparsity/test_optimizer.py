@@ -1,6 +1,7 @@
 """Optimizers across a switch: state follows its weight or starts anew with a word; one that was forgotten is named."""
 
 import copy
+import gc
 import logging
 
 import pytest
@@ -331,3 +332,57 @@ def test_parameter_groups_decay_sparse_values_as_matrices():
     assert decayed["weight_decay"] == 0.1 and rest["weight_decay"] == 0.0
     assert {id(p) for p in decayed["params"]} == {id(model[0].values), id(model[2].weight)}
     assert {id(p) for p in rest["params"]} == {id(model[0].bias), id(model[1].weight), id(model[1].bias)}
+
+
+# -- several optimizers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["evolve", "Phases"])
+def test_a_second_optimizer_that_masks_that_move_have_left_behind_is_named_once(verb, caplog, mlp):
+    model = mlp()
+    phases = vspdf.Phases([vspdf.Phase(sparsity=0.9, steps=20, algorithm="set", update={"freq": 5})])
+    phases.start(model)
+    handed, other = (torch.optim.AdamW(model[i].parameters()) for i in (0, 2))
+    with caplog.at_level(logging.WARNING, "vspdf"):
+        for step in range(12):
+            if verb == "Phases":
+                phases.at(step, model, handed)
+            elif step in (5, 10):
+                vspdf.evolve(model, handed, 0.3, seed=step)
+    assert [record.getMessage().split(" and trains")[0] for record in caplog.records] == [
+        f"{verb}: an optimizer made before still holds 1 of the parameters that were replaced"
+    ]
+    assert any(p is model[0].values for p in handed.param_groups[0]["params"])
+    del other
+
+
+def test_a_frozen_layer_that_no_optimizer_holds_costs_no_search(monkeypatch, caplog, mlp):
+    model = mlp()
+    vspdf.sparsify(model, 0.9)
+    model[2].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model[0].parameters())
+    monkeypatch.setattr(gc, "get_referrers", lambda *of: pytest.fail("asked for"))
+    vspdf.evolve(model, optimizer, 0.3)
+    assert not caplog.records
+
+
+TAKE_AN_OPTIMIZER = {
+    "sparsify": lambda model, given: vspdf.sparsify(model, 0.5, optimizer=given),
+    "set_sparsity": lambda model, given: vspdf.set_sparsity(model, 0.2, given),
+    "evolve": lambda model, given: vspdf.evolve(model, given, 0.3),
+    "densify": vspdf.densify,
+    "gathered": lambda model, given: vspdf.gathered(model, given).__enter__(),
+    "Phases.start": lambda model, given: vspdf.Phases([(0.0, 2)]).start(model, given),
+    "Phases.at": lambda model, given: (of := vspdf.Phases([(0.8, 2)]), of.start(model), of.at(0, model, given)),
+    "Phases.scheduler": lambda model, given: vspdf.Phases([(0.5, 2)]).scheduler(given),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", TAKE_AN_OPTIMIZER.values(), ids=TAKE_AN_OPTIMIZER)
+def test_what_is_no_optimizer_is_refused_before_anything_changes(verb, one, sparse_one):
+    for given in ([torch.optim.SGD(one().parameters(), lr=0.1)], "AdamW"):
+        model = sparse_one(0.8)
+        before = model[0].values
+        with pytest.raises(UserError, match=f"optimizer must be one .* or None, not of type {type(given).__name__}"):
+            verb(model, given)
+        assert model[0].values is before

@@ -122,6 +122,27 @@ def test_impossible_phases_are_refused(phases, message):
         vspdf.Phases(phases)
 
 
+FIRST = {"sparse": (0.9, 2), "dense": vspdf.Phase(algorithm="gmp", schedule="power", sparsity_end=0.75, steps=200)}
+
+
+@pytest.mark.parametrize("first", FIRST.values(), ids=FIRST)
+def test_options_are_those_of_sparsify_that_phases_take(first):
+    for wrong, meant in (("exclud", "exclude"), ("init_metod", "init_method"), ("sed", "seed"), ("momory", "memory")):
+        with pytest.raises(UserError, match=rf"^Phases has no option '{wrong}'\. Did you mean '{meant}'\?$"):
+            vspdf.Phases([first], **{wrong: "0"})
+    vspdf.Phases([first], include="*", exclude=(), rescale=False, backend="cpu", memory="low")
+
+
+def test_rescale_without_first_masks_is_refused():
+    for phase in (FIRST["dense"], (0.0, 2), vspdf.Phase(
+        sparsity=0.9, steps=200, algorithm="set", rules="cstorch", update={"freq": 50, "start": 50}
+    )):  # fmt: skip
+        with pytest.raises(UserError, match=r"rescale = True does nothing: .* the first phase begins dense"):
+            vspdf.Phases([phase], rescale=True)
+    vspdf.Phases([FIRST["sparse"]], rescale=True)
+    vspdf.Phases([vspdf.Phase(layers={"0": 0.5}, steps=2)], rescale=True)
+
+
 def masks(model):
     return {name: layer.pattern for name, layer in sparse_layers(model).items()}
 

@@ -2,7 +2,9 @@
 
 import copy
 import logging
+import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -343,3 +345,32 @@ def test_layers_densify_at_their_own_pace(mlp):
     assert model[2].pattern.sparsity == pytest.approx(0.5) and model[2].pattern.issuperset(before["2"])
     with pytest.raises(UserError, match=r"'3' matches no sparse layer"):
         vspdf.set_sparsity(model, {"3": 0.5})
+
+
+# -- seeds ------------------------------------------------------------------------------------------------------------
+
+SEEDED = {
+    "sparsify": lambda model, seed: vspdf.sparsify(model, 0.9, seed=seed),
+    "set_sparsity": lambda model, seed: (vspdf.sparsify(model, 0.9), vspdf.set_sparsity(model, 0.5, seed=seed)),
+    "evolve": lambda model, seed: (vspdf.sparsify(model, 0.9), vspdf.evolve(model, None, 0.5, seed=seed)),
+    "Phases": lambda model, seed: vspdf.Phases([(0.9, 2)], seed=seed).start(model),
+    "Pattern.grow": lambda model, seed: vspdf.sparsify(model, Pattern.random((96, 48), 0.9).grow(0.5, seed)),
+}
+
+
+@pytest.mark.parametrize("draw", SEEDED.values(), ids=SEEDED)
+def test_a_seed_of_any_integer_type_gives_its_mask_and_what_is_none_is_named(draw, one):
+    def mask(seed):
+        model = one()
+        draw(model, seed)
+        return model[0].pattern
+
+    wanted = mask(5)
+    assert wanted is not mask(0)
+    for kind in (np.uint8, np.int32, np.uint32, np.int64, np.uint64):
+        assert mask(kind(5)) is wanted, kind
+    for wrong in (-1, np.int32(-1), None, 1.5, True, torch.tensor(5), "5"):
+        with pytest.raises(
+            UserError, match=rf"^seed must be a whole number of at least 0, not {re.escape(repr(wrong))}\."
+        ):
+            mask(wrong)

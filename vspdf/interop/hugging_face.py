@@ -39,6 +39,7 @@ from vspdf.model import GPT
 from vspdf.pattern import Pattern
 from vspdf.shapes import MODELS, Shape
 from vspdf.sparsity.layer import sparse_layers
+from vspdf.sparsity.stored import from_state
 
 log = logging.getLogger("vspdf")
 
@@ -209,7 +210,7 @@ def with_masks(tensors: Mapping[str, Tensor], turned: Iterable[str]) -> dict[str
         if weight is None or f"{name}.values" not in tensors or weight.dim() != 2:
             continue
         out, into = reversed(weight.shape) if f"{name}.weight" in turned else weight.shape
-        mask = Pattern((out, into), tensors[f"{name}._extra_state"].numpy()).mask()
+        mask = from_state(tensors[f"{name}._extra_state"], (out, into)).mask()
         found[f"{name}.weight{MASK}"] = mask.T if f"{name}.weight" in turned else mask
         del found[f"{name}._extra_state"], found[f"{name}.values"]
     return found

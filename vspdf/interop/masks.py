@@ -178,7 +178,7 @@ def _refuse_other(name: str, names: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}: '{name}' {_OTHERS[last]}.")
     if last == "values" and {f"{base}._extra_state", f"{base}.pattern"} & names.keys():
         raise UserError(
-            f"{where}: '{name}' holds the kept weights of a sparse layer of vspdf, whose shape is with its model: give "
+            f"{where}: '{name}' holds the kept weights of a sparse layer of vspdf, which are read by its model: give "
             "the run directory, or densify(model) before saving."
         )
 

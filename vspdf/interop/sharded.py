@@ -19,6 +19,7 @@ from torch import Tensor
 from vspdf.errors import UserError
 from vspdf.model import GPT
 from vspdf.shapes import Shape
+from vspdf.sparsity.stored import split
 from vspdf.sparsity.surgery import adopt
 
 METADATA = ".metadata"
@@ -113,7 +114,8 @@ def load_model(folder: Path, shape: Shape, backend: str = "auto") -> GPT:
     adopt(model, own, backend=backend)
     expected = model.state_dict()
     for name, tensor in expected.items():
-        if name not in own or own[name].shape != tensor.shape:
+        pattern = name.endswith(_PATTERN)  # of older folders shorter, and read by `adopt` already
+        if name not in own or (own[name].shape != tensor.shape and not pattern):
             has = f"has '{name}' as {tuple(own[name].shape)}" if name in own else f"has no '{name}'"
             raise UserError(f"'{folder}' {has}; this model has it as {tuple(tensor.shape)}.")
     model.load_state_dict({name: own[name] for name in expected})
@@ -135,15 +137,15 @@ def dense(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     Raises
     ------
     UserError
-        If a layer has no bias, by whose length its shape is known.
+        If an older state has a layer without a bias, by whose length its shape would be known.
     """
     found = dict(tensors)
     for key in [key for key in tensors if key.endswith(_PATTERN) and key.removesuffix(_PATTERN) + _VALUES in tensors]:
         name = key.removesuffix(_PATTERN)
-        values, bits = found.pop(name + _VALUES), found.pop(key)
+        values, (bits, told) = found.pop(name + _VALUES), split(found.pop(key))
         rows = len(found.get(name + ".bias", ()))
-        columns = 8 * len(bits) // rows if rows else 0
-        kept = torch.from_numpy(np.unpackbits(bits.numpy(), bitorder="little")).bool()
+        rows, columns = told or (rows, 8 * len(bits) // rows if rows else 0)
+        kept = torch.from_numpy(np.unpackbits(bits, bitorder="little")).bool()
         if not columns or len(kept) - rows * columns > 7 or int(kept[: rows * columns].sum()) != len(values):
             raise UserError(f"{where}: the shape of sparse layer '{name}' is not known: it has no bias of its length.")
         mask = kept[: rows * columns].view(rows, columns)

@@ -25,7 +25,7 @@ from vspdf.files import flush, remove, why_not
 from vspdf.pattern import Pattern
 from vspdf.runs.digests import of_body, of_file
 from vspdf.runs.folder import CHECKPOINTS, STATE, damaged, read_state, steps
-from vspdf.sparsity.layer import SparseLinear, require_whole
+from vspdf.sparsity.layer import SparseLinear, patterns_of, require_whole
 from vspdf.sparsity.surgery import sparsify
 
 MODEL, OPTIMIZER = FILES = ("model.safetensors", "optimizer.safetensors")
@@ -45,10 +45,9 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     for parameter in model.parameters():
         require_whole(parameter)
-    return {
-        name.removesuffix(_EXTRA) + _PATTERN if name.endswith(_EXTRA) else name: tensor.contiguous()
-        for name, tensor in model.state_dict().items()
-    }
+    bits = {name + _PATTERN: torch.from_numpy(p.bits.copy()) for name, p in patterns_of(model).items()}
+    rest = model.state_dict().items()
+    return {name: tensor.contiguous() for name, tensor in rest if not name.endswith(_EXTRA)} | bits
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -111,6 +111,11 @@ class Amounts:
             progress = (1 - math.cos(math.pi * progress)) / 2
         return peak + (end - peak) * progress
 
+    @property
+    def begins_dense(self) -> bool:
+        """Whether no layer is sparse at the phase's first step."""
+        return not any((self.stages()[0].sparsity, *self.layers.values()))
+
     def stages(self) -> list[Stage]:
         """The stretches of the phase: one where its schedule is constant, else one per update that changes something.
 

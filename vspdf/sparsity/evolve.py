@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vspdf.errors import UserError, did_you_mean, require
+from vspdf.errors import UserError, check_whole, did_you_mean, require
 from vspdf.kernels import cpu
 from vspdf.pattern import Pattern, pack, unpack
 from vspdf.sparsity.amounts import plain_name
@@ -30,8 +30,15 @@ def layer_number(name: str) -> int:
 
 
 def layer_seed(seed: int, name: str) -> int:
-    """Masks of different layers are independent, and a layer's does not depend on the others."""
-    return (seed << 32) | layer_number(name)
+    """Masks of different layers are independent, and a layer's does not depend on the others.
+
+    Raises
+    ------
+    UserError
+        If `seed` is no whole number of at least 0; any type of integer will do.
+    """
+    check_whole("seed", seed, least=0)
+    return (int(seed) << 32) | layer_number(name)  # NumPy's integers would lose the shifted bits
 
 
 def evolve(
@@ -68,8 +75,8 @@ def evolve(
     Raises
     ------
     UserError
-        If the model has no sparse layer that learns, `drop_fraction` lies outside [0, 1], or scores are missing, of
-        another shape, or not numbers. The model is then as it was.
+        If the model has no sparse layer that learns, `drop_fraction` lies outside [0, 1], `seed` is no whole number of
+        at least 0, or scores are missing, of another shape, or not numbers. The model is then as it was.
 
     Examples
     --------
@@ -205,8 +212,10 @@ def lowest(values: np.ndarray, count: int) -> np.ndarray:
     if count >= len(values):
         return np.arange(len(values))
     edge = np.partition(values, count - 1)[count - 1]
-    below = np.flatnonzero(values < edge)
-    return np.concatenate([below, np.flatnonzero(values == edge)[: count - len(below)]])
+    nan = np.isnan(edge)  # to which nothing compares: all numbers lie below, all NaN are equal
+    below = np.flatnonzero(~np.isnan(values) if nan else values < edge)
+    equal = np.flatnonzero(np.isnan(values) if nan else values == edge)
+    return np.concatenate([below, equal[: count - len(below)]])
 
 
 def highest(scores: np.ndarray, taken: np.ndarray, count: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from vspdf.errors import UserError, check_sparsity, percent_meant
+from vspdf.errors import UserError, check_sparsity, percent_meant, require
 from vspdf.kernels.ops import require_pattern
 from vspdf.pattern import Pattern
 from vspdf.sparsity.amounts import plain_name
@@ -71,6 +71,17 @@ class MaskFile:
             f"'{self.path}': the mask of '{name}' may be that of {' or '.join(longer[:4])}: give a file whose names "
             "are the model's."
         )
+
+    def check_sparsities(self, amounts: Mapping[str, float]) -> None:
+        """Raises UserError unless the masks of the first phase's layers have the sparsities that it speaks of."""
+        for name, amount in amounts.items():
+            mask = self.of(name) if amount else 0.0
+            found = mask.sparsity if isinstance(mask, Pattern) else 0.0
+            require(
+                abs(found - amount) <= 0.005,
+                f"phases.0.init_file: '{name}' has a sparsity of {found:.2%} in '{self.path}', and is to have "
+                f"{amount:.2%}: give the sparsity that its mask has, by `layers` where they differ.",
+            )
 
     def check_used(self, layers: Mapping[str, nn.Module]) -> None:
         """Raises UserError if `of` has found a mask for none of the layers, or one of which it is not told how it lies.

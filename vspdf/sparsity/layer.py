@@ -16,6 +16,7 @@ from vspdf.pattern import Pattern
 from vspdf.shapes import PATH_BYTES
 from vspdf.sparsity.attached import shell
 from vspdf.sparsity.dense_view import DenseView
+from vspdf.sparsity.stored import from_state, to_state
 
 log = logging.getLogger("vspdf")
 
@@ -45,10 +46,10 @@ class SparseLinear(nn.Linear):
     """Linear layer in which only the kept weights exist.
 
     Parameters: ``values``, shape (nnz,), row-major over the pattern, and ``bias``, shape (out_features,) or None.
-    A state_dict holds both and the packed pattern; loading one adopts its pattern, which must have as many weights, and
-    refuses values that come without one. It is an `nn.Linear` to code that asks (peft's LoRA, for one): its `weight` is
-    made anew at every access. Optimizers that tell matrices from the rest by ``dim()`` take `values`, a vector, for the
-    rest: `vspdf.parameter_groups` does not.
+    A state_dict holds both and the packed pattern with its shape; loading one adopts its pattern, which must be of that
+    shape and have as many weights, and refuses values that come without one. It is an `nn.Linear` to code that asks
+    (peft's LoRA, for one): its `weight` is made anew at every access. Optimizers that tell matrices from the rest by
+    ``dim()`` take `values`, a vector, for the rest: `vspdf.parameter_groups` does not.
 
     Attributes
     ----------
@@ -113,6 +114,8 @@ class SparseLinear(nn.Linear):
             layer = cls(pattern, values, shift, backend=backend, memory=memory)
         layer.__dict__["origin"] = shell(linear)
         layer.values.requires_grad_(weight.requires_grad)
+        if bias is not None:
+            layer.bias.requires_grad_(bias.requires_grad)  # type: ignore[arg-type]
         return layer.train(linear.training)
 
     @property
@@ -196,6 +199,9 @@ class SparseLinear(nn.Linear):
         `values`; what they would put at masked positions is dropped.
         """
         require_whole(self.values)
+        if torch.is_inference_mode_enabled():  # whose own tensors do not count edits
+            with torch.inference_mode(False), torch.no_grad():
+                return DenseView.of(reference.materialise(self.values, self.pattern), self)
         return DenseView.of(reference.materialise(self.values, self.pattern), self)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -239,6 +245,9 @@ class SparseLinear(nn.Linear):
             linear.weight.copy_(reference.materialise(self.values, self.pattern))
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
+        linear.weight.requires_grad_(self.values.requires_grad)
+        if self.bias is not None:
+            linear.bias.requires_grad_(self.bias.requires_grad)
         return linear.train(self.training)
 
     def to_original(self) -> nn.Module:
@@ -264,10 +273,10 @@ class SparseLinear(nn.Linear):
         return sparse_linear(input, self.values, self.pattern, self.bias, backend=self.backend)
 
     def get_extra_state(self) -> Tensor:
-        return torch.from_numpy(self.pattern.bits.copy())
+        return to_state(self.pattern)
 
     def set_extra_state(self, state: Tensor) -> None:
-        pattern = Pattern(self.pattern.shape, state.cpu().numpy())
+        pattern = from_state(state, self.pattern.shape)
         if pattern.nnz != self.pattern.nnz:
             raise UserError(f"the stored pattern has {pattern.nnz} weights, this layer {self.pattern.nnz}.")
         self.pattern = pattern

@@ -67,6 +67,9 @@ def move(
         if scores is not None and name not in scores:
             log.warning("RigL: no gradient reached '%s' (is it compiled?): its mask stays as it is.", name)
             continue
+        if scores is not None and not bool(scores[name].isfinite().all()):  # an overflow, or one bad batch
+            log.warning("RigL: the gradient of '%s' is not finite: its mask stays as it is.", name)
+            continue
         keep, target = _counts(phase, layer, amounts[name], step)
         random = np.random.default_rng([*seeds, layer_number(name)])
         moved[name] = renewed(

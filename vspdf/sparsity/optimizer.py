@@ -165,6 +165,21 @@ def _kind(optimizer: torch.optim.Optimizer) -> str:
         return "matrices"
 
 
+def check_optimizer(optimizer: object) -> None:
+    """Refuses what is neither an optimizer (or a wrapper that looks like one) nor None.
+
+    Raises
+    ------
+    UserError
+        Naming its type.
+    """
+    if optimizer is not None and not (hasattr(optimizer, "state") and hasattr(optimizer, "param_groups")):
+        raise UserError(
+            f"optimizer must be one torch.optim.Optimizer or None, not of type {type(optimizer).__name__}. Of several, "
+            "give one the parameters of all as groups, or make them anew afterwards."
+        )
+
+
 def check_follows(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
     """Refuses an optimizer or a wrapper in which parameters cannot be exchanged, before anything has changed.
 
@@ -173,6 +188,7 @@ def check_follows(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> 
     UserError
         Naming it.
     """
+    check_optimizer(optimizer)
     flat = any(type(p).__name__ == "FlatParameter" or hasattr(p, "_fsdp_flattened") for p in model.parameters())
     if flat or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise UserError(
@@ -233,15 +249,15 @@ def warn_of_stale(
         The one that was handed over; it holds the latter, or is another model's.
     often : bool
         Whether `verb` is called time and again: the interpreter takes long to say who holds what, so that it is only
-        asked where `optimizer` holds none of the latter.
+        asked where `optimizer` leaves out some of the latter that learn.
     """
     if not exchanged:
         return
     replaced, new = zip(*exchanged, strict=True)
-    trained = optimizer is not None and bool(_held(optimizer) & {id(p) for p in new})
-    if often and trained:
+    learn, mine = {id(p) for p in new if p.requires_grad}, set() if optimizer is None else _held(optimizer)
+    if often and optimizer is not None and learn <= mine:
         return
-    if optimizer is not None and any(p.requires_grad for p in new) and not trained:
+    if optimizer is not None and learn and not mine & {id(p) for p in new}:
         log.warning("%s: the optimizer holds none of the %d parameters that were replaced.", verb, len(new))
     held = set()
     for holder in gc.get_referrers(*replaced):

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vspdf.errors import UserError, require
+from vspdf.errors import UserError, check_whole, did_you_mean, require
 from vspdf.pattern import Pattern, kept_count
 from vspdf.sparsity.amounts import Amounts, only_added
 from vspdf.sparsity.eligible import sparsifiable
 from vspdf.sparsity.from_files import MaskFile
 from vspdf.sparsity.layer import SparseLinear, is_sharded, patterns_of, sparse_layers
 from vspdf.sparsity.moves import move
-from vspdf.sparsity.optimizer import forget
+from vspdf.sparsity.optimizer import check_optimizer, forget
 from vspdf.sparsity.revived import RevivedWarmup
 from vspdf.sparsity.schedule import Phase, phase_of
 from vspdf.sparsity.scores import DenseGradients
@@ -27,6 +27,7 @@ from vspdf.sparsity.timeline import Stretch, Timeline
 from vspdf.sparsity.turnover import Turnover
 
 log = logging.getLogger("vspdf")
+_OPTIONS = ("include", "exclude", "rescale", "backend", "memory")  # of `sparsify`, which a phase may ask for later
 
 
 class Phases:
@@ -53,7 +54,8 @@ class Phases:
     Raises
     ------
     UserError
-        If a phase would drop weights, or a sparsity or a number of steps is impossible.
+        If a phase would drop weights, a sparsity or a number of steps is impossible, an option is unknown, or `rescale`
+        has nothing to scale.
 
     Examples
     --------
@@ -81,9 +83,14 @@ class Phases:
     ) -> None:
         require(bool(phases), "Phases needs at least one phase, e.g. [(0.9, 900), (0.0, 100)].")
         of_all = {"moments": moments, "revived_warmup": revived_warmup, "init_method": init_method}
+        for name in options:
+            require(
+                name in _OPTIONS, f"Phases has no option '{name}'.{did_you_mean(name, (*_OPTIONS, *of_all, 'seed'))}"
+            )
         given: dict[str, Any] = {name: value for name, value in of_all.items() if value is not None}
         self.phases: list[Amounts] = []
-        self.seed, self.options = seed, options
+        check_whole("seed", seed, least=0)
+        self.seed, self.options = int(seed), options
         for i, phase in enumerate(phases):
             if not isinstance(phase, (Phase, Amounts)):
                 phase = phase_of(f"phases.{i}", phase)
@@ -91,6 +98,8 @@ class Phases:
             if isinstance(phase, Phase):
                 phase = phase.resolved(f"phases.{i}", self.phases[-1] if i else None)
             self.phases.append(phase)
+        if options.get("rescale") and self.phases[0].begins_dense:
+            raise UserError("rescale = True does nothing: it scales first masks, and the first phase begins dense.")
         self._time = Timeline(self.phases)
         self.stages = self._time.stages
         self.before: dict[str, Pattern] = {}  # of layers that the last switch changed, how they were
@@ -152,7 +161,7 @@ class Phases:
         if sparse_layers(model):
             return
         if self.phases[0].init_file:
-            self._check_file(self.phases[0])
+            MaskFile(self.phases[0].init_file).check_sparsities(self.phases[0].of_layers(self._weights))
         if self.phases[0].init_method != "from_zeros":
             return
         for name, amount in self.phases[0].of_layers(self._weights).items():
@@ -162,18 +171,6 @@ class Phases:
                     f"phases.0.init_method = from_zeros takes zeros for masked: '{name}' has {zeros:.2%} of them, "
                     f"its sparsity is to be {amount:.2%}. Start from a model that has (init_from), or give what it has."
                 )
-
-    def _check_file(self, phase: Amounts) -> None:
-        """Whether a phase's file has the masks that its sparsities speak of."""
-        masks = MaskFile(phase.init_file or "")
-        for name, amount in phase.of_layers(self._weights).items():
-            mask = masks.of(name) if amount else 0.0
-            found = mask.sparsity if isinstance(mask, Pattern) else 0.0
-            require(
-                abs(found - amount) <= 0.005,
-                f"phases.0.init_file: '{name}' has a sparsity of {found:.2%} in '{phase.init_file}', and is to have "
-                f"{amount:.2%}: give the sparsity that its mask has, by `layers` where they differ.",
-            )
 
     def start(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
         """Brings a model into the form of the first phase, before its optimizer is made or with it.
@@ -185,6 +182,7 @@ class Phases:
         UserError
             If that would drop weights.
         """
+        check_optimizer(optimizer)
         self.check(model)
         phase, before = self.phases[0], {}
         layers = sparse_layers(model)
@@ -205,7 +203,7 @@ class Phases:
                 seed=self.seed, init_method="random" if file else phase.init_method,
                 truncate=phase.count == "truncate", optimizer=optimizer, **self.options,
             )  # fmt: skip
-        self._seen = self._changed = None
+        self._forget()
         self._enter(model, 0, before)
         self._collect(1, model)
         return model
@@ -254,7 +252,7 @@ class Phases:
                 f"the checkpoint has a sparsity of {found:.4g}; after {step} steps these phases have "
                 f"{self._sparsity(self.stages[self._time.index(step)]):.4g}. Are the phases those it was trained with?"
             )
-        self._seen = self._changed = None
+        self._forget()
         self._enter(model, index, *(ramp or ({}, 0)))
         if ramp is None and index and 0 < step - self.now.start < phase.revived_warmup:
             log.warning("resumed within a ramp of revived weights: the rest of it is left out.")
@@ -281,10 +279,11 @@ class Phases:
         Raises
         ------
         UserError
-            Before `start` or `restore`.
+            Before `start` or `restore`, or if `optimizer` is none (several in a list).
         """
         if self._now is None:
             raise UserError("Phases: start(model) or restore(...) comes before the first step.")
+        check_optimizer(optimizer)
         self._model = model
         if step == self._seen:
             return False
@@ -331,6 +330,7 @@ class Phases:
             Call its `step` after each step of the optimizer. It goes through switches by itself, and resumes by its
             `state_dict`.
         """
+        check_optimizer(optimizer)
         lr = float(optimizer.defaults.get("lr", optimizer.param_groups[0]["lr"]))
         if not lr > 0:
             raise UserError(f"{type(optimizer).__name__} has lr = {lr:g}: phases need a positive one to go by.")
@@ -364,6 +364,17 @@ class Phases:
         if self._watches(step):
             self._gradients = DenseGradients({name: model.get_submodule(name) for name in self._weights})
 
+    def _watch_no_longer(self) -> None:
+        if self._gradients is not None:
+            self._gradients.close()
+            self._gradients = None
+
+    def _forget(self) -> None:
+        """What is known of a training before: its phases may be used again, for another model."""
+        self._watch_no_longer()
+        self._seen = self._changed = self.turnover = None
+        self._missed = False
+
     def _change(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Gives the model the form that it is to have at a step."""
         assert self._now is not None
@@ -374,9 +385,7 @@ class Phases:
         else:
             amounts = phase.of_layers(self._weights, new.sparsity)
             before = move(model, optimizer, phase, amounts, inside, (self.seed, step), self._gradients, self.options)
-        if self._gradients is not None:
-            self._gradients.close()
-            self._gradients = None
+        self._watch_no_longer()
         if optimizer is not None and new.phase != old.phase and phase.moments == "reset":
             for parameter in model.parameters():
                 forget(optimizer, parameter)

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from vspdf.errors import UserError
 from vspdf.sparsity.layer import is_sharded, sparse_layers
-from vspdf.sparsity.optimizer import carry, warn_of_stale
+from vspdf.sparsity.optimizer import carry, check_optimizer, warn_of_stale
 
 
 @contextmanager
@@ -52,6 +52,7 @@ def gathered(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     ...     with vspdf.gathered(model, optimizer):
     ...         phases.at(step, model, optimizer)
     """
+    check_optimizer(optimizer)
     ways = _ways_back(model)
     if not ways and any(is_sharded(parameter) for parameter in model.parameters()):
         raise UserError("gathered takes back what fully_shard has done, and these DTensors are of something else.")

@@ -33,6 +33,7 @@ from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, sides, 
 from vspdf.sparsity.optimizer import carry, check_follows, check_moments, check_takes_vectors, warn_of_stale
 from vspdf.sparsity.pretrained import teach_save_pretrained
 from vspdf.sparsity.schedule import check_init_method
+from vspdf.sparsity.stored import from_state
 from vspdf.sparsity.wrapped import warn_of_reducers
 
 log = logging.getLogger("vspdf")
@@ -96,8 +97,8 @@ def sparsify(
     Raises
     ------
     UserError
-        If a sparsity is outside [0, 1), `init_method` is unknown, a pattern does not fit, or a glob or the
-        whole call matches no layer. The model is then as it was.
+        If a sparsity is outside [0, 1), `seed` is no whole number of at least 0, `init_method` is unknown, a pattern
+        does not fit, or a glob or the whole call matches no layer. The model is then as it was.
     """
     rules = read_amounts(sparsity)
     if init_method == "file":
@@ -199,7 +200,8 @@ def set_sparsity(
     Raises
     ------
     UserError
-        If a layer is already denser, the model has no sparse layer, or `moments` is unknown.
+        If a layer is already denser, the model has no sparse layer, `seed` is no whole number of at least 0, or
+        `moments` is unknown.
     """
     check_moments(moments)
     layers = sparse_layers(model)
@@ -291,5 +293,5 @@ def adopt(
             continue
         if name not in modules or not is_linear(modules[name]):
             raise UserError(f"the state holds a sparse layer '{name}', the model has no linear layer of that name.")
-        patterns[name] = Pattern(sides(modules[name]), bits.cpu().numpy())
+        patterns[name] = from_state(bits, sides(modules[name]))
     return sparsify(model, patterns, backend=backend, memory=memory) if patterns else {}

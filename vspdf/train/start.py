@@ -64,9 +64,10 @@ def begin(config: ResolvedConfig, device: torch.device, say: Callable[[str], Non
     _check_memory(shape)
     drawn = config.model
     model = model or GPT(shape, drawn.init_std, config.seed, drawn.output_init_std)
+    first = config.phases[0]
     engine = Phases(
         config.phases, seed=config.seed, backend=config.train.backend,
-        rescale=config.phases[0].s_mu_par and not config.init_from,
+        rescale=first.s_mu_par and not config.init_from and not first.begins_dense,
     )  # fmt: skip
     records = [PhaseRecord() for _ in config.phases]
     state = State(config, device, data, shape, model.to(device), engine, records=records, world=world)
