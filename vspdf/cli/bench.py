@@ -12,7 +12,7 @@ import typer
 from vspdf.cli import bench_tables as tables
 from vspdf.cli.console import Json, Verb, emit, murmur, say, show, tell
 from vspdf.errors import UserError, one_of, percent_meant, require
-from vspdf.kernels.hardware import crowded, keep_freed_memory, slow_bf16_measured
+from vspdf.kernels.hardware import check_threads, crowded, keep_freed_memory, slow_bf16_measured
 from vspdf.parallel.environment import refuse
 
 Positive = Annotated[int, typer.Option(min=1)]
@@ -122,7 +122,9 @@ def _dtypes(text: str) -> list[str]:
     return found
 
 
-def _warn_of_crowds(threads: Sequence[int]) -> None:
+def _check_threads(threads: Sequence[int]) -> None:
+    """Refuses more than can be started, and says where there are more than cores."""
+    check_threads("--threads", max(threads, default=1))
     if threads and (crowd := crowded(max(threads))):
         say(crowd)
 
@@ -214,7 +216,7 @@ def bench_linear(
         raise UserError("--tokens is for --mask and --pattern; --shapes has tokens of its own.")
     lengths = _numbers(tokens, int, "--tokens", least=1) or sorted({shape[0] for shape in chosen}) or [1024]
     dtypes = _dtypes(dtype) or ["float32"]
-    _warn_of_crowds(counts)
+    _check_threads(counts)
     keep_freed_memory()
     result = linear.bench_linear(
         chosen or linear.SHAPES, amounts, counts or None, Budget(rounds, 10.0 if seconds is None else seconds),
@@ -302,7 +304,7 @@ def bench_update(
     if len(shapes) != 1:
         raise UserError(f"--shape '{shape}': expected TOKENSxINxOUT, e.g. 1024x768x3072.")
     sparsities = _numbers(sparsity, float, "--sparsity", most=1, needed=True)
-    _warn_of_crowds([threads] if threads else [])
+    _check_threads([threads] if threads else [])
     keep_freed_memory()
     result = update.bench_update(*shapes[0], sparsities, drop_fraction, threads, rounds, murmur)
     _finish(result, csv, None, as_json)
@@ -341,7 +343,7 @@ def bench_step(
     _destination(csv, "--csv", (".csv",))
     sparsities, old = _numbers(sparsity, float, "--sparsity", most=1), _earlier(compare)
     dtypes = _dtypes(dtype) or ["float32"]
-    _warn_of_crowds([threads] if threads else [])
+    _check_threads([threads] if threads else [])
     keep_freed_memory()
     result = step.bench_step(
         n_layer, d_model, n_head, sequence_length, batch_size, sparsities, threads, Budget(rounds, seconds), dtypes,
@@ -417,7 +419,7 @@ def bench_decode(
     dtypes = _parts(dtype, "--dtype", needed=True)
     for one in dtypes:
         one_of("--dtype", one, DTYPES)
-    _warn_of_crowds([threads] if threads else [])
+    _check_threads([threads] if threads else [])
     keep_freed_memory()
     result = decode.bench_decode(
         _to_decode(model, context + max_tokens, sparsity == "zeros"), sparsities, dtypes, batches, context, max_tokens,
