@@ -216,6 +216,11 @@ class GradValues(_Product):
         return _operate("grad_values", inputs, _alone(inputs))
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Product.setup_context(ctx, inputs, output)
+        ctx.dtype = inputs[4]
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         g, x = ctx.saved_tensors
         key, needs = ctx.pattern.digest, ctx.needs_input_grad
@@ -229,7 +234,7 @@ class GradValues(_Product):
     def jvp(ctx: Any, t_g: Tensor | None, t_x: Tensor | None, *_: Any) -> Tensor:
         g, x = ctx.saved_tensors
         parts = [
-            grad_values(a, b, ctx.pattern.digest, ctx.backend)
+            grad_values(a, b, ctx.pattern.digest, ctx.backend, ctx.dtype)
             for a, b in ((t_g, x), (g, t_x))
             if a is not None and b is not None
         ]

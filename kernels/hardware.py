@@ -22,6 +22,7 @@ from vspdf.kernels.tuning import describe_table
 
 # glibc, <malloc.h> and <sys/mman.h>
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _MADV_HUGEPAGE = -1, -4, 14
+_MOST_THREADS = 256
 _HEAP, _HUGE = 1 << 30, 2 << 20  # bytes: below the largest threshold for trimming; of a huge page
 
 
@@ -64,6 +65,19 @@ def crowded(threads: int) -> str:
     """A word on more threads than there are cores; "" where each has its own."""
     cores = os.cpu_count() or threads
     return f"{threads} threads on {cores} cores take turns: expect less speed than with {cores}." * (threads > cores)
+
+
+def check_threads(key: str, threads: int) -> None:
+    """Refuses so many threads that the process would die of starting them, without a word.
+
+    Raises
+    ------
+    UserError
+        Naming how many there may be.
+    """
+    cores = os.cpu_count() or 1
+    if threads > (most := max(_MOST_THREADS, 4 * cores)):
+        raise UserError(f"{key} = {threads}: expected at most {most}; this machine has {cores} cores.")
 
 
 def slow_bf16(device: torch.device) -> str | None:

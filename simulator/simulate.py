@@ -34,6 +34,7 @@ class Work:
     pes: int
     speed: float
     seeded: bool = False  # the aggregate figures go with the seed
+    beyond: str = ""  # why the event level does not take it, whatever this computer has
 
     @property
     def seconds(self) -> float:
@@ -42,11 +43,14 @@ class Work:
         return self.pes * (cycles / self.speed + SET_UP)
 
     def too_large(self, machine: Machine) -> str:
-        """Why the event level cannot hold the region in this computer's memory; empty where it can."""
+        """Why the event level does not take the program, or cannot hold it in this computer's memory; or empty."""
+        if self.beyond:
+            return self.beyond
         needed, there = self.pes * (machine.sram_bytes + BESIDE_SRAM), _memory()
         if needed < there:
             return ""
-        return f"the event level would need {needed / 2**30:,.0f} GiB of memory, {there / 2**30:,.0f} are there"
+        gib = f"{needed / 2**30:,.0f} GiB of memory"
+        return f"the event level would need {gib} for such a grid, {there / 2**30:,.0f} are there"
 
 
 def _memory() -> float:
@@ -126,6 +130,8 @@ def spmm(
 
         return Work(aggregate_programs.dense(machine, n, k, m, width, height), run_dense, width * height, VECTOR_SPEED)
     density = _density(density, nnz_per_pe, nt, kt)
+    # before anything is drawn for what no PE holds, however few its non-zeros
+    programs.check_memory(machine, programs.tile_layout(format, nt, kt, m, 1)["end"], programs.SMALLER)
     generator = np.random.default_rng(seed)
     if n * k <= 1 << 26:
         mask = generator.random((n, k)) < density / 100
@@ -133,8 +139,11 @@ def spmm(
     else:  # the counts alone; the event level would take hours
         mask = None
         counts = generator.binomial(nt * kt, density / 100, (height, width))
-        row = max(1, int(generator.binomial(kt, density / 100, (height * nt, min(width, 64))).max()))
-        slots = row if format == "ellpack" else 0
+        slots = 0
+        if format == "ellpack" and nnz_per_pe is not None:
+            slots = -(-nnz_per_pe // nt)
+        elif format == "ellpack":  # the fullest row
+            slots = max(1, int(generator.binomial(kt, density / 100, (height * nt, min(width, 64))).max()))
     stored = nt * slots if format == "ellpack" else int(nnz_per_pe or max(1, counts.max()))
     mean = float(counts.mean()) if format in ("csc", "csr") else float(stored)
     if nnz_per_pe and format in ("csc", "csr"):
@@ -143,13 +152,13 @@ def spmm(
     aggregate |= {"nnz_per_pe": stored}
 
     def run_sparse() -> tuple[programs.Outcome, dict[str, Any]]:
-        if mask is None:
-            raise UserError(f"`level` event: a matrix of {n} x {k} is too large; the aggregate level takes it.")
+        assert mask is not None  # `beyond` says so
         run = programs.spmm(machine, format, mask, m, width, height, nnz_per_pe, seed)
         c, a, b = run.result
         return run, _window(run, _error(c, a @ b)) | {"nnz_per_pe": stored}
 
-    return Work(aggregate, run_sparse, width * height, VECTOR_SPEED, seeded=True)
+    beyond = "" if mask is not None else f"a matrix of {n} x {k} is too large for the event level"
+    return Work(aggregate, run_sparse, width * height, VECTOR_SPEED, seeded=True, beyond=beyond)
 
 
 def _density(density: float | None, nnz_per_pe: int | None, nt: int, kt: int) -> float:
@@ -294,7 +303,7 @@ def simulate(
         raise UserError(f"simulate('{program}'): {str(error).split('()', 1)[-1].strip()}.") from None
     too_large = work.too_large(chosen)
     if too_large and (drawn or level == "event"):
-        raise UserError(f"{too_large}: take a smaller grid, or the aggregate level.")
+        raise UserError(f"{too_large}: take a smaller one, or the aggregate level.")
     if level != "auto":
         why = "asked for"
     elif too_large or (work.seconds > SECONDS and not drawn):

@@ -141,6 +141,26 @@ def test_what_cannot_be_is_refused(setting, message):
         configured(setting)
 
 
+@pytest.mark.parametrize("size", ["n_layer", "d_model", "n_head", "d_ff", "vocab_size", "sequence_length"])
+@pytest.mark.parametrize("value", [0, -4, 2.5])
+def test_sizes_are_whole_and_positive(size, value):
+    with pytest.raises(UserError, match=rf"model\.{size} must be a whole number of at least 1, not {value}"):
+        replace(SMALL, **{size: value})
+
+
+@pytest.mark.parametrize("choice", [{"n_kv_head": -2}, {"head_dim": -16}])
+def test_heads_are_positive_or_left_to_the_default(choice):
+    with pytest.raises(UserError, match=rf"model\.{next(iter(choice))} must be a whole number of at least 1"):
+        replace(SMALL, **choice)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.24])
+def test_rotary_positions_rotate_something(fraction):
+    with pytest.raises(UserError, match="2 at least"):
+        replace(SMALL, position="rope", rope_fraction=fraction)
+    assert replace(SMALL, position="rope", rope_fraction=0.25).rope_fraction == 0.25
+
+
 def test_two_names_for_one_thing_must_agree():
     with pytest.raises(UserError, match=r"is the older name of model.mlp = swiglu"):
         configured("model.mlp=swiglu", "model.activation=gelu")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-from vspdf.errors import UserError, did_you_mean, one_of, require
+from vspdf.errors import UserError, check_whole, did_you_mean, one_of, require
 
 STATE_BYTES = 16  # a weight, its gradient and two AdamW moments, float32; in mixed precision they are no less
 # What a path of the kernels keeps beside them: bytes for every position of a sparse matrix, kept or not, and for every
@@ -95,7 +95,7 @@ class Shape:
     Raises
     ------
     UserError
-        If heads do not divide, or a choice is unknown.
+        If heads do not divide, a size is no whole number of at least 1, or a choice is unknown.
     """
 
     n_layer: int
@@ -120,6 +120,11 @@ class Shape:
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # frozen, and not yet made
+        for name in ("n_layer", "d_model", "n_head", "d_ff", "vocab_size", "sequence_length"):
+            check_whole(f"model.{name}", getattr(self, name))
+        for name in ("n_kv_head", "head_dim"):
+            if getattr(self, name) != 0:  # which stands for the default
+                check_whole(f"model.{name}", getattr(self, name))
         if not self.head_dim:
             require(
                 self.d_model % self.n_head == 0,
@@ -146,8 +151,9 @@ class Shape:
         require(1 < self.rope_base < math.inf, f"model.rope_base must be above 1, not {self.rope_base}.")
         require(0 < self.rope_fraction <= 1, f"model.rope_fraction must lie in (0, 1], not {self.rope_fraction}.")
         require(
-            self.position != "rope" or int(rotated) % 2 == 0,
-            f"rotary positions need an even number of features a head, not {rotated:g} (model.head_dim).",
+            self.position != "rope" or (int(rotated) % 2 == 0 and rotated >= 2),
+            f"rotary positions need an even number of features a head, 2 at least, not {rotated:g} "
+            "(model.head_dim, model.rope_fraction).",
         )
         require(
             self.position == "rope" or (self.rope_base, self.rope_fraction, scaling) == (10_000.0, 1.0, None),

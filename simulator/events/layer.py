@@ -25,12 +25,13 @@ def event_layer(
     """A small layer on level 1, dense and sparse, under the mapping that level 2 chooses, with level 2 beside each.
 
     All rows of PEs and all replicas of a ring do the same at a hop's delay, so one row of one ring runs, fed by as many
-    links as its columns have at the edge; the way to the others is added (``beyond_region``, cycles of each product).
+    links as its columns have at the edge; the way to the others is added, and to `grad_values` that of its last sums
+    down the rows (``beyond_region``, cycles by product).
 
     Parameters
     ----------
     plot : Path, optional
-        Draw heat maps and a time line of the sparse forward product here.
+        Draw heat maps and a time line of the sparse forward product on `DRAWN_ROWS` rows here.
 
     Raises
     ------
@@ -62,13 +63,14 @@ def event_layer(
         mask = np.ones(shape, bool) if kind == "dense" else kept
         drawn = plot if kind == "sparse" else None
         closed = layer.product_costs(machine, machine.clock, matrix, mapping)
-        beyond[kind] = (machine.width + mapping.rows) * machine.hop_cycles
+        beyond[kind] = dict.fromkeys(layer.PRODUCTS, (machine.width + mapping.rows) * machine.hop_cycles)
+        beyond[kind]["grad_values"] += (mapping.rows - 1) * machine.relay_cycles
         for name, cycles in _products(machine, mask, mapping, random, drawn).items():
-            products[name][kind] = {"cycles": cycles + beyond[kind], "aggregate": round(closed[name].cycles)}
+            products[name][kind] = {"cycles": cycles + beyond[kind][name], "aggregate": round(closed[name].cycles)}
     total = {k: sum(products[name][k]["cycles"] for name in layer.PRODUCTS) for k in ("dense", "sparse")}
     speedup = total["dense"] / total["sparse"]
     three = ("low", "central", "high")
-    region = {"columns": mappings["sparse"].columns, "rows": DRAWN_ROWS if plot else 1}
+    region = {"columns": mappings["sparse"].columns, "rows": 1}
     return {
         "tokens": tokens,
         "in_features": weights.in_features,
@@ -96,22 +98,23 @@ def _products(
     machine: Machine, mask: np.ndarray, mapping: Mapping, random: np.random.Generator, plot: Path | None
 ) -> dict[str, int]:
     """Cycles of the three products on a row of a ring; features and tokens are padded to what the programs take."""
-    columns, rows = mapping.columns, DRAWN_ROWS if plot else 1
+    columns = mapping.columns
     share = max(1, round(columns / machine.edge_links))
-    tokens = -(-mapping.local // 4) * 4 * rows
+    tokens = -(-mapping.local // 4) * 4
     whole = np.zeros([-(-n // columns) * columns for n in mask.shape], bool)
     whole[: mask.shape[0], : mask.shape[1]] = mask
     w = (random.standard_normal(whole.shape) * 0.1).astype(np.float32)
     x, dy = ((random.standard_normal((n, tokens)) * 0.1).astype(np.float32) for n in whole.shape[::-1])
     n_out, n_in = mask.shape
-    with tracing(plot is not None):
-        forward = programs.stream_layer(machine, w[:n_out], whole[:n_out], x, columns, rows, share)
-    if plot:
-        pictures.plot(forward.region, plot, f"forward, {n_in} to {n_out} features, {columns} x {rows} PEs")
-    back = programs.stream_layer(machine, w.T[:n_in], whole.T[:n_in], dy, columns, rows, share)
-    values = programs.stream_gradient(
-        machine, whole.T[:n_in], x[:n_in], dy, columns, rows, share
-    )  # rides on back's stream
+    forward = programs.stream_layer(machine, w[:n_out], whole[:n_out], x, columns, 1, share)
+    if plot:  # a run of its own, so that a picture changes no figure
+        with tracing():
+            drawn = programs.stream_layer(
+                machine, w[:n_out], whole[:n_out], np.tile(x, DRAWN_ROWS), columns, DRAWN_ROWS, share
+            )
+        pictures.plot(drawn.region, plot, f"forward, {n_in} to {n_out} features, {columns} x {DRAWN_ROWS} PEs")
+    back = programs.stream_layer(machine, w.T[:n_in], whole.T[:n_in], dy, columns, 1, share)
+    values = programs.stream_gradient(machine, whole.T[:n_in], x[:n_in], dy, columns, 1, share)  # rides on back's
     return {"forward": int(forward.cycles), "grad_input": int(back.cycles), "grad_values": int(values.cycles)}
 
 

@@ -297,6 +297,49 @@ def test_results_of_two_machines_are_not_compared(tmp_path):
         compare.read(tmp_path / "x.json")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda body: body["rows"][0].pop("ratio_low"), lambda body: body["rows"][0].update(ratio_high=None),
+     lambda body: body.update(hardware=None), lambda body: body.pop("hardware"), lambda body: body.update(model="x")],
+    ids=["no interval", "half an interval", "no machine", "no hardware", "a model by name"],
+)  # fmt: skip
+def test_what_holds_no_result_is_refused_when_it_is_read(tmp_path, change):
+    body = result(1.9, 2.0, 2.1)
+    (tmp_path / "x.json").write_text(json.dumps(body))
+    assert compare.read(tmp_path / "x.json") == body
+    change(body)
+    (tmp_path / "x.json").write_text(json.dumps(body))
+    with pytest.raises(UserError, match="holds no result to compare with"):
+        compare.read(tmp_path / "x.json")
+
+
+STEP = ("--n-layer", 1, "--d-model", 16, "--n-head", 2, "--sequence-length", 8, "--batch-size", 1)
+
+
+@pytest.mark.parametrize(
+    "verb, other, message",
+    [(("linear", *SMALL), {"hardware": {"cpu": "Y"}}, r"of another machine \(Y\)"),
+     (("step", *STEP), {"model": {"d_model": 64}}, r"of another model \(d_model 64, now 16\)")],
+)  # fmt: skip
+def test_results_that_differ_are_refused_before_anything_is_measured(
+    refused, monkeypatch, tmp_path, verb, other, message
+):
+    monkeypatch.setattr("vspdf.bench.linear.bench_linear", None)  # measuring would be a TypeError
+    monkeypatch.setattr("vspdf.bench.step.bench_step", None)
+    (tmp_path / "old.json").write_text(
+        json.dumps(result(1.9, 2.0, 2.1) | {"hardware": {"cpu": cpu.cpu_name()}} | other)
+    )
+    refused(message, "bench", *verb, "--compare", tmp_path / "old.json")
+
+
+def test_what_was_measured_is_told_where_it_matches_no_earlier_row(vspdf, tmp_path):
+    (tmp_path / "old.json").write_text(json.dumps(result(1.9, 2.0, 2.1) | {"hardware": {"cpu": cpu.cpu_name()}}))
+    how = ("bench", "linear", *SMALL, "--no-peers", "--compare", tmp_path / "old.json")
+    for more, told in (((), "speed-up over dense"), (("--json",), '"rows": [')):
+        status, out, err = vspdf(*how, *more)
+        assert status == 2 and told in out and "no row of the earlier result" in err.splitlines()[-1]
+
+
 def test_steps_of_two_models_are_not_compared():
     small, large = ({"model": {"d_model": width, "batch_size": 4}} for width in (64, 768))
     with pytest.raises(UserError, match=r"of another model \(d_model 64, now 768\)"):

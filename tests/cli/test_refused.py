@@ -80,6 +80,25 @@ def test_more_threads_than_can_be_started(tiny, tmp_path, refused):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("verb", ["linear", "update", "step", "decode"])
+def test_more_threads_than_a_benchmark_can_start(refused, verb):
+    refused(r"--threads = 100000: expected at most \d+", "bench", verb, "--threads", 100000)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("linear --shapes 99999999999x9999999x4", "--shapes 99999999999x9999999x4 would need .* GiB of memory at"),
+        ("linear --pattern banded --shapes 8x64x64 --tokens 99999999999", "--tokens 99999999999 with banded.* would"),
+        ("update --shape 99999999999x64x64", "--shape 99999999999x64x64 would need"),
+        ("step --d-model 12000000", "such a model and batch would need"),
+        ("step --batch-size 99999999999", "such a model and batch would need"),
+    ],
+)
+def test_a_benchmark_that_does_not_fit_the_memory(refused, arguments, message):
+    refused(message, "bench", *arguments.split())
+
+
 def test_a_folder_of_texts_is_not_meant_for_itself(tmp_path, vspdf):
     (tmp_path / "dir").mkdir()
     status, out, err = vspdf("bleu", tmp_path / "dir", tmp_path / "dir", "--json")

@@ -160,6 +160,27 @@ def test_references_in_groups_and_in_task_files(tmp_path):
     assert read_references([lines, write(tmp_path / "r", ["x", "y"])], 2) == [["aa", "aa", "x"], ["bb", "y"]]
 
 
+ANSWERS = ["the dog runs here today", "a cat sits there now ."]
+OBJECTS = [json.dumps({"context": f"c{i}", "completion": text}) for i, text in enumerate(ANSWERS)]
+BARS = [f"c{i}||{text}" for i, text in enumerate(ANSWERS)]
+TASK_FILES = {
+    "r.jsonl": OBJECTS, "r.ndjson": OBJECTS, "e2e.txt": BARS, "bars": [*BARS, ""],
+    "r.csv": ["mr,ref", *(f"name[{i}],{text}" for i, text in enumerate(ANSWERS))],
+    "r.json": [json.dumps([{"tripleset": [["a", "b", "c"]], "annotations": [{"text": t}]} for t in ANSWERS])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, lines", TASK_FILES.items(), ids=TASK_FILES)
+def test_a_task_file_is_known_by_its_ending_or_its_bars(tmp_path, vspdf, name, lines):
+    status, out, err = vspdf("bleu", write(tmp_path / "h.txt", ANSWERS), write(tmp_path / name, lines), "--json")
+    assert status == 0 and json.loads(out)["bleu"] == pytest.approx(100), err
+
+
+def test_lines_of_code_stay_lines(tmp_path):
+    lines = ["if a || b:", "return"]
+    assert read_references([write(tmp_path / "r.txt", lines)], 2) == [[line] for line in lines]
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_no_score_is_above_a_hundred(protocol):
     """The root of the product of four times 100 % is 100.00000000000004 in sacrebleu."""

@@ -89,6 +89,20 @@ def test_the_output_may_be_edited_in_place_as_that_of_a_linear(shape):
     assert torch.equal(model[0].values.grad, plain[0].values.grad)
 
 
+@pytest.mark.parametrize("by", [0, 1, 2], ids=["x", "values", "bias"])
+def test_tangents_of_gradients_keep_the_precision_that_gradients_have(by):
+    x, values, bias = (t.float() for t in drawn())
+    given = (x.bfloat16(), values, bias)
+
+    def gradients(*inputs):
+        return grad(lambda *a: sparse(*a).float().pow(2).sum(), argnums=(0, 1, 2))(*inputs)
+
+    directions = [torch.ones_like(t) if i == by else torch.zeros_like(t) for i, t in enumerate(given)]
+    found, tangents = jvp(gradients, given, tuple(directions))
+    assert [t.dtype for t in found] == [t.dtype for t in tangents] == [t.dtype for t in given]
+    assert hessian(lambda v: sparse(given[0], v, bias).float().pow(2).sum())(values).dtype == torch.float32
+
+
 def test_vmap_over_bias_keeps_the_dtype_of_x():
     x, values, bias = (t.float() for t in drawn())
     many = torch.stack([bias, bias.sin(), bias.cos()])

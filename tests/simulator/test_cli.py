@@ -72,6 +72,26 @@ def test_the_event_level_is_refused_before_it_eats_the_memory(vspdf):
         assert status == 2 and not out and err.count("\n") == 1 and "would need" in err, err
 
 
+LARGE = ["spmm", "--format", "coo", "--grid", "8x8", "--n", 8256, "--k", 8256, "--m", 2, "--density", 0.001]
+
+
+def test_a_matrix_that_is_never_drawn_goes_to_the_aggregate_level(vspdf):
+    status, out, err = vspdf("simulate", *LARGE, "--json")  # quick enough for events, by its few non-zeros
+    assert status == 0, err
+    assert json.loads(out)["level"] == "aggregate" and "8256 x 8256 is too large" in json.loads(out)["why"]
+    for how in (["--level", "event"], ["--plot", "x.png"]):
+        status, out, err = vspdf("simulate", *LARGE, *how)
+        assert status == 2 and not out and err.count("\n") == 1 and "or the aggregate level" in err, err
+
+
+def test_padded_rows_are_as_said_on_either_side_of_what_is_drawn():
+    how = {"format": "ellpack", "grid": "64x64", "m": 8, "density": 5, "level": "aggregate"}
+    drawn = package.simulate("spmm", n=8192, k=8192, nnz_per_pe=1280, **how)
+    large = package.simulate("spmm", n=8256, k=8256, nnz_per_pe=1290, **how)  # ten a row, both of them
+    assert (drawn["nnz_per_pe"], large["nnz_per_pe"]) == (1280, 1290)
+    assert large["cycles_max"] == pytest.approx(drawn["cycles_max"] * 129 / 128, rel=1e-3)
+
+
 def test_settings_and_machines_reach_the_result(vspdf, tmp_path):
     plain = package.simulate("reduce", pes=9, elements=30, group=3)
     assert (
@@ -158,6 +178,12 @@ def test_seeds(vspdf):
         (["gemv", "--grid", "4x4", "--n", 8, "--trace", "no/x.json"], "there is no folder no"),
         (["gemv", "--grid", "4x4", "--n", 8, "--trace", "x.json", "--level", "aggregate"], "show events"),
         (["spmm", "--format", "coo", "--grid", "3x3", "--n", 8, "--k", 9, "--m", 4], "--n 8 must be a multiple"),
+        (
+            ["spmm", "--format", "coo", "--n", 10**9, "--k", 1000, "--m", 8, "--density", 1, "--grid", "10x10"],
+            "take a larger --grid or fewer columns --m",
+        ),
+        (["spmm", "--format", "csr", "--n", 10**20, "--k", 8, "--m", 4, "--grid", "2x2"], "bytes of SRAM, it has"),
+        (["spmm", "--format", "ellpack", "--n", 10**20, "--k", 8, "--m", 4, "--grid", "2x2"], "bytes of SRAM, it has"),
         (["spmm", "--format", "cco", "--grid", "2x2", "--n", 8, "--k", 8, "--m", 4], "--format = 'cco'"),
         (["spmm", "--format", "coo", "--grid", "2x2", "--n", 8, "--k", 8, "--m", 4, "--density", 101], "percentage"),
         (["spmm", "--format", "coo", "--grid", "2x2", "--n", 8, "--k", 8, "--m", 4, "--nnz-per-pe", 17], "1 to 16"),

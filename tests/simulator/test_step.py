@@ -313,6 +313,8 @@ def test_broken_runs_are_one_clear_line(vspdf, tmp_path):
     folder = write_run(tmp_path / "run", masks(TINY, 0.1))
     assert "Did you mean 'layer0.1'" in vspdf("simulate", "layer", "--run", folder, "--layer", "layer0.l")[2]
     assert "leave --in away" in vspdf("simulate", "layer", "--run", folder, "--in", 3)[2]
+    status, out, err = vspdf("simulate", "layer", "--run", folder, "--layer", "layer0.1", "--tokens", 0)
+    assert (status, out) == (2, "") and "--tokens must be a whole number of at least 1, not 0" in err
     assert "which of layer0.0" in vspdf("simulate", "layer", "--run", folder)[2]
     assert "holds no run" in vspdf("simulate", "step", "--run", tmp_path)[2]
     (folder / "patterns.npz").write_bytes(b"PK nonsense")

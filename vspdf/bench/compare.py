@@ -26,10 +26,31 @@ def read(path: Path) -> dict[str, Any]:
         If the file holds none.
     """
     body = read_json(path)
-    rows = body.get("rows")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "ratio_to_dense" in row for row in rows):
+    rows, about = body.get("rows"), (body.get("hardware"), body.get("model") or {})
+    if not (isinstance(rows, list) and all(map(_is_row, rows)) and all(isinstance(part, dict) for part in about)):
         raise UserError(f"'{path}' holds no result to compare with: expected what vspdf bench ... --json printed.")
     return body
+
+
+def _is_row(row: Any) -> bool:
+    """Whether it has the ratios that are compared: numbers, or null where a result was wrong."""
+    ratios = (
+        [row.get(key, "") for key in ("ratio_to_dense", "ratio_low", "ratio_high")] if isinstance(row, dict) else []
+    )
+    return bool(ratios) and (ratios == [None] * 3 or all(isinstance(ratio, int | float) for ratio in ratios))
+
+
+def check_alike(old: dict[str, Any], cpu: str, model: dict[str, Any] | None) -> None:
+    """Refuses an earlier result of another machine, or of steps of another model.
+
+    Raises
+    ------
+    UserError
+        Naming what differs.
+    """
+    if (a := old["hardware"].get("cpu")) != cpu:
+        raise UserError(f"the earlier result is of another machine ({a}), this one is {cpu}: ratios differ by machine.")
+    _check_models(old.get("model"), model)
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -48,9 +69,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     UserError
         If no row is in both, or the processors or the models differ.
     """
-    if (a := old.get("hardware", {}).get("cpu")) != (b := new["hardware"]["cpu"]):
-        raise UserError(f"the earlier result is of another machine ({a}), this one is {b}: ratios differ by machine.")
-    _check_models(old.get("model"), new.get("model"))
+    check_alike(old, new["hardware"]["cpu"], new.get("model"))
     before, after = ({_of(row): row for row in result["rows"]} for result in (old, new))
     found: dict[str, Any] = {"faster": [], "slower": [], "wrong": [], "right": [], "same": 0, "unclear": 0}
     for key in filter(before.__contains__, after):

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from vspdf.bench import candidates as known
-from vspdf.bench.problem import DTYPES, TOLERANCE, Problem, check_dtypes, facts
+from vspdf.bench.problem import DTYPES, TOLERANCE, Problem, check_dtypes, check_memory, facts
 from vspdf.bench.rounds import (
     PRODUCTS,
     Budget,
@@ -102,12 +102,21 @@ def cases(
 ) -> list[Case]:  # fmt: skip
     """All that is to be timed: random masks of shapes and sparsities, or given ones at so many tokens."""
     if masks is None:
+        for shape in shapes:
+            _check_memory("`shapes` " + "x".join(map(str, shape)), *shape)
         return [
             Case(Pattern.random((n_out, n_in), s), t, s, None, count)
             for count, (t, n_in, n_out), s in itertools.product(threads, shapes, sparsities)
         ]
     given = distinct(masks)
+    for count, (name, pattern) in itertools.product(tokens, given):
+        _check_memory(f"`tokens` {count} with {name}", count, pattern.in_features, pattern.out_features)
     return [Case(p, t, p.sparsity, name, count) for count, t, (name, p) in itertools.product(threads, tokens, given)]
+
+
+def _check_memory(what: str, tokens: int, n_in: int, n_out: int) -> None:
+    """Data in float32 and float64, and products as large in float64."""
+    check_memory(what, 20 * (tokens * n_in + tokens * n_out + n_in * n_out))
 
 
 def distinct(masks: Iterable[tuple[str, Pattern]]) -> list[tuple[str, Pattern]]:
@@ -159,7 +168,7 @@ def bench_linear(
     Raises
     ------
     UserError
-        If a dtype or a candidate is not known.
+        If a dtype or a candidate is not known, or a layer does not fit this machine's memory.
     """
     check_dtypes(dtypes)
     extension = cpu.extension()

@@ -148,3 +148,16 @@ def draw(name: str, shapes: Sequence[Shape], sparsities: Sequence[float], seed: 
         return [("erk", Pattern.random(shape, min(max(s, 0.0), 1.0), seed=seed)) for shape, s in amounts]
     make = find(name)
     return list(dict.fromkeys((name, make(shape, s, seed)) for s in sparsities for shape in shapes))
+
+
+def labelled(found: Sequence[tuple[str, Pattern]], sizes: bool, amounts: bool) -> list[tuple[str, Pattern]]:
+    """Masks by kind, size and sparsity, the latter where there are several, with as many digits as tell them apart."""
+
+    def labels(digits: int) -> list[str]:
+        return [
+            name + f" {p.in_features}x{p.out_features}" * sizes + f" {p.sparsity:.{digits}g}" * amounts
+            for name, p in found
+        ]
+
+    digits = next((n for n in range(2, 10) if len(set(labels(n))) == len(found)), 2)
+    return list(zip(labels(digits), (p for _, p in found), strict=True))

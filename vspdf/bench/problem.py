@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from vspdf.bench.rounds import PRODUCTS, Candidate, Timed
-from vspdf.errors import did_you_mean, in_one_line, require
+from vspdf.errors import UserError, did_you_mean, in_one_line, require
 from vspdf.kernels import reference
+from vspdf.kernels.hardware import memory
 from vspdf.pattern import Pattern
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -26,6 +27,14 @@ def check_dtypes(names: Sequence[str]) -> None:
     for name in names:
         require(
             name in DTYPES, f"`dtype` {name}: on a CPU {' and '.join(DTYPES)} are timed.{did_you_mean(name, DTYPES)}"
+        )
+
+
+def check_memory(what: str, needed: float) -> None:
+    """Refuses what needs more bytes at least than this machine has, before anything of it is allocated."""
+    if needed > (there := memory()):
+        raise UserError(
+            f"{what} would need {needed / 2**30:,.0f} GiB of memory at least, this machine has {there / 2**30:,.0f}."
         )
 
 

@@ -21,6 +21,7 @@ import torch
 
 from vspdf.errors import in_one_line
 from vspdf.kernels.cpu import PRODUCTS
+from vspdf.kernels.hardware import check_threads
 
 T = TypeVar("T")
 
@@ -50,6 +51,8 @@ class Timed(NamedTuple):
 @contextmanager
 def on_threads(count: int | None) -> Iterator[int]:
     """torch works on so many threads inside the block, on as many as it has by default; gives their number."""
+    if count:
+        check_threads("`threads`", count)
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

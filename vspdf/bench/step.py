@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vspdf import gemm
 from vspdf.attention import plain
-from vspdf.bench.problem import check_dtypes
+from vspdf.bench.problem import check_dtypes, check_memory
 from vspdf.bench.rounds import (
     Budget,
     Timed,
@@ -30,7 +30,7 @@ from vspdf.bench.rounds import (
 from vspdf.errors import in_one_line
 from vspdf.kernels import cpu, hardware
 from vspdf.model import GPT, MLP, Attention
-from vspdf.shapes import Shape
+from vspdf.shapes import STATE_BYTES, Shape
 
 
 class Side(NamedTuple):
@@ -86,6 +86,8 @@ def bench_step(
 
     check_dtypes(dtypes)
     shape = Shape(n_layer, d_model, n_head, 4 * d_model, 257, sequence_length)
+    logits = 4 * batch_size * sequence_length * shape.vocab_size
+    check_memory("such a model and batch", STATE_BYTES * shape.parameters + logits)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(257, (batch_size, sequence_length + 1), generator=generator)
     sides = _sides(sparsities, dtypes, compiled)

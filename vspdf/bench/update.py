@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vspdf.bench.problem import check_memory
 from vspdf.bench.rounds import Timed, held_up, interval, on_threads, others_at_work
 from vspdf.errors import require
 from vspdf.kernels import cpu, hardware
@@ -44,6 +45,8 @@ def bench_update(
     """
     for sparsity in sparsities:
         require(0 < sparsity < 1, f"`sparsity` {sparsity:g}: expected more than 0 and less than 1: else no mask moves.")
+    data = tokens * in_features + tokens * out_features
+    check_memory(f"`shape` {tokens}x{in_features}x{out_features}", 4 * (data + in_features * out_features))
     load, rows = others_at_work(), []
     with on_threads(threads) as used:
         for sparsity in sparsities:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +12,8 @@ import typer
 from vspdf.cli import bench_tables as tables
 from vspdf.cli.console import Json, Verb, emit, murmur, say, show, tell
 from vspdf.errors import UserError, did_you_mean, one_of, percent_meant, require
-from vspdf.kernels.hardware import crowded, keep_freed_memory, slow_bf16_measured
+from vspdf.kernels.cpu import cpu_name
+from vspdf.kernels.hardware import check_threads, crowded, keep_freed_memory, slow_bf16_measured
 from vspdf.parallel.environment import refuse
 
 Positive = Annotated[int, typer.Option(min=1)]
@@ -122,16 +123,18 @@ def _dtypes(text: str) -> list[str]:
     return found
 
 
-def _warn_of_crowds(threads: Sequence[int]) -> None:
+def _check_threads(threads: Sequence[int]) -> None:
+    """Refuses more than can be started, and says where there are more than cores."""
+    check_threads("--threads", max(threads, default=1))
     if threads and (crowd := crowded(max(threads))):
         say(crowd)
 
 
 def _finish(
-    result: dict[str, Any], csv: Path | None, old: dict[str, Any] | None, as_json: bool, plot: Path | None = None,
-    roofline: bool = False,
+    result: dict[str, Any], table: Callable[[dict[str, Any]], None], csv: Path | None, as_json: bool,
+    old: dict[str, Any] | None = None, plot: Path | None = None, roofline: bool = False,
 ) -> None:  # fmt: skip
-    """Adds and writes what was asked for beside the tables."""
+    """Adds and writes what was asked for, and prints the result."""
     from vspdf.bench import compare, plots
     from vspdf.bench import roofline as roofs
     from vspdf.bench.rounds import write_csv
@@ -141,19 +144,32 @@ def _finish(
     if csv:
         write_csv(result, csv)
         say(f"wrote {csv}")
+    unlike = None
     if old is not None:
-        result["comparison"] = compare.compare(old, result)
+        try:
+            result["comparison"] = compare.compare(old, result)
+        except UserError as error:  # no reason to lose what was measured
+            unlike = error
     if as_json:
         emit(result)
+    else:
+        table(result)
     if plot:
         plots.plot(result, plot)
         say(f"wrote {plot}")
+    if unlike is not None:
+        raise unlike
 
 
-def _earlier(path: Path | None) -> dict[str, Any] | None:
+def _earlier(path: Path | None, model: dict[str, int] | None = None) -> dict[str, Any] | None:
+    """An earlier result, of this machine and of a step's `model`: known before anything is measured."""
     from vspdf.bench import compare
 
-    return None if path is None else compare.read(path)
+    if path is None:
+        return None
+    old = compare.read(path)
+    compare.check_alike(old, cpu_name(), model)
+    return old
 
 
 @bench.command(name="linear", cls=_Alone)
@@ -214,15 +230,13 @@ def bench_linear(
         raise UserError("--tokens is for --mask and --pattern; --shapes has tokens of its own.")
     lengths = _numbers(tokens, int, "--tokens", least=1) or sorted({shape[0] for shape in chosen}) or [1024]
     dtypes = _dtypes(dtype) or ["float32"]
-    _warn_of_crowds(counts)
+    _check_threads(counts)
     keep_freed_memory()
     result = linear.bench_linear(
         chosen or linear.SHAPES, amounts, counts or None, Budget(rounds, 10.0 if seconds is None else seconds),
         peers, dtypes, masks, lengths, candidate or (), murmur,
     )  # fmt: skip
-    _finish(result, csv, old, as_json, plot, roofline)
-    if not as_json:
-        tables.print_linear(result)
+    _finish(result, tables.print_linear, csv, as_json, old, plot, roofline)
 
 
 def _for_cpus(**given: Any) -> None:
@@ -252,20 +266,7 @@ def _masks(
     names = list(patterns.KINDS) if pattern == "all" else _parts(pattern, "--pattern")
     sides = list(dict.fromkeys((n_out, n_in) for _, n_in, n_out in shapes or SHAPES))
     found = list(dict.fromkeys(each for name in names for each in patterns.draw(name, sides, sparsities)))
-    return _labelled(found, len(sides) > 1, len(sparsities) > 1)
-
-
-def _labelled(found: Sequence[tuple[str, Any]], sizes: bool, amounts: bool) -> list[tuple[str, Any]]:
-    """Masks by kind, size and sparsity, the latter where there are several, with as many digits as tell them apart."""
-
-    def labels(digits: int) -> list[str]:
-        return [
-            name + f" {p.in_features}x{p.out_features}" * sizes + f" {p.sparsity:.{digits}g}" * amounts
-            for name, p in found
-        ]
-
-    digits = next((n for n in range(2, 10) if len(set(labels(n))) == len(found)), 2)
-    return list(zip(labels(digits), (p for _, p in found), strict=True))
+    return patterns.labelled(found, len(sides) > 1, len(sparsities) > 1)
 
 
 def _on_gpu(
@@ -276,9 +277,7 @@ def _on_gpu(
 
     names = [LONG.get(name, name) for name in _parts(dtype or "bf16,fp32", "--dtype")]
     result = linear_gpu.bench_linear(shapes or linear_gpu.SHAPES, sparsities, names, rounds or 7, peers, tune, murmur)
-    _finish(result, csv, None, as_json)
-    if not as_json:
-        tables.print_linear_gpu(result)
+    _finish(result, tables.print_linear_gpu, csv, as_json)
 
 
 @bench.command(name="update", cls=_Alone)
@@ -302,12 +301,10 @@ def bench_update(
     if len(shapes) != 1:
         raise UserError(f"--shape '{shape}': expected TOKENSxINxOUT, e.g. 1024x768x3072.")
     sparsities = _numbers(sparsity, float, "--sparsity", most=1, needed=True)
-    _warn_of_crowds([threads] if threads else [])
+    _check_threads([threads] if threads else [])
     keep_freed_memory()
     result = update.bench_update(*shapes[0], sparsities, drop_fraction, threads, rounds, murmur)
-    _finish(result, csv, None, as_json)
-    if not as_json:
-        tables.print_update(result)
+    _finish(result, tables.print_update, csv, as_json)
 
 
 @bench.command(name="step", cls=_Alone)
@@ -339,17 +336,17 @@ def bench_step(
     from vspdf.bench.rounds import Budget
 
     _destination(csv, "--csv", (".csv",))
-    sparsities, old = _numbers(sparsity, float, "--sparsity", most=1), _earlier(compare)
+    sparsities = _numbers(sparsity, float, "--sparsity", most=1)
+    sizes = {"n_layer": n_layer, "d_model": d_model, "n_head": n_head, "sequence_length": sequence_length}
+    old = _earlier(compare, sizes | {"batch_size": batch_size})
     dtypes = _dtypes(dtype) or ["float32"]
-    _warn_of_crowds([threads] if threads else [])
+    _check_threads([threads] if threads else [])
     keep_freed_memory()
     result = step.bench_step(
         n_layer, d_model, n_head, sequence_length, batch_size, sparsities, threads, Budget(rounds, seconds), dtypes,
         compiled, progress=murmur,
     )  # fmt: skip
-    _finish(result, csv, old, as_json)
-    if not as_json:
-        tables.print_step(result)
+    _finish(result, tables.print_step, csv, as_json, old)
 
 
 @bench.command(name="suite", cls=_Alone)
@@ -417,15 +414,13 @@ def bench_decode(
     dtypes = _parts(dtype, "--dtype", needed=True)
     for one in dtypes:
         one_of("--dtype", one, DTYPES)
-    _warn_of_crowds([threads] if threads else [])
+    _check_threads([threads] if threads else [])
     keep_freed_memory()
     result = decode.bench_decode(
         _to_decode(model, context + max_tokens, sparsity == "zeros"), sparsities, dtypes, batches, context, max_tokens,
         threads, rounds, progress=murmur,
     )  # fmt: skip
-    _finish(result, csv, None, as_json)
-    if not as_json:
-        tables.print_decode(result)
+    _finish(result, tables.print_decode, csv, as_json)
 
 
 def _to_decode(source: str, length: int, zeros: bool) -> Any:

@@ -110,9 +110,22 @@ def read_lines(path: str | Path) -> list[str]:
     return lines_of(whole_text(path))
 
 
+_BY_ENDING = {".xml": "dart", ".json": "dart", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "e2e"}
+
+
+def is_task_file(path: str | Path) -> bool:
+    """Whether a file holds examples, no text a line: by its name's ending, or ``||`` in every line that is not blank.
+
+    Code has ``||`` in some lines; a file of such lines stays one of texts.
+    """
+    if ending(Path(path)) in _BY_ENDING:
+        return True
+    lines = [line for line in read_lines(path) if line.strip()]
+    return bool(lines) and all("||" in line for line in lines)
+
+
 def _guess(path: Path, text: str) -> str:
-    by_ending = {".xml": "dart", ".json": "dart", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "e2e"}
-    if found := by_ending.get(ending(path)):
+    if found := _BY_ENDING.get(ending(path)):
         return found
     return "e2e" if "||" in text.partition(line_end(text))[0] else "lines"
 

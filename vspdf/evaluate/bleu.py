@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from vspdf.data import tasks
-from vspdf.data.reading import ending
 from vspdf.errors import UserError, did_you_mean
 
 PROTOCOLS = {
@@ -133,9 +132,9 @@ def _sacrebleu() -> Any:
 def read_references(paths: Sequence[str | Path], count: int) -> list[list[str]]:
     """References of `count` hypotheses, from files.
 
-    Each is a file of `count` lines (an empty line: no reference there), or a task file (XML, JSON, JSONL, CSV) of
-    `count` examples. A single file may also hold them in groups, one reference a line and an empty line after each
-    group, as the E2E challenge does.
+    Each is a file of `count` lines (an empty line: no reference there), or a task file of `count` examples (see
+    `tasks.is_task_file`). A single file may also hold them in groups, one reference a line and an empty line after
+    each group, as the E2E challenge does.
 
     Raises
     ------
@@ -145,7 +144,7 @@ def read_references(paths: Sequence[str | Path], count: int) -> list[list[str]]:
     found: list[list[str]] = [[] for _ in range(count)]
     for path in map(Path, paths):
         columns: list[Sequence[str]]
-        if ending(path) in (".xml", ".json", ".jsonl", ".csv"):
+        if tasks.is_task_file(path):
             columns, what = [example.references for example in tasks.read(path)], "examples"
         else:
             lines = tasks.read_lines(path)

@@ -172,7 +172,8 @@ def layer_by_request(
         if layer not in masks:
             raise UserError(f"'{run}' has no sparse layer '{layer}'.{did_you_mean(layer, masks)}")
         weights = Weights.of_mask(masks[layer])
-        tokens = tokens or _batch(done.summary["phases"][0], done.shape) * done.shape.sequence_length
+        if tokens is None:
+            tokens = _batch(done.summary["phases"][0], done.shape) * done.shape.sequence_length
     elif tokens is None or in_features is None or out_features is None:
         raise UserError(
             "expected `tokens`, `in_features` and `out_features` (e.g. 65536, 12288, 12288), or `run` and `layer`."

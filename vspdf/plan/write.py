@@ -39,7 +39,7 @@ def write(found: Plan, path: str | Path) -> None:
     comment = (
         f"# Planned by `vspdf plan` for {found.model}: {found.flops_saved_fraction:.2%} fewer training FLOPs "
         f"(convention {found.convention})\n# than a dense run of {found.baseline}.\n"
-        "# lr_multiple is the published one at 90 % sparsity: lower it for milder ones and, in short runs, when dense.\n"
+        "# lr_multiple is the published one at 90 % sparsity: lower it for milder ones, and after a short one.\n"
         "# Your own text: data.corpus.\n"
     )
     _save(path, comment, _differing(config, Config()))

@@ -21,25 +21,11 @@ from vspdf.sparsity.layer import sparse_layers
 from vspdf.train.state import State
 from vspdf.train.step import micro_batches
 
-_MOST_THREADS = 256
 _OWN = {"data.cache_dir", "run_dir"}  # settings that may be another machine's own
 _ALIKE = (
     "Processors of unlike instruction sets round an update differently: run on like ones, or set ATEN_CPU_CAPABILITY "
     "to what all have (default, avx2 or avx512) for every rank, and resume."
 )
-
-
-def check_threads(threads: int) -> None:
-    """Refuses so many threads that the process would die of starting them, without a word.
-
-    Raises
-    ------
-    UserError
-        Naming how many there may be.
-    """
-    cores = os.cpu_count() or 1
-    if threads > (most := max(_MOST_THREADS, 4 * cores)):
-        raise UserError(f"train.threads = {threads}: expected at most {most}; this machine has {cores} cores.")
 
 
 def check_shares(config: ResolvedConfig, ranks: int) -> None:

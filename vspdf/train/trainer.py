@@ -23,7 +23,7 @@ from vspdf.config import essentials
 from vspdf.config.resolved import ResolvedConfig, ResolvedPhase
 from vspdf.errors import Diverged, Interrupted, RankLost
 from vspdf.evaluate.loss import evaluate
-from vspdf.kernels.hardware import crowded, device, slow_bf16, slow_bf16_measured
+from vspdf.kernels.hardware import check_threads, crowded, device, slow_bf16, slow_bf16_measured
 from vspdf.parallel.environment import by_torchrun, from_environment, restarted
 from vspdf.parallel.world import World
 from vspdf.runs import writer
@@ -94,7 +94,7 @@ def _train(
     resume = resume or (restarted() and Run(Path(config.run_dir)).begun)
     threads = config.train.threads or world.threads
     if threads:
-        common.check_threads(threads)
+        check_threads("train.threads", threads)
         torch.set_num_threads(threads)
     with writer.Writer(Path(config.run_dir)) as files:
 
