@@ -218,7 +218,7 @@ class GradValues(_Product):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _Product.setup_context(ctx, inputs, output)
-        ctx.dtype = inputs[4]
+        ctx.dtype = inputs[4] if len(inputs) > 4 else None  # a default that is left out is not among them
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

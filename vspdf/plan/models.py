@@ -50,6 +50,12 @@ class Source(NamedTuple):
     by_size: bool = False  # whether it is another architecture than ours, of which the sizes are taken alone
 
     @property
+    def notes(self) -> list[str]:
+        """What is to be said of the model."""
+        alone = f"{self.name} is planned by its sizes alone: what trains here, by --write, is our GPT of them."
+        return [alone] if self.by_size else []
+
+    @property
     def shape(self) -> Shape:
         """Shape of the model; where the tokenizer decides on the vocabulary, by its name."""
         return _shape(self.model, self.settings.data.tokenizer)

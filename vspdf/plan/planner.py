@@ -267,9 +267,7 @@ def plan(
     stretches = _stretches(config)
     if time or machines is not None:
         run.measure([sparsity for _, sparsity, _, _ in stretches])
-    notes = [*run.notes, *_moves(config)]
-    if source.by_size:
-        notes.append(f"{source.name} is planned by its sizes alone: what trains here, by --write, is our GPT of them.")
+    notes = [*run.notes, *_moves(config), *source.notes]
     if run.calibration and run.calibration.note:
         notes.append(run.calibration.note)
 
