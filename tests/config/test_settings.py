@@ -297,3 +297,11 @@ def test_an_end_of_the_rate_that_does_nothing_is_told(load, caplog):
     with caplog.at_level("WARNING", "vspdf"):
         load(BASE, "phases.1.decay=constant", "phases.1.lr_end=2.5e-5")
     assert "phases.1.lr_end = 2.5e-05 does nothing with decay: constant." in caplog.text
+
+
+def test_scales_of_sparse_weights_that_a_dense_phase_has_none_of_are_told(load, caplog):
+    with caplog.at_level("WARNING", "vspdf"):
+        load(BASE, "phases.0.s_mu_par=true")
+        assert not caplog.text
+        load(BASE, "phases.1.s_mu_par=true")
+    assert "phases.1.s_mu_par = true does nothing: the phase begins dense." in caplog.text

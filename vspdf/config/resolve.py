@@ -27,6 +27,7 @@ from vspdf.config.settings import (
     TrainConfig,
 )
 from vspdf.errors import UserError, check_device, one_of, require
+from vspdf.sparsity.schedule import warn_once
 
 
 def resolve(config: Config) -> ResolvedConfig:
@@ -265,6 +266,8 @@ def _phase(phase: PhaseConfig, run: ResolvedConfig) -> ResolvedPhase:
         beta2=optimizer.beta2 if phase.beta2 is None else phase.beta2,
     )
     _check_rates(found, key)
+    if found.s_mu_par and found.begins_dense:
+        warn_once(f"{key}.s_mu_par = true does nothing: the phase begins dense.")
     return found
 
 
