@@ -188,6 +188,7 @@ def worths() -> tables.Table:
 # lies between arms.
 EQUAL_TIME = (
     ("a model of 1.57M weights", "same-size", "set-75", "dense"),
+    ("", "same-size", "ramp", "dense"),
     ("", "same-size", "variable", "dense"),
     ("any model, 10M bytes of text", "multiplier", "set-then-dense", None),
     ("", "multiplier", "set-75", None),

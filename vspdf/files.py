@@ -43,6 +43,20 @@ def user_cache() -> Path:
         return _temporary_folder(str(error))
 
 
+def at_home(path: str | os.PathLike[str]) -> Path:
+    """A path whose ``~`` or ``~user`` is that home.
+
+    Raises
+    ------
+    UserError
+        If there is no such user, or no home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"'{path}': there is no such home directory.") from None
+
+
 def _wanted_folder() -> Path:
     if own := os.environ.get("VSPDF_CACHE"):
         return Path(own).expanduser()

@@ -1,6 +1,7 @@
 """Tokenizers of others' folders, and conversations by their chat templates: read, learnt and answered."""
 
 import json
+import shutil
 import unicodedata
 
 import pytest
@@ -94,6 +95,78 @@ def test_a_template_is_the_folders(folder):
     assert prompt.tolist() == theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert words.decode(answer) == "Paris." and answer[-1] == words.end_of_document
     assert len(chat.encode(words, said)[1]) == 0
+
+
+@pytest.fixture
+def changed(folder, tmp_path):
+    """The folder with other settings in its files."""
+
+    def written(**files):
+        path = shutil.copytree(folder, tmp_path / "changed")
+        for name, settings in files.items():
+            file = path / f"{name}.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+        return path
+
+    return written
+
+
+@pytest.mark.parametrize("where", ["config", "generation_config"])
+def test_an_answer_ends_with_any_end_of_its_folder(changed, tmp_path, where, vspdf):
+    """As Llama 3's: documents end with the first, answers with another."""
+    path = changed(**{"config": {"eos_token_id": 0}, where: {"eos_token_id": [0, 2]}})
+    words = checkpoints.load(path).tokenizer
+    assert words.ends == (0, 2) and words.named_tokens["eos_token"] == "<|im_end|>"
+    assert chat.encode(words, (("user", "Who?"),), "I.")[1].tolist() == [*words.encode("I."), 2]
+    assert vspdf("convert", path, tmp_path / "again", "--to", "hugging-face")[0] == 0
+    for name in ("config", "generation_config"):
+        assert json.loads((tmp_path / "again" / f"{name}.json").read_text())["eos_token_id"] == [0, 2]
+    assert checkpoints.load(tmp_path / "again").tokenizer.about == words.about
+
+
+def test_tokens_that_a_template_names_are_the_folders(changed):
+    template = "{{ bos_token }}{% for m in messages %}{% generation %}{{ m.content }}{{ pad_token }}{% endgeneration %}"
+    path = changed(tokenizer_config={
+        "bos_token": "<|im_start|>", "pad_token": {"content": "<|endoftext|>", "__type": "AddedToken"},
+        "chat_template": template + "{% endfor %}",
+    })  # fmt: skip
+    (path / "chat_template.jinja").unlink(missing_ok=True)
+    words, theirs = checkpoints.load(path).tokenizer, transformers.AutoTokenizer.from_pretrained(path)
+    expected = theirs.apply_chat_template([{"role": "user", "content": "Hi"}], return_dict=False)
+    assert chat.encode(words, (("user", "Hi"),))[0].tolist() == expected
+    assert theirs.decode(expected) == "<|im_start|>Hi<|endoftext|>"
+
+
+def test_a_template_that_is_no_utf8_is_refused(changed):
+    path = changed()
+    (path / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"chat_template.jinja' is not UTF-8"):
+        checkpoints.load(path)
+
+
+@pytest.mark.parametrize("eps", [None, "1e-5", True], ids=str)
+def test_an_epsilon_that_is_no_number_is_refused(changed, eps):
+    with pytest.raises(UserError, match="rms_norm_eps must be a number, not"):
+        checkpoints.load(changed(config={"rms_norm_eps": eps}))
+
+
+def test_an_end_with_a_name_of_its_own(tmp_path, folder):
+    path = shutil.copytree(folder, tmp_path / "named")
+    for file in path.glob("*.json*"):
+        file.write_text(file.read_text().replace("<|im_end|>", "[END]").replace("<|endoftext|>", "[PAD]"))
+    words = checkpoints.load(path).tokenizer
+    assert words.end_token == "[END]" and words.ends == (2, 0)
+
+
+def test_an_answer_has_the_tokens_that_it_has_in_the_whole():
+    """Of SentencePiece's kind, where a text begins with a space and its middle does not."""
+    template = "{% for m in messages %}{{ m.role + '\n' + m.content + eos_token + '\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+    made = llama2("normalizer")
+    words = Ours.from_json(made.to_str(), "theirs", {"chat_template": template})
+    prompt, answer = chat.encode(words, (("user", "hi"),), "yo")
+    whole = made.encode("user\nhi</s>\nassistant\nyo</s>", add_special_tokens=False).ids
+    assert [*prompt, *answer] == whole and len(answer) == 3
 
 
 @pytest.mark.parametrize(

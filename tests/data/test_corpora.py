@@ -152,6 +152,37 @@ def test_not_utf8(tmp_path, refused):
     assert "b.txt' is UTF-16, not UTF-8" in refused(tmp_path / "folder")
 
 
+def test_links_out_of_a_folder_are_followed_and_each_folder_is_read_once(tmp_path, settings_for):
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    for path in (folder / "sub", folder / ".git", other / "deep"):
+        path.mkdir(parents=True)
+    for file in (folder / "a.txt", folder / "sub" / "b.txt", folder / ".git" / "no.txt", other / "deep" / "c.txt"):
+        file.write_text(file.name)
+    (folder / "aside").symlink_to(folder / "sub")  # what is in it already
+    (folder / "linked").symlink_to(other)
+    (folder / "twice").symlink_to(other / "deep")
+    (other / "back").symlink_to(folder)
+    names = [name for name, _ in load_documents(settings_for(folder))]
+    assert names == ["a.txt", "linked/deep/c.txt", "sub/b.txt"]
+
+
+def test_a_name_that_is_no_utf8(tmp_path, settings_for, prose):
+    (tmp_path / "texts").mkdir()
+    for i in range(4):
+        (tmp_path / "texts" / os.fsdecode(b"caf\xe9%d.txt" % i)).write_text(prose(i))
+    assert prepare(settings_for(tmp_path / "texts"), 16, 0).n_samples > 10
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_folder(tmp_path, text_file, refused):
+    (tmp_path / "closed").mkdir(mode=0)
+    assert "closed' cannot be read: Permission denied" in refused(tmp_path)
+
+
+def test_no_such_home(refused):
+    assert "'~nobody-of-this-name/x.txt': there is no such home directory" in refused("~nobody-of-this-name/x.txt")
+
+
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
 def test_unreadable_file(text_file, refused):
     text_file.chmod(0)

@@ -12,6 +12,7 @@ from vspdf.sparsity.surgery import sparsify
 
 SHAPE = Shape(2, 32, 4, 64, 61, 48)
 END = 60
+MORE = [END, 3, 17]
 PROMPTS = [[5, 9, 5, 9, 2], [7], [1, 2, 3, 1, 2, 3, 1, 2], [40, 41, 40], [3, 3, 3, 3, 3, 3]]
 
 
@@ -89,16 +90,16 @@ class NoRepeatInAnswer(transformers.LogitsProcessor):
         return self.inner(ids[:, self.prompt :], scores)
 
 
-def reference(peer, prompt, decoding, **how):
+def reference(peer, prompt, decoding, ends=(END,)):
     ids = torch.tensor([prompt])
     processors = [NoRepeatInAnswer(decoding.no_repeat_ngram, len(prompt))] if decoding.no_repeat_ngram else []
     result = peer.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=decoding.max_tokens, num_beams=decoding.beams,
-        length_penalty=decoding.length_penalty, early_stopping=False, do_sample=False, eos_token_id=END,
-        pad_token_id=END, logits_processor=transformers.LogitsProcessorList(processors), **how,
+        length_penalty=decoding.length_penalty, early_stopping=False, do_sample=False, eos_token_id=[*ends],
+        pad_token_id=END, logits_processor=transformers.LogitsProcessorList(processors),
     )  # fmt: skip
     answer = result[0, len(prompt) :].tolist()
-    return answer[: answer.index(END)] if END in answer else answer
+    return answer[: next((i for i, token in enumerate(answer) if token in ends), None)]
 
 
 @pytest.mark.parametrize(
@@ -107,9 +108,16 @@ def reference(peer, prompt, decoding, **how):
 def test_beam_search_equals_transformers(model, peer, beams, penalty, ngram):
     decoding = Decoding(max_tokens=24, beams=beams, length_penalty=penalty, no_repeat_ngram=ngram)
     expected = [reference(peer, prompt, decoding) for prompt in PROMPTS]
-    assert generate(model, PROMPTS, decoding, END, batch_size=3) == expected
+    assert generate(model, PROMPTS, decoding, [END], batch_size=3) == expected
     if penalty < 2:
         assert len({len(answer) for answer in expected}) > 1  # some end early, or the test shows little
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_any_of_several_ends_is_one(model, peer, beams):
+    decoding = Decoding(max_tokens=20, beams=beams, no_repeat_ngram=0)
+    one, several = (generate(model, PROMPTS, decoding, ends) for ends in ([END], MORE))
+    assert several == [reference(peer, prompt, decoding, MORE) for prompt in PROMPTS] and several != one
 
 
 def test_without_an_end_beams_run_to_the_limit(model, peer):
@@ -122,12 +130,12 @@ def test_without_an_end_beams_run_to_the_limit(model, peer):
         )
     finally:
         peer.generation_config.eos_token_id = END
-    assert beam_search(model, [PROMPTS[2]], decoding, None) == [expected[0, 8:].tolist()]
+    assert beam_search(model, [PROMPTS[2]], decoding, []) == [expected[0, 8:].tolist()]
 
 
 def test_greedy_equals_transformers(model, peer):
     decoding = Decoding(max_tokens=20, no_repeat_ngram=0)
-    assert generate(model, PROMPTS, decoding, END) == [reference(peer, prompt, decoding) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, decoding, [END]) == [reference(peer, prompt, decoding) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5], ids=["dense", "sparse"])
@@ -137,41 +145,41 @@ def test_batches_equal_single_prompts(how, sparsity):
     if sparsity:
         sparsify(model, sparsity, backend="reference")
     decoding = Decoding(16, beams=5 if how == "beams" else 1, temperature=0.7 if how == "sampled" else 0.0, seed=4)
-    together = generate(model, PROMPTS, decoding, END, batch_size=5)
-    assert together == generate(model, PROMPTS, decoding, END, batch_size=2)
-    assert together[0] == generate(model, PROMPTS[:1], decoding, END)[0]
+    together = generate(model, PROMPTS, decoding, [END], batch_size=5)
+    assert together == generate(model, PROMPTS, decoding, [END], batch_size=2)
+    assert together[0] == generate(model, PROMPTS[:1], decoding, [END])[0]
     assert model.training
 
 
 def test_sampling_follows_the_distribution(model):
     """Frequencies of the first token over many seeds; another seed gives another text."""
     decoding = Decoding(max_tokens=1, temperature=1.0)
-    drawn = sample(model, [PROMPTS[0]] * 4000, decoding, None)
+    drawn = sample(model, [PROMPTS[0]] * 4000, decoding, [])
     counts = torch.bincount(torch.tensor([answer[0] for answer in drawn]), minlength=61) / 4000
     expected = model(torch.tensor([PROMPTS[0]]))[0, -1].softmax(-1)
     assert (counts - expected).abs().max() < 0.04
-    texts = [generate(model, [PROMPTS[0]], Decoding(20, temperature=3.0, seed=seed), None) for seed in (0, 0, 1)]
+    texts = [generate(model, [PROMPTS[0]], Decoding(20, temperature=3.0, seed=seed), []) for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_sampling_goes_beyond_the_window(model):
     """A full window keeps its later half; until then the text is that of one forward pass a token."""
     text = [1, 2, 3]
-    answer = generate(model, [text], Decoding(max_tokens=100), None)[0]
+    answer = generate(model, [text], Decoding(max_tokens=100), [])[0]
     assert len(answer) == 100
     for token in answer[:46]:
         window = text if len(text) < 49 else text[-24:]
         assert token == int(model(torch.tensor([window]))[0, -1].argmax())
         text = [*text, token]
     long = list(range(50)) * 2
-    assert len(generate(model, [long, [1]], Decoding(max_tokens=5), None)[0]) == 5
+    assert len(generate(model, [long, [1]], Decoding(max_tokens=5), [])[0]) == 5
 
 
 def test_what_cannot_be_continued(model):
     with pytest.raises(UserError, match="prompt 2 is empty"):
-        generate(model, [[1], []], Decoding(4), END)
+        generate(model, [[1], []], Decoding(4), [END])
     with pytest.raises(UserError, match=r"prompt 1 has 40 tokens: with an answer of up to 9 .* window of 48"):
-        generate(model, [[1] * 40], Decoding(9, beams=2), END)
-    assert generate(model, [], Decoding(4), END) == []
+        generate(model, [[1] * 40], Decoding(9, beams=2), [END])
+    assert generate(model, [], Decoding(4), [END]) == []
     with pytest.raises(UserError, match="49 tokens are more than"):
         model.hidden(torch.zeros(1, 49, dtype=torch.long))

@@ -119,7 +119,7 @@ def test_greedy_answers_are_theirs_batched_and_beyond_one_prompt(folder):
     path, theirs = folder
     ours = checkpoints.load(path).model
     prompts = [[5, 9, 5, 9, 2], [7], [1, 2, 3, 1, 2, 3, 1, 2]]
-    found = generate(ours, prompts, Decoding(max_tokens=12), end=None)
+    found = generate(ours, prompts, Decoding(max_tokens=12), ends=[])
     for prompt, answer in zip(prompts, found, strict=True):
         ids = theirs.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=12,
@@ -165,7 +165,7 @@ def test_transformers_generates_on_a_sparse_model(tmp_path):
     prompt = torch.tensor([[5, 9, 2, 7], [1, 2, 3, 4]])
     found = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=10, min_new_tokens=10,
                             do_sample=False, pad_token_id=0)  # fmt: skip
-    assert found[:, 4:].tolist() == generate(ours, prompt.tolist(), Decoding(max_tokens=10), end=None)
+    assert found[:, 4:].tolist() == generate(ours, prompt.tolist(), Decoding(max_tokens=10), ends=[])
 
 
 def made_shape():

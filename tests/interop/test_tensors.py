@@ -50,6 +50,19 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path):
         read_folder(tmp_path)
 
 
+def test_an_index_beside_a_whole_file_is_an_older_ones(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    assert read_folder(tmp_path)["a"].tolist() == [1, 1]
+
+
+def test_weights_of_eight_bits_are_refused(tmp_path, refused):
+    save_file({"a.weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
+    refused(
+        r"'a.weight' is a weight in float8_e4m3fn", "convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    )
+
+
 def shared_lists(depth=40):
     tree = [torch.zeros(1)]
     for _ in range(depth):

@@ -250,9 +250,13 @@ def test_a_hugging_face_folder_is_the_model_it_describes(tmp_path):
         tmp_path
     )
     found = plan(tmp_path, sparsity=0.5)
-    assert found.shape == Shape(2, 48, 4, 192, 131, 32)
+    assert found.shape == Shape(2, 48, 4, 192, 131, 32, mlp="gelu_tanh")
     weights = GPT2LMHeadModel.from_pretrained(tmp_path)
     assert found.shape.parameters == sum(p.numel() for p in weights.parameters())
+    form = {"tie_word_embeddings": False, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-6}
+    body = json.loads((tmp_path / "config.json").read_text()) | form | {"model_type": "btlm"}
+    (tmp_path / "config.json").write_text(json.dumps(body))
+    assert plan(tmp_path).shape == Shape(2, 48, 4, 192, 131, 32, mlp="gelu_tanh", norm_eps=1e-6, tie=False)
     OPTConfig().save_pretrained(tmp_path)
     assert plan(tmp_path).shape == Shape(12, 768, 12, 3072, 50272, 2048)
 
@@ -380,9 +384,10 @@ def test_bad_input_in_one_line(command, arguments, messages):
     [
         ("{", "config.json is no JSON"),
         ('{"model_type": "mixtral"}', "model_type 'mixtral' are not known"),
-        ('{"model_type": "gpt2", "n_embd": "x"}', "expected a whole number as n_layer"),
+        ('{"model_type": "gptj", "n_embd": "x"}', "expected a whole number as n_layer"),
+        ('{"model_type": "gpt2", "n_embd": "x"}', "n_layer must be a whole number of at least 1"),
     ],
-    ids=["broken", "another architecture", "missing sizes"],
+    ids=["broken", "another architecture", "missing sizes", "gpt2's"],
 )
 def test_hugging_face_folders_that_cannot_be_planned(tmp_path, body, message):
     with pytest.raises(UserError, match=r"holds no config\.json"):

@@ -58,9 +58,10 @@ def main() -> None:
             err.print(f"vspdf: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(130)
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # of any path that is asked for
+        if error.filename is None or error.errno not in (errno.ENAMETOOLONG, errno.EACCES):  # of any path asked for
             raise
-        message = f"'{str(error.filename)[:40]}...' is longer than the name of a file can be."
+        long = f"'{str(error.filename)[:40]}...' is longer than the name of a file can be."
+        message = long if error.errno == errno.ENAMETOOLONG else f"'{error.filename}': permission denied."
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's usage errors, whatever class they are in its version
             raise

@@ -24,6 +24,7 @@ from vspdf.data.tasks import Example
 from vspdf.errors import UserError, did_you_mean
 from vspdf.evaluate.bleu import PROTOCOLS
 from vspdf.evaluate.generate import Decoding
+from vspdf.files import at_home
 from vspdf.interop.cerebras import translated
 from vspdf.runs.folder import START
 
@@ -372,7 +373,7 @@ def _fine_tunings(body: Form, first: Arm, where: str) -> dict[str, Arm]:
         if not isinstance(task, dict) or not isinstance(task.get("data"), dict) or not task["data"].get("path"):
             raise UserError(f"{here}: expected a mapping with data.path, a file of contexts and references.")
         own = {key: value for key, value in task.items() if key not in _OF_A_TASK}
-        own["data"] = {**own["data"], "path": str(Path(folder).expanduser() / str(own["data"]["path"]))}
+        own["data"] = {**own["data"], "path": str(at_home(folder) / str(own["data"]["path"]))}
         own = _merged(common, own)
         for key in ("name", "run_dir", "seed", "model", "start"):
             if key in own:

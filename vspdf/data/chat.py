@@ -31,8 +31,12 @@ def encode(tokenizer: Tokenizer, said: Said, answer: str | None = None) -> tuple
             f"the chat template of {tokenizer.name} writes a conversation otherwise once it is answered: it cannot be "
             "told where the answer begins."
         )
-    ids = tokenizer.encode_rendered(whole[len(begun) :].rstrip("\n"))
-    ends = len(ids) and ids[-1] == tokenizer.end_of_document
+    ids, size = tokenizer.encode_rendered(whole.rstrip("\n")), len(prompt)
+    if ids[:size].tolist() == prompt.tolist():
+        ids = ids[size:]
+    else:  # a token spans both
+        ids = tokenizer.encode_rendered(whole[len(begun) :].rstrip("\n"))
+    ends = len(ids) and ids[-1] in tokenizer.ends
     return prompt, ids if ends else np.append(ids, tokenizer.end_of_document)
 
 
@@ -41,11 +45,9 @@ def _rendered(tokenizer: Tokenizer, said: Said, ask: bool) -> str:
 
     assert tokenizer.chat_template is not None
     messages = [{"role": role, "content": content} for role, content in said]
-    begin = next((token for token in _BEGINS if token in tokenizer.vocabulary), tokenizer.end_token)
+    named = {**tokenizer.named_tokens, "messages": messages, "add_generation_prompt": ask, "tools": None}
     try:
-        return _compiled(tokenizer.chat_template).render(
-            messages=messages, add_generation_prompt=ask, eos_token=tokenizer.end_token, bos_token=begin, tools=None
-        )
+        return _compiled(tokenizer.chat_template).render(named)
     except (TemplateError, TypeError, ValueError) as error:
         raise UserError(f"the chat template of {tokenizer.name}: {' '.join(str(error).split())}.") from None
 
@@ -53,16 +55,23 @@ def _rendered(tokenizer: Tokenizer, said: Said, ask: bool) -> str:
 @lru_cache(maxsize=4)
 def _compiled(template: str) -> Any:
     """A template, read once for all conversations that it writes."""
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    class Generation(Extension):
+        """``{% generation %}``: what the assistant says, marked so that others learn it alone; written as it is."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     return environment.from_string(template)
-
-
-_BEGINS = ("<s>", "<|begin_of_text|>", "<bos>")
 
 
 def _refuse(message: str) -> Any:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from vspdf.config.resolved import ResolvedData
 from vspdf.data.reading import ending, text_lines
 from vspdf.errors import UserError, did_you_mean, near_path
-from vspdf.files import parse_json
+from vspdf.files import at_home, parse_json
 
 log = logging.getLogger("vspdf")
 
@@ -66,7 +66,7 @@ def load_documents(config: ResolvedData, cut: bool = True) -> Corpus:
         If the corpus does not exist or is empty; while iterating, if a file is no UTF-8 or a line lacks the field.
     """
     name = config.corpus
-    if " + " in name and not Path(name).expanduser().exists():
+    if " + " in name and not at_home(name).exists():
         parts = [load_documents(replace(config, corpus=part.strip()), cut) for part in name.split(" + ")]
         python = platform.python_version() if any(part.python for part in parts) else None
         return Corpus(name, lambda: chain.from_iterable(parts), python)
@@ -78,7 +78,7 @@ def load_documents(config: ResolvedData, cut: bool = True) -> Corpus:
         return Corpus(name, _OF_PYTHON[name], platform.python_version())
     if name.startswith("hf:"):
         return Corpus(name, _hugging_face(name, config.text_field))
-    path = Path(name).expanduser()
+    path = at_home(name)
     if path.is_dir():
         files = _text_files(path)
         return Corpus(name, lambda: _folder(path, files, config.text_field))
@@ -146,12 +146,7 @@ _OF_PYTHON: dict[str, Callable[[], Iterator[Document]]] = {
 
 
 def _text_files(folder: Path) -> list[Path]:
-    visible = sorted(
-        (Path(parent) / file).relative_to(folder)
-        for parent, _, files in os.walk(folder)
-        for file in files
-        if not any(part.startswith(".") for part in (Path(parent) / file).relative_to(folder).parts)
-    )
+    visible = sorted(file.relative_to(folder) for file in _visible(folder))
     endings = TEXT_ENDINGS + JSON_LINES_ENDINGS
     chosen = [file for file in visible if ending(file) in endings]
     others = [file.suffix or "no ending" for file in visible if ending(file) not in endings]
@@ -162,6 +157,24 @@ def _text_files(folder: Path) -> list[Path]:
     if others:
         log.warning("Corpus folder '%s': %d other files ignored (%s).", folder, len(others), kinds)
     return chosen
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """Files below a folder that are not hidden, each folder once: links are followed where they lead out of it."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"Corpus folder '{error.filename}' cannot be read: {error.strerror}.")
+
+    root, seen = Path(folder).resolve(), set()
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        here = Path(parent)
+        real = here.resolve()
+        if real in seen or (here.is_symlink() and here != folder and real.is_relative_to(root)):
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (here / name for name in files if not name.startswith("."))
 
 
 def _folder(folder: Path, files: list[Path], text_field: str) -> Iterator[Document]:

@@ -22,6 +22,7 @@ from vspdf.data.tasks import Example, read
 from vspdf.data.tokenizer import Tokenizer, tokenizer_maker
 from vspdf.data.tokens import TEST, held_out, split
 from vspdf.errors import UserError
+from vspdf.files import at_home
 
 log = logging.getLogger("vspdf")
 
@@ -111,7 +112,7 @@ def prepare(config: ResolvedTask, seed: int, tokenizer: Tokenizer) -> Pairs:
 def _digest(*paths: str | None) -> str:
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(Path(path).expanduser().read_bytes() if path else b"")
+        digest.update(at_home(path).read_bytes() if path else b"")
     return digest.hexdigest()
 
 
@@ -221,7 +222,7 @@ class Pairs(Samples):
         what = f"'{manifest['corpus']['name']}' has {len(self._train)} pairs"
         super().__init__(what, len(self._train), seed, repeat)
         self.tokenizer, self.vocab_size, self.manifest = tokenizer, tokenizer.vocab_size, manifest
-        self.end: int | None = tokenizer.end_of_document
+        self.ends = tokenizer.ends
         self.chat = chat  # whether they are written by the tokenizer's chat template
         self._cumulated: dict[int, np.ndarray] = {}
 

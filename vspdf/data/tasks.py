@@ -19,7 +19,7 @@ from vspdf.data.reading import ending, line_end, whole_text
 from vspdf.data.rows import pair
 from vspdf.data.rows import text as text_of
 from vspdf.errors import UserError, did_you_mean, near_path
-from vspdf.files import parse_json
+from vspdf.files import at_home, parse_json
 
 log = logging.getLogger("vspdf")
 
@@ -54,7 +54,7 @@ def read(path: str | Path, format: str = "auto", *, lower_relations: bool = Fals
     UserError
         If the file is missing, is no such file, or holds something that is no triple; the message says where.
     """
-    path = Path(path).expanduser()
+    path = at_home(path)
     if format not in FORMATS:
         raise UserError(f"format '{format}' is not known.{did_you_mean(format, FORMATS)}")
     if path.is_dir():
@@ -102,7 +102,7 @@ def lines_of(text: str) -> list[str]:
 
 def read_lines(path: str | Path) -> list[str]:
     """Lines of a text file; see `lines_of`."""
-    path = Path(path).expanduser()
+    path = at_home(path)
     if path.is_dir():
         raise UserError(f"'{path}' is a folder: expected a file of one text a line.")
     if not path.is_file():

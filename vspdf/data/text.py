@@ -28,7 +28,7 @@ from vspdf.data.samples import Samples, ValidationBatch
 from vspdf.data.tokenizer import Tokenizer, tokenizer_maker
 from vspdf.data.tokens import TEST, TRAIN, VALIDATION, _batches, _cached_tokens, _Survey, _Tokens, _write_cache, split
 from vspdf.errors import UserError
-from vspdf.files import user_cache
+from vspdf.files import at_home, user_cache
 
 log = logging.getLogger("vspdf")
 
@@ -84,7 +84,7 @@ def prepare(config: ResolvedData, sequence_length: int, seed: int, samples: int 
 
     of_tokens = [survey.sha256, tokenizer_key, hashlib.sha256(parts.tobytes()).hexdigest()]
     key = hashlib.sha256(json.dumps(of_tokens).encode()).hexdigest()
-    folder = user_cache() / "tokens" if config.cache_dir is None else Path(config.cache_dir).expanduser()
+    folder = user_cache() / "tokens" if config.cache_dir is None else at_home(config.cache_dir)
     tokens = _cached_tokens(folder, key, make)
     if len(tokens.train) <= sequence_length:
         raise _too_short(corpus.name, f"{len(tokens.train)} training tokens", sequence_length)
@@ -151,15 +151,15 @@ class Dataset(Samples):
     tokenizer : Tokenizer
     vocab_size : int
     sequence_length : int
-    end : None
-        No token ends an answer: text goes on.
+    ends : tuple of int
+        Tokens that end an answer: none, text goes on.
     manifest : dict
         `corpus` (name, sha256, documents, bytes; python for "stdlib"), `tokenizer` (name, vocab_size), `train`,
         `validation` and, where there is one, `test` (documents, bytes, tokens), `samples`, and `order`: a hash that is
         equal where the same tokens come in the same order.
     """
 
-    end: int | None = None
+    ends: tuple[int, ...] = ()
 
     def __init__(self, tokens: _Tokens, manifest: dict[str, Any], sequence_length: int, seed: int, repeat: bool):
         self.tokenizer = tokens.tokenizer

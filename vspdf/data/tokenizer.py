@@ -22,10 +22,13 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from vspdf.errors import UserError, did_you_mean, near_path
+from vspdf.files import at_home
 from vspdf.shapes import Shape
 
 END_OF_DOCUMENT = "<|endoftext|>"  # GPT-2's name for it, used by the tokenizers made here
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eot|>")
+KNOWN_BEGINS = ("<s>", "<|begin_of_text|>", "<bos>")
+_SAID = ("end_token", "other_ends", "named_tokens", "chat_template")  # not in a tokenizer.json, see `Tokenizer.about`
 _GAPS = 1 << 20  # ids that no token has
 _PROBE = "Naïve  ½ café,\n\tdon't — 世界 \U0001f600 \x00 e\u0301"
 # What tokenizers see of a text, in the order in which it is tried.
@@ -66,15 +69,16 @@ class Tokenizer:
         Its id.
     bytes_per_token : ndarray, shape (vocab_size,), int64
         Bytes of text that each id stands for; 0 for special tokens.
+    ends : tuple of int
+        Ids that end an answer: `end_of_document`, and what others the folder that it came from has.
     chat_template : str or None
-        Of the folder that it came from: how a conversation is written.
+        Of that folder: how a conversation is written.
     """
 
-    def __init__(
-        self, model: tokenizers.Tokenizer, name: str, end: str | None = None, chat_template: str | None = None
-    ) -> None:
-        self.name, self.chat_template, self._end = name, chat_template, end
-        self._model = model
+    def __init__(self, model: tokenizers.Tokenizer, name: str, about: Mapping[str, Any] | None = None) -> None:
+        self.name, self._model = name, model
+        self._said = {key: value for key, value in (about or {}).items() if key in _SAID and value is not None}
+        self.chat_template: str | None = self._said.get("chat_template")
         model.no_padding()
         model.no_truncation()
         model.encode_special_tokens = True
@@ -86,10 +90,12 @@ class Tokenizer:
                 f"Tokenizer {name} numbers its {len(vocabulary):,} tokens up to {self.vocab_size - 1:,}: expected "
                 "numbers without gaps."
             )
-        ends = [token for token in (end, *_KNOWN_ENDS) if token in vocabulary]
+        ends = [token for token in (self._said.get("end_token"), *_KNOWN_ENDS) if token in vocabulary]
         if not ends:
             raise UserError(f"Tokenizer {name} has no end-of-document token: expected one of {', '.join(_KNOWN_ENDS)}.")
         self.end_token, self.end_of_document = ends[0], vocabulary[ends[0]]
+        others = (vocabulary[token] for token in self._said.get("other_ends", ()) if token in vocabulary)
+        self.ends = tuple(dict.fromkeys((self.end_of_document, *others)))
 
         self.bytes_per_token = np.zeros(self.vocab_size, np.int64)
         fallback = bool(getattr(model.model, "byte_fallback", False))  # of SentencePiece's kind
@@ -166,8 +172,7 @@ class Tokenizer:
     @classmethod
     def from_json(cls, text: str, name: str, about: Mapping[str, Any] | None = None) -> Tokenizer:
         """The inverse of `to_json`."""
-        said = about or {}
-        return cls(tokenizers.Tokenizer.from_str(text), name, said.get("end_token"), said.get("chat_template"))
+        return cls(tokenizers.Tokenizer.from_str(text), name, about)
 
     @property
     def special_tokens(self) -> dict[int, str]:
@@ -176,12 +181,17 @@ class Tokenizer:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Name and size, and what a tokenizer.json does not tell: an end of document of a folder's choice, a template.
+        """Name and size, and what a tokenizer.json does not tell but its folder did, in a manifest; `load` takes it.
 
-        In a manifest, and `load` takes it.
+        ``end_token`` ends a document, ``other_ends`` answers too; ``chat_template`` writes conversations, with
+        ``named_tokens``, such as ``bos_token``, by name.
         """
-        said = {"end_token": self._end, "chat_template": self.chat_template}
-        return {"name": self.name, "vocab_size": self.vocab_size} | {k: v for k, v in said.items() if v is not None}
+        return {"name": self.name, "vocab_size": self.vocab_size} | self._said
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """Special tokens by the names that chat templates have for them: what its folder said, else the one end."""
+        return {"bos_token": self.end_token, "eos_token": self.end_token} | self._said.get("named_tokens", {})
 
     def to_json(self) -> str:
         """The content of a tokenizer.json."""
@@ -281,9 +291,9 @@ def tokenizer_maker(spec: str) -> tuple[str, Callable[[Iterable[str]], Tokenizer
     if kind == "gpt2":
         if not rest:
             raise UserError(f"Tokenizer '{spec}': expected gpt2:FOLDER, where vocab.json and merges.txt are.")
-        folder = Path(rest).expanduser()
+        folder = at_home(rest)
         return f"gpt2 {_digest(*_gpt2_files(folder))}", lambda texts: Tokenizer.gpt2(folder)
-    path = Path(spec).expanduser()
+    path = at_home(spec)
     if not path.exists() and not path.suffix and len(path.parts) == 1:
         raise UserError(
             f"Unknown tokenizer '{spec}': expected {_EXPECTED}.{did_you_mean(kind, ['bytes', 'bpe', 'gpt2'])}"

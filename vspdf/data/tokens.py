@@ -39,7 +39,7 @@ class _Survey:
         whole, keys, sizes = hashlib.sha256(), array("Q"), array("q")
         for name, text in corpus:
             content = text.encode()
-            whole.update(f"{name}\0{len(content)}\0".encode())
+            whole.update(f"{name}\0{len(content)}\0".encode(errors="surrogateescape"))  # names may be no UTF-8
             whole.update(content)
             keys.append(_key(content))
             sizes.append(len(content))

@@ -178,10 +178,9 @@ def _generated(
     model: GPT, tokenizer: Tokenizer, ids: list[list[int]], closed: bool, decoding: Decoding, batch_size: int,
     progress: Callable[[int], None],
 ) -> list[list[int]]:  # fmt: skip
-    end = tokenizer.end_of_document
-    prompts = [[*one, end] if closed else one for one in ids]
+    prompts = [[*one, tokenizer.end_of_document] if closed else one for one in ids]
     try:
-        return generate(model, prompts, decoding, end, batch_size, progress)
+        return generate(model, prompts, decoding, tokenizer.ends, batch_size, progress)
     except KeyboardInterrupt:
         raise Interrupted("stopped; no answer was written.") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,7 +63,7 @@ def generate(
     model: GPT,
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
-    end: int | None,
+    ends: Collection[int],
     batch_size: int = 16,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Tokens]:
@@ -76,8 +76,8 @@ def generate(
         None empty. For beam search, each with room for an answer: prompt and `max_tokens` fit the model's window.
         Sampling goes beyond it: whenever the window is full, the later half of it is kept.
     decoding : Decoding
-    end : int, optional
-        The token that ends an answer; it is not part of it.
+    ends : collection of int
+        Tokens that end an answer, none of them part of it.
     batch_size : int
         Prompts at a time.
     progress : callable
@@ -105,9 +105,9 @@ def generate(
         for batch in _batches([len(prompt) for prompt in prompts], batch_size, window - decoding.max_tokens):
             chosen = [list(prompts[i]) for i in batch]
             if decoding.beams > 1:
-                results = beam_search(model, chosen, decoding, end)
+                results = beam_search(model, chosen, decoding, ends)
             else:
-                results = sample(model, chosen, decoding, end, batch)
+                results = sample(model, chosen, decoding, ends, batch)
             for i, result in zip(batch, results, strict=True):
                 answers[i] = result
             done += len(batch)
@@ -141,8 +141,9 @@ def _next(model: GPT, tokens_BT: Tensor, cache: Cache) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    model: GPT, prompts: Sequence[Tokens], decoding: Decoding, end: int | None, numbers: Sequence[int] | None = None
-) -> list[Tokens]:
+    model: GPT, prompts: Sequence[Tokens], decoding: Decoding, ends: Collection[int],
+    numbers: Sequence[int] | None = None,
+) -> list[Tokens]:  # fmt: skip
     """One answer a prompt, token by token; `numbers` name the prompts, so that each has random numbers of its own."""
     window = model.shape.sequence_length
     rows = [list(prompt[-window:]) for prompt in prompts]
@@ -161,7 +162,7 @@ def sample(
             chosen = torch.searchsorted(cumulated, points.to(cumulated) * cumulated[:, -1:])[:, 0]
             chosen = chosen.clamp(max=logits.shape[-1] - 1)
         tokens = chosen.tolist()
-        keep = [k for k, token in enumerate(tokens) if token != end]
+        keep = [k for k, token in enumerate(tokens) if token not in ends]
         live, tokens = [live[k] for k in keep], [tokens[k] for k in keep]
         for i, token in zip(live, tokens, strict=True):
             answers[i].append(token)
@@ -183,15 +184,15 @@ def _source(seed: int, number: int) -> torch.Generator:
 
 
 @torch.no_grad()
-def beam_search(model: GPT, prompts: Sequence[Tokens], decoding: Decoding, end: int | None) -> list[Tokens]:
+def beam_search(model: GPT, prompts: Sequence[Tokens], decoding: Decoding, ends: Collection[int]) -> list[Tokens]:
     """The best answer to each prompt that a beam search finds.
 
     Notes
     -----
-    Of the ``2 · beams`` likeliest continuations, those among the first `beams` that end are answers; the likeliest
-    `beams` that do not end go on. A prompt is done when it has `beams` answers and none that goes on scores above the
-    worst of them at its present length, or at `max_tokens`. transformers' ``generate`` does the same under
-    ``early_stopping=False``, but for counting n-grams of the prompt.
+    Of the ``(1 + ends) · beams`` likeliest continuations (``2 · beams`` at least), those among the first `beams` that
+    end are answers; the likeliest `beams` that do not end go on. A prompt is done when it has `beams` answers and none
+    that goes on scores above the worst of them at its present length, or at `max_tokens`. transformers' ``generate``
+    does the same under ``early_stopping=False``, but for counting n-grams of the prompt.
     """
     beams, penalty = decoding.beams, decoding.length_penalty
     begin = max(map(len, prompts))
@@ -199,6 +200,7 @@ def beam_search(model: GPT, prompts: Sequence[Tokens], decoding: Decoding, end: 
     cache.repeat(beams)
     logits = logits.repeat_interleave(beams, 0)
     device, vocabulary = logits.device, logits.shape[-1]
+    stops = torch.tensor([*ends], dtype=torch.long, device=device)
     found: list[list[tuple[float, Tokens]]] = [[] for _ in prompts]  # the best `beams` answers of each prompt
     live = list(range(len(prompts)))
     tokens_NbT = torch.empty((len(prompts), beams, 0), dtype=torch.long, device=device)
@@ -208,10 +210,10 @@ def beam_search(model: GPT, prompts: Sequence[Tokens], decoding: Decoding, end: 
         logprobs = logits.log_softmax(-1)
         _ban_repeats(logprobs, tokens_NbT.flatten(0, 1), decoding.no_repeat_ngram)
         totals = (scores_Nb[..., None] + logprobs.view(len(live), beams, vocabulary)).flatten(1)
-        top, index = totals.topk(min(2 * beams, totals.shape[1]))
+        top, index = totals.topk(min(max(2, 1 + len(ends)) * beams, totals.shape[1]))
         parent, token = index // vocabulary, index % vocabulary
         longer = torch.cat((tokens_NbT.gather(1, parent[..., None].expand(-1, -1, length - 1)), token[..., None]), 2)
-        ended = (token == end) if end is not None else torch.zeros_like(token, dtype=torch.bool)
+        ended = torch.isin(token, stops)
         answered = ended if length < decoding.max_tokens else torch.ones_like(ended)
         for row, column in answered[:, :beams].nonzero().tolist():
             answer = longer[row, column].tolist()

@@ -215,7 +215,7 @@ def _adapter(model: GPT, tokenizer: Tokenizer, batch_size: int, say: Callable[[s
                 decoding = Decoding(
                     max_tokens=count, temperature=how.get("temperature", 0.0) if how.get("do_sample") else 0.0
                 )
-                text = tokenizer.decode(generate(model, [prompt], decoding, self.eot_token_id)[0])
+                text = tokenizer.decode(generate(model, [prompt], decoding, tokenizer.ends)[0])
                 for stop in [stops] if isinstance(stops, str) else stops:
                     text = text.split(stop)[0] if stop else text
                 texts[number] = text

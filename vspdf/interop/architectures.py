@@ -1,7 +1,7 @@
 """The architectures of transformers that our GPT covers: what their config.json says, and their names of modules.
 
 Both ways: a configuration becomes a `Shape`, and a shape the configuration of the first architecture that says all of
-it. GPT-2's own words, and µP's, are in `hugging_face`; tensors are renamed in `architecture_tensors`. No torch.
+it. µP's words are in `hugging_face`; tensors are renamed in `architecture_tensors`. No torch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ log = logging.getLogger("vspdf")
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 # Keys of models whose weights are no plain tensors, as they are where there is nothing of it.
 REFUSED = {"quantization_config": None, "sparsity_config": None, "compression_config": None}
+GPT2 = ("gpt2", "btlm", "jais")  # the latter two are GPT-2 with µP keys; what else they may ask for is refused
+GPT2_SIZES = {"n_layer": "n_layer", "d_model": "n_embd", "n_head": "n_head", "d_ff": "n_inner",
+              "vocab_size": "vocab_size", "sequence_length": "n_positions"}  # fmt: skip
 _SIZES = {"n_layer": "num_hidden_layers", "d_model": "hidden_size", "n_head": "num_attention_heads",
           "d_ff": "intermediate_size", "vocab_size": "vocab_size",
           "sequence_length": "max_position_embeddings"}  # fmt: skip
@@ -65,6 +68,14 @@ def whole(config: Mapping[str, Any], key: str, where: str, default: int | None =
     """The same of a key of a configuration; `default` where the key is absent or null."""
     value = config.get(key)
     return whole_number(default if value is None else value, key, where)
+
+
+def _epsilon(config: Mapping[str, Any], key: str, where: str, default: float) -> float:
+    """Of a norm; `default` where the key is absent."""
+    value = config.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise UserError(f"{where}: {key} must be a number, not {value!r}.")
+    return value
 
 
 def only(config: Mapping[str, Any], allowed: Mapping[str, Any], where: str) -> None:
@@ -166,6 +177,31 @@ def _window(config: Mapping[str, Any], length: int, where: str) -> int:
     return length
 
 
+def read_gpt2(config: Mapping[str, Any], where: str) -> Shape:
+    """Shape of a GPT-2's configuration, µP's keys left aside.
+
+    Raises
+    ------
+    UserError
+        Naming the key, if it asks for what our GPT does not have.
+    """
+    sizes: dict[str, Any] = {
+        ours: whole(config, theirs, where) for ours, theirs in GPT2_SIZES.items() if ours != "d_ff"
+    }
+    sizes["d_ff"] = whole(config, "n_inner", where, 4 * sizes["d_model"])
+    if config.get("position_embedding_type") != "absolute":
+        only(config, {"position_embedding_type": "learned"}, where)
+    only(config, {"add_cross_attention": False, **REFUSED}, where)
+    activation = config.get("activation_function", "gelu_new")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise UserError(
+            f"{where}: activation_function '{activation}' is not supported; expected one of {', '.join(ACTIVATIONS)}."
+        )
+    eps = _epsilon(config, "layer_norm_epsilon", where, 1e-5)
+    tie = config.get("tie_word_embeddings", True) is True
+    return Shape(**sizes, mlp=ACTIVATIONS[activation], norm_eps=eps, tie=tie)
+
+
 def _read_llama(config: Mapping[str, Any], where: str) -> Shape:
     kind = config["model_type"]
     bias: bool | str = "qkv" if kind == "qwen2" else bool(config.get("attention_bias"))
@@ -177,14 +213,14 @@ def _read_llama(config: Mapping[str, Any], where: str) -> Shape:
     if kind == "llama" and bool(config.get("mlp_bias")) != bias:
         raise UserError(f"{where}: mlp_bias must be as attention_bias, {bias}.")
     sizes: dict[str, Any] = {ours: whole(config, theirs, where) for ours, theirs in _SIZES.items()}
-    eps, tie = config.get("rms_norm_eps", 1e-6), config.get("tie_word_embeddings", False)
+    tie = config.get("tie_word_embeddings", False)
     head_dim = config.get("head_dim") or (128 if kind == "qwen3" else None)
     return Shape(**sizes | {
         "sequence_length": _window(config, sizes["sequence_length"], where),
         "n_kv_head": whole(config, "num_key_value_heads", where, sizes["n_head"]),
         "head_dim": 0 if head_dim is None else whole(config, "head_dim", where, head_dim),
         "norm": "rms", "mlp": "swiglu", "bias": bias, "tie": bool(tie), "qk_norm": kind == "qwen3",
-        "norm_eps": eps, **_rope(config, where),
+        "norm_eps": _epsilon(config, "rms_norm_eps", where, 1e-6), **_rope(config, where),
     })  # fmt: skip
 
 
@@ -209,7 +245,8 @@ def _read_neox(config: Mapping[str, Any], where: str) -> Shape:
     sizes: dict[str, Any] = {ours: whole(config, theirs, where) for ours, theirs in _SIZES.items()}
     return Shape(
         **sizes, mlp=ACTIVATIONS[activation], tie=bool(config.get("tie_word_embeddings", False)),
-        parallel=bool(config.get("use_parallel_residual", True)), norm_eps=config.get("layer_norm_eps", 1e-5), **rope,
+        parallel=bool(config.get("use_parallel_residual", True)),
+        norm_eps=_epsilon(config, "layer_norm_eps", where, 1e-5), **rope,
     )  # fmt: skip
 
 
@@ -248,6 +285,21 @@ LAYOUTS: dict[str, Layout] = {
         _read_neox, _write_neox,
     ),
 }  # fmt: skip
+
+
+ARCHITECTURES = (*GPT2, *LAYOUTS)
+
+
+def read_shape(config: Mapping[str, Any], where: str) -> Shape:
+    """Shape of a configuration of any of `ARCHITECTURES`, µP's keys left aside.
+
+    Raises
+    ------
+    UserError
+        Naming the key, if it asks for what our GPT does not have.
+    """
+    layout = LAYOUTS.get(config["model_type"])
+    return read_gpt2(config, where) if layout is None else layout.read(config, where)
 
 
 def written_as(shape: Shape) -> tuple[str, dict[str, Any]] | None:

@@ -18,12 +18,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vspdf.config.loading import read_yaml
-from vspdf.data.tokenizer import Tokenizer, check_tokenizer
+from vspdf.data.tokenizer import KNOWN_BEGINS, Tokenizer, check_tokenizer
 from vspdf.errors import UserError
 from vspdf.files import read_json
 from vspdf.interop import cerebras, cerebras_tensors
 from vspdf.interop.architecture_tensors import to_ours, to_theirs
-from vspdf.interop.architectures import ACTIVATIONS, LAYOUTS, REFUSED, only, whole, written_as
+from vspdf.interop.architectures import (
+    ACTIVATIONS,
+    ARCHITECTURES,
+    GPT2,
+    GPT2_SIZES,
+    LAYOUTS,
+    read_gpt2,
+    read_shape,
+    written_as,
+)  # fmt: skip
 from vspdf.interop.masks import MASK, canonical, finalize, name_zeros
 from vspdf.interop.tensors import read_folder
 from vspdf.model import GPT
@@ -34,13 +43,9 @@ from vspdf.sparsity.stored import from_state
 
 log = logging.getLogger("vspdf")
 
-GPT2 = ("gpt2", "btlm", "jais")  # the latter two are GPT-2 with µP keys; what else they may ask for is refused
-ARCHITECTURES = (*GPT2, *LAYOUTS)
 _LINEAR = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # [in, out] there
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
 _LARGEST = 1e30  # of scales
-_SIZES = {"n_layer": "n_layer", "d_model": "n_embd", "n_head": "n_head", "d_ff": "n_inner",
-          "vocab_size": "vocab_size", "sequence_length": "n_positions"}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,7 +62,7 @@ class Scales(NamedTuple):
     by_layer: bool  # scores of the layer i, counted from 0, are divided by i + 1 as well
 
 
-def configuration_of(shape: Shape, end_of_document: int | None = None) -> tuple[str, dict[str, Any]]:
+def configuration_of(shape: Shape) -> tuple[str, dict[str, Any]]:
     """The architecture of transformers that is our GPT of a shape, and the content of its config.json.
 
     Raises
@@ -68,13 +73,13 @@ def configuration_of(shape: Shape, end_of_document: int | None = None) -> tuple[
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     config: dict[str, Any] = {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
-        **{theirs: getattr(shape, ours) for ours, theirs in _SIZES.items()},
+        **{theirs: getattr(shape, ours) for ours, theirs in GPT2_SIZES.items()},
         "activation_function": names.get(shape.mlp, ""), "layer_norm_epsilon": shape.norm_eps,
         "tie_word_embeddings": shape.tie, "scale_attn_weights": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
     }  # fmt: skip
     kind = "gpt2"
-    if shape.mlp not in names or _read_gpt2(config, "") != shape:
+    if shape.mlp not in names or read_gpt2(config, "") != shape:
         found = written_as(shape)
         if found is None:
             part = f" with rope_fraction {shape.rope_fraction} (gpt_neox alone has one)" * (shape.rope_fraction != 1)
@@ -84,8 +89,7 @@ def configuration_of(shape: Shape, end_of_document: int | None = None) -> tuple[
                 f"{shape.qk_norm} and {shape.n_head} heads of {shape.head_dim} in {shape.d_model}."
             )
         kind, config = found
-    ends = {} if end_of_document is None else {"bos_token_id": end_of_document, "eos_token_id": end_of_document}
-    return kind, config | {"initializer_range": 0.02, "torch_dtype": "float32", **ends}
+    return kind, config | {"initializer_range": 0.02, "torch_dtype": "float32"}
 
 
 def read_configuration(config: Mapping[str, Any], where: str = "config.json") -> tuple[Shape, Scales | None]:
@@ -102,28 +106,8 @@ def read_configuration(config: Mapping[str, Any], where: str = "config.json") ->
             f"{where}: model_type '{kind}' is not covered; expected one of {', '.join(ARCHITECTURES)}. Other models "
             "train through vspdf.sparsify and vspdf.densify in place."
         )
-    if kind in LAYOUTS:
-        return LAYOUTS[kind].read(config, where), None
-    shape = _read_gpt2(config, where)
-    return shape, _scales(config, shape, where)
-
-
-def _read_gpt2(config: Mapping[str, Any], where: str) -> Shape:
-    sizes: dict[str, Any] = {ours: whole(config, theirs, where) for ours, theirs in _SIZES.items() if ours != "d_ff"}
-    sizes["d_ff"] = whole(config, "n_inner", where, 4 * sizes["d_model"])
-    if config.get("position_embedding_type") != "absolute":
-        only(config, {"position_embedding_type": "learned"}, where)
-    only(config, {"add_cross_attention": False, **REFUSED}, where)
-    activation = config.get("activation_function", "gelu_new")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise UserError(
-            f"{where}: activation_function '{activation}' is not supported; expected one of {', '.join(ACTIVATIONS)}."
-        )
-    eps = config.get("layer_norm_epsilon", 1e-5)
-    if not isinstance(eps, float):
-        raise UserError(f"{where}: layer_norm_epsilon must be a number, not {eps!r}.")
-    tie = config.get("tie_word_embeddings", True) is True
-    return Shape(**sizes, mlp=ACTIVATIONS[activation], norm_eps=eps, tie=tie)
+    shape = read_shape(config, where)
+    return shape, _scales(config, shape, where) if kind in GPT2 else None
 
 
 def _configuration(folder: Path) -> tuple[dict[str, Any], str]:
@@ -138,7 +122,7 @@ def _configuration(folder: Path) -> tuple[dict[str, Any], str]:
             "model that was trained."
         )
     sizes, activation, scales = cerebras.architecture(bodies[files[0]], str(files[0]))
-    named = {_SIZES[key]: value for key, value in sizes.items()}
+    named = {GPT2_SIZES[key]: value for key, value in sizes.items()}
     return {"model_type": "gpt2", **named, "activation_function": activation, **scales}, str(files[0])
 
 
@@ -197,10 +181,9 @@ def read_theirs(
     """
     config, where = _configuration(folder)
     shape, scales = read_configuration(config, where)
-    ends = config.get("eos_token_id")
-    end = ends[0] if isinstance(ends, list) and ends else ends
+    end = next(iter(_ids(config.get("eos_token_id"))), None)
     if tokenizer is None:
-        tokenizer = _tokenizer(folder, end)
+        tokenizer = _tokenizer(folder, config)
     if tokenizer is not None:
         check_tokenizer(tokenizer, shape, str(folder), end)
     kind = config["model_type"]
@@ -306,23 +289,68 @@ def _fold(model: GPT, scales: Scales) -> None:
             parameter[: model.shape.d_model].mul_(scales.score / (i + 1 if scales.by_layer else 1))
 
 
-def _tokenizer(folder: Path, end: Any) -> Tokenizer | None:
-    """A folder's tokenizer, with its chat template; documents end with the token of that id, if it is a special one."""
+def _tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
+    """A folder's tokenizer, with what other files of the folder say of it.
+
+    Documents end with the first ``eos_token_id``, if it is a special token; answers with any, as in generation.
+    """
     file = folder / "tokenizer.json"
     if file.is_file():
-        token = Tokenizer.load(file).special_tokens.get(end) if isinstance(end, int) else None
-        return Tokenizer.load(file, {"end_token": token, "chat_template": _chat_template(folder)})
+        special = {token["id"]: token["content"] for token in _added(file) if token.get("special")}
+        own = _body(folder / "tokenizer_config.json")
+        ends = _ids(config.get("eos_token_id"))
+        others = [*ends[1:], *_ids(_body(folder / "generation_config.json").get("eos_token_id"))]
+        named = _named(_body(folder / "special_tokens_map.json") | own)
+        end = special.get(ends[0]) if ends else None
+        if end is not None:
+            named.setdefault("eos_token", end)
+        if "bos_token" not in named:
+            usual = (special.get(i, "") for i in _ids(config.get("bos_token_id")))
+            named["bos_token"] = next((token for token in (*usual, *KNOWN_BEGINS) if token in special.values()), "")
+        about = {
+            "end_token": end,
+            "other_ends": [special[i] for i in dict.fromkeys(others) if i in special and i not in ends[:1]],
+            "named_tokens": named,
+            "chat_template": _chat_template(folder, own),
+        }
+        return Tokenizer.load(file, {key: value for key, value in about.items() if value})
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return Tokenizer.gpt2(folder)
     return None
 
 
-def _chat_template(folder: Path) -> str | None:
+def _body(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _added(file: Path) -> list[dict[str, Any]]:
+    """The tokens that a tokenizer.json adds to its vocabulary; none where it is damaged: `Tokenizer.load` says so."""
+    try:
+        return [one for one in read_json(file)["added_tokens"] if {"id", "content"} <= one.keys()]
+    except (UserError, LookupError, TypeError, AttributeError):
+        return []
+
+
+def _ids(said: Any) -> list[int]:
+    return [i for i in (said if isinstance(said, list) else [said]) if type(i) is int]
+
+
+def _named(said: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens as a tokenizer's configuration names them; "" where it says that there is none."""
+    named = {key: one for key, one in said.items() if key.endswith("_token")}
+    texts = {key: one.get("content") if isinstance(one, dict) else one for key, one in named.items()}
+    return {key: text or "" for key, text in texts.items() if isinstance(text, str | None)}
+
+
+def _chat_template(folder: Path, own: Mapping[str, Any]) -> str | None:
     """How a folder says that a conversation is written: a file of its own, or in its tokenizer's configuration."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    file = folder / "tokenizer_config.json"
-    said = read_json(file).get("chat_template") if file.is_file() else None
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"'{file}' is not UTF-8: {error}.") from None
+    said = own.get("chat_template")
     if isinstance(said, list):  # several, by name
         said = next(
             (one.get("template") for one in said if isinstance(one, dict) and one.get("name") == "default"), None
@@ -352,22 +380,24 @@ def to_tensors(model: GPT, kind: str = "gpt2") -> dict[str, Tensor]:
 
 def write_hugging_face(model: GPT, tokenizer: Tokenizer | None, folder: Path) -> None:
     """Fills a folder that `AutoModelForCausalLM` and `AutoTokenizer` load."""
-    end = None if tokenizer is None else tokenizer.end_of_document
-    kind, config = configuration_of(model.shape, end)
+    kind, config = configuration_of(model.shape)
     folder.mkdir(parents=True)
     files = {"config.json": config}
     if tokenizer is not None:
         (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        named = {key: token or None for key, token in tokenizer.named_tokens.items()}
         files["tokenizer_config.json"] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": tokenizer.end_token,
-            "eos_token": tokenizer.end_token,
+            **named,
             "clean_up_tokenization_spaces": False,
             "model_max_length": model.shape.sequence_length,
         }
         if tokenizer.chat_template is not None:
             files["tokenizer_config.json"]["chat_template"] = tokenizer.chat_template
-        files["generation_config.json"] = {"bos_token_id": end, "eos_token_id": end}
+        ends = tokenizer.ends if len(tokenizer.ends) > 1 else tokenizer.end_of_document
+        ids = {"bos_token_id": tokenizer.vocabulary.get(named["bos_token"] or ""), "eos_token_id": ends}
+        config |= ids
+        files["generation_config.json"] = ids
     for name, body in files.items():
         (folder / name).write_text(json.dumps(body, indent=2) + "\n")
     save_file(to_tensors(model, kind), folder / "model.safetensors", metadata={"format": "pt"})

@@ -205,6 +205,9 @@ def _finalize(tensors: Mapping[str, Tensor], where: str) -> Finalized:
     for name, tensor in tensors.items():
         if name.endswith(MASK) and name.removesuffix(MASK) in masks:
             continue
+        if tensor.is_floating_point() and tensor.element_size() == 1:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{where}: '{name}' is a weight in {kind}: save it in bfloat16 or float32.")
         if not tensor.is_floating_point():
             clean[name] = tensor if name not in masks else tensor.masked_fill(~masks[name], 0)
             continue

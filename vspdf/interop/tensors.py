@@ -122,7 +122,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     theirs = sorted(file.name for file in folder.glob("*.mdl"))
     for name in ("model.safetensors", "pytorch_model.bin", *theirs):
         index = folder / f"{name}.index.json"
-        if index.is_file():
+        if index.is_file() and not (folder / name).is_file():  # else it is an older one's
             listed = read_json(index).get("weight_map")
             if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
                 raise UserError(f"{index} is damaged: expected a weight_map of tensors and files.")

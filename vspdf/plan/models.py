@@ -13,7 +13,7 @@ from vspdf.config.settings import Config, ModelConfig
 from vspdf.errors import UserError, did_you_mean, near_path, require
 from vspdf.files import read_json
 from vspdf.interop import load_config
-from vspdf.interop.architectures import LAYOUTS
+from vspdf.interop.architectures import ARCHITECTURES, read_shape
 from vspdf.shapes import PUBLISHED, Shape, _nearest
 
 TOKENS_PER_PARAMETER = 20  # compute-optimal (arXiv:2203.15556), as Cerebras-GPT was trained
@@ -23,8 +23,9 @@ TOKENS_PER_PARAMETER = 20  # compute-optimal (arXiv:2203.15556), as Cerebras-GPT
 # Models and their dense runs
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Hugging Face architectures whose blocks hold 4·d² + 2·d·d_ff weights, and what their configurations call things.
-HF_TYPES = ("gpt2", "gptj", "gpt_neo", "opt", "bert")
+# Hugging Face architectures whose blocks hold 4·d² + 2·d·d_ff weights, though our GPT is none of them, and what their
+# configurations call things.
+HF_TYPES = ("gptj", "gpt_neo", "opt", "bert")
 HF_KEYS = {
     "n_layer": ("n_layer", "num_hidden_layers", "num_layers"),
     "d_model": ("n_embd", "hidden_size"),
@@ -94,11 +95,11 @@ def _from_hugging_face(folder: Path) -> Source:
     file = folder / "config.json"
     body = read_json(file)
     kind = body.get("model_type")
-    if kind in LAYOUTS:
-        model = resolve.settings_of(LAYOUTS[kind].read(body, str(file)))
+    if kind in ARCHITECTURES:
+        model = resolve.settings_of(read_shape(body, str(file)))
         return _of_folder(_template(model, _usable_name(folder)), folder)
     if kind not in HF_TYPES:
-        known = [*HF_TYPES, *LAYOUTS]
+        known = [*ARCHITECTURES, *HF_TYPES]
         raise UserError(f"{file}: the sizes of model_type '{kind}' are not known. Known: {', '.join(known)}.")
     sizes: dict[str, Any] = {}
     for key, names in HF_KEYS.items():

@@ -7,7 +7,7 @@ from typing import Any
 
 from vspdf.errors import UserError
 from vspdf.files import read_json
-from vspdf.interop.architectures import LAYOUTS
+from vspdf.interop.architectures import ARCHITECTURES
 from vspdf.plan.models import HF_TYPES, model_and_batch
 from vspdf.simulator.aggregate.model import MASKED, Transformer
 
@@ -32,7 +32,7 @@ def transformer(model: str) -> tuple[Transformer, int | None]:
     file = Path(model) / "config.json"
     if model and file.is_file():
         body = read_json(file)
-        if body.get("model_type") not in (*HF_TYPES, *LAYOUTS):
+        if body.get("model_type") not in (*ARCHITECTURES, *HF_TYPES):
             return _llama_like(file, body), None
         bert = body.get("model_type") == "bert"
     else:
@@ -44,7 +44,7 @@ def transformer(model: str) -> tuple[Transformer, int | None]:
 def _llama_like(file: Path, body: dict[str, Any]) -> Transformer:
     kind = body.get("model_type")
     if kind not in LLAMA_LIKE:
-        known = ", ".join((*HF_TYPES, *LAYOUTS, *LLAMA_LIKE))
+        known = ", ".join((*ARCHITECTURES, *HF_TYPES, *LLAMA_LIKE))
         raise UserError(f"{file}: model_type '{kind}' is not known to the simulator. Known: {known}.")
     sizes: dict[str, Any] = {name: body.get(key) for name, key in KEYS.items()}
     grouped: Any = body.get("num_key_value_heads") or body.get("num_attention_heads")

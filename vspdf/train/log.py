@@ -85,7 +85,7 @@ class Log:
         if not count:
             return
         prompt = state.data.prompt()
-        answer = generate(state.model, [prompt], Decoding(max_tokens=count, temperature=0.8), state.data.end)[0]
+        answer = generate(state.model, [prompt], Decoding(max_tokens=count, temperature=0.8), state.data.ends)[0]
         text = state.data.tokenizer.decode(prompt + answer)
         state.samples.append({"step": state.step, "phase": phase.name, "text": text})
         self.say(f"sample after phase '{phase.name}': {text!r}")
