@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from torch.nn.utils import prune
 
@@ -18,9 +17,6 @@ import vspdf
 from vspdf.errors import UserError
 from vspdf.pattern import Pattern
 from vspdf.sparsity.layer import SparseLinear, sparse_layers
-
-TOKENS = torch.arange(8)[None]
-
 
 # -- hooks, attributes, places ----------------------------------------------------------------------------------------
 
@@ -218,38 +214,6 @@ def test_half_of_a_state_is_refused_though_not_strict(state, said, one, sparse_o
     given = {key: value for key, value in given.items() if key in state} or one().state_dict()
     with pytest.raises(RuntimeError, match=said):
         sparse_one(seed=2).load_state_dict(given, strict=False)
-
-
-@pytest.mark.parametrize("kind", ["Llama", "GPT-2 (Conv1D)"])
-def test_save_pretrained_while_sparse_is_the_same_function(kind, llama, tmp_path):
-    model = llama if kind == "Llama" else transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=97, n_embd=24, n_head=4, n_layer=2, n_positions=32)
-    )  # fmt: skip
-    model.eval()
-    patterns = vspdf.sparsify(model, 0.8)
-    model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path)
-    torch.testing.assert_close(again(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-5)
-    assert vspdf.sparsify(again, 0.5, init_method="from_zeros") == patterns
-    vspdf.densify(model)
-    model.save_pretrained(tmp_path / "dense")  # as ever
-
-
-class OfTheHub(nn.Module, PyTorchModelHubMixin):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
-
-    def forward(self, x):
-        return self.layers(x)
-
-
-def test_a_model_of_the_hubs_mixin_is_saved_while_sparse(tmp_path):
-    model, x = OfTheHub(), torch.randn(4, 8)
-    vspdf.sparsify(model, 0.5)
-    model.save_pretrained(tmp_path)
-    torch.testing.assert_close(OfTheHub.from_pretrained(tmp_path)(x), model(x))
-    assert isinstance(model.layers[0], SparseLinear)
 
 
 RANK = """

@@ -16,24 +16,9 @@ from vspdf.pattern import Pattern
 from vspdf.shapes import PATH_BYTES
 from vspdf.sparsity.attached import shell
 from vspdf.sparsity.dense_view import DenseView
-from vspdf.sparsity.stored import from_state, to_state
+from vspdf.sparsity.stored import from_state, is_conv1d, to_state
 
 log = logging.getLogger("vspdf")
-
-
-def is_conv1d(module: nn.Module | None) -> bool:
-    """Whether a module is transformers' Conv1D, a linear layer whose weight is [in, out]; asks without importing it."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def sides(layer: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a linear layer, sparse or dense, transformers' Conv1D too."""
-    if isinstance(layer, SparseLinear):
-        return layer.pattern.shape
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    out_features, in_features = reversed(weight.shape) if is_conv1d(layer) else weight.shape
-    return out_features, in_features
 
 
 def _check_vector(name: str, given: object, size: int, pattern: Pattern) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from vspdf.pattern import Pattern, kept_count
 from vspdf.sparsity.amounts import Amounts
 from vspdf.sparsity.evolve import layer_number, remask, renewed
-from vspdf.sparsity.layer import SparseLinear, require_whole, sides, sparse_layers
+from vspdf.sparsity.layer import SparseLinear, require_whole, sparse_layers
 from vspdf.sparsity.scores import DenseGradients
+from vspdf.sparsity.stored import sides
 from vspdf.sparsity.surgery import densify, sparsify
 
 log = logging.getLogger("vspdf")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vspdf.pattern import Pattern
-from vspdf.sparsity.layer import SparseLinear, is_conv1d, is_sharded
+from vspdf.sparsity.layer import SparseLinear, is_sharded
+from vspdf.sparsity.stored import is_conv1d
 
 
 class RevivedWarmup:
