@@ -1,6 +1,8 @@
 """Sparse models that Hugging Face saves: what `from_pretrained` gives back is the same function."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -67,6 +69,40 @@ def test_save_pretrained_refuses_states_that_do_not_fit(llama, tmp_path):
         state = {key: value for key, value in {**whole, **changes}.items() if value is not None}
         with pytest.raises(UserError, match=said):
             llama.save_pretrained(tmp_path, state_dict=state)
+
+
+BEGIN = """
+import sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+tokens = torch.arange(8)[None]
+"""
+COMES = {
+    "unpickled": """
+model = torch.load(sys.argv[1] + "/model.pt", weights_only=False)
+""",
+    "put in by hand": """
+import vspdf
+sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+mlp = model.model.layers[0].mlp
+mlp.up_proj = vspdf.SparseLinear.from_linear(mlp.up_proj, vspdf.Pattern.random((32, 16), 0.5))
+""",
+}
+END = """
+assert hasattr(model.model.layers[0].mlp.up_proj, "values")
+model.save_pretrained(sys.argv[1])
+again = LlamaForCausalLM.from_pretrained(sys.argv[1])
+torch.testing.assert_close(again(tokens).logits, model(tokens).logits)
+"""
+
+
+@pytest.mark.parametrize("comes", COMES.values(), ids=COMES)
+def test_save_pretrained_in_a_process_that_never_called_sparsify(comes, llama, tmp_path):
+    vspdf.sparsify(llama.eval(), 0.5)
+    torch.save(llama, tmp_path / "model.pt")
+    run = [sys.executable, "-P", "-c", BEGIN + comes + END, str(tmp_path)]
+    result = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 class OfTheHub(nn.Module, PyTorchModelHubMixin):

@@ -16,6 +16,7 @@ from vspdf.pattern import Pattern
 from vspdf.shapes import PATH_BYTES
 from vspdf.sparsity.attached import shell
 from vspdf.sparsity.dense_view import DenseView
+from vspdf.sparsity.pretrained import teach_save_pretrained
 from vspdf.sparsity.stored import from_state, is_conv1d, to_state
 
 log = logging.getLogger("vspdf")
@@ -75,6 +76,11 @@ class SparseLinear(nn.Linear):
         self._compared: bool  # whether any was with this pattern
         self.register_buffer("mask_digest", torch.zeros(2, dtype=torch.int64, device=values.device), persistent=False)
         self.pattern = pattern
+        teach_save_pretrained()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        teach_save_pretrained()
 
     @classmethod
     def from_linear(

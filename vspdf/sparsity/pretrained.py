@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,18 +19,19 @@ from vspdf.sparsity.stored import is_conv1d, is_sparse, patterns_in
 log = logging.getLogger("vspdf")
 
 
-def teach_save_pretrained(model: nn.Module) -> None:
+def teach_save_pretrained() -> None:
     """Lets models of transformers and of the hub's mixin save themselves while sparse, so that ``from_pretrained``
     gives the same function.
 
-    Their loaders know no `SparseLinear` and would draw the missing weights at random. Nothing changes for dense models.
+    Their loaders know no `SparseLinear` and would draw the missing weights at random. Nothing changes for dense models,
+    and nothing is imported: asked wherever a sparse layer comes to be, made or unpickled.
     """
-    kinds: set[Any] = {kind for module in model.modules() for kind in type(module).__mro__}
-    for kind in kinds:
-        if kind.__name__ == "PreTrainedModel" and not hasattr(kind.save_pretrained, "_knows_sparse"):
-            kind.save_pretrained = _knowing(kind.save_pretrained)
-        if kind.__name__ == "PyTorchModelHubMixin" and not hasattr(kind._save_pretrained, "_knows_sparse"):
-            kind._save_pretrained = _as_dense(kind._save_pretrained)
+    kind: Any = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    if kind is not None and not hasattr(kind.save_pretrained, "_knows_sparse"):
+        kind.save_pretrained = _knowing(kind.save_pretrained)
+    kind = getattr(sys.modules.get("huggingface_hub.hub_mixin"), "PyTorchModelHubMixin", None)
+    if kind is not None and not hasattr(kind._save_pretrained, "_knows_sparse"):
+        kind._save_pretrained = _as_dense(kind._save_pretrained)
 
 
 def _knowing(original: Any) -> Any:

@@ -31,7 +31,6 @@ from vspdf.sparsity.evolve import layer_seed, remask
 from vspdf.sparsity.from_files import Amount, MaskFile, read_amounts
 from vspdf.sparsity.layer import SparseLinear, require_whole, sparse_layers
 from vspdf.sparsity.optimizer import carry, check_follows, check_moments, check_takes_vectors, warn_of_stale
-from vspdf.sparsity.pretrained import teach_save_pretrained
 from vspdf.sparsity.schedule import check_init_method
 from vspdf.sparsity.stored import is_conv1d, patterns_in
 from vspdf.sparsity.wrapped import warn_of_reducers
@@ -144,7 +143,6 @@ def sparsify(
     warn_of_stale("sparsify", exchanged, optimizer)  # type: ignore[arg-type]
     if exchanged:
         warn_of_reducers("sparsify", model)
-    teach_save_pretrained(model)
     return {name: layer.pattern for name, layer in layers.items()}
 
 
