@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 
+import accelerate
 import pytest
 import torch
 
@@ -79,6 +80,7 @@ def test_revived_weights_ramp_up_whoever_takes_the_step(step, mlp):
     phases.start(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     phases.at(5, model, optimizer)
+    optimizer.register_step_post_hook(lambda *_: None)  # somebody's, after ours
     for i in range(12):
         before = model[0].weight.detach().clone()
         model(torch.ones(8, 12)).sum().backward()
@@ -87,6 +89,7 @@ def test_revived_weights_ramp_up_whoever_takes_the_step(step, mlp):
         optimizer.zero_grad()
         ramp = torch.where(revived, min(1.0, (i + 1) / 10), 1.0)
         torch.testing.assert_close(before - model[0].weight, 0.1 * gradient * ramp, rtol=1e-4, atol=1e-6)
+    phases.at(6, model, optimizer)
     assert phases.revived.done == 9 and not optimizer._optimizer_step_pre_hooks
 
 
@@ -106,6 +109,54 @@ def test_a_ramp_goes_on_with_parameters_that_were_assigned(mlp):
     later.step(optimizer)
     moved = (again[0].weight - start)[revived]
     torch.testing.assert_close(moved, -0.01 * again[0].weight.grad[revived], rtol=1e-4, atol=1e-6)
+
+
+# -- accelerate -------------------------------------------------------------------------------------------------------
+
+PASSES_OVER = {
+    "rigl": [vspdf.Phase(algorithm="rigl", sparsity=0.75, steps=20, update={"freq": 2})],
+    "a ramp": [(0.75, 2), vspdf.Phase(steps=20, revived_warmup=3)],
+}
+
+
+@pytest.mark.parametrize("stages", PASSES_OVER.values(), ids=PASSES_OVER)
+def test_calls_that_accelerate_passes_over_are_no_steps(stages, mlp):
+    """Four micro-batches of one step: what is trained is what a loop without accelerate trains."""
+    found, state = [], accelerate.state.GradientState
+    for wrapped in (False, True):
+        state._reset_state()
+        made = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
+        model, phases = mlp(), vspdf.Phases(stages)
+        phases.start(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        used = made.prepare(optimizer) if wrapped else optimizer
+        for batch in range(28):
+            with made.accumulate(model):
+                phases.at(batch // 4, model, used)
+                x = torch.randn(8, 12, generator=torch.Generator().manual_seed(batch))
+                (model(x).square().mean() / 4).backward()
+                if wrapped or made.sync_gradients:
+                    phases.step(used)
+                    used.zero_grad()
+        found.append((phases.revived and phases.revived.done, list(model.parameters())))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_a_step_that_accelerates_scaler_skips_is_none(mlp):
+    model, phases = mlp(), vspdf.Phases([(0.75, 2), (0.0, 20)], revived_warmup=9)
+    phases.start(model)
+    accelerate.Accelerator(cpu=True)
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = accelerate.optimizer.AcceleratedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), scaler=scaler)
+    done = []
+    for step, factor in enumerate([1.0, 1.0, 1.0, float("inf"), 1.0]):
+        phases.at(step, model, optimizer)
+        scaler.scale(model(torch.ones(8, 12)).sum() * factor).backward()
+        phases.step(optimizer)
+        optimizer.zero_grad()
+        done.append(phases.revived and phases.revived.done)
+    assert done == [None, None, 1, 1, 2]
 
 
 # -- sharded ----------------------------------------------------------------------------------------------------------

@@ -82,7 +82,14 @@ class PhasesCallback(TrainerCallback):
         return self._scheduler
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, lr_scheduler: Any = None, **others: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **others: Any,
     ) -> None:
         if not self.phases.started:
             raise UserError("PhasesCallback: prepare(model) comes before Trainer(model, ...).")
@@ -101,14 +108,8 @@ class PhasesCallback(TrainerCallback):
         if bool(sparse_layers(model)) != bool(self.phases.sparsity):
             raise UserError("PhasesCallback: the Trainer has another model than the one that was prepared.")
         self._check_rates(getattr(lr_scheduler, "scheduler", lr_scheduler))
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if self.phases.revived is not None:
-            self.phases.revived.begin()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if self.phases.revived is not None:
-            self.phases.revived.end()
+        if self.phases.revived is not None:  # of a switch before the checkpoint
+            self.phases.revived.follow(optimizer)
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **others: Any

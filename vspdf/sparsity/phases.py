@@ -19,7 +19,7 @@ from vspdf.sparsity.from_files import MaskFile
 from vspdf.sparsity.layer import SparseLinear, is_sharded, patterns_of, sparse_layers
 from vspdf.sparsity.moves import move
 from vspdf.sparsity.optimizer import check_optimizer, forget
-from vspdf.sparsity.revived import RevivedWarmup
+from vspdf.sparsity.revived import RevivedWarmup, take_step
 from vspdf.sparsity.schedule import Phase, phase_of
 from vspdf.sparsity.scores import DenseGradients
 from vspdf.sparsity.surgery import adopt, densify, set_sparsity, sparsify
@@ -300,14 +300,12 @@ class Phases:
         """``optimizer.step()``, ramped for revived weights after a switch where `revived_warmup` asks for it.
 
         Where RigL is to move masks before the next step, it does so here, by the gradients of this one: a checkpoint
-        that is written now holds the new masks. Those of a model that is sharded `at` moves, inside `gathered`.
+        that is written now holds the new masks. Those of a model that is sharded `at` moves, inside `gathered`. Calls
+        that accelerate's optimizer passes over, while gradients accumulate, are no steps.
         """
-        if self.revived is None:
-            optimizer.step()
-        else:
-            self.revived.step(optimizer)
+        taken = take_step(optimizer) if self.revived is None else self.revived.step(optimizer)
         model, after = self._model, (self._seen or 0) + 1
-        if self._gradients is None or model is None or not self._due(after):
+        if not taken or self._gradients is None or model is None or not self._due(after):
             return
         if not any(is_sharded(parameter) for parameter in model.parameters()):
             self._change(after, model, optimizer)
