@@ -1,6 +1,7 @@
 """Sparse models that Hugging Face saves: what `from_pretrained` gives back is the same function."""
 
 import copy
+import logging
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 import transformers
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
+from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as torch_checkpoint
 
 import vspdf
 from vspdf.errors import UserError
@@ -69,6 +71,31 @@ def test_save_pretrained_refuses_states_that_do_not_fit(llama, tmp_path):
         state = {key: value for key, value in {**whole, **changes}.items() if value is not None}
         with pytest.raises(UserError, match=said):
             llama.save_pretrained(tmp_path, state_dict=state)
+
+
+def checkpointed(model):
+    """Each of its blocks forms its activations anew in the backward pass."""
+    torch_checkpoint.apply_activation_checkpointing(
+        model, check_fn=lambda module: type(module).__name__ == "LlamaDecoderLayer"
+    )
+    return model
+
+
+def test_a_checkpointed_model_is_saved_and_goes_on(llama, tmp_path, caplog):
+    fresh, phases = copy.deepcopy(llama), vspdf.Phases([vspdf.Phase(sparsity=0.5, steps=9, layers={"*up_proj": 0.8})])
+    plain = phases.start(copy.deepcopy(llama))
+    model = phases.start(checkpointed(llama.eval()))
+    state, wanted = model.state_dict(), model(TOKENS).logits
+    assert state.keys() == plain.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in plain.state_dict().items())
+    with caplog.at_level(logging.INFO, "vspdf"):
+        model.save_pretrained(tmp_path)
+    assert "save_pretrained: 14 sparse layers are written with a dense weight" in caplog.text
+    torch.testing.assert_close(type(llama).from_pretrained(tmp_path)(TOKENS).logits, wanted)
+    for again in (checkpointed(copy.deepcopy(fresh)), fresh):
+        phases.restore(again, state, 3)
+        again.load_state_dict(state)
+        assert torch.equal(again.eval()(TOKENS).logits, wanted)
 
 
 BEGIN = """

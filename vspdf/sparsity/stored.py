@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vspdf.errors import require
 from vspdf.pattern import Pattern
+from vspdf.sparsity.amounts import plain_name
 
 _SIDES = 16  # bytes: out_features and in_features, int64, little-endian
 
@@ -75,12 +76,12 @@ def patterns_in(
     UserError
         If the model has no layer of that name that `takes` accepts, or pattern, values and layer do not fit.
     """
-    modules, found = dict(model.named_modules()), {}
+    modules, found = {plain_name(name): module for name, module in model.named_modules()}, {}
     for key, values in state.items():
         name = key.removesuffix(".values")
         if name == key:
             continue
-        module, bits = modules.get(name), state.get(f"{name}._extra_state")
+        module, bits = modules.get(plain_name(name)), state.get(f"{name}._extra_state")
         if module is None or not takes(module):
             require(
                 bits is None, f"the state holds a sparse layer '{name}', the model has no linear layer of that name."
