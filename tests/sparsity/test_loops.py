@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import vspdf
+from vspdf.errors import UserError
 
 STEPS = 35
 
@@ -52,6 +53,28 @@ def test_masks_have_changed_the_first_time_a_step_is_asked_about(mlp):
     phases.start(model)
     assert phases.due(2) and phases.at(2, model)
     assert not phases.due(2) and not phases.at(2, model)
+
+
+@pytest.mark.parametrize("asks", ["at", "due"])
+def test_steps_that_go_back_are_refused(asks, mlp):
+    model, phases = mlp(), vspdf.Phases([(0.75, 6), (0.25, 4)])
+
+    def ask(step):
+        return phases.at(step, model) if asks == "at" else phases.due(step)
+
+    phases.start(model)
+    for step in range(8):
+        phases.at(step, model)
+    with pytest.raises(UserError, match=r"step 0 comes after step 7\. Steps count over the whole training, not"):
+        ask(0)
+    assert not ask(7) and not ask(8)
+    state = model.state_dict()
+    phases.restore(again := mlp(), state, 7)
+    with pytest.raises(UserError, match="step 0 comes after step 7"):
+        ask(0)
+    phases.at(7, again)
+    phases.start(mlp())
+    assert not ask(0)
 
 
 def test_an_update_that_was_passed_over_is_named_once(mlp, caplog):

@@ -310,6 +310,17 @@ def test_optimizer_state_is_carried_over_and_ramps_work_in_the_trainer(tmp_path)
     assert callback.phases.revived.done == 1
 
 
+def test_a_second_training_is_prepared_anew(tmp_path):
+    callback, model = vspdf.PhasesCallback([(0.9, 4), (0.5, 4)]), gpt2()
+    made = trainer(tmp_path, callback, callback.prepare(model))
+    made.train()
+    with pytest.raises(UserError, match=r"step 0 comes after step 7.*before another training call start .*prepare"):
+        made.train()
+    callback.prepare(model := gpt2())
+    trainer(tmp_path, callback, model).train()
+    assert callback.phases.sparsity == 0.5
+
+
 class Rates(transformers.TrainerCallback):
     """Sees the learning rate of each step."""
 

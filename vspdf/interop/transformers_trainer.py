@@ -65,6 +65,7 @@ class PhasesCallback(TrainerCallback):
         UserError
             If the checkpoint is no folder of the Trainer, or does not belong to these phases.
         """
+        self._resumed = None
         if resume_from is None:
             return self.phases.start(model)
         folder = Path(resume_from)
@@ -102,6 +103,7 @@ class PhasesCallback(TrainerCallback):
                 f"the Trainer goes on from step {state.global_step}, the model was prepared for "
                 f"{self._resumed or 0}: give prepare(model, resume_from) the same checkpoint."
             )
+        self.phases.require_onward(state.global_step)
         last = self.phases.stages[-1].start
         if 0 < state.max_steps <= last:
             log.warning("training ends at step %s, before the last switch at step %s.", state.max_steps, last)
