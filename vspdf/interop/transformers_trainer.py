@@ -109,6 +109,12 @@ class PhasesCallback(TrainerCallback):
             log.warning("training ends at step %s, before the last switch at step %s.", state.max_steps, last)
         if bool(sparse_layers(model)) != bool(self.phases.sparsity):
             raise UserError("PhasesCallback: the Trainer has another model than the one that was prepared.")
+        forms = self.phases.sparsities(state.max_steps)
+        if args.load_best_model_at_end and forms[-1] and set(forms) != {forms[-1]}:
+            raise UserError(
+                f"load_best_model_at_end: these phases end at a sparsity of {forms[-1]:.4g}, the best checkpoint may "
+                "have another, which the model cannot take: set it to False, and use from_pretrained(CHECKPOINT) later."
+            )
         self._check_rates(getattr(lr_scheduler, "scheduler", lr_scheduler))
         if self.phases.revived is not None:  # of a switch before the checkpoint
             self.phases.revived.follow(optimizer)

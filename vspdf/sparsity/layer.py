@@ -269,7 +269,11 @@ class SparseLinear(nn.Linear):
     def set_extra_state(self, state: Tensor) -> None:
         pattern = from_state(state, self.pattern.shape)
         if pattern.nnz != self.pattern.nnz:
-            raise UserError(f"the stored pattern has {pattern.nnz} weights, this layer {self.pattern.nnz}.")
+            raise UserError(
+                f"the stored pattern has {pattern.nnz} weights, this layer {self.pattern.nnz}. To go on from a state "
+                "of another sparsity bring a fresh dense model into its form first: by Phases.restore, or a callback's "
+                "prepare(model, CHECKPOINT)."
+            )
         self.pattern = pattern
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:

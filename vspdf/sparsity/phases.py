@@ -133,6 +133,10 @@ class Phases:
             return self._found(self._model)[0]
         return self._sparsity(self.now)
 
+    def sparsities(self, steps: int) -> list[float]:
+        """Those that the model has one after the other in a training of so many steps."""
+        return [self._sparsity(stage) for stage in self.stages if stage.start < steps]
+
     @property
     def dense_gradients(self) -> DenseGradients | None:
         """What RigL collects at the step at hand: processes that share a batch add up its `parameters`' gradients."""
