@@ -301,6 +301,22 @@ def test_pruned_by_torch_is_named(caplog):
     assert "torch.nn.utils.prune.remove" in caplog.text
 
 
+BIASES = {
+    "pruned": lambda layer: prune.l1_unstructured(layer, "bias", 3),
+    "parametrized": lambda layer: nn.utils.parametrize.register_parametrization(layer, "bias", nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("change", BIASES.values(), ids=BIASES)
+def test_a_layer_whose_bias_is_computed_stays_dense_and_is_named(change, caplog):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    change(model[1])
+    with caplog.at_level(logging.WARNING, "vspdf"):
+        assert set(vspdf.sparsify(model, 0.5)) == {"0"}
+    assert "'1' stays dense: its bias is computed anew" in caplog.text
+    model(torch.ones(1, 8)).sum().backward()
+
+
 def test_compiled_models_get_the_same_masks(one):
     assert list(vspdf.sparsify(torch.compile(one()), 0.8).values()) == list(vspdf.sparsify(one(), 0.8).values())
 

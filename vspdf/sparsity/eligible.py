@@ -186,6 +186,10 @@ def why_dense(module: nn.Module, uses: Mapping[int, int], wrapped: bool) -> str:
         )
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         return f"its weight is a {type(weight).__name__} of {weight.dtype} (quantised?)"
+    if module.bias is not None and not isinstance(module.bias, nn.Parameter):
+        return (
+            "its bias is computed anew at every call (torch.nn.utils.prune or a parametrization): make that permanent"
+        )
     if uses[id(weight)] > 1:
         return "its weight is tied to another module's"
     if not weight.requires_grad and not wrapped:
