@@ -55,6 +55,40 @@ def test_masks_have_changed_the_first_time_a_step_is_asked_about(mlp):
     assert not phases.due(2) and not phases.at(2, model)
 
 
+@pytest.fixture
+def group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+WRAPPERS = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "compiled before": lambda model: torch.compile(model, backend="eager"),
+    "DDP": torch.nn.parallel.DistributedDataParallel,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+@pytest.mark.parametrize("algorithm", ["static", "set", "rigl"])
+def test_a_wrapper_of_the_model_may_be_handed_over(algorithm, wrap, mlp, group):
+    found = []
+    for wrapped in (False, True):
+        moves = {} if algorithm == "static" else {"algorithm": algorithm, "update": {"freq": 2}}
+        first = vspdf.Phase(sparsity=0.75, steps=6, layers={"0": 0.5}, **moves)
+        model, phases = mlp(), vspdf.Phases([first, vspdf.Phase(sparsity=0.25, steps=9)])
+        net = WRAPPERS[wrap](model) if wrapped else model
+        phases.start(net if wrap == "compiled before" else model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(8):
+            phases.at(step, model if wrap == "compiled before" else net, optimizer)
+            model(torch.randn(8, 12, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            phases.step(optimizer)
+            optimizer.zero_grad()
+        found.append(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("asks", ["at", "due"])
 def test_steps_that_go_back_are_refused(asks, mlp):
     model, phases = mlp(), vspdf.Phases([(0.75, 6), (0.25, 4)])

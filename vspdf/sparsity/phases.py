@@ -25,6 +25,7 @@ from vspdf.sparsity.scores import DenseGradients
 from vspdf.sparsity.surgery import adopt, sparsify
 from vspdf.sparsity.timeline import Stretch, Timeline
 from vspdf.sparsity.turnover import Turnover
+from vspdf.sparsity.wrapped import begun_with
 
 log = logging.getLogger("vspdf")
 _OPTIONS = ("include", "exclude", "rescale", "backend", "memory")  # of `sparsify`, which a phase may ask for later
@@ -290,7 +291,7 @@ class Phases:
         if self._now is None:
             raise UserError("Phases: start(model) or restore(...) comes before the first step.")
         check_optimizer(optimizer)
-        self._model = model
+        self._model = model = begun_with(model, self._model)
         if step == self._seen:
             return False
         self.require_onward(step)
