@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from torch.nn.utils import prune
 
@@ -18,9 +17,6 @@ import vspdf
 from vspdf.errors import UserError
 from vspdf.pattern import Pattern
 from vspdf.sparsity.layer import SparseLinear, sparse_layers
-
-TOKENS = torch.arange(8)[None]
-
 
 # -- hooks, attributes, places ----------------------------------------------------------------------------------------
 
@@ -220,38 +216,6 @@ def test_half_of_a_state_is_refused_though_not_strict(state, said, one, sparse_o
         sparse_one(seed=2).load_state_dict(given, strict=False)
 
 
-@pytest.mark.parametrize("kind", ["Llama", "GPT-2 (Conv1D)"])
-def test_save_pretrained_while_sparse_is_the_same_function(kind, llama, tmp_path):
-    model = llama if kind == "Llama" else transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=97, n_embd=24, n_head=4, n_layer=2, n_positions=32)
-    )  # fmt: skip
-    model.eval()
-    patterns = vspdf.sparsify(model, 0.8)
-    model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path)
-    torch.testing.assert_close(again(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-5)
-    assert vspdf.sparsify(again, 0.5, init_method="from_zeros") == patterns
-    vspdf.densify(model)
-    model.save_pretrained(tmp_path / "dense")  # as ever
-
-
-class OfTheHub(nn.Module, PyTorchModelHubMixin):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
-
-    def forward(self, x):
-        return self.layers(x)
-
-
-def test_a_model_of_the_hubs_mixin_is_saved_while_sparse(tmp_path):
-    model, x = OfTheHub(), torch.randn(4, 8)
-    vspdf.sparsify(model, 0.5)
-    model.save_pretrained(tmp_path)
-    torch.testing.assert_close(OfTheHub.from_pretrained(tmp_path)(x), model(x))
-    assert isinstance(model.layers[0], SparseLinear)
-
-
 RANK = """
 import sys
 
@@ -335,6 +299,22 @@ def test_pruned_by_torch_is_named(caplog):
     with caplog.at_level(logging.WARNING, "vspdf"):
         assert set(vspdf.sparsify(model, 0.5)) == {"1"}
     assert "torch.nn.utils.prune.remove" in caplog.text
+
+
+BIASES = {
+    "pruned": lambda layer: prune.l1_unstructured(layer, "bias", 3),
+    "parametrized": lambda layer: nn.utils.parametrize.register_parametrization(layer, "bias", nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("change", BIASES.values(), ids=BIASES)
+def test_a_layer_whose_bias_is_computed_stays_dense_and_is_named(change, caplog):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    change(model[1])
+    with caplog.at_level(logging.WARNING, "vspdf"):
+        assert set(vspdf.sparsify(model, 0.5)) == {"0"}
+    assert "'1' stays dense: its bias is computed anew" in caplog.text
+    model(torch.ones(1, 8)).sum().backward()
 
 
 def test_compiled_models_get_the_same_masks(one):

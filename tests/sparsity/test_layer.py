@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import vspdf
 from vspdf.errors import UserError
@@ -137,13 +138,22 @@ def test_build_plans_builds_every_plan_that_a_kernel_may_use():
 # -- values that came with another mask -------------------------------------------------------------------------------
 
 
-def test_an_average_over_masks_that_moved_is_refused(sparse_one):
-    from torch.optim.swa_utils import AveragedModel
+AVERAGES = {
+    "SWA": {},
+    "SWA of buffers": {"use_buffers": True},
+    "EMA of buffers": {"use_buffers": True, "multi_avg_fn": get_ema_multi_avg_fn(0.9999)},
+    "one's own of buffers": {"use_buffers": True, "avg_fn": lambda mean, new, count: 0.999 * mean + 0.001 * new},
+}
 
-    model, x = sparse_one(), torch.randn(4, 48)
-    average = AveragedModel(model)
-    average.update_parameters(model)
-    average(x)
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", AVERAGES.values(), ids=AVERAGES)
+def test_averages_go_on_under_one_mask_and_are_refused_once_it_moved(how, dtype, sparse_one):
+    model, x = sparse_one().to(dtype), torch.randn(4, 48, dtype=dtype)
+    average = AveragedModel(model, **how)
+    for _ in range(20):
+        average.update_parameters(model)
+    torch.testing.assert_close(average(x), model(x))
     vspdf.evolve(model, None, 0.3, seed=1)
     average.update_parameters(model)
     with pytest.raises(UserError, match="came from one with another mask"):

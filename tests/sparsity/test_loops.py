@@ -5,10 +5,12 @@ import logging
 import subprocess
 import sys
 
+import accelerate
 import pytest
 import torch
 
 import vspdf
+from vspdf.errors import UserError
 
 STEPS = 35
 
@@ -53,6 +55,62 @@ def test_masks_have_changed_the_first_time_a_step_is_asked_about(mlp):
     assert not phases.due(2) and not phases.at(2, model)
 
 
+@pytest.fixture
+def group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+WRAPPERS = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "compiled before": lambda model: torch.compile(model, backend="eager"),
+    "DDP": torch.nn.parallel.DistributedDataParallel,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+@pytest.mark.parametrize("algorithm", ["static", "set", "rigl"])
+def test_a_wrapper_of_the_model_may_be_handed_over(algorithm, wrap, mlp, group):
+    found = []
+    for wrapped in (False, True):
+        moves = {} if algorithm == "static" else {"algorithm": algorithm, "update": {"freq": 2}}
+        first = vspdf.Phase(sparsity=0.75, steps=6, layers={"0": 0.5}, **moves)
+        model, phases = mlp(), vspdf.Phases([first, vspdf.Phase(sparsity=0.25, steps=9)])
+        net = WRAPPERS[wrap](model) if wrapped else model
+        phases.start(net if wrap == "compiled before" else model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(8):
+            phases.at(step, model if wrap == "compiled before" else net, optimizer)
+            model(torch.randn(8, 12, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            phases.step(optimizer)
+            optimizer.zero_grad()
+        found.append(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("asks", ["at", "due"])
+def test_steps_that_go_back_are_refused(asks, mlp):
+    model, phases = mlp(), vspdf.Phases([(0.75, 6), (0.25, 4)])
+
+    def ask(step):
+        return phases.at(step, model) if asks == "at" else phases.due(step)
+
+    phases.start(model)
+    for step in range(8):
+        phases.at(step, model)
+    with pytest.raises(UserError, match=r"step 0 comes after step 7\. Steps count over the whole training, not"):
+        ask(0)
+    assert not ask(7) and not ask(8)
+    state = model.state_dict()
+    phases.restore(again := mlp(), state, 7)
+    with pytest.raises(UserError, match="step 0 comes after step 7"):
+        ask(0)
+    phases.at(7, again)
+    phases.start(mlp())
+    assert not ask(0)
+
+
 def test_an_update_that_was_passed_over_is_named_once(mlp, caplog):
     model, phases = mlp(), moving("set")
     phases.start(model)
@@ -79,6 +137,7 @@ def test_revived_weights_ramp_up_whoever_takes_the_step(step, mlp):
     phases.start(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     phases.at(5, model, optimizer)
+    optimizer.register_step_post_hook(lambda *_: None)  # somebody's, after ours
     for i in range(12):
         before = model[0].weight.detach().clone()
         model(torch.ones(8, 12)).sum().backward()
@@ -87,6 +146,7 @@ def test_revived_weights_ramp_up_whoever_takes_the_step(step, mlp):
         optimizer.zero_grad()
         ramp = torch.where(revived, min(1.0, (i + 1) / 10), 1.0)
         torch.testing.assert_close(before - model[0].weight, 0.1 * gradient * ramp, rtol=1e-4, atol=1e-6)
+    phases.at(6, model, optimizer)
     assert phases.revived.done == 9 and not optimizer._optimizer_step_pre_hooks
 
 
@@ -106,6 +166,54 @@ def test_a_ramp_goes_on_with_parameters_that_were_assigned(mlp):
     later.step(optimizer)
     moved = (again[0].weight - start)[revived]
     torch.testing.assert_close(moved, -0.01 * again[0].weight.grad[revived], rtol=1e-4, atol=1e-6)
+
+
+# -- accelerate -------------------------------------------------------------------------------------------------------
+
+PASSES_OVER = {
+    "rigl": [vspdf.Phase(algorithm="rigl", sparsity=0.75, steps=20, update={"freq": 2})],
+    "a ramp": [(0.75, 2), vspdf.Phase(steps=20, revived_warmup=3)],
+}
+
+
+@pytest.mark.parametrize("stages", PASSES_OVER.values(), ids=PASSES_OVER)
+def test_calls_that_accelerate_passes_over_are_no_steps(stages, mlp):
+    """Four micro-batches of one step: what is trained is what a loop without accelerate trains."""
+    found, state = [], accelerate.state.GradientState
+    for wrapped in (False, True):
+        state._reset_state()
+        made = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
+        model, phases = mlp(), vspdf.Phases(stages)
+        phases.start(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        used = made.prepare(optimizer) if wrapped else optimizer
+        for batch in range(28):
+            with made.accumulate(model):
+                phases.at(batch // 4, model, used)
+                x = torch.randn(8, 12, generator=torch.Generator().manual_seed(batch))
+                (model(x).square().mean() / 4).backward()
+                if wrapped or made.sync_gradients:
+                    phases.step(used)
+                    used.zero_grad()
+        found.append((phases.revived and phases.revived.done, list(model.parameters())))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_a_step_that_accelerates_scaler_skips_is_none(mlp):
+    model, phases = mlp(), vspdf.Phases([(0.75, 2), (0.0, 20)], revived_warmup=9)
+    phases.start(model)
+    accelerate.Accelerator(cpu=True)
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = accelerate.optimizer.AcceleratedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), scaler=scaler)
+    done = []
+    for step, factor in enumerate([1.0, 1.0, 1.0, float("inf"), 1.0]):
+        phases.at(step, model, optimizer)
+        scaler.scale(model(torch.ones(8, 12)).sum() * factor).backward()
+        phases.step(optimizer)
+        optimizer.zero_grad()
+        done.append(phases.revived and phases.revived.done)
+    assert done == [None, None, 1, 1, 2]
 
 
 # -- sharded ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from vspdf.errors import UserError
 from vspdf.pattern import kept_count
 from vspdf.sparsity import evolve as moving
 from vspdf.sparsity.layer import sparse_layers
+from vspdf.sparsity.scores import DenseGradients
 
 SIZES = {"0": (30, 12), "2": (12, 30)}
 RATE, DECAY, BETAS, EPS = 1e-2, 0.1, (0.9, 0.95), 1e-9
@@ -389,3 +390,21 @@ def test_phases_that_are_used_again_know_nothing_of_the_model_before(again, capl
     assert used.turnover.figures() == fresh.turnover.figures()
     assert not any(layer._forward_hooks for layer in sparse_layers(before).values())
     assert not caplog.records
+
+
+CALLED = {
+    "by place": lambda layer, x: layer(x),
+    "by name": lambda layer, x: layer(input=x),
+    "under a hook": lambda layer, x: layer(x),
+}
+
+
+@pytest.mark.parametrize("how", CALLED)
+def test_rigl_scores_by_the_layers_own_gradient(how, sparse_one):
+    layer = sparse_one(0.5)[0]
+    if how == "under a hook":
+        layer.register_forward_hook(lambda layer, inputs, output: output * torch.linspace(0.5, 2, 96))
+    seen = DenseGradients({"0": layer})
+    CALLED[how](layer, torch.randn(4, 48)).square().sum().backward()
+    gradient = seen.parameters[0].grad
+    torch.testing.assert_close(gradient[layer.pattern.mask()], layer.values.grad)

@@ -19,6 +19,7 @@ from torch import Tensor
 from vspdf.errors import UserError
 from vspdf.interop.tensors import flatten
 from vspdf.pattern import stored_entries
+from vspdf.sparsity.amounts import plain_name
 
 log = logging.getLogger("vspdf")
 
@@ -26,7 +27,6 @@ MASK = "_mask"
 _ORIGINAL = re.compile(r"(?P<module>.*\.)?parametrizations\.(?P<name>\w+)\.original")
 _PARAMETRIZED = re.compile(r"(?P<module>.*\.)?parametrizations\.(?P<name>\w+)\.\d+\.mask")
 _APEX = re.compile(r"(?P<module>.*\.)?__(?P<name>\w+)_mma_mask")
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts of names
 _PARALLEL = "module."  # before all names
 _COLLECTED = {"mask", "masks"}
 _DEEPEST = 16  # parts of a name that are compared
@@ -95,8 +95,7 @@ def canonical(tensors: Mapping[str, Tensor], where: str = "the checkpoint") -> R
 
 
 def _bare(name: str, parallel: bool) -> str:
-    name = name.removeprefix(_PARALLEL) if parallel else name
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS) or name
+    return plain_name(name.removeprefix(_PARALLEL) if parallel else name)
 
 
 def _plain(name: str) -> str:

@@ -65,6 +65,7 @@ class PhasesCallback(TrainerCallback):
         UserError
             If the checkpoint is no folder of the Trainer, or does not belong to these phases.
         """
+        self._resumed = None
         if resume_from is None:
             return self.phases.start(model)
         folder = Path(resume_from)
@@ -82,7 +83,14 @@ class PhasesCallback(TrainerCallback):
         return self._scheduler
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, lr_scheduler: Any = None, **others: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **others: Any,
     ) -> None:
         if not self.phases.started:
             raise UserError("PhasesCallback: prepare(model) comes before Trainer(model, ...).")
@@ -95,20 +103,21 @@ class PhasesCallback(TrainerCallback):
                 f"the Trainer goes on from step {state.global_step}, the model was prepared for "
                 f"{self._resumed or 0}: give prepare(model, resume_from) the same checkpoint."
             )
+        self.phases.require_onward(state.global_step)
         last = self.phases.stages[-1].start
         if 0 < state.max_steps <= last:
             log.warning("training ends at step %s, before the last switch at step %s.", state.max_steps, last)
         if bool(sparse_layers(model)) != bool(self.phases.sparsity):
             raise UserError("PhasesCallback: the Trainer has another model than the one that was prepared.")
+        forms = self.phases.sparsities(state.max_steps)
+        if args.load_best_model_at_end and forms[-1] and set(forms) != {forms[-1]}:
+            raise UserError(
+                f"load_best_model_at_end: these phases end at a sparsity of {forms[-1]:.4g}, the best checkpoint may "
+                "have another, which the model cannot take: set it to False, and use from_pretrained(CHECKPOINT) later."
+            )
         self._check_rates(getattr(lr_scheduler, "scheduler", lr_scheduler))
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if self.phases.revived is not None:
-            self.phases.revived.begin()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if self.phases.revived is not None:
-            self.phases.revived.end()
+        if self.phases.revived is not None:  # of a switch before the checkpoint
+            self.phases.revived.follow(optimizer)
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **others: Any

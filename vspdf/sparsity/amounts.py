@@ -18,13 +18,20 @@ T = TypeVar("T")
 log = logging.getLogger("vspdf")
 
 
+# Parts of names that torch.compile, FSDP and activation checkpointing put in.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
 def plain_name(name: str) -> str:
-    """A module's name without what torch.compile puts before it: what globs match, and what masks are drawn by."""
-    return name.replace("_orig_mod.", "")
+    """A module's name without what wrappers put in: what globs match, masks are drawn by, and most states are named by.
+
+    A state of a compiled model has its wrapper's part in each name, one of a checkpointed model has not.
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS) or name
 
 
 def matches(name: str, glob: str) -> bool:
-    """Whether a glob over modules takes one of that name; either may have what torch.compile puts before it."""
+    """Whether a glob over modules takes one of that name; either may have what wrappers put in."""
     return fnmatchcase(plain_name(name), plain_name(glob))
 
 

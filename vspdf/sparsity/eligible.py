@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from vspdf.errors import UserError, did_you_mean
 from vspdf.sparsity.amounts import matches, plain_name, shadowed
-from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, sparse_layers
+from vspdf.sparsity.layer import SparseLinear, require_whole, sparse_layers
+from vspdf.sparsity.stored import is_conv1d
 
 log = logging.getLogger("vspdf")
 
@@ -185,6 +186,10 @@ def why_dense(module: nn.Module, uses: Mapping[int, int], wrapped: bool) -> str:
         )
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         return f"its weight is a {type(weight).__name__} of {weight.dtype} (quantised?)"
+    if module.bias is not None and not isinstance(module.bias, nn.Parameter):
+        return (
+            "its bias is computed anew at every call (torch.nn.utils.prune or a parametrization): make that permanent"
+        )
     if uses[id(weight)] > 1:
         return "its weight is tied to another module's"
     if not weight.requires_grad and not wrapped:

@@ -16,24 +16,11 @@ from vspdf.pattern import Pattern
 from vspdf.shapes import PATH_BYTES
 from vspdf.sparsity.attached import shell
 from vspdf.sparsity.dense_view import DenseView
-from vspdf.sparsity.stored import from_state, to_state
+from vspdf.sparsity.pretrained import teach_save_pretrained
+from vspdf.sparsity.stored import from_state, is_conv1d, to_state
 
 log = logging.getLogger("vspdf")
-
-
-def is_conv1d(module: nn.Module | None) -> bool:
-    """Whether a module is transformers' Conv1D, a linear layer whose weight is [in, out]; asks without importing it."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def sides(layer: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a linear layer, sparse or dense, transformers' Conv1D too."""
-    if isinstance(layer, SparseLinear):
-        return layer.pattern.shape
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    out_features, in_features = reversed(weight.shape) if is_conv1d(layer) else weight.shape
-    return out_features, in_features
+_ROUNDED = 1e-3  # what averaging equal bytes in float32 may come to; that of different ones is more
 
 
 def _check_vector(name: str, given: object, size: int, pattern: Pattern) -> None:
@@ -88,8 +75,13 @@ class SparseLinear(nn.Linear):
         # DistributedDataParallel sends rank 0's buffers to all: so ranks with other masks are found at the first step.
         self._agreed: tuple[Tensor, int]  # the digest that was compared last, and its version then
         self._compared: bool  # whether any was with this pattern
-        self.register_buffer("mask_digest", torch.zeros(2, dtype=torch.int64, device=values.device), persistent=False)
+        self.register_buffer("mask_digest", torch.zeros(16, device=values.device), persistent=False)
         self.pattern = pattern
+        teach_save_pretrained()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        teach_save_pretrained()
 
     @classmethod
     def from_linear(
@@ -133,14 +125,16 @@ class SparseLinear(nn.Linear):
         self._agreed, self._compared = (self.mask_digest, 0), False
 
     def _digest(self, device: torch.device) -> Tensor:
-        halves = (self.pattern.digest[:16], self.pattern.digest[16:])
-        return torch.tensor([int(half, 16) - 2**63 for half in halves], dtype=torch.int64, device=device)
+        """Bytes as float32, whose average over equal ones is the same again (AveragedModel's, with buffers)."""
+        return torch.tensor([*bytes.fromhex(self.pattern.digest)], dtype=torch.float32, device=device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
         meta = self.mask_digest.is_meta
         super()._apply(fn, recurse)
         if meta and not self.mask_digest.is_meta:  # to_empty, which leaves numbers of no meaning
             self.mask_digest = self._digest(self.mask_digest.device)
+        elif self.mask_digest.dtype != torch.float32:  # half(): averages would be rounded to what was there before
+            self.mask_digest = self.mask_digest.float()
         return self
 
     def _agree(self) -> None:
@@ -157,7 +151,7 @@ class SparseLinear(nn.Linear):
         if digest.is_meta or (digest.device.type != "cpu" and self._compared):
             return
         self._compared = True
-        if not bool((digest == self._digest(digest.device)).all()):
+        if not bool(((digest - self._digest(digest.device)).abs() < _ROUNDED).all()):
             raise UserError(
                 f"the values of a {self.out_features} x {self.in_features} sparse layer came from one with another "
                 "mask. From rank 0, by DistributedDataParallel: sparsify with the same seed on every rank, and for "
@@ -278,7 +272,11 @@ class SparseLinear(nn.Linear):
     def set_extra_state(self, state: Tensor) -> None:
         pattern = from_state(state, self.pattern.shape)
         if pattern.nnz != self.pattern.nnz:
-            raise UserError(f"the stored pattern has {pattern.nnz} weights, this layer {self.pattern.nnz}.")
+            raise UserError(
+                f"the stored pattern has {pattern.nnz} weights, this layer {self.pattern.nnz}. To go on from a state "
+                "of another sparsity bring a fresh dense model into its form first: by Phases.restore, or a callback's "
+                "prepare(model, CHECKPOINT)."
+            )
         self.pattern = pattern
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:

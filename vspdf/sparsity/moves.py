@@ -1,4 +1,4 @@
-"""One update of a phase's masks, by its algorithm: which weights go, which come, and the model with them."""
+"""One change of a phase's masks, by its algorithm: which weights go, which come, and the model with them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from vspdf.pattern import Pattern, kept_count
-from vspdf.sparsity.amounts import Amounts
+from vspdf.sparsity.amounts import Amounts, only_added
 from vspdf.sparsity.evolve import layer_number, remask, renewed
-from vspdf.sparsity.layer import SparseLinear, require_whole, sides, sparse_layers
+from vspdf.sparsity.layer import SparseLinear, require_whole, sparse_layers
 from vspdf.sparsity.scores import DenseGradients
-from vspdf.sparsity.surgery import densify, sparsify
+from vspdf.sparsity.stored import sides
+from vspdf.sparsity.surgery import densify, set_sparsity, sparsify
+from vspdf.sparsity.timeline import Stretch
 
 log = logging.getLogger("vspdf")
 
@@ -77,6 +79,26 @@ def move(
             anywhere=phase.rules == "cstorch",
         )  # fmt: skip
     return remask(model, moved, optimizer, "Phases", often=True)
+
+
+def grow(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, phase: Amounts, stretch: Stretch, seed: int
+) -> dict[str, Pattern]:
+    """Adds positions until the model has the sparsities of a stretch of a static phase; returns the patterns before."""
+    layers = sparse_layers(model)
+    amounts = phase.of_layers(layers, stretch.sparsity)
+    if not any(amounts.values()):
+        return densify(model, optimizer)
+    wanted = {}
+    for name, amount in amounts.items():  # one weight more or less is a matter of how kept ones are counted
+        pattern = layers[name].pattern
+        missing = kept_count(pattern.numel, amount) - pattern.nnz
+        now = f"phase '{phase.name}': layer '{name}' has sparsity {pattern.sparsity:.4g}"
+        only_added(missing >= -1, f"{now} and would go to {amount:.4g}")
+        if missing > 1:
+            wanted[name] = amount
+    seed += stretch.phase + 1_000_003 * stretch.stage
+    return set_sparsity(model, wanted, optimizer, seed=seed) if wanted else {}
 
 
 def _whole(layer: nn.Module) -> Pattern:

@@ -12,19 +12,20 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from vspdf.errors import UserError, check_whole, did_you_mean, require
-from vspdf.pattern import Pattern, kept_count
+from vspdf.pattern import Pattern
 from vspdf.sparsity.amounts import Amounts, only_added
 from vspdf.sparsity.eligible import sparsifiable
 from vspdf.sparsity.from_files import MaskFile
 from vspdf.sparsity.layer import SparseLinear, is_sharded, patterns_of, sparse_layers
-from vspdf.sparsity.moves import move
+from vspdf.sparsity.moves import grow, move
 from vspdf.sparsity.optimizer import check_optimizer, forget
-from vspdf.sparsity.revived import RevivedWarmup
+from vspdf.sparsity.revived import RevivedWarmup, take_step
 from vspdf.sparsity.schedule import Phase, phase_of
 from vspdf.sparsity.scores import DenseGradients
-from vspdf.sparsity.surgery import adopt, densify, set_sparsity, sparsify
+from vspdf.sparsity.surgery import adopt, sparsify
 from vspdf.sparsity.timeline import Stretch, Timeline
 from vspdf.sparsity.turnover import Turnover
+from vspdf.sparsity.wrapped import begun_with
 
 log = logging.getLogger("vspdf")
 _OPTIONS = ("include", "exclude", "rescale", "backend", "memory")  # of `sparsify`, which a phase may ask for later
@@ -109,6 +110,7 @@ class Phases:
         self._weights: dict[str, int] = {}  # of each layer that is sparse or could be
         self._model: nn.Module | None = None
         self._seen: int | None = None  # the last step that `at` was called for
+        self._first = 0  # that one after which it goes on: of `start` 0
         self._changed: int | None = None  # the last step before which masks changed
         self._missed = False  # whether an update was, and that has been said
         self._gradients: DenseGradients | None = None  # for RigL, from the step before an update
@@ -131,6 +133,10 @@ class Phases:
         if self._model is not None and self.phases[self.now.phase].rules == "cstorch":  # it may lag behind its target
             return self._found(self._model)[0]
         return self._sparsity(self.now)
+
+    def sparsities(self, steps: int) -> list[float]:
+        """Those that the model has one after the other in a training of so many steps."""
+        return [self._sparsity(stage) for stage in self.stages if stage.start < steps]
 
     @property
     def dense_gradients(self) -> DenseGradients | None:
@@ -195,7 +201,7 @@ class Phases:
                     name in layers or not amount,
                     f"phase '{phase.name}': layer '{name}' is dense already and would go to {amount:.4g}",
                 )
-            before = self._grow(model, optimizer, self.stages[0])
+            before = grow(model, optimizer, phase, self.stages[0], self.seed)
         elif any(amounts.values()):
             amounts, file = {**phase.layers, "*": self.stages[0].sparsity}, phase.init_file
             sparsify(
@@ -252,7 +258,7 @@ class Phases:
                 f"the checkpoint has a sparsity of {found:.4g}; after {step} steps these phases have "
                 f"{self._sparsity(self.stages[self._time.index(step)]):.4g}. Are the phases those it was trained with?"
             )
-        self._forget()
+        self._forget(step)
         self._enter(model, index, *(ramp or ({}, 0)))
         if ramp is None and index and 0 < step - self.now.start < phase.revived_warmup:
             log.warning("resumed within a ramp of revived weights: the rest of it is left out.")
@@ -263,6 +269,7 @@ class Phases:
         """Whether `at` has something to do before a step: it changes masks, or begins to watch gradients for RigL."""
         if self._now is None or step == self._seen:
             return False
+        self.require_onward(step)
         return step == self._changed or self._time.index(step) > self._now or self._due(step) or self._watches(step + 1)
 
     def at(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> bool:
@@ -279,14 +286,15 @@ class Phases:
         Raises
         ------
         UserError
-            Before `start` or `restore`, or if `optimizer` is none (several in a list).
+            Before `start` or `restore`, if steps go back, or if `optimizer` is none (several in a list).
         """
         if self._now is None:
             raise UserError("Phases: start(model) or restore(...) comes before the first step.")
         check_optimizer(optimizer)
-        self._model = model
+        self._model = model = begun_with(model, self._model)
         if step == self._seen:
             return False
+        self.require_onward(step)
         self._name_missed(step)
         if step != self._changed and (self._time.index(step) > self._now or self._due(step)):
             self._change(step, model, optimizer)
@@ -300,14 +308,12 @@ class Phases:
         """``optimizer.step()``, ramped for revived weights after a switch where `revived_warmup` asks for it.
 
         Where RigL is to move masks before the next step, it does so here, by the gradients of this one: a checkpoint
-        that is written now holds the new masks. Those of a model that is sharded `at` moves, inside `gathered`.
+        that is written now holds the new masks. Those of a model that is sharded `at` moves, inside `gathered`. Calls
+        that accelerate's optimizer passes over, while gradients accumulate, are no steps.
         """
-        if self.revived is None:
-            optimizer.step()
-        else:
-            self.revived.step(optimizer)
+        taken = take_step(optimizer) if self.revived is None else self.revived.step(optimizer)
         model, after = self._model, (self._seen or 0) + 1
-        if self._gradients is None or model is None or not self._due(after):
+        if not taken or self._gradients is None or model is None or not self._due(after):
             return
         if not any(is_sharded(parameter) for parameter in model.parameters()):
             self._change(after, model, optimizer)
@@ -341,6 +347,15 @@ class Phases:
 
         return LambdaLR(optimizer, factor)
 
+    def require_onward(self, step: int) -> None:
+        """Raises UserError for a step that these phases have gone past, as of a counter that begins anew each epoch."""
+        reached = self._first if self._seen is None else self._seen
+        require(
+            step >= reached,
+            f"Phases: step {step} comes after step {reached}. Steps count over the whole training, not over an epoch; "
+            "before another training call start (restore or resume, a callback's prepare) again.",
+        )
+
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _due(self, step: int) -> bool:
@@ -369,11 +384,11 @@ class Phases:
             self._gradients.close()
             self._gradients = None
 
-    def _forget(self) -> None:
+    def _forget(self, first: int = 0) -> None:
         """What is known of a training before: its phases may be used again, for another model."""
         self._watch_no_longer()
         self._seen = self._changed = self.turnover = None
-        self._missed = False
+        self._first, self._missed = first, False
 
     def _change(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Gives the model the form that it is to have at a step."""
@@ -381,7 +396,7 @@ class Phases:
         old, index = self.stages[self._now], self._time.index(step)
         new, (phase, inside) = self.stages[index], self._time.place(step)
         if phase.algorithm == "static":
-            before = self._grow(model, optimizer, new)
+            before = grow(model, optimizer, phase, new, self.seed)
         else:
             amounts = phase.of_layers(self._weights, new.sparsity)
             before = move(model, optimizer, phase, amounts, inside, (self.seed, step), self._gradients, self.options)
@@ -429,20 +444,3 @@ class Phases:
             self.turnover = Turnover(patterns)
         elif before:
             self.turnover.moved(patterns)
-
-    def _grow(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, stretch: Stretch) -> dict[str, Pattern]:
-        """Adds positions until the model has the sparsities of a stretch; returns the patterns before."""
-        phase, layers = self.phases[stretch.phase], sparse_layers(model)
-        amounts = phase.of_layers(layers, stretch.sparsity)
-        if not any(amounts.values()):
-            return densify(model, optimizer)
-        wanted = {}
-        for name, amount in amounts.items():  # one weight more or less is a matter of how kept ones are counted
-            pattern = layers[name].pattern
-            missing = kept_count(pattern.numel, amount) - pattern.nnz
-            now = f"phase '{phase.name}': layer '{name}' has sparsity {pattern.sparsity:.4g}"
-            only_added(missing >= -1, f"{now} and would go to {amount:.4g}")
-            if missing > 1:
-                wanted[name] = amount
-        seed = self.seed + stretch.phase + 1_000_003 * stretch.stage
-        return set_sparsity(model, wanted, optimizer, seed=seed) if wanted else {}

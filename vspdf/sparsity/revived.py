@@ -9,7 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from vspdf.pattern import Pattern
-from vspdf.sparsity.layer import SparseLinear, is_conv1d, is_sharded
+from vspdf.sparsity.layer import SparseLinear, is_sharded
+from vspdf.sparsity.stored import is_conv1d
+
+
+def inner(optimizer: Any) -> Any:
+    """The optimizer within accelerate's wrapper, which has no hooks of its own, or the very one that was given."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def take_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Calls ``optimizer.step()``; whether a step was taken, which accelerate's passes over while gradients accumulate,
+    and where its GradScaler finds an overflow."""
+    own, taken = inner(optimizer), []
+    if own is optimizer or not hasattr(own, "register_step_post_hook"):
+        optimizer.step()
+        return True
+    handle = own.register_step_post_hook(lambda *_: taken.append(True))
+    try:
+        optimizer.step()
+    finally:
+        handle.remove()
+    return bool(taken)
 
 
 class RevivedWarmup:
@@ -45,7 +66,9 @@ class RevivedWarmup:
 
     def follow(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Ramps the steps of an optimizer, whoever takes them (a GradScaler, say), until the ramp is over."""
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has no hooks of its own
+        if self.done >= self.steps:  # not within the hooks themselves, which others may follow
+            self.close()
+        optimizer = inner(optimizer)
         if isinstance(optimizer, torch.optim.Optimizer) and not self._handles and self.done < self.steps:
             self._handles = [
                 optimizer.register_step_pre_hook(lambda *_: self.begin()),
@@ -58,11 +81,17 @@ class RevivedWarmup:
             handle.remove()
         self._handles = []
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """``optimizer.step()`` with the updates of revived weights scaled by ``(done + 1) / (steps + 1)``."""
+    def step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """``optimizer.step()`` with the updates of revived weights scaled by ``(done + 1) / (steps + 1)``.
+
+        False where the optimizer has passed the step over: the ramp stays where it is.
+        """
         self.begin()
-        optimizer.step()
-        self.end()
+        taken = take_step(optimizer)
+        if taken:
+            self.end()
+        self._old = []
+        return taken
 
     def begin(self) -> None:
         """Before a step of the optimizer; a second time changes nothing."""
@@ -78,8 +107,6 @@ class RevivedWarmup:
             for (weight, revived), start in zip(self._weights(), self._old, strict=True):
                 weight.copy_(torch.where(revived, torch.lerp(start, weight, ramp), weight))
         self._old = []
-        if self.done == self.steps:
-            self.close()
 
     def _weights(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Weights as they are now (FSDP and ``load_state_dict(assign=True)`` exchange them), and which revived."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vspdf import ledger
-from vspdf.sparsity.layer import SparseLinear, sides
+from vspdf.sparsity.layer import SparseLinear
+from vspdf.sparsity.stored import sides
 
 
 class DenseGradients:
@@ -43,7 +44,10 @@ class DenseGradients:
                 shape, dtype=dtype, device=values.device
             )  # a plain one, also of values that are sharded
             self._places[name] = (place, place.new_empty(shape[1]))
-        self._handles = [layer.register_forward_hook(partial(self._see, name)) for name, layer in layers.items()]
+        self._handles = [  # before hooks that change the output
+            layer.register_forward_hook(partial(self._see, name), prepend=True, with_kwargs=True)
+            for name, layer in layers.items()
+        ]
 
     def __deepcopy__(self, memo: Any) -> DenseGradients:
         return DenseGradients({})  # a copy of the model is not watched
@@ -76,9 +80,12 @@ class DenseGradients:
             found[name] = score / rms if normalised else score
         return found
 
-    def _see(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _see(
+        self, name: str, layer: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Tensor
+    ) -> None:
         if output.requires_grad and name in self._places:
-            output.register_hook(partial(self._take, name, inputs[0].detach()))
+            x = next(iter((*inputs, *named.values())))
+            output.register_hook(partial(self._take, name, x.detach()))
 
     @torch.no_grad()
     def _take(self, name: str, x: Tensor, gradient: Tensor) -> None:

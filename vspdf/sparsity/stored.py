@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vspdf.errors import require
 from vspdf.pattern import Pattern
+from vspdf.sparsity.amounts import plain_name
 
 _SIDES = 16  # bytes: out_features and in_features, int64, little-endian
+
+
+def is_conv1d(module: nn.Module | None) -> bool:
+    """Whether a module is transformers' Conv1D, a linear layer whose weight is [in, out]; asks without importing it."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def is_sparse(module: nn.Module) -> bool:
+    """Whether a module is a `SparseLinear`, for what that class itself is built on."""
+    return "_pattern" in vars(module)
+
+
+def sides(layer: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a linear layer, sparse or dense, transformers' Conv1D too."""
+    if is_sparse(layer):
+        return vars(layer)["_pattern"].shape
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    out_features, in_features = reversed(weight.shape) if is_conv1d(layer) else weight.shape
+    return out_features, in_features
 
 
 def to_state(pattern: Pattern) -> Tensor:
@@ -41,3 +64,35 @@ def from_state(state: Tensor, shape: tuple[int, int]) -> Pattern:
         f"the stored pattern is of a layer of shape {sides} (out, in), this one has {tuple(shape)}.",
     )
     return Pattern(shape, bits)
+
+
+def patterns_in(
+    state: Mapping[str, Tensor], model: nn.Module, takes: Callable[[nn.Module], bool]
+) -> dict[str, tuple[nn.Module, Pattern]]:
+    """The model's layer and the stored pattern of each sparse layer of a state, by its name there.
+
+    Raises
+    ------
+    UserError
+        If the model has no layer of that name that `takes` accepts, or pattern, values and layer do not fit.
+    """
+    modules, found = {plain_name(name): module for name, module in model.named_modules()}, {}
+    for key, values in state.items():
+        name = key.removesuffix(".values")
+        if name == key:
+            continue
+        module, bits = modules.get(plain_name(name)), state.get(f"{name}._extra_state")
+        if module is None or not takes(module):
+            require(
+                bits is None, f"the state holds a sparse layer '{name}', the model has no linear layer of that name."
+            )
+            continue
+        if bits is None:
+            require(f"{name}.weight" in state, f"'{key}' comes without its pattern ('{name}._extra_state').")
+            continue
+        pattern = from_state(bits, sides(module))
+        require(
+            values.numel() == pattern.nnz, f"'{key}' has {values.numel()} weights, the pattern beside it {pattern.nnz}."
+        )
+        found[name] = module, pattern
+    return found

@@ -29,11 +29,10 @@ from vspdf.sparsity.eligible import (
 )
 from vspdf.sparsity.evolve import layer_seed, remask
 from vspdf.sparsity.from_files import Amount, MaskFile, read_amounts
-from vspdf.sparsity.layer import SparseLinear, is_conv1d, require_whole, sides, sparse_layers
+from vspdf.sparsity.layer import SparseLinear, require_whole, sparse_layers
 from vspdf.sparsity.optimizer import carry, check_follows, check_moments, check_takes_vectors, warn_of_stale
-from vspdf.sparsity.pretrained import teach_save_pretrained
 from vspdf.sparsity.schedule import check_init_method
-from vspdf.sparsity.stored import from_state
+from vspdf.sparsity.stored import is_conv1d, patterns_in
 from vspdf.sparsity.wrapped import warn_of_reducers
 
 log = logging.getLogger("vspdf")
@@ -144,7 +143,6 @@ def sparsify(
     warn_of_stale("sparsify", exchanged, optimizer)  # type: ignore[arg-type]
     if exchanged:
         warn_of_reducers("sparsify", model)
-    teach_save_pretrained(model)
     return {name: layer.pattern for name, layer in layers.items()}
 
 
@@ -286,12 +284,5 @@ def adopt(
     UserError
         If the model has no such layer, or a pattern does not fit it.
     """
-    modules, patterns = dict(model.named_modules()), {}
-    for key, bits in state_dict.items():
-        name = key.removesuffix("._extra_state")
-        if name == key or f"{name}.values" not in state_dict:
-            continue
-        if name not in modules or not is_linear(modules[name]):
-            raise UserError(f"the state holds a sparse layer '{name}', the model has no linear layer of that name.")
-        patterns[name] = from_state(bits, sides(modules[name]))
+    patterns = {name: pattern for name, (_, pattern) in patterns_in(state_dict, model, is_linear).items()}
     return sparsify(model, patterns, backend=backend, memory=memory) if patterns else {}

@@ -1,4 +1,4 @@
-"""Models that DistributedDataParallel has wrapped: it must not go on with parameters that are gone."""
+"""Models that others have wrapped; DistributedDataParallel must not go on with parameters that are gone."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ from vspdf.errors import UserError
 log = logging.getLogger("vspdf")
 
 _AGAIN = "wrap the model anew, net = DistributedDataParallel(model), after each switch or update of masks"
+
+
+def begun_with(model: nn.Module, known: nn.Module | None) -> nn.Module:
+    """`known` where `model` is but a wrapper of it (torch.compile's, DistributedDataParallel) or what it wraps: by its
+    names layers are known."""
+    if known is None or known is model:
+        return model
+    inside = any(part is known for part in model.modules()) or any(part is model for part in known.modules())
+    return known if inside else model
 
 
 def warn_of_reducers(verb: str, model: nn.Module) -> None:
