@@ -1,6 +1,7 @@
 """One sparse layer: from a dense one and back, its states, its plans, and the bytes that it takes."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import vspdf
 from vspdf.errors import UserError
 from vspdf.kernels import cpu
 from vspdf.pattern import Pattern
-from vspdf.sparsity.layer import SparseLinear, build_plans, training_state_bytes
+from vspdf.sparsity.layer import SparseLinear, build_plans, sparse_layers, training_state_bytes
 from vspdf.sparsity.surgery import sparsify
 
 
@@ -158,6 +159,14 @@ def test_averages_go_on_under_one_mask_and_are_refused_once_it_moved(how, dtype,
     average.update_parameters(model)
     with pytest.raises(UserError, match="came from one with another mask"):
         average(x)
+
+
+def test_a_layer_pickled_when_its_digest_was_two_integers_goes_on(sparse_one):
+    model, x = sparse_one(), torch.randn(4, 48)
+    expected = model(x)
+    for layer in sparse_layers(model).values():
+        layer._buffers["mask_digest"] = torch.zeros(2, dtype=torch.int64)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model)).double().float()(x), expected)
 
 
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 1)], ids=["one mask", "two"])

@@ -81,6 +81,8 @@ class SparseLinear(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if self.mask_digest.dtype != torch.float32:  # pickled when it was two integers
+            self.mask_digest = self._digest(self.mask_digest.device)
         teach_save_pretrained()
 
     @classmethod
