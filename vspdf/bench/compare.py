@@ -34,10 +34,10 @@ def read(path: Path) -> dict[str, Any]:
 
 def _is_row(row: Any) -> bool:
     """Whether it has the ratios that are compared: numbers, or null where a result was wrong."""
-    ratios = (
-        [row.get(key, "") for key in ("ratio_to_dense", "ratio_low", "ratio_high")] if isinstance(row, dict) else []
-    )
-    return bool(ratios) and (ratios == [None] * 3 or all(isinstance(ratio, int | float) for ratio in ratios))
+    if not isinstance(row, dict):
+        return False
+    ratios = [row.get(key, "") for key in ("ratio_to_dense", "ratio_low", "ratio_high")]
+    return ratios == [None] * 3 or all(isinstance(ratio, int | float) for ratio in ratios)
 
 
 def check_alike(old: dict[str, Any], cpu: str, model: dict[str, Any] | None) -> None:

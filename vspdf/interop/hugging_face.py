@@ -1,4 +1,4 @@
-"""Between our GPT and folders of Hugging Face transformers, both ways: GPT-2 here, others by `architectures`.
+"""Between our GPT and folders of Hugging Face transformers, both ways; configurations by `architectures`.
 
 What GPT-2's configuration can say and our GPT cannot (scaled embeddings, scaled logits, attention divided by something
 else than the root of the head's width, as under µP) is folded into the weights, so that the function stays the same.

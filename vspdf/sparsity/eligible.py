@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from vspdf.errors import UserError, did_you_mean
 from vspdf.sparsity.amounts import matches, plain_name, shadowed
+from vspdf.sparsity.kinds import is_conv1d
 from vspdf.sparsity.layer import SparseLinear, require_whole, sparse_layers
-from vspdf.sparsity.stored import is_conv1d
 
 log = logging.getLogger("vspdf")
 

@@ -13,7 +13,7 @@ from vspdf.errors import UserError, check_sparsity, percent_meant, require
 from vspdf.kernels.ops import require_pattern
 from vspdf.pattern import Pattern
 from vspdf.sparsity.amounts import plain_name
-from vspdf.sparsity.stored import is_conv1d
+from vspdf.sparsity.kinds import is_conv1d
 
 Amount: TypeAlias = "float | Pattern | str | PathLike[str]"  # a sparsity, a mask, or a file of masks by layer
 

@@ -16,8 +16,9 @@ from vspdf.pattern import Pattern
 from vspdf.shapes import PATH_BYTES
 from vspdf.sparsity.attached import shell
 from vspdf.sparsity.dense_view import DenseView
+from vspdf.sparsity.kinds import is_conv1d
 from vspdf.sparsity.pretrained import teach_save_pretrained
-from vspdf.sparsity.stored import from_state, is_conv1d, to_state
+from vspdf.sparsity.stored import from_state, to_state
 
 log = logging.getLogger("vspdf")
 _ROUNDED = 1e-3  # what averaging equal bytes in float32 may come to; that of different ones is more

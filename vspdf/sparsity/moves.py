@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from vspdf.pattern import Pattern, kept_count
 from vspdf.sparsity.amounts import Amounts, only_added
 from vspdf.sparsity.evolve import layer_number, remask, renewed
+from vspdf.sparsity.kinds import sides
 from vspdf.sparsity.layer import SparseLinear, require_whole, sparse_layers
 from vspdf.sparsity.scores import DenseGradients
-from vspdf.sparsity.stored import sides
 from vspdf.sparsity.surgery import densify, set_sparsity, sparsify
 from vspdf.sparsity.timeline import Stretch
 

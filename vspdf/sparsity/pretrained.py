@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from vspdf.kernels import reference
 from vspdf.sparsity.attached import place
-from vspdf.sparsity.stored import is_conv1d, is_sparse, patterns_in
+from vspdf.sparsity.kinds import is_conv1d, is_sparse
+from vspdf.sparsity.stored import patterns_in
 
 log = logging.getLogger("vspdf")
 
@@ -69,6 +70,7 @@ def _dense_weights(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, T
 
 
 def _is_linear(module: nn.Module) -> bool:
+    """Whether a state may hold a sparse layer in its place: sparse now, or dense again."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 

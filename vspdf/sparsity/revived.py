@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vspdf.pattern import Pattern
+from vspdf.sparsity.kinds import is_conv1d
 from vspdf.sparsity.layer import SparseLinear, is_sharded
-from vspdf.sparsity.stored import is_conv1d
 
 
 def inner(optimizer: Any) -> Any:

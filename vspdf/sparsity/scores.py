@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vspdf import ledger
+from vspdf.sparsity.kinds import sides
 from vspdf.sparsity.layer import SparseLinear
-from vspdf.sparsity.stored import sides
 
 
 class DenseGradients:

@@ -11,28 +11,9 @@ from torch import Tensor, nn
 from vspdf.errors import require
 from vspdf.pattern import Pattern
 from vspdf.sparsity.amounts import plain_name
+from vspdf.sparsity.kinds import sides
 
 _SIDES = 16  # bytes: out_features and in_features, int64, little-endian
-
-
-def is_conv1d(module: nn.Module | None) -> bool:
-    """Whether a module is transformers' Conv1D, a linear layer whose weight is [in, out]; asks without importing it."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def is_sparse(module: nn.Module) -> bool:
-    """Whether a module is a `SparseLinear`, for what that class itself is built on."""
-    return "_pattern" in vars(module)
-
-
-def sides(layer: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a linear layer, sparse or dense, transformers' Conv1D too."""
-    if is_sparse(layer):
-        return vars(layer)["_pattern"].shape
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    out_features, in_features = reversed(weight.shape) if is_conv1d(layer) else weight.shape
-    return out_features, in_features
 
 
 def to_state(pattern: Pattern) -> Tensor:
@@ -46,7 +27,7 @@ def split(state: Tensor) -> tuple[np.ndarray, tuple[int, int] | None]:
     if array.dtype != np.uint8 or array.ndim != 1 or len(array) <= _SIDES:
         return array, None
     out, into = (int(side) for side in array[-_SIDES:].copy().view("<i8"))
-    told = min(out, into) > 0 and len(array) == (out * into + 7) // 8 + _SIDES  # which bits alone never come to
+    told = min(out, into) > 0 and len(array) == (out * into + 7) // 8 + _SIDES  # bits alone are 16 bytes shorter
     return (array[:-_SIDES], (out, into)) if told else (array, None)
 
 
@@ -58,10 +39,10 @@ def from_state(state: Tensor, shape: tuple[int, int]) -> Pattern:
     UserError
         If the state is of a layer of another shape, or its bits are not those of a pattern.
     """
-    bits, sides = split(state)
+    bits, told = split(state)
     require(
-        sides is None or sides == tuple(shape),
-        f"the stored pattern is of a layer of shape {sides} (out, in), this one has {tuple(shape)}.",
+        told is None or told == tuple(shape),
+        f"the stored pattern is of a layer of shape {told} (out, in), this one has {tuple(shape)}.",
     )
     return Pattern(shape, bits)
 

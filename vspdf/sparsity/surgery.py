@@ -29,10 +29,11 @@ from vspdf.sparsity.eligible import (
 )
 from vspdf.sparsity.evolve import layer_seed, remask
 from vspdf.sparsity.from_files import Amount, MaskFile, read_amounts
+from vspdf.sparsity.kinds import is_conv1d
 from vspdf.sparsity.layer import SparseLinear, require_whole, sparse_layers
 from vspdf.sparsity.optimizer import carry, check_follows, check_moments, check_takes_vectors, warn_of_stale
 from vspdf.sparsity.schedule import check_init_method
-from vspdf.sparsity.stored import is_conv1d, patterns_in
+from vspdf.sparsity.stored import patterns_in
 from vspdf.sparsity.wrapped import warn_of_reducers
 
 log = logging.getLogger("vspdf")
