@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from vspdf.bench.calibrate import Calibration
 from vspdf.compare import definition, results
 from vspdf.config import loading
 from vspdf.errors import UserError
@@ -62,13 +63,41 @@ def test_only_such_arms_count_as_end_dense_for_a_third_of_their_steps_as_the_adv
     assert {"set-then-dense", "set-then-dense-192"} < arms and "set-then-dense-192-late" not in arms
 
 
+def timings(passes, bf16=1.0, note=""):
+    """Stands in for `calibrate`: a pass over all blocks takes so many times as long as usual, in bfloat16 so many."""
+    left, done = list(passes), set()
+
+    def calibrate(shape, sparsities, tokens, precision):
+        if (precision, shape.d_model) in done:
+            done.clear()
+            left.pop(0)
+        done.add((precision, shape.d_model))
+        block = 1e-10 * shape.linear / shape.n_layer * tokens * left[0] * (bf16 if precision == "bf16" else 1.0)
+        return Calibration(
+            tokens, 128, 3, 1, dict.fromkeys((0.0, *sparsities), block), (0, 0), 1e-9, 1e-12, note, precision
+        )
+
+    calibrate.left = left
+    return calibrate
+
+
+@pytest.mark.parametrize(
+    "passes, taken, spread",
+    [([1, 1.04, 9], 2, None), ([1, 2, 2.05, 9], 3, None), ([1, 2, 4, 8, 16, 9], 5, "16.0")],
+    ids=["quiet", "begins busy", "never settles"],
+)
+def test_blocks_are_timed_until_two_passes_agree(monkeypatch, passes, taken, spread):
+    monkeypatch.setattr(advice, "calibrate", calibrate := timings(passes))
+    lines = []
+    found = advice.advise(0.05, lines.append)
+    assert len(lines) == taken == len(passes) - len(calibrate.left) + 1
+    assert found.note == (f"Blocks took up to {spread} times as long in one pass as in another." if spread else "")
+
+
 @pytest.mark.parametrize("faster, method", [(4.0, "set"), (1.0, "dense")], ids=["ideal", "no faster"])
 def test_advice_follows_the_time_of_a_step(monkeypatch, faster, method):
-    def pace(progress, precision):
-        return (lambda shape, sparsity: 1e-10 * shape.linear / (faster if sparsity else 1.0)), ""
-
-    monkeypatch.setattr(advice, "_pace", pace)
-    monkeypatch.setattr(cpu, "has_bf16", lambda: False)
+    pace = lambda shape, sparsity: 1e-10 * shape.linear / (faster if sparsity else 1.0)  # noqa: E731
+    monkeypatch.setattr(advice, "_paces", lambda progress: ({"fp32": pace}, ""))
     found = advice.advise(0.05)
     assert (found.method, found.precision) == (method, "fp32")
     assert isinstance(found.shape, Shape) and found.low < found.expected_loss < found.high
@@ -77,11 +106,8 @@ def test_advice_follows_the_time_of_a_step(monkeypatch, faster, method):
 
 @pytest.mark.parametrize("has", [True, False])
 def test_advice_takes_bfloat16_where_the_processor_has_it_and_is_faster_in_it(has, monkeypatch):
-    def pace(progress, precision):
-        return (lambda shape, sparsity: 1e-10 * shape.linear * (0.5 if precision == "bf16" else 1.0)), "Others."
-
-    monkeypatch.setattr(advice, "_pace", pace)
     monkeypatch.setattr(cpu, "has_bf16", lambda: has)
+    monkeypatch.setattr(advice, "calibrate", timings([1.0, 1.0], bf16=0.5, note="Others."))
     found = advice.advise(0.05)
     assert found.sentences()[-1] == found.note == "Others."
     assert (found.method, found.precision) == ("dense", "bf16" if has else "fp32")
@@ -93,6 +119,7 @@ def test_advice_takes_bfloat16_where_the_processor_has_it_and_is_faster_in_it(ha
 @pytest.mark.parametrize("load, said", [(2.0, True), (0.1, False)], ids=["busy", "quiet"])
 def test_advice_and_plans_that_were_timed_say_that_others_were_at_work(monkeypatch, vspdf, load, said):
     monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(advice, "_TIMED", (48, 64))
     line = "The machine was busy when this began: a load of 2.0 on"
     for wish in (["--hours", "0.01"], ["--model", "quickstart", "--time"]):
         status, out, _ = vspdf("plan", *wish)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vspdf.bench.calibrate import calibrate, precisions
+from vspdf.bench.calibrate import Calibration, calibrate, precisions
 from vspdf.errors import UserError
 from vspdf.plan import law
 from vspdf.shapes import Shape
@@ -26,6 +27,9 @@ _TOKENS, _LENGTH, _VOCABULARY = 1024, 128, 257
 _SPARSITY = 0.75
 _SEQUENCES = _TOKENS // _LENGTH  # a step
 _LAST_RATE = 1e-4
+_PASSES, _AGREE = 5, 1.05  # over all blocks, at most; two in which each takes as long, up to this, are enough
+
+_Pace = Callable[[Shape, float], float]  # of a shape at a sparsity
 
 
 class _Stage(NamedTuple):
@@ -68,7 +72,7 @@ class Advice:
     others : dict of str to (Shape, float)
         The best model of every method, and in bfloat16 ("dense in bf16") where the processor has it, and its loss.
     note : str
-        On what made steps longer than they are alone; else empty.
+        On what made steps longer than they are alone, or how far timings lie apart; else empty.
     """
 
     shape: Shape
@@ -155,7 +159,7 @@ def advise(hours: float, progress: Callable[[str], None] = lambda line: None) ->
     if not 0 < hours < math.inf:
         raise UserError(f"hours must be positive, not {hours}.")
     worth = law.worth()
-    paces = {precision: _pace(progress, precision) for precision in precisions()}
+    paces, note = _paces(progress)
 
     def kept(method: str, shape: Shape) -> float:
         """Weights of the layers on average over the steps."""
@@ -166,7 +170,7 @@ def advise(hours: float, progress: Callable[[str], None] = lambda line: None) ->
         return tuple(m * weights for m in worth[method].at(tokens / weights)) if method in worth else (weights,) * 3
 
     found: dict[tuple[str, str], tuple[float, Shape, float]] = {}
-    for (precision, (pace, _)), (method, stages) in itertools.product(paces.items(), _STAGES.items()):
+    for (precision, pace), (method, stages) in itertools.product(paces.items(), _STAGES.items()):
         for width in _WIDTHS:
             shape = _shape(width)
             tokens = hours * 3600 / sum(stage.share * pace(shape, stage.sparsity) for stage in stages)
@@ -185,7 +189,7 @@ def advise(hours: float, progress: Callable[[str], None] = lambda line: None) ->
         shape, first, method, precision, loss, min(all_of_them) * (1 - doubt), max(all_of_them) * (1 + doubt),
         max(1, round(tokens / _TOKENS)), beyond,
         {name + " in bf16" * (how == "bf16"): (of, least) for (name, how), (least, of, _) in found.items()},
-        paces["fp32"][1],
+        note,
     )  # fmt: skip
 
 
@@ -194,14 +198,43 @@ def _shape(width: int) -> Shape:
     return Shape(layers, width, max(1, width // 64), 4 * width, _VOCABULARY, _LENGTH)
 
 
-def _pace(progress: Callable[[str], None], precision: str) -> tuple[Callable[[Shape, float], float], str]:
-    """Seconds a token of a training step, from blocks of three widths timed here; and what made them longer."""
-    timed = []
-    for width in _TIMED:
-        progress(f"timing a block of width {width} in {precision}")
-        timed.append(calibrate(_shape(width), [_SPARSITY], _TOKENS, rounds=3, precision=precision))
-    blocks = {s: [each.block_seconds[s] / each.tokens for each in timed] for s in (0.0, _SPARSITY)}
-    rest, update = [each.vocabulary_seconds / each.tokens for each in timed], timed[-1].optimizer_seconds
+def _paces(progress: Callable[[str], None]) -> tuple[dict[str, _Pace], str]:
+    """Of every precision, seconds a token of a training step; and a note on what made them longer, or doubtful.
+
+    From blocks of three widths, timed here. What else a shared machine does comes and goes, by more than kinds of
+    models differ: all blocks are timed one after the other, and that again until two such passes agree.
+    """
+    passes: list[dict[tuple[str, int], Calibration]] = []
+    while len(passes) < 2 or (len(passes) < _PASSES and _apart(passes[-2:]) > _AGREE):
+        progress(f"timing blocks of widths {', '.join(map(str, _TIMED))}, pass {len(passes) + 1}")
+        passes.append(
+            {
+                (precision, width): calibrate(_shape(width), [_SPARSITY], _TOKENS, precision=precision)
+                for precision, width in itertools.product(precisions(), _TIMED)
+            }
+        )
+    note = next(iter(passes[0].values())).note  # later ones say of this work too
+    if _apart(passes[-2:]) > _AGREE:
+        note = f"{note} Blocks took up to {_apart(passes):.1f} times as long in one pass as in another.".strip()
+    return {each: _pace([[one[each, width] for one in passes] for width in _TIMED]) for each in precisions()}, note
+
+
+def _apart(passes: list[dict[tuple[str, int], Calibration]]) -> float:
+    """How many times as long a block took in one pass as in another, at most."""
+    columns = zip(*([s for each in one.values() for s in each.block_seconds.values()] for one in passes), strict=True)
+    return max(max(column) / min(column) for column in columns)
+
+
+def _pace(timed: list[list[Calibration]]) -> _Pace:
+    """Seconds a token of a training step: medians of the passes at each width, and between widths."""
+
+    median = statistics.median
+    blocks = {
+        s: [median(each.block_seconds[s] / each.tokens for each in passes) for passes in timed]
+        for s in (0.0, _SPARSITY)
+    }
+    rest = [median(each.vocabulary_seconds / each.tokens for each in passes) for passes in timed]
+    update = median(each.optimizer_seconds for passes in timed for each in passes)
     between = lambda width, column: math.exp(_line(math.log(width), np.log(_TIMED), np.log(column)))  # noqa: E731
 
     def seconds(shape: Shape, sparsity: float) -> float:
@@ -209,7 +242,7 @@ def _pace(progress: Callable[[str], None], precision: str) -> tuple[Callable[[Sh
         parameters = shape.parameters - sparsity * shape.linear
         return shape.n_layer * block + vocabulary + parameters * update / _TOKENS
 
-    return seconds, timed[0].note  # later ones say of this work too
+    return seconds
 
 
 def _line(x: float, xs: np.ndarray, ys: np.ndarray) -> float:
