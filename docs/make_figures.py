@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from matplotlib.colors import ListedColormap
 import vspdf
 from vspdf import ledger, shapes
 from vspdf.compare import definition
-from vspdf.compare import results as results_of
+from vspdf.compare import results as of_studies
 from vspdf.config import loading
 from vspdf.draw import words
 from vspdf.errors import UserError
@@ -155,13 +156,19 @@ PAGES = (DOCS / "evidence.md", DOCS / "performance.md", DOCS.parent / "README.md
 MACHINES = DOCS.parent / "benchmarks" / "results"
 
 
+@cache
+def results_of(study: str) -> dict[str, Any]:
+    """What is kept of a study that ships; every value of every arm is checked for it, which takes a while."""
+    return of_studies.read(definition.load(study))
+
+
 def kept(name: str | Path) -> dict[str, Any] | None:
     """Results of a study, if there are runs among them."""
     try:
-        results = results_of.read(definition.load(name))
+        found = results_of(Path(name).stem)
     except UserError:
         return None
-    return results if any(arm["runs"] for arm in results["arms"]) else None
+    return found if any(arm["runs"] for arm in found["arms"]) else None
 
 
 def machines(table: str) -> str:
@@ -206,7 +213,7 @@ def equal_time() -> tables.Table:
     """Sparse models against the dense ones that one would train instead, given as much of a core."""
     rows = []
     for best, study, sparse, dense in EQUAL_TIME:
-        results = results_of.read(definition.load(study))
+        results = results_of(study)
         took = tables.mean(next(arm for arm in results["arms"] if arm["name"] == sparse), "cpu_seconds")
         if dense is None:
             (each,) = (each for each in results["multipliers"] if each["method"] == sparse)

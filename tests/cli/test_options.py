@@ -263,7 +263,7 @@ CASES = {
             "--sparsity": "--sparsity 0.9",
             "--threads": "--threads 2",
             "--rounds": "--rounds 2",
-            "--seconds": (SMALL_STEP.replace("--rounds 1", ""), "--seconds 0"),
+            "--seconds": (SMALL_STEP.replace("--rounds 1", "--seconds 0"), "--seconds 1"),
             "--dtype": "--dtype bfloat16",
             "--compile": "--compile",
             "--compare": "--compare {study}",
