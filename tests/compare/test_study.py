@@ -16,12 +16,14 @@ import torch
 from scipy import stats
 
 from vspdf.compare import definition, runner, worker
+from vspdf.compare.results import collect
 from vspdf.config import loading
 from vspdf.data.text import prepare
 from vspdf.errors import UserError
 from vspdf.evaluate.loss import evaluate
+from vspdf.files import remove
 from vspdf.interop import checkpoints
-from vspdf.report import tables
+from vspdf.report import study_page, tables
 from vspdf.runs.folder import Run
 from vspdf.train.trainer import train
 
@@ -224,6 +226,47 @@ def test_a_plot(finished, tmp_path, vspdf):
     said = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
     assert {"Validation loss against tokens", "Paired differences of test losses", "variable (2 seeds)"} <= {*said}
     assert len(list(drawn.iter("{http://www.w3.org/2000/svg}polygon"))) == 6, "the seeds' spread, an arm and axis each"
+
+
+@pytest.fixture
+def diverged(finished, tmp_path):
+    """The results of the finished study, had the runs that a glob names stopped after one step."""
+    path, done, _, _ = finished
+
+    def collected(glob):
+        root = shutil.copytree(done, tmp_path / "runs")
+        for folder in root.glob(glob):
+            (folder / "evaluation.json").write_text('{"diverged": "the loss of step 2 is nan"}')
+            for late in ("checkpoints", "summary.json", "summary.digest.json"):
+                remove(folder / late)
+            (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().splitlines()[0] + "\n")
+        return collect(definition.load(path), root, 2)
+
+    return collected
+
+
+FIRST = "dense/*=0.003/seed-0"
+ALL = "*/**/seed-[01]"
+
+
+@pytest.mark.parametrize("glob", [FIRST, ALL], ids=["the first run", "all runs"])
+def test_a_study_in_which_runs_diverged_is_written_like_others(finished, diverged, tmp_path, glob):
+    results = diverged(glob)
+    study_page.write(results, tmp_path)
+    study_page.plot(results, tmp_path / "plot.svg")
+    assert (tmp_path / "comparison.html").exists() and results["complete"]
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert list(rows[0]) == list(csv.DictReader((finished[1] / "results.csv").open()).fieldnames)
+    assert [bool(row["test_loss"] and row["flops_linear"]) for row in rows] == [glob == FIRST and i > 0 for i in range(4)]
+    assert results["same_machine"] and results["hardware"] and results["versions"]
+
+
+def test_a_run_that_diverged_is_not_drawn(finished, diverged):
+    results = diverged(FIRST)
+    dense = arm(results, "dense")
+    left = dense | {"runs": [run for run in dense["runs"] if run["seed"] == 1]}
+    drawn, alone = (ElementTree.tostring(study_page._chart([one], tables.TOKENS)) for one in (dense, left))
+    assert drawn == alone and drawn.count(b"<circle") == len(arm(finished[2], "dense")["runs"][1]["curve"])
 
 
 def test_another_process_at_work_is_noticed(tmp_path, monkeypatch):

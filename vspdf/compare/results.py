@@ -57,7 +57,8 @@ def collect(study: Study, root: Path, jobs: int | None = None) -> dict[str, Any]
             arm["relative_flops"] = {name: total / first["flops"][name] for name, total in arm["flops"].items()}
     runs = [run for arm in arms for run in arm["runs"]]
     trained = [pair for pair in study.pairs if not any(study.arms[name].untrained for name in pair)]
-    machines = [run.pop("machine") for run in runs]
+    # One that diverged does not say on what machine that was.
+    machines = [machine for run in runs if (machine := run.pop("machine"))["hardware"]]
     uneven = _apart(arms, study.seconds)
     corpora = [run.pop("corpus") for run in runs]
     return {
@@ -79,7 +80,7 @@ def collect(study: Study, root: Path, jobs: int | None = None) -> dict[str, Any]
         "corpus": corpora[0] if corpora else None,
         "jobs": jobs,
         "command": study.command,
-        # Of the first run, as all of them are meant to have; of this process where none is finished.
+        # Of the first run that says, as all of them are meant to have; of this process where none does.
         **(machines[0] if machines else {"hardware": hardware.hardware(), "versions": hardware.versions()}),
         "same_machine": all(machine == machines[0] for machine in machines),
     }

@@ -53,6 +53,11 @@ OTHER_AXES = (
 AXES = (TOKENS, EXECUTED, WALL)  # of runs side by side
 
 
+def whole(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs of a study that came to their end: all but those that diverged on the way."""
+    return [run for run in runs if "diverged" not in run]
+
+
 def timed(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Runs of a study whose times count: all but those added to earlier results, on whatever machine that was."""
     return [run for run in runs if "added" not in run]

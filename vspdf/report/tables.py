@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from vspdf import ledger
 from vspdf.draw import words
 from vspdf.draw.words import between, number
 from vspdf.report.comparison import CPU, EXECUTED, TOKENS, WALL, Axis, timed
@@ -49,7 +50,7 @@ def table(results: dict[str, Any]) -> str:
                 "tuned": " ".join(f"{key}={value}" for key, value in (arm["tuned"] or {}).items()),
                 **{key: run[key] for key in ("seed", *LOSSES, "tokens", "seconds", "cpu_seconds", "load_average")},
                 **{f"flops_{column}": run["flops"][column] for column in COLUMNS},
-                **{f"flops_{name}": total for name, total in (run["flops_by_convention"] or {}).items()},
+                **{f"flops_{name}": (run["flops_by_convention"] or {}).get(name) for name in ledger.CONVENTIONS},
                 "order": run["order"][:16], "jobs": results["jobs"], "cpu": results["hardware"]["cpu"],
                 **results["versions"],
             })  # fmt: skip
