@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 
 from vspdf.compare import definition, runner, worker
-from vspdf.compare.results import collect
+from vspdf.compare.results import _apart, collect
 from vspdf.config import loading
 from vspdf.data.text import prepare
 from vspdf.errors import UserError
@@ -267,6 +267,15 @@ def test_a_run_that_diverged_is_not_drawn(finished, diverged):
     left = dense | {"runs": [run for run in dense["runs"] if run["seed"] == 1]}
     drawn, alone = (ElementTree.tostring(study_page._chart([one], tables.TOKENS)) for one in (dense, left))
     assert drawn == alone and drawn.count(b"<circle") == len(arm(finished[2], "dense")["runs"][1]["curve"])
+
+
+def test_a_run_that_diverged_has_no_time(finished, diverged):
+    results = diverged(FIRST)
+    dense, undisturbed = arm(results, "dense"), arm(finished[2], "dense")["runs"][1]
+    dense["runs"][0]["cpu_seconds"] = None  # one that diverged in its first step
+    assert tables.mean(dense, "cpu_seconds") == undisturbed["cpu_seconds"]
+    assert tables.time_axis(results["arms"]) is tables.CPU
+    assert _apart(results["arms"], 100.0)["seconds"]["dense"] == undisturbed["cpu_seconds"]
 
 
 def test_another_process_at_work_is_noticed(tmp_path, monkeypatch):

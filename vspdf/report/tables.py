@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 from vspdf import ledger
 from vspdf.draw import words
 from vspdf.draw.words import between, number
-from vspdf.report.comparison import CPU, EXECUTED, TOKENS, WALL, Axis, timed
+from vspdf.report.comparison import CPU, EXECUTED, TOKENS, WALL, Axis, timed, whole
 from vspdf.runs.folder import COLUMNS
 
 
 def time_axis(arms: Sequence[dict[str, Any]]) -> Axis:
     """The clock that a study goes by: CPU time where every run had one thread on the CPU and counted it, else wall."""
-    runs = [run for arm in arms for run in arm["runs"]]
+    runs = whole(run for arm in arms for run in arm["runs"])
     counted = all(run.get("threads") == 1 and run.get("cpu_seconds") is not None for run in runs)
     return CPU if runs and counted else WALL
 
@@ -28,7 +28,7 @@ def undisturbed(results: dict[str, Any]) -> bool:
     runs = [run for arm in results["arms"] for run in arm["runs"]]
     loads = [run["load_average"] for run in timed(runs) if run["load_average"] is not None]
     quiet = not loads or max(loads) <= (results["hardware"]["cores"] or 1) + 0.5
-    one_machine = results["same_machine"] or len(timed(runs)) < len(runs)
+    one_machine = results["same_machine"] or any("added" in run for run in runs)
     return one_machine and (quiet or time_axis(results["arms"]) is CPU)
 
 
