@@ -278,6 +278,15 @@ def test_a_run_that_diverged_has_no_time(finished, diverged):
     assert _apart(results["arms"], 100.0)["seconds"]["dense"] == undisturbed["cpu_seconds"]
 
 
+def test_a_run_that_diverged_counts_for_no_seed_and_lends_no_tokens(diverged):
+    results = diverged(FIRST)
+    (losses, *_), page = tables.tables(results), study_page._losses(results)
+    tokens = f"{12 * 8 * 16:,}"
+    for head, row, seeds in ((losses.head, losses.rows[0], "1/2"), (page["head"], page["rows"][0], "1")):
+        named = dict(zip(head, row, strict=True))
+        assert (named["arm"], named["seeds"], named["tokens"]) == ("dense", seeds, tokens)
+
+
 def test_another_process_at_work_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_PATIENCE", 0.1)
     with runner._alone(tmp_path), pytest.raises(UserError, match=r"is in use by process \d+: another process"):  # noqa: SIM117

@@ -60,12 +60,12 @@ def render(results: dict[str, Any]) -> str:
 def _losses(results: dict[str, Any]) -> dict[str, Any]:
     rows, clocks = [], tables.clocks(results)
     for arm in results["arms"]:
-        relative = arm["relative_flops"] or {}
+        relative, ended = arm["relative_flops"] or {}, whole(arm["runs"])
         rows.append((
             arm["name"], ", ".join(f"{phase['sparsity']:.0%}: {phase['steps']:,}" for phase in arm["phases"]),
             number(arm["test_loss"]["mean"]), between(arm["test_loss"]),
-            number(tables.mean(arm, "val_loss")), number(tables.mean(arm, "test_bits_per_byte")), str(len(arm["runs"])),
-            f"{arm['runs'][0]['tokens']:,}" if arm["runs"] else "–",
+            number(tables.mean(arm, "val_loss")), number(tables.mean(arm, "test_bits_per_byte")), str(len(ended)),
+            f"{ended[0]['tokens']:,}" if ended else "–",
             *(number(relative.get(name), ".1%") for name in ("linear", "spdf", "executed")),
             *(number(tables.mean(arm, key), ".0f") for _, key in clocks),
         ))  # fmt: skip

@@ -177,7 +177,7 @@ def _loss_tables(results: dict[str, Any]) -> list[Table]:
     sized = any(arm.get("stored_bytes") for arm in results["arms"])  # results of before do not say
     rows: list[tuple[str, ...]] = []
     for arm in results["arms"]:
-        loss, runs = arm["test_loss"], arm["runs"]
+        loss, runs = arm["test_loss"], whole(arm["runs"])
         relative = arm["relative_flops"] or {}
         rows.append((
             arm["name"], number(loss["mean"]), number(None if loss["low"] is None else loss["high"] - loss["mean"]),
@@ -221,7 +221,7 @@ def task_tables(results: dict[str, Any]) -> list[Table]:
         (
             name, *(spread(task["arms"][i]["bleu"]) for task in tasks),
             *(number(task["arms"][i]["test_loss"]["mean"], ".3f") for task in tasks),
-            f"{min(len(task['arms'][i]['runs']) for task in tasks)}/{len(results['seeds'])}",
+            f"{min(len(whole(task['arms'][i]['runs'])) for task in tasks)}/{len(results['seeds'])}",
         )
         for i, name in enumerate(names)
     ]  # fmt: skip
