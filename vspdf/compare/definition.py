@@ -173,6 +173,8 @@ class Study:
         Of the runs that are reported.
     tuning_seeds : tuple of int
         Of the runs that settings are chosen by. Where one is among `seeds`, the run that was chosen is reported.
+    tuning_given : bool
+        Whether they are written; else they follow from `seeds`.
     pairs : tuple of (str, str)
         Arms whose difference is reported.
     tasks : dict of str to Task
@@ -199,6 +201,7 @@ class Study:
     family: tuple[str, ...] = ()
     seconds: float | None = None
     tuning_seconds: float | None = None
+    tuning_given: bool = True
 
     @property
     def results(self) -> Path:
@@ -277,7 +280,7 @@ def load(source: str | Path, changes: Sequence[str] = ()) -> Study:
         str(body.get("name", path.stem)), path, about.strip(), read, seeds, tuning_seeds,
         relations.pairs(body, read, where), {name: arm.task for name, arm in fine_tunings.items() if arm.task},
         fine_tunings, tuple(changes), relations.family(body.get("multiplier", []), read, where),
-        *relations.times(body, read, {*seeds} & {*tuning_seeds}, where),
+        *relations.times(body, read, {*seeds} & {*tuning_seeds}, where), "tuning_seeds" in body,
     )  # fmt: skip
 
 
