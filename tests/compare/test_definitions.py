@@ -5,8 +5,10 @@ import json
 import pytest
 
 from vspdf.compare import budget, definition, runner
+from vspdf.compare.results import read
 from vspdf.config import loading
 from vspdf.errors import UserError
+from vspdf.report import study_page
 
 STUDY = """
     seeds: [0]
@@ -55,6 +57,30 @@ def test_results_that_are_kept_are_of_the_study_as_it_is(refused, vspdf):
             "compare", "toy", "folder=here", "seeds=[77]", "--results")  # fmt: skip
     status, out, _ = vspdf("compare", "toy", "folder=here", "--results", "--json")
     assert status == 0 and json.loads(out)["seeds"] == [0, 1, 2, 3, 4]
+
+
+@pytest.fixture
+def here(write, tmp_path, monkeypatch):
+    """The folder of the study's file, which is the working folder."""
+    write()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_command_of_a_study_is_what_to_type(here, refused):
+    assert definition.load("mine.yaml", ["seeds=[4]"]).command == "vspdf compare mine.yaml 'seeds=[4]'"
+    for source in ("toy", loading.find_config("toy", "studies")):
+        assert definition.load(source).command == "vspdf compare toy"
+    refused(r"not run yet, or 'runs/mine/results.json' would have its results. `vspdf compare mine.yaml` runs it",
+            "compare", "mine.yaml", "--results")  # fmt: skip
+
+
+def test_results_of_a_study_of_ones_own_are_those_of_its_runs(here, vspdf):
+    kept = read(definition.load("toy")) | {"study": "mine"}
+    (here / "runs" / "mine").mkdir(parents=True)
+    study_page.write(kept, here / "runs" / "mine")
+    status, out, _ = vspdf("compare", "mine.yaml", "--results", "--json")
+    assert status == 0 and json.loads(out) == kept
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

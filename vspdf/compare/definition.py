@@ -210,9 +210,15 @@ class Study:
 
     @property
     def command(self) -> str:
-        """What to type; where task files lie is everyone's own."""
+        """What to type; where task files lie is everyone's own, and the studies that ship have names."""
         changes = ("folder=FOLDER" if change.startswith("folder=") else change for change in self.changes)
-        return shlex.join(["vspdf", "compare", self.path.stem, *changes])
+        ships = self.path.resolve() in {path.resolve() for path in loading.shipped("studies")}
+        return shlex.join(["vspdf", "compare", self.path.stem if ships else str(self.path), *changes])
+
+    @property
+    def root(self) -> Path:
+        """Where its runs lie, and what they show, if nothing else is said."""
+        return Path("runs") / self.name
 
     def fine_tuning(self, arm: Arm, task: str, root: Path, chosen: Values) -> Arm:
         """How an arm, pre-trained with the values chosen for it, is fine-tuned on a task."""

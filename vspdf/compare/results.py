@@ -308,15 +308,18 @@ def _reach(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], axis: Axis) -
 
 
 def read(study: Study) -> dict[str, Any]:
-    """The results that are kept beside a study.
+    """The results that are kept beside a study, else those of its runs here.
 
     Raises
     ------
     UserError
         If there are none.
     """
-    if not study.results.exists():
-        raise UserError(
-            f"study '{study.name}' has no committed results: it was not run yet. `vspdf compare {study.path}` runs it."
-        )
-    return read_json(study.results)
+    ran = study.root / "results.json"
+    for file in (study.results, ran):
+        if file.exists():
+            return read_json(file)
+    raise UserError(
+        f"study '{study.name}' has no committed results: it was not run yet, or '{ran}' would have its results. "
+        f"`{study.command}` runs it."
+    )
