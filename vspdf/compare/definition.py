@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from vspdf.compare import relations
 from vspdf.config import loading
-from vspdf.config.resolve import resolve_task
+from vspdf.config.resolve import resolve_task, usable
 from vspdf.config.resolved import ResolvedConfig, ResolvedTask
 from vspdf.config.settings import DataConfig, ModelConfig, TrainConfig
 from vspdf.data import pairs
@@ -262,6 +262,9 @@ def load(source: str | Path, changes: Sequence[str] = ()) -> Study:
         require(key in KEYS, f"unknown key '{key}'.{did_you_mean(str(key), KEYS)}")
     about = body.get("about") or ""
     require(isinstance(about, str), "'about' must be text.")
+    title = body.get("name", path.stem)
+    sound = "name" not in body or (title is not None and usable(str(title)))
+    require(sound, f"name = '{title}' must be usable as a folder's name.")
     seeds = _seeds(body.get("seeds"), "seeds", where)
     tuning_seeds = _seeds(body.get("tuning_seeds", [max(seeds) + 1]), "tuning_seeds", where)
     common, arms = body.get("common", {}), body.get("arms")
@@ -283,7 +286,7 @@ def load(source: str | Path, changes: Sequence[str] = ()) -> Study:
         "with 'tasks', 'tuning_seeds' must be among 'seeds': fine-tuning is tuned on runs that are there.",
     )
     return Study(
-        str(body.get("name", path.stem)), path, about.strip(), read, seeds, tuning_seeds,
+        str(title), path, about.strip(), read, seeds, tuning_seeds,
         relations.pairs(body, read, where), {name: arm.task for name, arm in fine_tunings.items() if arm.task},
         fine_tunings, tuple(changes), relations.family(body.get("multiplier", []), read, where),
         *relations.times(body, read, {*seeds} & {*tuning_seeds}, where), "tuning_seeds" in body,
