@@ -99,6 +99,7 @@ SPARSE = "    phases: [{sparsity: 0.75, steps: 12}]\n"
         ([(SPARSE, f"{SPARSE}    tune: {{epochs: [1, 2]}}\n")], "arm 'sparse': tune.epochs is a task's to try"),
         ([("seeds: [0]", "pairs: [[[sparse], dense]]\nseeds: [0]")], r"pairs: no arm '\['sparse'\]'"),
         ([("seeds: [0]", "multiplier: [[dense], sparse]\nseeds: [0]")], r"multiplier: no arm '\['dense'\]'"),
+        ([("seeds: [0]", "multiplier: [dense, dense]\nseeds: [0]")], "multiplier: arm 'dense' is named twice"),
         *(
             ([("seeds: [0]", f"name: {name}\nseeds: [0]")], f"name = '{said}' must be usable as a folder's name")
             for name, said in (("..", ".."), ("''", ""), ("a/b", "a/b"), ("null", "None"))
