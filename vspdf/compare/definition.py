@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -33,6 +34,7 @@ KEYS = ("name", "about", "seeds", "tuning_seeds", "common", "arms", "pairs", "fo
 # An arm that set one of these would not be the same study: the seed is the study's, the data are common to all arms.
 NOT_OF_AN_ARM = ("name", "run_dir", "seed", "data", "model.sequence_length", "model.vocab_size")
 _NOT_COMMON = ("name", "run_dir", "seed")
+_LONGEST = 255  # bytes of a folder's name, as file systems have it
 _OF_A_TASK = ("protocol", "decoding", "source")  # what is said of a task beside settings of its fine-tuning
 
 Values = dict[str, Any]  # of tuned settings, by dotted key
@@ -155,6 +157,8 @@ class Arm:
     def folder(self, root: Path, values: Values, seed: int) -> Path:
         """The run directory of one run; fine-tunings of an arm lie beside its seeds."""
         spelled = ",".join(f"{key}={value}" for key, value in values.items())
+        if any(len(os.fsencode(part)) > _LONGEST for part in Path(spelled).parts):  # a list of phases
+            spelled = f"values-{hashlib.sha256(spelled.encode()).hexdigest()[:16]}"
         return root / self.of / self.name / spelled / f"seed-{seed}"
 
     def trials(self) -> int:
