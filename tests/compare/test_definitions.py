@@ -1,10 +1,13 @@
-"""Which finished runs a study takes for its own, and studies that cannot be run as they are written."""
+"""Which finished runs a study takes for its own, studies that cannot be run as they are written, workers that die."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 
-from vspdf.compare import budget, definition, runner
+from vspdf.compare import budget, definition, runner, worker
 from vspdf.compare.results import read
 from vspdf.config import loading
 from vspdf.errors import UserError
@@ -139,3 +142,30 @@ def test_a_calibration_of_another_form_is_named(write, tmp_path, refused, monkey
     bend(known)
     file.write_text(json.dumps(known))
     refused(rf"calibration.json, .*{message}. Without the file it is measured again", "compare", path, "--runs", root)
+
+
+# -- workers that die -----------------------------------------------------------------------------------------------
+
+DEATHS = {
+    "before its order": ("import os, sys; os.close(0); sys.exit('no torch')", r"ended with status 1 \(no torch\)"),
+    "by a signal": ("import os; os.kill(os.getpid(), 9)", r"was killed by SIGKILL"),
+    "of a fault": ("import sys; sys.stdin.readline(); 1 / 0", r"ended with status 1 \(ZeroDivisionError: [^)]*\)"),
+}
+
+
+@pytest.mark.parametrize("program, how", DEATHS.values(), ids=DEATHS)
+def test_a_worker_that_dies_is_one_line_that_names_its_log(write, tmp_path, vspdf, monkeypatch, program, how):
+    monkeypatch.setattr(worker, "_PROGRAM", program)
+    path, root = write(), tmp_path / "runs"
+    status, _, err = vspdf("compare", path, "--runs", root, "--jobs", 1)
+    (line,) = (line for line in err.splitlines() if "error:" in line)
+    assert status == 2 and "Traceback" not in err
+    assert re.search(rf"dense, seed 0: its process {how}; the same command goes on. Log: (.*worker.log)$", line)
+    assert (root / "dense" / "seed-0" / "worker.log").is_file()
+
+
+def test_a_worker_runs_no_module_of_the_working_folder(tmp_path):
+    (tmp_path / "random.py").write_text("open('was run', 'w')")
+    command = [sys.executable, "-c", worker._PROGRAM, worker._PLACE]
+    ended = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "") and not (tmp_path / "was run").exists()

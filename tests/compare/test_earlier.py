@@ -134,8 +134,9 @@ def test_added_runs_count_as_losses_and_not_as_times(study, tmp_path, changed):
         (lambda body: body["arms"][0]["runs"][0].pop("order"), "it has no 'order'"),
         (lambda body: body["arms"][0]["runs"][0]["curve"][0].update(val_loss="low"), "its 'val_loss' is 'low'"),
     ],
-    ids=["study", "arms", "digest", "sparsity", "phases", "untuned", "tuned", "tokens", "text", "seeds", "no seeds", "key", "run", "point"],
-)
+    ids=["study", "arms", "digest", "sparsity", "phases", "untuned", "tuned", "tokens", "text",
+         "seeds", "no seeds", "key", "run", "point"],
+)  # fmt: skip
 def test_results_of_something_else_are_refused(study, tmp_path, changed, change, message):
     with pytest.raises(UserError) as caught:
         runner.run(study[0], tmp_path / "runs", jobs=1, changes=MORE, add_to=changed(change))
@@ -150,7 +151,7 @@ def test_seeds_that_were_tuned_on_are_those_of_the_results(tmp_path, study_file,
     taken = earlier.take(definition.load(path, MORE), tmp_path / "runs", file, print)
     assert taken.tuning_seeds == (2,)
     timed = definition.load(path, [*MORE, "seconds=1000", "tuning_seconds=10"])
-    with pytest.raises(UserError, match="was tuned on seed 2: 'tuning_seconds' goes with tuning_seeds apart from seeds"):
+    with pytest.raises(UserError, match="tuned on seed 2: 'tuning_seconds' goes with tuning_seeds apart from seeds"):
         earlier.take(timed, tmp_path / "runs", file, print)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy import stats
 
-from vspdf.compare import definition, runner, worker
+from vspdf.compare import definition, runner
 from vspdf.compare.results import _apart, collect
 from vspdf.config import loading
 from vspdf.data.text import prepare
@@ -257,7 +257,8 @@ def test_a_study_in_which_runs_diverged_is_written_like_others(finished, diverge
     assert (tmp_path / "comparison.html").exists() and results["complete"]
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert list(rows[0]) == list(csv.DictReader((finished[1] / "results.csv").open()).fieldnames)
-    assert [bool(row["test_loss"] and row["flops_linear"]) for row in rows] == [glob == FIRST and i > 0 for i in range(4)]
+    known = [bool(row["test_loss"] and row["flops_linear"]) for row in rows]
+    assert known == ([False, True, True, True] if glob == FIRST else [False] * 4)
     assert results["same_machine"] and results["hardware"] and results["versions"]
 
 
@@ -434,28 +435,3 @@ def test_a_file_where_a_folder_should_be(written, tmp_path, vspdf):
     (root / "dense").write_text("a file where a folder should be")
     status, _, err = vspdf("compare", written(tmp_path, (TUNE, "")), "--runs", root)
     assert status == 2 and "cannot be made or written to: Not a directory" in err and "Traceback" not in err
-
-
-DEATHS = {
-    "before its order": ("import os, sys; os.close(0); sys.exit('no torch')", r"ended with status 1 \(no torch\)"),
-    "by a signal": ("import os; os.kill(os.getpid(), 9)", r"was killed by SIGKILL"),
-    "of a fault": ("import sys; sys.stdin.readline(); 1 / 0", r"ended with status 1 \(ZeroDivisionError: [^)]*\)"),
-}
-
-
-@pytest.mark.parametrize("program, how", DEATHS.values(), ids=DEATHS)
-def test_a_worker_that_dies_is_one_line_that_names_its_log(written, tmp_path, vspdf, monkeypatch, program, how):
-    monkeypatch.setattr(worker, "_PROGRAM", program)
-    path, root = written(tmp_path, (TUNE, "")), tmp_path / "runs"
-    status, _, err = vspdf("compare", path, "--runs", root, "--jobs", 1)
-    (line,) = (line for line in err.splitlines() if "error:" in line)
-    assert status == 2 and "Traceback" not in err
-    assert re.search(rf"dense, seed 0: its process {how}; the same command goes on. Log: (.*worker.log)$", line)
-    assert (root / "dense" / "seed-0" / "worker.log").is_file()
-
-
-def test_a_worker_runs_no_module_of_the_working_folder(tmp_path):
-    (tmp_path / "random.py").write_text("open('was run', 'w')")
-    command = [sys.executable, "-c", worker._PROGRAM, worker._PLACE]
-    ended = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert (ended.returncode, ended.stderr) == (130, "") and not (tmp_path / "was run").exists()

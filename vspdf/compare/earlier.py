@@ -94,7 +94,8 @@ def _tuned_on(study: Study, body: dict[str, Any], file: Path) -> tuple[int, ...]
     if study.tuning_given and {*seeds} != {*study.tuning_seeds}:
         raise UserError(f"{file} was tuned on seeds {list(seeds)}; expected tuning_seeds {list(study.tuning_seeds)}.")
     if study.tuning_seconds is not None and (both := sorted({*seeds} & {*study.seeds})):
-        raise UserError(f"{file} was tuned on seed {both[0]}: 'tuning_seconds' goes with tuning_seeds apart from seeds.")
+        why = "'tuning_seconds' goes with tuning_seeds apart from seeds"
+        raise UserError(f"{file} was tuned on seed {both[0]}: {why}.")
     return seeds
 
 
