@@ -1,12 +1,17 @@
-"""Which finished runs a study takes for its own, and studies that cannot be run as they are written."""
+"""Which finished runs a study takes for its own, studies that cannot be run as they are written, workers that die."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 
-from vspdf.compare import budget, definition, runner
+from vspdf.compare import budget, definition, runner, worker
+from vspdf.compare.results import read
 from vspdf.config import loading
 from vspdf.errors import UserError
+from vspdf.report import study_page
 
 STUDY = """
     seeds: [0]
@@ -57,6 +62,30 @@ def test_results_that_are_kept_are_of_the_study_as_it_is(refused, vspdf):
     assert status == 0 and json.loads(out)["seeds"] == [0, 1, 2, 3, 4]
 
 
+@pytest.fixture
+def here(write, tmp_path, monkeypatch):
+    """The folder of the study's file, which is the working folder."""
+    write()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_command_of_a_study_is_what_to_type(here, refused):
+    assert definition.load("mine.yaml", ["seeds=[4]"]).command == "vspdf compare mine.yaml 'seeds=[4]'"
+    for source in ("toy", loading.find_config("toy", "studies")):
+        assert definition.load(source).command == "vspdf compare toy"
+    refused(r"not run yet, or 'runs/mine/results.json' would have its results. `vspdf compare mine.yaml` runs it",
+            "compare", "mine.yaml", "--results")  # fmt: skip
+
+
+def test_results_of_a_study_of_ones_own_are_those_of_its_runs(here, vspdf):
+    kept = read(definition.load("toy")) | {"study": "mine"}
+    (here / "runs" / "mine").mkdir(parents=True)
+    study_page.write(kept, here / "runs" / "mine")
+    status, out, _ = vspdf("compare", "mine.yaml", "--results", "--json")
+    assert status == 0 and json.loads(out) == kept
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 TIMED = ("seeds: [0]", "seconds: 20\nseeds: [0]")
@@ -73,6 +102,11 @@ SPARSE = "    phases: [{sparsity: 0.75, steps: 12}]\n"
         ([(SPARSE, f"{SPARSE}    tune: {{epochs: [1, 2]}}\n")], "arm 'sparse': tune.epochs is a task's to try"),
         ([("seeds: [0]", "pairs: [[[sparse], dense]]\nseeds: [0]")], r"pairs: no arm '\['sparse'\]'"),
         ([("seeds: [0]", "multiplier: [[dense], sparse]\nseeds: [0]")], r"multiplier: no arm '\['dense'\]'"),
+        ([("seeds: [0]", "multiplier: [dense, dense]\nseeds: [0]")], "multiplier: arm 'dense' is named twice"),
+        *(
+            ([("seeds: [0]", f"name: {name}\nseeds: [0]")], f"name = '{said}' must be usable as a folder's name")
+            for name, said in (("..", ".."), ("''", ""), ("a/b", "a/b"), ("null", "None"))
+        ),
     ],
 )  # fmt: skip
 def test_studies_that_mean_nothing_end_in_one_line(write, tmp_path, refused, changes, message):
@@ -108,3 +142,30 @@ def test_a_calibration_of_another_form_is_named(write, tmp_path, refused, monkey
     bend(known)
     file.write_text(json.dumps(known))
     refused(rf"calibration.json, .*{message}. Without the file it is measured again", "compare", path, "--runs", root)
+
+
+# -- workers that die -----------------------------------------------------------------------------------------------
+
+DEATHS = {
+    "before its order": ("import os, sys; os.close(0); sys.exit('no torch')", r"ended with status 1 \(no torch\)"),
+    "by a signal": ("import os; os.kill(os.getpid(), 9)", r"was killed by SIGKILL"),
+    "of a fault": ("import sys; sys.stdin.readline(); 1 / 0", r"ended with status 1 \(ZeroDivisionError: [^)]*\)"),
+}
+
+
+@pytest.mark.parametrize("program, how", DEATHS.values(), ids=DEATHS)
+def test_a_worker_that_dies_is_one_line_that_names_its_log(write, tmp_path, vspdf, monkeypatch, program, how):
+    monkeypatch.setattr(worker, "_PROGRAM", program)
+    path, root = write(), tmp_path / "runs"
+    status, _, err = vspdf("compare", path, "--runs", root, "--jobs", 1)
+    (line,) = (line for line in err.splitlines() if "error:" in line)
+    assert status == 2 and "Traceback" not in err
+    assert re.search(rf"dense, seed 0: its process {how}; the same command goes on. Log: (.*worker.log)$", line)
+    assert (root / "dense" / "seed-0" / "worker.log").is_file()
+
+
+def test_a_worker_runs_no_module_of_the_working_folder(tmp_path):
+    (tmp_path / "random.py").write_text("open('was run', 'w')")
+    command = [sys.executable, "-c", worker._PROGRAM, worker._PLACE]
+    ended = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "") and not (tmp_path / "was run").exists()

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from vspdf.compare import budget, runner
+from vspdf.compare import budget, definition, earlier, runner
 from vspdf.errors import UserError
 from vspdf.report import tables
 
@@ -128,17 +128,31 @@ def test_added_runs_count_as_losses_and_not_as_times(study, tmp_path, changed):
         ),
         (lambda body: body["arms"][0]["runs"][0].update(tokens=7), "arm 'dense': seed 0 read 7 tokens"),
         (lambda body: body["corpus"]["corpus"].update(sha256="0"), "expected the same text"),
+        (lambda body: body.update(tuning_seeds=[3]), "was tuned on seeds [3]; expected tuning_seeds [7]"),
+        (lambda body: body.update(tuning_seeds=3), "its 'tuning_seeds' is '3'"),
         (lambda body: body.pop("corpus"), "cannot be read as results of a study: it has no 'corpus'"),
         (lambda body: body["arms"][0]["runs"][0].pop("order"), "it has no 'order'"),
         (lambda body: body["arms"][0]["runs"][0]["curve"][0].update(val_loss="low"), "its 'val_loss' is 'low'"),
     ],
-    ids=["study", "arms", "digest", "sparsity", "phases", "untuned", "tuned", "tokens", "text", "key", "run", "point"],
-)
+    ids=["study", "arms", "digest", "sparsity", "phases", "untuned", "tuned", "tokens", "text",
+         "seeds", "no seeds", "key", "run", "point"],
+)  # fmt: skip
 def test_results_of_something_else_are_refused(study, tmp_path, changed, change, message):
     with pytest.raises(UserError) as caught:
         runner.run(study[0], tmp_path / "runs", jobs=1, changes=MORE, add_to=changed(change))
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("seed-*"))
+
+
+def test_seeds_that_were_tuned_on_are_those_of_the_results(tmp_path, study_file, changed):
+    """Not those that would follow from the seeds as they are now: one that is added is reported as tuned on."""
+    file = changed(lambda body: body.update(tuning_seeds=[2]))
+    path = study_file(STUDY, tmp_path, ("tuning_seeds: [7]\n", ""))
+    taken = earlier.take(definition.load(path, MORE), tmp_path / "runs", file, print)
+    assert taken.tuning_seeds == (2,)
+    timed = definition.load(path, [*MORE, "seconds=1000", "tuning_seconds=10"])
+    with pytest.raises(UserError, match="tuned on seed 2: 'tuning_seconds' goes with tuning_seeds apart from seeds"):
+        earlier.take(timed, tmp_path / "runs", file, print)
 
 
 def test_a_folder_adds_to_one_set_of_results(study, tmp_path, changed):

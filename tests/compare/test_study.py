@@ -15,13 +15,15 @@ import pytest
 import torch
 from scipy import stats
 
-from vspdf.compare import definition, runner, worker
+from vspdf.compare import definition, runner
+from vspdf.compare.results import _apart, collect
 from vspdf.config import loading
 from vspdf.data.text import prepare
 from vspdf.errors import UserError
 from vspdf.evaluate.loss import evaluate
+from vspdf.files import remove
 from vspdf.interop import checkpoints
-from vspdf.report import tables
+from vspdf.report import study_page, tables
 from vspdf.runs.folder import Run
 from vspdf.train.trainer import train
 
@@ -226,6 +228,66 @@ def test_a_plot(finished, tmp_path, vspdf):
     assert len(list(drawn.iter("{http://www.w3.org/2000/svg}polygon"))) == 6, "the seeds' spread, an arm and axis each"
 
 
+@pytest.fixture
+def diverged(finished, tmp_path):
+    """The results of the finished study, had the runs that a glob names stopped after one step."""
+    path, done, _, _ = finished
+
+    def collected(glob):
+        root = shutil.copytree(done, tmp_path / "runs")
+        for folder in root.glob(glob):
+            (folder / "evaluation.json").write_text('{"diverged": "the loss of step 2 is nan"}')
+            for late in ("checkpoints", "summary.json", "summary.digest.json"):
+                remove(folder / late)
+            (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().splitlines()[0] + "\n")
+        return collect(definition.load(path), root, 2)
+
+    return collected
+
+
+FIRST = "dense/*=0.003/seed-0"
+ALL = "*/**/seed-[01]"
+
+
+@pytest.mark.parametrize("glob", [FIRST, ALL], ids=["the first run", "all runs"])
+def test_a_study_in_which_runs_diverged_is_written_like_others(finished, diverged, tmp_path, glob):
+    results = diverged(glob)
+    study_page.write(results, tmp_path)
+    study_page.plot(results, tmp_path / "plot.svg")
+    assert (tmp_path / "comparison.html").exists() and results["complete"]
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert list(rows[0]) == list(csv.DictReader((finished[1] / "results.csv").open()).fieldnames)
+    known = [bool(row["test_loss"] and row["flops_linear"]) for row in rows]
+    assert known == ([False, True, True, True] if glob == FIRST else [False] * 4)
+    assert results["same_machine"] and results["hardware"] and results["versions"]
+
+
+def test_a_run_that_diverged_is_not_drawn(finished, diverged):
+    results = diverged(FIRST)
+    dense = arm(results, "dense")
+    left = dense | {"runs": [run for run in dense["runs"] if run["seed"] == 1]}
+    drawn, alone = (ElementTree.tostring(study_page._chart([one], tables.TOKENS)) for one in (dense, left))
+    assert drawn == alone and drawn.count(b"<circle") == len(arm(finished[2], "dense")["runs"][1]["curve"])
+
+
+def test_a_run_that_diverged_has_no_time(finished, diverged):
+    results = diverged(FIRST)
+    dense, undisturbed = arm(results, "dense"), arm(finished[2], "dense")["runs"][1]
+    dense["runs"][0]["cpu_seconds"] = None  # one that diverged in its first step
+    assert tables.mean(dense, "cpu_seconds") == undisturbed["cpu_seconds"]
+    assert tables.time_axis(results["arms"]) is tables.CPU
+    assert _apart(results["arms"], 100.0)["seconds"]["dense"] == undisturbed["cpu_seconds"]
+
+
+def test_a_run_that_diverged_counts_for_no_seed_and_lends_no_tokens(diverged):
+    results = diverged(FIRST)
+    (losses, *_), page = tables.tables(results), study_page._losses(results)
+    tokens = f"{12 * 8 * 16:,}"
+    for head, row, seeds in ((losses.head, losses.rows[0], "1/2"), (page["head"], page["rows"][0], "1")):
+        named = dict(zip(head, row, strict=True))
+        assert (named["arm"], named["seeds"], named["tokens"]) == ("dense", seeds, tokens)
+
+
 def test_another_process_at_work_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_PATIENCE", 0.1)
     with runner._alone(tmp_path), pytest.raises(UserError, match=r"is in use by process \d+: another process"):  # noqa: SIM117
@@ -373,28 +435,3 @@ def test_a_file_where_a_folder_should_be(written, tmp_path, vspdf):
     (root / "dense").write_text("a file where a folder should be")
     status, _, err = vspdf("compare", written(tmp_path, (TUNE, "")), "--runs", root)
     assert status == 2 and "cannot be made or written to: Not a directory" in err and "Traceback" not in err
-
-
-DEATHS = {
-    "before its order": ("import os, sys; os.close(0); sys.exit('no torch')", r"ended with status 1 \(no torch\)"),
-    "by a signal": ("import os; os.kill(os.getpid(), 9)", r"was killed by SIGKILL"),
-    "of a fault": ("import sys; sys.stdin.readline(); 1 / 0", r"ended with status 1 \(ZeroDivisionError: [^)]*\)"),
-}
-
-
-@pytest.mark.parametrize("program, how", DEATHS.values(), ids=DEATHS)
-def test_a_worker_that_dies_is_one_line_that_names_its_log(written, tmp_path, vspdf, monkeypatch, program, how):
-    monkeypatch.setattr(worker, "_PROGRAM", program)
-    path, root = written(tmp_path, (TUNE, "")), tmp_path / "runs"
-    status, _, err = vspdf("compare", path, "--runs", root, "--jobs", 1)
-    (line,) = (line for line in err.splitlines() if "error:" in line)
-    assert status == 2 and "Traceback" not in err
-    assert re.search(rf"dense, seed 0: its process {how}; the same command goes on. Log: (.*worker.log)$", line)
-    assert (root / "dense" / "seed-0" / "worker.log").is_file()
-
-
-def test_a_worker_runs_no_module_of_the_working_folder(tmp_path):
-    (tmp_path / "random.py").write_text("open('was run', 'w')")
-    command = [sys.executable, "-c", worker._PROGRAM, worker._PLACE]
-    ended = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert (ended.returncode, ended.stderr) == (130, "") and not (tmp_path / "was run").exists()

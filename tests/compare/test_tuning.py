@@ -32,6 +32,17 @@ def test_settings_are_tuned_one_after_the_other():
     assert tuning.tuning(arm_with(), [0], of({})) == tuning.Tuning({}, [])
 
 
+@pytest.mark.parametrize("length", [1, 40], ids=["short", "too long for a folder's name"])
+def test_runs_of_each_value_have_a_folder(tmp_path, length):
+    values = [{"phases": [{"sparsity": 0.75, "steps": steps}] * length} for steps in (100, 200)]
+    first, second = (arm_with().folder(tmp_path, each, 0) for each in values)
+    for folder in (first, second):
+        folder.mkdir(parents=True)
+    assert first != second and first == arm_with().folder(tmp_path, dict(values[0]), 0)
+    if length == 1:
+        assert first == tmp_path / "a" / "phases=[{'sparsity': 0.75, 'steps': 100}]" / "seed-0"
+
+
 def test_tuning_goes_by_the_mean_over_its_seeds():
     losses = {(1, 0): 1.0, (1, 1): 4.0, (2, 0): 2.0, (2, 1): 2.5}
     chosen = tuning.tuning(arm_with(lr=(1, 2)), [0, 1], lambda values, seed: losses[values["lr"], seed]).chosen

@@ -29,7 +29,9 @@ def compare(
     add_to: Annotated[
         Path | None, typer.Option(help="A results.json whose runs are gone: runs the seeds that it lacks.")
     ] = None,
-    results: Annotated[bool, typer.Option("--results", help="Show the results kept beside it; run nothing.")] = False,
+    results: Annotated[
+        bool, typer.Option("--results", help="Show results, kept beside it or in runs/NAME; run nothing.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw losses and differences here (SVG).")] = None,
     as_json: Json = False,
 ) -> None:

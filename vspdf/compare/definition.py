@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 
 from vspdf.compare import relations
 from vspdf.config import loading
-from vspdf.config.resolve import resolve_task
+from vspdf.config.resolve import resolve_task, usable
 from vspdf.config.resolved import ResolvedConfig, ResolvedTask
 from vspdf.config.settings import DataConfig, ModelConfig, TrainConfig
 from vspdf.data import pairs
@@ -33,6 +34,7 @@ KEYS = ("name", "about", "seeds", "tuning_seeds", "common", "arms", "pairs", "fo
 # An arm that set one of these would not be the same study: the seed is the study's, the data are common to all arms.
 NOT_OF_AN_ARM = ("name", "run_dir", "seed", "data", "model.sequence_length", "model.vocab_size")
 _NOT_COMMON = ("name", "run_dir", "seed")
+_LONGEST = 255  # bytes of a folder's name, as file systems have it
 _OF_A_TASK = ("protocol", "decoding", "source")  # what is said of a task beside settings of its fine-tuning
 
 Values = dict[str, Any]  # of tuned settings, by dotted key
@@ -155,6 +157,8 @@ class Arm:
     def folder(self, root: Path, values: Values, seed: int) -> Path:
         """The run directory of one run; fine-tunings of an arm lie beside its seeds."""
         spelled = ",".join(f"{key}={value}" for key, value in values.items())
+        if any(len(os.fsencode(part)) > _LONGEST for part in Path(spelled).parts):  # a list of phases
+            spelled = f"values-{hashlib.sha256(spelled.encode()).hexdigest()[:16]}"
         return root / self.of / self.name / spelled / f"seed-{seed}"
 
     def trials(self) -> int:
@@ -173,6 +177,8 @@ class Study:
         Of the runs that are reported.
     tuning_seeds : tuple of int
         Of the runs that settings are chosen by. Where one is among `seeds`, the run that was chosen is reported.
+    tuning_given : bool
+        Whether they are written; else they follow from `seeds`.
     pairs : tuple of (str, str)
         Arms whose difference is reported.
     tasks : dict of str to Task
@@ -199,6 +205,7 @@ class Study:
     family: tuple[str, ...] = ()
     seconds: float | None = None
     tuning_seconds: float | None = None
+    tuning_given: bool = True
 
     @property
     def results(self) -> Path:
@@ -207,9 +214,15 @@ class Study:
 
     @property
     def command(self) -> str:
-        """What to type; where task files lie is everyone's own."""
+        """What to type; where task files lie is everyone's own, and the studies that ship have names."""
         changes = ("folder=FOLDER" if change.startswith("folder=") else change for change in self.changes)
-        return shlex.join(["vspdf", "compare", self.path.stem, *changes])
+        ships = self.path.resolve() in {path.resolve() for path in loading.shipped("studies")}
+        return shlex.join(["vspdf", "compare", self.path.stem if ships else str(self.path), *changes])
+
+    @property
+    def root(self) -> Path:
+        """Where its runs lie, and what they show, if nothing else is said."""
+        return Path("runs") / self.name
 
     def fine_tuning(self, arm: Arm, task: str, root: Path, chosen: Values) -> Arm:
         """How an arm, pre-trained with the values chosen for it, is fine-tuned on a task."""
@@ -253,6 +266,9 @@ def load(source: str | Path, changes: Sequence[str] = ()) -> Study:
         require(key in KEYS, f"unknown key '{key}'.{did_you_mean(str(key), KEYS)}")
     about = body.get("about") or ""
     require(isinstance(about, str), "'about' must be text.")
+    title = body.get("name", path.stem)
+    sound = "name" not in body or (title is not None and usable(str(title)))
+    require(sound, f"name = '{title}' must be usable as a folder's name.")
     seeds = _seeds(body.get("seeds"), "seeds", where)
     tuning_seeds = _seeds(body.get("tuning_seeds", [max(seeds) + 1]), "tuning_seeds", where)
     common, arms = body.get("common", {}), body.get("arms")
@@ -274,10 +290,10 @@ def load(source: str | Path, changes: Sequence[str] = ()) -> Study:
         "with 'tasks', 'tuning_seeds' must be among 'seeds': fine-tuning is tuned on runs that are there.",
     )
     return Study(
-        str(body.get("name", path.stem)), path, about.strip(), read, seeds, tuning_seeds,
+        str(title), path, about.strip(), read, seeds, tuning_seeds,
         relations.pairs(body, read, where), {name: arm.task for name, arm in fine_tunings.items() if arm.task},
         fine_tunings, tuple(changes), relations.family(body.get("multiplier", []), read, where),
-        *relations.times(body, read, {*seeds} & {*tuning_seeds}, where),
+        *relations.times(body, read, {*seeds} & {*tuning_seeds}, where), "tuning_seeds" in body,
     )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ _RUN: forms.Form = {
 }  # fmt: skip
 _FORM: forms.Form = {
     "study": _is(str), "corpus": _is(dict), "hardware": _is(dict), "versions": _is(dict),
+    "tuning_seeds": lambda value: isinstance(value, list) and all(type(seed) is int for seed in value),
     "arms": [{
         "name": _is(str), "digest?": _is(str), "tuned": _is(dict, type(None)), "phases": [{"steps": _is(int)}],
         "trials": [{"values": _is(dict), "val_loss": _is(list)}], "runs": [_RUN],
@@ -76,7 +77,26 @@ def take(study: Study, root: Path, source: Path | None, say: Callable[[str], Non
         say(f"{file} does not say how {', '.join(unsure)} were configured: taken to be as in {study.path}")
     if source is not None and kept.exists() and read_json(kept) != body:
         raise UserError(f"'{root}' adds to other results than {file}: give the study another folder.")
-    return replace(study, arms=arms)
+    return replace(study, arms=arms, tuning_seeds=_tuned_on(study, body, file))
+
+
+def _tuned_on(study: Study, body: dict[str, Any], file: Path) -> tuple[int, ...]:
+    """The seeds that results were tuned on: one of them that is added is reported as such.
+
+    Raises
+    ------
+    UserError
+        If the study says others, or is to report one whose trials were shorter than its runs.
+    """
+    seeds = tuple(body["tuning_seeds"])
+    if not any(arm.tune for arm in study.arms.values()):
+        return seeds
+    if study.tuning_given and {*seeds} != {*study.tuning_seeds}:
+        raise UserError(f"{file} was tuned on seeds {list(seeds)}; expected tuning_seeds {list(study.tuning_seeds)}.")
+    if study.tuning_seconds is not None and (both := sorted({*seeds} & {*study.seeds})):
+        why = "'tuning_seconds' goes with tuning_seeds apart from seeds"
+        raise UserError(f"{file} was tuned on seed {both[0]}: {why}.")
+    return seeds
 
 
 def keep(root: Path, source: Path | None) -> None:

@@ -63,6 +63,8 @@ def family(names: Any, read: Mapping[str, Arm], where: str) -> tuple[str, ...]:
     for name in names:
         if not isinstance(name, str) or name not in read:
             raise UserError(f"{where}: multiplier: no arm '{name}'.{did_you_mean(str(name), read)}")
+        if names.count(name) > 1:
+            raise UserError(f"{where}: multiplier: arm '{name}' is named twice.")
         if any(stage.sparsity for phase in read[name].configure({}, 0).phases for stage in phase.stages()):
             raise UserError(f"{where}: multiplier: arm '{name}' is not dense.")
     return tuple(names)

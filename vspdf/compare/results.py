@@ -57,7 +57,8 @@ def collect(study: Study, root: Path, jobs: int | None = None) -> dict[str, Any]
             arm["relative_flops"] = {name: total / first["flops"][name] for name, total in arm["flops"].items()}
     runs = [run for arm in arms for run in arm["runs"]]
     trained = [pair for pair in study.pairs if not any(study.arms[name].untrained for name in pair)]
-    machines = [run.pop("machine") for run in runs]
+    # One that diverged does not say on what machine that was.
+    machines = [machine for run in runs if (machine := run.pop("machine"))["hardware"]]
     uneven = _apart(arms, study.seconds)
     corpora = [run.pop("corpus") for run in runs]
     return {
@@ -79,7 +80,7 @@ def collect(study: Study, root: Path, jobs: int | None = None) -> dict[str, Any]
         "corpus": corpora[0] if corpora else None,
         "jobs": jobs,
         "command": study.command,
-        # Of the first run, as all of them are meant to have; of this process where none is finished.
+        # Of the first run that says, as all of them are meant to have; of this process where none does.
         **(machines[0] if machines else {"hardware": hardware.hardware(), "versions": hardware.versions()}),
         "same_machine": all(machine == machines[0] for machine in machines),
     }
@@ -307,15 +308,18 @@ def _reach(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], axis: Axis) -
 
 
 def read(study: Study) -> dict[str, Any]:
-    """The results that are kept beside a study.
+    """The results that are kept beside a study, else those of its runs here.
 
     Raises
     ------
     UserError
         If there are none.
     """
-    if not study.results.exists():
-        raise UserError(
-            f"study '{study.name}' has no committed results: it was not run yet. `vspdf compare {study.path}` runs it."
-        )
-    return read_json(study.results)
+    ran = study.root / "results.json"
+    for file in (study.results, ran):
+        if file.exists():
+            return read_json(file)
+    raise UserError(
+        f"study '{study.name}' has no committed results: it was not run yet, or '{ran}' would have its results. "
+        f"`{study.command}` runs it."
+    )

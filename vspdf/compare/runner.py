@@ -93,7 +93,7 @@ def run(
     for name in arms:
         if name not in wanted.arms:
             raise UserError(f"{wanted.path}: there is no arm '{name}'.{did_you_mean(name, wanted.arms)}")
-    root = root or Path("runs") / wanted.name
+    root = root or wanted.root
     threads = next(iter(wanted.arms.values())).configure({}, 0).train.threads or os.cpu_count() or 1
     jobs = jobs or max(1, (os.cpu_count() or 1) // threads)
     wanted = earlier.take(wanted, root, add_to, say)

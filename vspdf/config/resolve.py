@@ -30,6 +30,11 @@ from vspdf.errors import UserError, check_device, one_of, require
 from vspdf.sparsity.schedule import warn_once
 
 
+def usable(name: str) -> bool:
+    """Whether a name is a folder's, and of nothing but letters, digits, `_`, `.` and `-`."""
+    return bool(re.fullmatch(r"\w[\w.-]*", name))
+
+
 def resolve(config: Config) -> ResolvedConfig:
     """Every setting, those that follow from others included, and checked; `config` stays as it is.
 
@@ -42,7 +47,7 @@ def resolve(config: Config) -> ResolvedConfig:
     train = _train(config.train)
     optimizer = _optimizer(config.optimizer)
     require(config.seed >= 0, f"seed must not be negative, is {config.seed}.")
-    require(bool(re.fullmatch(r"\w[\w.-]*", config.name)), f"name = '{config.name}' must be usable as a folder's name.")
+    require(usable(config.name), f"name = '{config.name}' must be usable as a folder's name.")
     require(
         bool(config.phases), "phases: at least one phase is needed, e.g. [{sparsity: 0.9, steps: 250}, {steps: 50}]."
     )

@@ -53,9 +53,14 @@ OTHER_AXES = (
 AXES = (TOKENS, EXECUTED, WALL)  # of runs side by side
 
 
+def whole(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs of a study that came to their end: all but those that diverged on the way."""
+    return [run for run in runs if "diverged" not in run]
+
+
 def timed(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs of a study whose times count: all but those added to earlier results, on whatever machine that was."""
-    return [run for run in runs if "added" not in run]
+    """Runs of a study whose times count: whole ones, but for those added to earlier results on whatever machine."""
+    return [run for run in whole(runs) if "added" not in run]
 
 
 def curve(run: Run) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from vspdf.draw.words import between, listed, number
 from vspdf.errors import UserError
 from vspdf.files import write_whole
 from vspdf.report import tables
-from vspdf.report.comparison import OTHER_AXES, WEIGHTS, Axis
+from vspdf.report.comparison import OTHER_AXES, WEIGHTS, Axis, whole
 
 TEMPLATE = Path(__file__).with_name("templates") / "study.html"
 
@@ -49,7 +49,7 @@ def render(results: dict[str, Any]) -> str:
         losses=_losses(results),
         notes=" ".join(tables.notes(results)),
         differences=_differences(results),
-        curves=_curves(results) if any(run["curve"] for arm in results["arms"] for run in arm["runs"]) else None,
+        curves=_curves(results) if any(map(_drawn, results["arms"])) else None,
         tuning=tables.tuning_table(results),
         tuning_seeds=listed(results["tuning_seeds"]),
         runs=_runs(results),
@@ -60,12 +60,12 @@ def render(results: dict[str, Any]) -> str:
 def _losses(results: dict[str, Any]) -> dict[str, Any]:
     rows, clocks = [], tables.clocks(results)
     for arm in results["arms"]:
-        relative = arm["relative_flops"] or {}
+        relative, ended = arm["relative_flops"] or {}, whole(arm["runs"])
         rows.append((
             arm["name"], ", ".join(f"{phase['sparsity']:.0%}: {phase['steps']:,}" for phase in arm["phases"]),
             number(arm["test_loss"]["mean"]), between(arm["test_loss"]),
-            number(tables.mean(arm, "val_loss")), number(tables.mean(arm, "test_bits_per_byte")), str(len(arm["runs"])),
-            f"{arm['runs'][0]['tokens']:,}" if arm["runs"] else "–",
+            number(tables.mean(arm, "val_loss")), number(tables.mean(arm, "test_bits_per_byte")), str(len(ended)),
+            f"{ended[0]['tokens']:,}" if ended else "–",
             *(number(relative.get(name), ".1%") for name in ("linear", "spdf", "executed")),
             *(number(tables.mean(arm, key), ".0f") for _, key in clocks),
         ))  # fmt: skip
@@ -119,15 +119,20 @@ def _curves(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _drawn(arm: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs that an arm's mean is drawn of: those that diverged end early, and would end it."""
+    return [run for run in whole(arm["runs"]) if run["curve"]]
+
+
 def _chart(arms: Sequence[dict[str, Any]], axis: Axis) -> Element:
     """Mean losses of the arms, evaluation by evaluation, in a pale area from the lowest to the highest of the seeds."""
-    points = [list(zip(*(run["curve"] for run in arm["runs"]), strict=False)) for arm in arms]
+    points = [list(zip(*(run["curve"] for run in _drawn(arm)), strict=False)) for arm in arms]
     divisor, unit = words.scale(max(axis.value(point) for every in points for at in every for point in at), axis.unit)
     series: list[Series] = []
     shown: list[float] = []
     for i, (arm, every) in enumerate(zip(arms, points, strict=True)):
         losses = [[point["val_loss"] for point in at] for at in every]
-        several = len(arm["runs"]) > 1
+        several = len(_drawn(arm)) > 1
         x = [statistics.fmean(axis.value(point) for point in at) / divisor for at in every]
         area = ([min(some) for some in losses], [max(some) for some in losses]) if several else None
         series.append(Series(arm["name"], x, [statistics.fmean(some) for some in losses], i, dots=True, spread=area))
@@ -198,7 +203,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     if not tables.undisturbed(results):  # times that are not to be quoted are not to be read off either
         axes = (*axes[:2], WEIGHTS)
     panels = []
-    if any(run["curve"] for arm in arms for run in arm["runs"]):
+    if any(map(_drawn, arms)):
         panels += [(f"Validation loss against {axis.name}", _chart(arms, axis)) for axis in axes]
     labelled = [(f"{task['name']}: ", pair) for task in tasks for pair in task["paired"]]
     labelled = labelled or [("", pair) for pair in results["paired"]]
@@ -206,6 +211,6 @@ def plot(results: dict[str, Any], path: Path) -> None:
     if pairs:
         what = "BLEU" if tasks else "test losses"
         panels.append((f"Paired differences of {what}", _intervals(pairs, what)))
-    entries = [(f"{arm['name']} ({len(arm['runs'])} seeds)", i) for i, arm in enumerate(arms)]
+    entries = [(f"{arm['name']} ({len(_drawn(arm))} seeds)", i) for i, arm in enumerate(arms)]
     title = f"{results['study']}: means over seeds; shaded: lowest to highest"
     write_whole(path, svg.sheet(title, entries, panels))

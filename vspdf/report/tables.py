@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from vspdf import ledger
 from vspdf.draw import words
 from vspdf.draw.words import between, number
-from vspdf.report.comparison import CPU, EXECUTED, TOKENS, WALL, Axis, timed
+from vspdf.report.comparison import CPU, EXECUTED, TOKENS, WALL, Axis, timed, whole
 from vspdf.runs.folder import COLUMNS
 
 
 def time_axis(arms: Sequence[dict[str, Any]]) -> Axis:
     """The clock that a study goes by: CPU time where every run had one thread on the CPU and counted it, else wall."""
-    runs = [run for arm in arms for run in arm["runs"]]
+    runs = whole(run for arm in arms for run in arm["runs"])
     counted = all(run.get("threads") == 1 and run.get("cpu_seconds") is not None for run in runs)
     return CPU if runs and counted else WALL
 
@@ -27,7 +28,7 @@ def undisturbed(results: dict[str, Any]) -> bool:
     runs = [run for arm in results["arms"] for run in arm["runs"]]
     loads = [run["load_average"] for run in timed(runs) if run["load_average"] is not None]
     quiet = not loads or max(loads) <= (results["hardware"]["cores"] or 1) + 0.5
-    one_machine = results["same_machine"] or len(timed(runs)) < len(runs)
+    one_machine = results["same_machine"] or any("added" in run for run in runs)
     return one_machine and (quiet or time_axis(results["arms"]) is CPU)
 
 
@@ -49,7 +50,7 @@ def table(results: dict[str, Any]) -> str:
                 "tuned": " ".join(f"{key}={value}" for key, value in (arm["tuned"] or {}).items()),
                 **{key: run[key] for key in ("seed", *LOSSES, "tokens", "seconds", "cpu_seconds", "load_average")},
                 **{f"flops_{column}": run["flops"][column] for column in COLUMNS},
-                **{f"flops_{name}": total for name, total in (run["flops_by_convention"] or {}).items()},
+                **{f"flops_{name}": (run["flops_by_convention"] or {}).get(name) for name in ledger.CONVENTIONS},
                 "order": run["order"][:16], "jobs": results["jobs"], "cpu": results["hardware"]["cpu"],
                 **results["versions"],
             })  # fmt: skip
@@ -176,7 +177,7 @@ def _loss_tables(results: dict[str, Any]) -> list[Table]:
     sized = any(arm.get("stored_bytes") for arm in results["arms"])  # results of before do not say
     rows: list[tuple[str, ...]] = []
     for arm in results["arms"]:
-        loss, runs = arm["test_loss"], arm["runs"]
+        loss, runs = arm["test_loss"], whole(arm["runs"])
         relative = arm["relative_flops"] or {}
         rows.append((
             arm["name"], number(loss["mean"]), number(None if loss["low"] is None else loss["high"] - loss["mean"]),
@@ -220,7 +221,7 @@ def task_tables(results: dict[str, Any]) -> list[Table]:
         (
             name, *(spread(task["arms"][i]["bleu"]) for task in tasks),
             *(number(task["arms"][i]["test_loss"]["mean"], ".3f") for task in tasks),
-            f"{min(len(task['arms'][i]['runs']) for task in tasks)}/{len(results['seeds'])}",
+            f"{min(len(whole(task['arms'][i]['runs'])) for task in tasks)}/{len(results['seeds'])}",
         )
         for i, name in enumerate(names)
     ]  # fmt: skip
