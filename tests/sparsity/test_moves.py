@@ -392,6 +392,16 @@ def test_phases_that_are_used_again_know_nothing_of_the_model_before(again, capl
     assert not caplog.records
 
 
+@pytest.mark.parametrize("second", ["set", "rigl"])
+def test_a_boundary_at_which_no_mask_moves_is_no_update(second):
+    shared = {"sparsity": 0.5, "steps": 4, "update": {"freq": 2}}
+    model = mlp()
+    phases = vspdf.Phases([vspdf.Phase(algorithm="set", **shared), vspdf.Phase(algorithm=second, **shared)])
+    phases.start(model)
+    loop(phases, model, adamw(model), range(7))
+    assert phases.turnover.updates == 2 and phases.turnover.survival < 0.9
+
+
 CALLED = {
     "by place": lambda layer, x: layer(x),
     "by name": lambda layer, x: layer(input=x),
