@@ -139,7 +139,7 @@ class Phase:
         method = self.init_method
         check_init_method(f"{key}.init_method =", method)
         require(
-            (method == "file") == (self.init_file is not None),
+            (method == "file") == bool(self.init_file),
             f"{key}: init_method: file and init_file, the file with the masks, belong together.",
         )
         if previous:
