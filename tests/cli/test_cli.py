@@ -215,7 +215,8 @@ def test_a_damaged_checkpoint(vspdf, run_once, verb, damage, name):
     file.write_bytes(data)
     target = run_once / "config.yaml" if verb[0] == "train" else run_once
     message = refused(vspdf, run_once, *verb, target)
-    assert f"{name} is damaged" in message and "move that folder away to resume from step-00000002" in message
+    assert f"{name} is damaged" in message
+    assert "move that folder out of checkpoints/ to resume from step-00000002" in message
 
 
 @pytest.mark.parametrize("verb", ["eval", "generate"])

@@ -1,5 +1,7 @@
 """Overrides: what replaces, what is taken as typed, and what tells two configurations apart."""
 
+import re
+
 import pytest
 
 from vspdf.config import loading
@@ -71,3 +73,46 @@ def test_text_is_taken_as_typed_and_digits_are_decimal(override, value):
 def test_what_yaml_would_make_another_number_or_nothing_is_refused(override):
     with pytest.raises(UserError, match=r"override .* (could not be converted|must not be empty)"):
         build(override)
+
+
+OPEN = {
+    "a setting": ({"seed": "???"}, "seed"),
+    "one of a group": ({"model": {"d_model": "???"}}, "model.d_model"),
+    "a group": ({"train": "???"}, "train"),
+    "of a phase, of any form": ({"phases": [{"sparsity": "???", "steps": 9}]}, "phases.0.sparsity"),
+    "within such a one": ({"phases": [{"layers": {"h.*": "???"}, "steps": 9}]}, "phases.0.layers.h.*"),
+    "of a list in such a one": ({"phases": [{"sparsity": [0.5, "???"], "steps": 9}]}, "phases.0.sparsity.1"),
+}
+
+
+@pytest.mark.parametrize("body, key", OPEN.values(), ids=OPEN)
+def test_what_is_to_be_given_yet_is_no_default(body, key):
+    with pytest.raises(UserError, match=rf"^here: '{re.escape(key)}' is \?\?\?, which stands for what is to be given"):
+        loading.build({**BODY, **body}, "here")
+
+
+@pytest.mark.parametrize("override", ["seed=???", "run_dir=???", "phases.0.sparsity=???", "phases.1.update.freq=???"])
+def test_an_override_that_gives_nothing_yet_is_refused(override):
+    key = override.partition("=")[0]
+    with pytest.raises(UserError, match=rf"^override '{re.escape(override)}': '{key}' is \?\?\?, which stands"):
+        build(override)
+
+
+WRONG = {
+    "a list of layers": ({"layers": []}, "'phases.1.layers' must be a mapping, not a list"),
+    "a word for a number": ({"steps": "x"}, "'phases.1.steps': Value 'x' of type 'str' could not be converted to"),
+    "a percentage": ({"lr": "9%"}, r"'phases.1.lr': Value '9%' .* to Float. Did you mean 0.09\?"),
+    "a name that a run has too": ({"name": {"a": 1}}, "'phases.1.name': Cannot convert"),
+}
+
+
+@pytest.mark.parametrize("wrong, why", WRONG.values(), ids=WRONG)
+def test_a_wrong_setting_of_a_phase_is_named_whole(wrong, why):
+    first, second = BODY["phases"]
+    with pytest.raises(UserError, match=f"^here: {why}"):
+        loading.build({**BODY, "phases": [first, {**second, **wrong}]}, "here")
+
+
+def test_a_list_in_the_place_of_a_mapping_of_the_model_is_named():
+    with pytest.raises(UserError, match=r"^here: 'model.rope_scaling' must be a mapping, not a list"):
+        loading.build({**BODY, "model": {**BODY["model"], "rope_scaling": []}}, "here")

@@ -1,6 +1,7 @@
 """Checkpoints: equal to the last bit, whole or not at all, every byte verified."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -95,6 +96,16 @@ def test_the_latest_is_found_and_old_ones_go(saved):
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000009", "step-00000010"]
 
 
+@pytest.mark.parametrize("name", ["step-backup", "step-00000010.bad", "step-00000003 (copy)"])
+def test_a_folder_of_another_name_is_no_checkpoint(saved, name):
+    folder, made, optimizer = saved
+    checkpoint.save(folder.parent, 10, made, optimizer, {})
+    shutil.copytree(folder / "step-00000001", folder / name)
+    assert checkpoint.resolve(folder).name == "step-00000010"
+    checkpoint.prune(folder.parent, 2)
+    assert {path.name for path in folder.iterdir()} == {"step-00000002", "step-00000010", name}
+
+
 def test_no_checkpoint_is_an_error(tmp_path):
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(UserError, match=r"no checkpoint in '.*': expected a run directory or one of its"):
@@ -121,7 +132,8 @@ def test_damage_is_found_and_the_cure_named(saved, name, damage):
     file = folder / "step-00000002" / name
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(
-        UserError, match=rf"step-00000002/{name} is damaged .*; move that folder away to resume from step-00000001"
+        UserError,
+        match=rf"step-00000002/{name} is damaged .*; move that folder out of checkpoints/ to resume from step-00000001",
     ):
         checkpoint.read(folder / "step-00000002")
     checkpoint.read(folder / "step-00000001")

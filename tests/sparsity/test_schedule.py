@@ -6,7 +6,7 @@ import pytest
 from vspdf.config.settings import PhaseConfig
 from vspdf.errors import UserError
 from vspdf.shapes import Shape, linear_layers
-from vspdf.sparsity import schedule
+from vspdf.sparsity import courses, schedule
 from vspdf.sparsity.schedule import Phase
 from vspdf.train.schedule import Position, position
 
@@ -201,3 +201,65 @@ def test_a_glob_that_an_earlier_one_leaves_nothing_is_told_once(caplog):
     ]
     Phase(sparsity=0.0, layers={"h.0.*": 0.5, "*.c_fc": 0.9}, steps=1).resolved("phases.7", None, layers)
     assert len(caplog.messages) == 2  # one that counts somewhere is as it is meant to be
+
+
+AMOUNTS = {
+    "percentages": ({"drop_fraction": [30, 20]}, r"phases.0.drop_fraction.values .* not 30.0. Did you mean 0.3\?"),
+    "the start of a course": (
+        {"drop_fraction": {"type": "cosine", "init": 30}},
+        r"drop_fraction.init must lie in \[0, 1\], not 30.0. Did you mean 0.3\?",
+    ),
+    "its end": ({"drop_fraction": {"type": "exp", "init": 0.3, "gamma": 1, "final": -1}}, r"drop_fraction.final must"),
+    "its least": ({"drop_fraction": {"type": "cosine", "init": 0.3, "minimum": 2}}, r"drop_fraction.minimum must"),
+    "a plain one": ({"drop_fraction": 30}, r"drop_fraction must lie in \[0, 1\], not 30.0. Did you mean 0.3\?"),
+    "a sparsity": ({"sparsity": [90, 80]}, r"phases.0.sparsity.values must .* not 90.0. Did you mean 0.9\?"),
+    "a negative sparsity": ({"sparsity": {"type": "linear", "init": -0.5, "slope": 0.1}}, r"sparsity.init must lie"),
+    "growth past all floats": (
+        {"sparsity": {"type": "power", "init": 0.5, "beta": 1e200}, "update": {"steps": [2]}},
+        r"phases.0.sparsity, from step 2 on must lie in \[0, 1\), not 1.0",
+    ),
+    "nothing to drop": ({"drop_fraction": 0}, r"phases.0.drop_fraction: nothing is dropped at any update"),
+    "nothing to drop in any turn": ({"drop_fraction": [0, 0.0]}, r"phases.0.drop_fraction: nothing is dropped"),
+}
+
+
+@pytest.mark.parametrize("wrong, message", AMOUNTS.values(), ids=AMOUNTS)
+def test_amounts_of_moving_masks_that_cannot_be_are_refused(wrong, message):
+    settings = {"sparsity": 0.9, "algorithm": "set", "steps": 20, "update": {"freq": 2}, **wrong}
+    with pytest.raises(UserError, match=message):
+        Phase(**settings).resolved("phases.0")
+
+
+def test_nothing_is_dropped_where_the_sparsity_alone_moves_masks():
+    ramp = {"sparsity": 0.5, "schedule": "linear", "sparsity_end": 0.9}
+    found = Phase(algorithm="set", steps=20, drop_fraction=0, update={"freq": 2}, **ramp).resolved("phases.0")
+    assert found.end == 0.9 and not any(map(found.dropped, found.update_steps()))
+
+
+GROWTH = {
+    "above 1": (0.01, 1.12, 1.0),
+    "below 0": (-0.01, 1.12, 0.0),
+    "nothing": (0.0, 1.12, 0.0),
+    "falling": (1, 0.5, 0),
+}
+
+
+@pytest.mark.parametrize("init, beta, far", GROWTH.values(), ids=GROWTH)
+def test_a_power_ends_at_the_edge_where_floats_do(init, beta, far):
+    assert courses.amount({"type": "power", "init": init, "beta": beta}, 9000, 0) == far
+
+
+COSINES = {
+    "the last update": ({"freq": 10, "stop": 75}, 70, 75),
+    "stop past the phase": ({"freq": 10, "stop": 1000}, 90, 100),
+    "listed steps": ({"steps": [10, 50]}, 50, 50),
+}
+
+
+@pytest.mark.parametrize("update, last, end", COSINES.values(), ids=COSINES)
+def test_a_cosine_ends_where_updates_do(update, last, end):
+    """A sparsity has its end at the last of them, a drop fraction falls to it at `stop`."""
+    course = {"type": "cosine", "init": 0.9, "minimum": 0.5}
+    found = Phase(sparsity=course, drop_fraction=course, algorithm="set", steps=100, update=update).resolved("phases.0")
+    assert found.end == 0.5 and found.stages()[-1].start == last
+    assert found.dropped(end) == pytest.approx(0.5) and found.drop_fraction["half_period"] == end

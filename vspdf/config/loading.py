@@ -16,7 +16,7 @@ from yaml import YAMLError
 
 from vspdf.config.resolve import resolve, resolve_model
 from vspdf.config.resolved import ResolvedConfig
-from vspdf.config.settings import Config, ModelConfig
+from vspdf.config.settings import Config, ModelConfig, PhaseConfig
 from vspdf.errors import UserError, did_you_mean, first_line, percent_meant
 
 _CEREBRAS = {"trainer", "runconfig", "train_input", "sparsity"}  # one of them is in each of its files
@@ -86,6 +86,7 @@ def build(
         _check_form(body, Config, "", where)
         tree = OmegaConf.merge(_defaults(), body)
     except OmegaConfBaseException as error:
+        _check_phases(body.get("phases", ()), where)
         raise _explained(error, where) from None
     for override in overrides:
         key, value = parse_override(override)
@@ -230,8 +231,13 @@ def _hint(key: str) -> Any:
 
 
 def _check_form(value: Any, hint: Any, key: str, where: str) -> None:
-    """Mappings, lists and keys must be those of the dataclasses; what single values are is left to OmegaConf."""
+    """Mappings, lists and keys must be those of the dataclasses; what single values are is left to OmegaConf.
+
+    To that ``???`` says that a value is to be given yet, and `merge` would leave the default.
+    """
     named = f"'{key}' must be" if key else "expected"
+    if value == "???":
+        raise UserError(f"{where}: '{key}' is ???, which stands for what is to be given yet: give it.")
     if known := _settings(hint):
         if not isinstance(value, dict):
             raise UserError(f"{where}: {named} a mapping of settings, not {_described(value)}.")
@@ -247,6 +253,20 @@ def _check_form(value: Any, hint: Any, key: str, where: str) -> None:
             _check_form(item, get_args(hint)[0], f"{key}.{i}", where)
     elif value is None and hint is not Any and type(None) not in get_args(hint):
         raise UserError(f"{where}: '{key}' must not be empty.")
+    elif isinstance(value, list) and any(get_origin(kind) is dict for kind in (hint, *get_args(hint))):
+        raise UserError(f"{where}: {named} a mapping, not a list.")
+    elif isinstance(value, dict | list):  # what a setting that may have any form holds
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_form(item, Any, f"{key}.{name}", where)
+
+
+def _check_phases(phases: Sequence[Any], where: str) -> None:
+    """Raises what `merge` does not like in a phase, with all of the key: within a list it names only the last part."""
+    for i, phase in enumerate(phases):
+        try:
+            OmegaConf.merge(OmegaConf.structured(PhaseConfig), phase)
+        except OmegaConfBaseException as error:
+            raise _explained(error, where, f"phases.{i}.") from None
 
 
 def _described(value: Any) -> str:
@@ -254,9 +274,9 @@ def _described(value: Any) -> str:
     return kinds.get(type(value), f"'{value}'")
 
 
-def _explained(error: OmegaConfBaseException, where: str) -> UserError:
-    """OmegaConf's error in one line that names the key."""
-    key = re.sub(r"\[(\d+)\]", r".\1", error.full_key or str(error.key or ""))
+def _explained(error: OmegaConfBaseException, where: str, within: str = "") -> UserError:
+    """OmegaConf's error in one line that names the key, which counts from `within`."""
+    key = within + re.sub(r"\[(\d+)\]", r".\1", error.full_key or str(error.key or ""))
     written = re.search(r"Value '(.*?)' of type 'str' could not be converted to Float", str(error))
     meant = percent_meant(written[1]) if written else ""
     return UserError(f"{where}: {f'{key!r}: ' if key else ''}{first_line(error)}.{meant}")

@@ -51,9 +51,10 @@ def resolve(config: Config) -> ResolvedConfig:
     require(
         bool(config.phases), "phases: at least one phase is needed, e.g. [{sparsity: 0.9, steps: 250}, {steps: 50}]."
     )
+    _check_paths(config)
     found = ResolvedConfig(
         name=config.name,
-        run_dir=config.run_dir or f"runs/{config.name}",
+        run_dir=f"runs/{config.name}" if config.run_dir is None else config.run_dir,
         init_from=config.init_from,
         seed=config.seed,
         start=config.start,
@@ -77,6 +78,13 @@ def resolve(config: Config) -> ResolvedConfig:
         f"not {found.phases[-1].schedule}.",
     )
     return found
+
+
+def _check_paths(config: Config) -> None:
+    """A path that is empty, as of a shell variable that is not set, is no way to say that there is none."""
+    for key in ("init_from", "run_dir", "start", "data.path", "data.validation_path", "data.cache_dir"):
+        path = getattr(config.data if key.startswith("data.") else config, key.removeprefix("data."))
+        require(path is None or bool(path.strip()), f"{key} is empty: expected a path, or null for none.")
 
 
 def resolve_model(model: ModelConfig) -> ResolvedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -29,6 +30,7 @@ TOKENIZER = "tokenizer.json"
 MANIFEST = "manifest.json"  # what the data is, and in which order it is read
 METRICS = "metrics.jsonl"  # a line per logged step
 CHECKPOINTS = "checkpoints"  # folders step-N, see `vspdf.runs.checkpoint`
+_STEP = re.compile(r"step-[0-9]+")
 STATE = "state.json"  # of a checkpoint
 SUMMARY = "summary.json"  # once the run is finished
 DIGEST = "summary.digest.json"  # of what the summary holds
@@ -52,14 +54,17 @@ def end_masks_file(phase: int) -> str:
 
 
 def steps(folder: Path) -> list[Path]:
-    """Whole checkpoints in the checkpoints folder of a run, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    """Whole checkpoints in the checkpoints folder of a run, oldest first; folders of other names are none."""
+    found = (path for path in folder.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def damaged(file: Path) -> UserError:
     """The error that a file of a checkpoint is not what was written."""
     others = [path.name for path in steps(file.parent.parent) if path != file.parent]
-    cure = f"move that folder away to resume from {others[-1]}" if others else "no other checkpoint is there"
+    cure = "no other checkpoint is there"
+    if others:
+        cure = f"move that folder out of {CHECKPOINTS}/ to resume from {others[-1]}"
     return UserError(f"{file} is damaged (truncated or altered since it was written); {cure}.")
 
 

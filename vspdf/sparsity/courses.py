@@ -9,7 +9,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vspdf.errors import UserError, did_you_mean, percent_meant, require
+from vspdf.errors import UserError, check_sparsity, did_you_mean, percent_meant, require
+
+
+def _power(step: int, init: float, beta: float) -> float:
+    """``init * beta**step``; from where floats end on, infinite or 0, which is as far outside [0, 1]."""
+    try:
+        return init * beta**step
+    except OverflowError:
+        return math.inf if init > 0 and (beta > 0 or step % 2 == 0) else 0.0
+
 
 # Parameters by type, with their defaults (... where there is none), and the value at a step. cosine's `half_period` is
 # where masks move last, if it is left out.
@@ -20,7 +29,7 @@ _TYPES: dict[str, tuple[dict[str, Any], Callable[..., float]]] = {
         {"init": ..., "gamma": ..., "final": 1.0},
         lambda step, init, gamma, final: final - (final - init) * math.exp(min(step * gamma, 700.0)),
     ),
-    "power": ({"init": ..., "beta": ...}, lambda step, init, beta: init * beta**step),
+    "power": ({"init": ..., "beta": ...}, _power),
     "cosine": (
         {"init": ..., "half_period": None, "minimum": 0.0},
         lambda step, init, half_period, minimum: (
@@ -29,6 +38,7 @@ _TYPES: dict[str, tuple[dict[str, Any], Callable[..., float]]] = {
     ),
 }
 _CYCLING = "cycling"
+_BOUNDED = ("value", "init", "final", "minimum")  # of the parameters, those that are amounts themselves
 # Of a phase that says nothing about them: so many over its first three quarters, but no two closer than so many steps,
 # for what grows needs time before it is judged; in short phases so few.
 UPDATES, NEAREST, FEWEST = 60, 50, 6
@@ -40,7 +50,7 @@ def is_course(written: Any) -> bool:
     return isinstance(written, list | tuple | Mapping)
 
 
-def checked(key: str, written: Any, last: int) -> float | dict[str, Any]:
+def checked(key: str, written: Any, last: int, *, bounded: bool = True) -> float | dict[str, Any]:
     """An amount in its full form: a number, or a mapping with every parameter.
 
     Parameters
@@ -50,23 +60,26 @@ def checked(key: str, written: Any, last: int) -> float | dict[str, Any]:
     written : number, list or mapping
     last : int
         Where a cosine ends that does not say.
+    bounded : bool
+        Refuse values outside [0, 1] that are written, most likely percentages. cstorch takes 0 and 1 for them.
 
     Raises
     ------
     UserError
-        For an unknown type or parameter, and for what is no number.
+        For an unknown type or parameter, and for what is no number, or outside [0, 1].
     """
     if isinstance(written, list | tuple):
         written = {"type": _CYCLING, "values": list(written)}
     if not isinstance(written, Mapping):
-        return number(key, written)
+        return _bounded(key, number(key, written))
     given = {str(name): value for name, value in written.items()}
     kind = str(given.pop("type", "")).lower()
     if kind == _CYCLING:
         values = given.get("values")
         if given.keys() != {"values"} or not isinstance(values, list | tuple) or not values:
             raise UserError(f"{key}: type: cycling takes `values`, a list of at least one number.")
-        return {"type": kind, "values": [number(f"{key}.values", value) for value in values]}
+        found = [number(f"{key}.values", value) for value in values]
+        return {"type": kind, "values": [_bounded(f"{key}.values", value, bounded) for value in found]}
     if kind not in _TYPES:
         known = (*_TYPES, _CYCLING)
         raise UserError(f"{key}: expected a number, a list, or a type of {', '.join(known)}, not '{kind}'."
@@ -74,13 +87,21 @@ def checked(key: str, written: Any, last: int) -> float | dict[str, Any]:
     parameters = _TYPES[kind][0]
     for name in given:
         require(name in parameters, f"{key}: type: {kind} has no '{name}'.{did_you_mean(name, parameters)}")
-    found: dict[str, Any] = {"type": kind}
+    full: dict[str, Any] = {"type": kind}
     for name, default in parameters.items():
         value = given.get(name, last if default is None else default)
         require(value is not ..., f"{key}: type: {kind} needs '{name}'.")
-        found[name] = number(f"{key}.{name}", value)
-    require(found.get("half_period", 1) > 0, f"{key}.half_period must be above 0, not {found.get('half_period')}.")
-    return found
+        value = number(f"{key}.{name}", value)
+        full[name] = _bounded(f"{key}.{name}", value, bounded and name in _BOUNDED)
+    require(full.get("half_period", 1) > 0, f"{key}.half_period must be above 0, not {full.get('half_period')}.")
+    return full
+
+
+def _bounded(key: str, value: float, bounded: bool = True) -> float:
+    """The value, or UserError where it is to lie in [0, 1] and does not."""
+    if bounded:
+        check_sparsity(key, value, all_masked=True)
+    return value
 
 
 def number(key: str, value: Any) -> float:
@@ -163,8 +184,12 @@ def update_steps(update: Mapping[str, Any], steps: int) -> Sequence[int]:
     return range(update["start"], min(update["stop"], steps), update["freq"])
 
 
-def end_of(update: Mapping[str, Any], steps: int) -> int:
-    """The step of a phase by which masks have moved for the last time: where a cosine ends that does not say."""
+def last_of(update: Mapping[str, Any], steps: int) -> int:
+    """The last step of a phase at which masks move: where a sparsity's cosine ends that does not say."""
     moves = update_steps(update, steps)
-    last: int = update.get("stop", moves[-1] if moves else steps)
-    return last
+    return max(1, moves[-1]) if moves else steps
+
+
+def end_of(update: Mapping[str, Any], steps: int) -> int:
+    """The step of a phase by which masks have moved for the last time: where a drop fraction's cosine ends."""
+    return min(update["stop"], steps) if "stop" in update else last_of(update, steps)

@@ -139,7 +139,7 @@ class Phase:
         method = self.init_method
         check_init_method(f"{key}.init_method =", method)
         require(
-            (method == "file") == (self.init_file is not None),
+            (method == "file") == bool(self.init_file),
             f"{key}: init_method: file and init_file, the file with the masks, belong together.",
         )
         if previous:
@@ -174,12 +174,8 @@ class Phase:
         if self.algorithm == "gmp":
             return update, None, None
         written = _DROP if self.drop_fraction is None else self.drop_fraction
-        drop = courses.checked(f"{key}.drop_fraction", written, courses.end_of(update, steps))
-        require(
-            isinstance(drop, dict) or 0 <= drop <= 1,
-            f"{key}.drop_fraction must lie in [0, 1], not {self.drop_fraction}.",
-        )
-        return update, drop, share
+        end, bounded = courses.end_of(update, steps), self.rules == "vspdf"
+        return update, courses.checked(f"{key}.drop_fraction", written, end, bounded=bounded), share
 
     def _amounts(
         self, key: str, steps: int, update: dict[str, Any] | None
@@ -217,7 +213,8 @@ class Phase:
             f"{key}: levels, sparsity_end and update_every go with a schedule by name.",
         )
         assert update is not None
-        course = courses.checked(f"{key}.sparsity", written, courses.end_of(update, steps))
+        last, bounded = courses.last_of(update, steps), self.rules == "vspdf"
+        course = courses.checked(f"{key}.sparsity", written, last, bounded=bounded)
         if isinstance(course, dict) and course["type"] != "constant":
             return round(courses.amount(course, 0, 0), 12), course, None, None
         start = course["value"] if isinstance(course, dict) else course
@@ -248,6 +245,17 @@ class Phase:
         require(
             bool(moves) or usual or rises or self.rules == "cstorch",
             f"{key}.update: masks never move in the phase's {found.steps} steps: expected an update after step 0, "
+            "or algorithm: static.",
+        )
+        switches = previous is not None and (found.sparsity != previous.end or bool(found.layers or previous.layers))
+        require(
+            any(map(found.dropped, moves))
+            or not moves
+            or switches
+            or found.schedule != "constant"
+            or self.algorithm == "gmp"
+            or self.rules == "cstorch",
+            f"{key}.drop_fraction: nothing is dropped at any update, so that masks never move: expected more than 0, "
             "or algorithm: static.",
         )
         near = min((b - a for a, b in pairwise(moves)), default=found.steps)

@@ -36,7 +36,9 @@ class Turnover:
         }
 
     def moved(self, patterns: Mapping[str, Pattern]) -> None:
-        """Takes note of an update, after which the layers have `patterns`."""
+        """Takes note of an update, after which the layers have `patterns`; where nothing moved, it was none."""
+        if all(np.array_equal(new.bits, self._now[name].bits) for name, new in patterns.items()):
+            return
         grew = stayed = 0
         for name, new in patterns.items():
             bits, old = self._bits[name], self._now[name]
