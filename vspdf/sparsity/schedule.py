@@ -12,6 +12,7 @@ from vspdf.errors import UserError, check_sparsity, did_you_mean, one_of, requir
 from vspdf.mask_forms import block_of
 from vspdf.sparsity import courses
 from vspdf.sparsity.amounts import Amounts as Amounts
+from vspdf.sparsity.amounts import no_warnings as no_warnings
 from vspdf.sparsity.amounts import only_added, warn_once
 
 # How first masks are drawn; "random:FORM" draws those that fit a form of `Pattern.random`
