@@ -41,7 +41,7 @@ class Phase:
     Phases are checked where they are put together, by `vspdf.Phases` or in a configuration.
     """
 
-    name: str | None = None  # default: "sparse 0.9" or "dense"
+    name: str | None = None  # default: "sparse 0.9", "sparse layers" (theirs alone) or "dense"
     # At the phase's start; or over its steps, for an algorithm that is not static: a list of one value an update, or
     # {type: linear, init, slope}, {type: exp, init, gamma, final}, {type: power, init, beta},
     # {type: cosine, init, half_period, minimum}, as in cstorch.sparse
@@ -325,10 +325,12 @@ class Phase:
 
 
 def _usual_name(phase: Amounts) -> str:
-    amount = max(stage.sparsity for stage in phase.stages())
-    if phase.algorithm == "static":
-        return f"sparse {phase.sparsity:.4g}" if phase.sparsity else "dense"
-    return f"{phase.algorithm} {amount:.4g}"
+    static = phase.algorithm == "static"
+    amount = phase.sparsity if static else max(stage.sparsity for stage in phase.stages())
+    own = not amount and any(phase.layers.values())
+    if static and not (amount or own):
+        return "dense"
+    return f"{'sparse' if static else phase.algorithm} {'layers' if own else f'{amount:.4g}'}"
 
 
 def split_add_on(dense_steps: int, effective: float, sparsity: float) -> tuple[int, int]:
