@@ -293,6 +293,14 @@ def test_settings_that_would_do_nothing_in_fine_tuning_are_refused(override, mes
         loading.build(body, "here", [override], start=start)
 
 
+@pytest.mark.parametrize("more", [{}, {"decay": "constant"}, {"decay": "cosine"}], ids=["linear", "constant", "cosine"])
+@pytest.mark.parametrize("low", [{"lr": 1e-5}, {"lr_multiple": 0.05}], ids=["lr", "lr_multiple"])
+def test_a_peak_below_the_usual_end_of_the_rate_is_its_own_end(load, low, more):
+    phase = load(BASE, f"phases.1={low | more}").phases[1]
+    assert phase.lr_end == phase.lr * phase.lr_multiple < 6e-5
+    assert {phase.learning_rate(step, phase.lr) for step in (phase.warmup_steps, phase.steps - 1)} == {phase.lr_end}
+
+
 def test_an_end_of_the_rate_that_does_nothing_is_told(load, caplog):
     with caplog.at_level("WARNING", "vspdf"):
         load(BASE, "phases.1.decay=constant", "phases.1.lr_end=2.5e-5")

@@ -251,7 +251,8 @@ def _phase(phase: PhaseConfig, run: ResolvedConfig) -> ResolvedPhase:
         f"train.micro_batch_size = {micro} does not divide {key}.batch_size = {batch_size}.",
     )
     optimizer = run.optimizer
-    lr, usual_end = optimizer.lr if phase.lr is None else phase.lr, optimizer.lr / 10
+    lr = optimizer.lr if phase.lr is None else phase.lr
+    usual_end = min(optimizer.lr / 10, lr * phase.lr_multiple)  # as `Amounts.learning_rate` has it
     rates = {"lr": lr, "lr_end": usual_end if phase.lr_end is None else phase.lr_end}
     # A resolved phase names its end though its decay be constant, as the translated ones of the Cerebras stack do.
     plain = phase.decay == "constant" and phase.lr_end in (usual_end, lr * phase.lr_multiple)
