@@ -27,6 +27,7 @@ from vspdf.config.settings import (
     TrainConfig,
 )
 from vspdf.errors import UserError, check_device, one_of, require
+from vspdf.files import at_home
 from vspdf.sparsity.schedule import warn_once
 
 
@@ -71,7 +72,21 @@ def resolve(config: Config) -> ResolvedConfig:
         f"train.patience = {train.patience} may end the last phase early: that needs schedule: constant, "
         f"not {found.phases[-1].schedule}.",
     )
-    return found
+    return _at_home(found)
+
+
+def _at_home(config: ResolvedConfig) -> ResolvedConfig:
+    """The same run with paths whose ``~`` is the home that it stands for: of ``key=~/x`` and YAML no shell makes it."""
+
+    def found(path: str | None) -> Any:
+        return str(at_home(path)) if path and path.startswith("~") else path
+
+    data = dataclasses.replace(
+        config.data, path=found(config.data.path), validation_path=found(config.data.validation_path)
+    )
+    phases = tuple(dataclasses.replace(phase, init_file=found(phase.init_file)) for phase in config.phases)
+    run_dir, init_from, start = map(found, (config.run_dir, config.init_from, config.start))
+    return dataclasses.replace(config, run_dir=run_dir, init_from=init_from, start=start, data=data, phases=phases)
 
 
 def resolve_model(model: ModelConfig) -> ResolvedModel:
