@@ -245,6 +245,13 @@ class Phase:
             f"{key}: algorithm: gmp prunes as the sparsity rises, and it stays at {found.sparsity}: give it a "
             "schedule, e.g. {sparsity: 0.0, schedule: power, sparsity_end: 0.75}, or take algorithm: static.",
         )
+        if self.algorithm == "gmp" and self.rules == "vspdf":
+            for a, b in pairwise(stages):
+                require(
+                    a.sparsity < b.sparsity,
+                    f"{key}: algorithm: gmp only drops weights, and the sparsity goes from {a.sparsity:g} down to "
+                    f"{b.sparsity:g} at step {b.start}: expected one that rises, or algorithm: set, rigl or static.",
+                )
         moves = [step for step in found.update_steps() if step]
         usual = found.update == courses.updates(key, None, found.steps)  # short phases may have none by themselves
         rises = previous is not None and found.sparsity > previous.end
@@ -297,6 +304,11 @@ class Phase:
         """Whether each of the sparsities that a phase goes through has its turn, and nothing beside them says else."""
         course = found.schedule if isinstance(found.schedule, dict) else {}
         values = found.levels or course.get("values", ())
+        if courses.is_course(self.schedule) and not courses.is_course(self.sparsity):
+            require(
+                self.sparsity in (0.0, found.sparsity),
+                f"{key}.sparsity = {self.sparsity}, but the schedule begins at {found.sparsity:g}: leave it out.",
+            )
         turns = len(found.update_steps())
         if turns < len(values) and self.rules == "vspdf":
             raise UserError(
