@@ -141,3 +141,11 @@ def test_the_essentials_say_all_that_is_needed(tmp_path):
         body = {**said.pop(""), **said, "phases": phases}
         assert loading.build(body, name) == config
         assert body["train"]["batch_size"] == 4 and "weight_decay" not in str(body) and "tokens" not in phases[0]
+
+
+def test_what_the_essentials_try_is_not_warned_of(tmp_path, caplog):
+    phase = "{sparsity: 0.5, s_mu_par: true, steps: 9}"
+    (tmp_path / "settings.yaml").write_text(f"model: {{name: gpt2-small}}\nphases: [{', '.join([phase] * 4)}]")
+    said = essentials(load(tmp_path / "settings.yaml"))
+    assert said["phases.3"]["sparsity"] == 0.5 and said["phases.3"]["s_mu_par"] is True
+    assert not caplog.text

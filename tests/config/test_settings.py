@@ -274,6 +274,31 @@ def test_settings_that_would_do_nothing_are_refused(load, overrides, message):
         load(BASE, *overrides)
 
 
+HOMES = {
+    "run_dir": ("run_dir=~/x", lambda config: config.run_dir),
+    "init_from": ("init_from=~/x", lambda config: config.init_from),
+    "init_file": ("phases.0={init_method: file, init_file: ~/x}", lambda config: config.phases[0].init_file),
+}
+
+
+@pytest.mark.parametrize("override, found", HOMES.values(), ids=HOMES)
+def test_a_home_in_a_path_is_found(load, monkeypatch, override, found):
+    monkeypatch.setenv("HOME", "/homes/me")
+    assert found(load(BASE, override)) == "/homes/me/x"
+    with pytest.raises(UserError, match=r"'~no one/x': there is no such home directory"):
+        load(BASE, override.replace("~/", "~no one/"))
+
+
+def test_a_task_at_home_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/homes/me")
+    start = ("~/run", ModelConfig(n_layer=1, d_model=8, n_head=2, sequence_length=64, vocab_size=257))
+    body = {"data": {"path": "~/a", "validation_path": "~/b"}, "phases": [{"steps": 6}]}
+    config = loading.build(body, "here", start=start)
+    assert [config.start, config.data.path, config.data.validation_path] == [
+        f"/homes/me/{x}" for x in ("run", "a", "b")
+    ]
+
+
 def test_settings_that_say_what_is_so_anyway_are_taken(load, tmp_path):
     constant = load(BASE, "phases.1={decay: constant, lr: 1e-3, lr_end: 1e-3}", "phases.0.decay=constant")
     (tmp_path / "saved.yaml").write_text(loading.to_yaml(constant))
@@ -298,6 +323,14 @@ def test_settings_that_would_do_nothing_in_fine_tuning_are_refused(override, mes
     assert loading.build(body, "here", ["start=run", "model.init_std=0.02"], start=start).start == "run"
     with pytest.raises(UserError, match=message):
         loading.build(body, "here", [override], start=start)
+
+
+@pytest.mark.parametrize("more", [{}, {"decay": "constant"}, {"decay": "cosine"}], ids=["linear", "constant", "cosine"])
+@pytest.mark.parametrize("low", [{"lr": 1e-5}, {"lr_multiple": 0.05}], ids=["lr", "lr_multiple"])
+def test_a_peak_below_the_usual_end_of_the_rate_is_its_own_end(load, low, more):
+    phase = load(BASE, f"phases.1={low | more}").phases[1]
+    assert phase.lr_end == phase.lr * phase.lr_multiple < 6e-5
+    assert {phase.learning_rate(step, phase.lr) for step in (phase.warmup_steps, phase.steps - 1)} == {phase.lr_end}
 
 
 def test_an_end_of_the_rate_that_does_nothing_is_told(load, caplog):

@@ -28,6 +28,11 @@ def test_words(say, value, said):
     assert say(value) == said
 
 
+@pytest.mark.parametrize("last, said", [(0.9, "0 to 0.9"), (0.0, "0")], ids=str)
+def test_a_figure_that_stays_is_said_once(last, said):
+    assert words.from_to(0.0, last) == said
+
+
 @pytest.mark.parametrize(
     "value, unit, expected",
     [(5400, "s", (3600, "h")), (60, "s", (1, "s")), (3e12, "FLOP", (1e12, "TFLOP")), (2e6, "tokens", (1e6, "millions")),

@@ -14,7 +14,7 @@ from vspdf.config import loading
 from vspdf.draw import svg
 from vspdf.errors import UserError
 from vspdf.plan import cs2
-from vspdf.report import comparison, run_page, weights
+from vspdf.report import comparison, run_page, run_parts, weights
 from vspdf.runs import folder as runs_folder
 from vspdf.simulator import machine
 from vspdf.simulator.events.layer import corner
@@ -23,6 +23,10 @@ from vspdf.train.trainer import train
 SWITCH = "phases=[{name: sparse, sparsity: 0.9, steps: 12}, {steps: 8}]"
 THREE = "phases=[{name: sparse, sparsity: 0.9, steps: 6}, {name: half, sparsity: 0.5, steps: 4}, {steps: 2}]"
 MOVING = "phases=[{name: moving, sparsity: 0.75, steps: 9, algorithm: set, update: {freq: 3}}, {steps: 3}]"
+PRUNED = (
+    "phases=[{layers: {'h.*.mlp.*': 0.9}, steps: 3}, {name: pruned, sparsity: 0.0, schedule: linear, "
+    "sparsity_end: 0.6, algorithm: gmp, steps: 6, update: {steps: [0, 2, 4]}}]"
+)
 HALF = "phases=[{name: sparse, sparsity: 0.9, steps: 4}, {name: half, sparsity: 0.5, steps: 4}]"
 
 
@@ -42,6 +46,7 @@ def runs(tmp_path_factory, tiny_config):
     run("three", THREE)
     run("moving", MOVING)
     run("half", HALF)
+    run("pruned", PRUNED, "train.measure_dense=1")
     return folder
 
 
@@ -122,6 +127,19 @@ def test_phases_of_an_unfinished_run_agree_with_those_of_the_finished_one(copy):
             k: v for k, v in whole.items() if k in so_far and k not in timing
         }
         assert so_far["seconds"] == pytest.approx(whole["seconds"])
+
+
+def test_sparsities_that_change_and_those_of_layers_are_told_as_they_are(copy):
+    folder = copy("pruned")
+    layers = 0.9 * 2 / 3  # the MLPs have two thirds of the weights
+    first, pruned = json.loads((folder / "summary.json").read_text())["phases"]
+    assert first["name"] == "sparse layers" and first["sparsity"] == pytest.approx(layers)
+    assert pruned["sparsity"] == 0 and [stage["sparsity"] for stage in pruned["stages"]] == [0, 0.3, 0.6]
+    for file in ("no file", "summary.json"):  # finished, and not
+        (folder / file).unlink(missing_ok=True)
+        (run,) = runs_folder.read([folder])
+        assert [row[2] for row in run_parts.rows(run)] == [f"{layers:.4g}", "0 to 0.6"]
+        assert "sparse layers alone, 1/(1 − sparsity) 1.43x" in text(page_of(folder))  # of 0.3, the mean of its steps
 
 
 def test_an_unfinished_run_says_so(copy):

@@ -262,6 +262,11 @@ def test_masks_of_the_cerebras_stack_start_dense_and_never_get_denser_than_asked
         ({"algorithm": "set", "sparsity": {"type": "cosin", "init": 1}}, r"not 'cosin'. Did you mean 'cosine'"),
         ({"algorithm": "set", "sparsity": {"type": "exp", "init": 0.5}}, r"type: exp needs 'gamma'"),
         ({"algorithm": "set", "sparsity": {"type": "linear", "init": 0.5, "slope": 0.1}}, r"from step \d+ on must"),
+        ({"algorithm": "gmp", "sparsity": 0.9, "schedule": "power", "sparsity_end": 0.5},
+         r"gmp only drops weights, and the sparsity goes from 0.9 down to 0.\d+ at step \d+: expected one that rises"),
+        ({"algorithm": "gmp", "sparsity": [0.5, 0.9]}, r"goes from 0.9 down to 0.5 at step \d+"),  # over and over
+        ({"algorithm": "gmp", "sparsity": 0.7, "schedule": [0.8, 0.9]}, r"the schedule begins at 0.8: leave it out"),
+        ({"algorithm": "set", "sparsity": 0.5, "schedule": {"type": "constant", "value": 0.7}}, r"begins at 0.7"),
         ({"sparsity": [0.9, 0.5]}, r"needs algorithm: set, rigl or gmp"),
         ({"algorithm": "gmp", "schedule": "power"}, r"sparsity_end is not set"),
         ({"sparsity": "90%"}, r"phases.0.sparsity must be a number, not '90%'. Did you mean 0.9"),

@@ -21,6 +21,17 @@ def loop(phases, model, optimizer, steps, seen, scheduler=None):
             scheduler.step()
 
 
+@pytest.mark.parametrize(
+    "method, told", [("topk", True), ("random:2:4", True), ("random", False), ("from_zeros", False)]
+)
+def test_a_way_to_draw_masks_that_are_there_already_is_told_to_do_nothing(mlp, caplog, method, told):
+    model = mlp()
+    vspdf.sparsify(model, 0.5)
+    vspdf.Phases([(0.5, 2)], init_method=method).start(model)
+    line = f"phases.0.init_method = {method} does nothing: the model is sparse, and its masks stay."
+    assert caplog.messages == [line] * told
+
+
 STAGES = [vspdf.Phase(schedule="cycling", levels=[0.9, 0.5], steps=6), (0.0, 4)]
 
 

@@ -60,6 +60,17 @@ def test_patience_and_the_best_survive_an_interruption(tiny, tmp_path, until):
     assert finished["tokens"] == whole["tokens"]
 
 
+@pytest.mark.parametrize("judged", ["train.patience=3", "train.keep_best=true"])
+@pytest.mark.parametrize("change", ["train.eval_every=1", "train.eval_tokens=0"])
+def test_what_the_best_goes_by_stays_in_a_resumed_run(tiny, judged, change):
+    settings = ("phases=[{sparsity: 0.9, steps: 6}]", "train.eval_every=2", judged)
+    with pytest.raises(Interrupted):
+        run(tiny, *settings, until=2)
+    key, _, now = change.partition("=")
+    with pytest.raises(UserError, match=rf"cannot resume '.*': {key} was \d+, is now {now}\."):
+        run(tiny, *settings, change, resume=True)
+
+
 def test_the_best_of_a_phase_alone_counts_and_patience_is_for_the_last(tiny):
     phases = "phases=[{sparsity: 0.9, steps: 12, lr: 1.0e-30, lr_end: 0}, {steps: 4, lr: 1.0e-3}]"
     summary, _, folder = run(tiny, phases, *PATIENT[1:], "train.patience=2")

@@ -303,8 +303,10 @@ def test_resuming_with_other_settings_is_refused(tiny, stopped, override, messag
 
 
 def test_settings_that_touch_no_number_may_change(tiny, stopped):
-    _, lines = run(tiny, "train.log_every=7", "train.eval_every=9", "train.keep_checkpoints=5", resume=True)
-    assert lines[-1]["step"] == 28
+    others, said = ("train.log_every=7", "train.eval_every=9", "train.keep_checkpoints=5"), []
+    train(loading.load(tiny, others), resume=True, say=said.append)
+    assert metrics(stopped)[-1]["step"] == 28
+    assert "config.yaml, as the run began: there still train.checkpoint_every = 2, train.eval_every = " in said[1]
 
 
 def test_another_corpus_is_refused(tiny, stopped, corpus):

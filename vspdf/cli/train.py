@@ -72,6 +72,8 @@ def _ideal(phase: dict[str, Any]) -> float:
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
+    from vspdf.runs.record import sparsities
+
     phases = summary["phases"]
     table = Table(
         title=f"{summary['name']}: {words.count(summary['model']['parameters'])} parameters on "
@@ -82,7 +84,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     for phase in phases:
         table.add_column(phase["name"], justify="right")
     rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-        ("sparsity", lambda p: f"{p['sparsity']:.4g}"),
+        ("sparsity", lambda p: words.from_to(*sparsities(p)[:2])),
         ("steps", lambda p: f"{p['steps']:,}"),
         ("tokens", lambda p: f"{p['tokens']:,}"),
         ("training loss (last step)", lambda p: f"{p['loss']:.4f}"),

@@ -27,7 +27,7 @@ from vspdf.compare.definition import Arm, Study, Values
 from vspdf.compare.results import TOLERANCE, collect
 from vspdf.compare.tuning import tuned
 from vspdf.config import loading
-from vspdf.config.loading import FREE_TO_CHANGE, differences
+from vspdf.config.loading import differences, free_to_change
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.data.text import prepare
 from vspdf.draw import words
@@ -218,7 +218,7 @@ class _StudyRun:
         for key, (old, new) in changed.items():
             left_open = new is None and key in _FILLED_IN
             # What it starts from is the study's own, wherever the study lies.
-            if key not in FREE_TO_CHANGE | {"start"} and not left_open:
+            if key not in free_to_change(self.config) | {"start"} and not left_open:
                 raise UserError(
                     f"'{self.folder}' was trained with {key} = {old}, the study says {new}: remove it, or give the "
                     "study another folder (`root`)."

@@ -8,6 +8,7 @@ from typing import Any
 from vspdf.config.resolve import resolve, written
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.errors import UserError
+from vspdf.sparsity.schedule import no_warnings
 
 
 def essentials(config: ResolvedConfig) -> dict[str, dict[str, Any]]:
@@ -28,7 +29,8 @@ def essentials(config: ResolvedConfig) -> dict[str, dict[str, Any]]:
                 continue
             setattr(section, field.name, default)
             try:
-                same = resolve(plain) == config
+                with no_warnings():
+                    same = resolve(plain) == config
             except UserError:
                 same = False
             if not same:

@@ -282,12 +282,18 @@ def _explained(error: OmegaConfBaseException, where: str, within: str = "") -> U
     return UserError(f"{where}: {f'{key!r}: ' if key else ''}{first_line(error)}.{meant}")
 
 
-# A resumed run may differ in these: they do not touch the numbers.
-FREE_TO_CHANGE = {
+_FREE_TO_CHANGE = {
     "name", "run_dir", "data.cache_dir",
     "train.log_every", "train.eval_every", "train.eval_tokens", "train.sample_tokens", "train.checkpoint_every",
     "train.keep_checkpoints", "train.measure_dense", "train.tensorboard", "train.wandb", "train.timeout",
 }  # fmt: skip
+
+
+def free_to_change(config: ResolvedConfig) -> set[str]:
+    """Settings in which a resumed run may differ from what it was: they do not touch the numbers."""
+    if config.train.patience or config.train.keep_best:  # which go by evaluations
+        return _FREE_TO_CHANGE - {"train.eval_every", "train.eval_tokens"}
+    return _FREE_TO_CHANGE
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

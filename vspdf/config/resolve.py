@@ -27,6 +27,7 @@ from vspdf.config.settings import (
     TrainConfig,
 )
 from vspdf.errors import UserError, check_device, one_of, require
+from vspdf.files import at_home
 from vspdf.sparsity.schedule import warn_once
 
 
@@ -77,7 +78,21 @@ def resolve(config: Config) -> ResolvedConfig:
         f"train.patience = {train.patience} may end the last phase early: that needs schedule: constant, "
         f"not {found.phases[-1].schedule}.",
     )
-    return found
+    return _at_home(found)
+
+
+def _at_home(config: ResolvedConfig) -> ResolvedConfig:
+    """The same run with paths whose ``~`` is the home that it stands for: of ``key=~/x`` and YAML no shell makes it."""
+
+    def found(path: str | None) -> Any:
+        return str(at_home(path)) if path and path.startswith("~") else path
+
+    data = dataclasses.replace(
+        config.data, path=found(config.data.path), validation_path=found(config.data.validation_path)
+    )
+    phases = tuple(dataclasses.replace(phase, init_file=found(phase.init_file)) for phase in config.phases)
+    run_dir, init_from, start = map(found, (config.run_dir, config.init_from, config.start))
+    return dataclasses.replace(config, run_dir=run_dir, init_from=init_from, start=start, data=data, phases=phases)
 
 
 def _check_paths(config: Config) -> None:
@@ -264,7 +279,8 @@ def _phase(phase: PhaseConfig, run: ResolvedConfig) -> ResolvedPhase:
         f"train.micro_batch_size = {micro} does not divide {key}.batch_size = {batch_size}.",
     )
     optimizer = run.optimizer
-    lr, usual_end = optimizer.lr if phase.lr is None else phase.lr, optimizer.lr / 10
+    lr = optimizer.lr if phase.lr is None else phase.lr
+    usual_end = min(optimizer.lr / 10, lr * phase.lr_multiple)  # as `Amounts.learning_rate` has it
     rates = {"lr": lr, "lr_end": usual_end if phase.lr_end is None else phase.lr_end}
     # A resolved phase names its end though its decay be constant, as the translated ones of the Cerebras stack do.
     plain = phase.decay == "constant" and phase.lr_end in (usual_end, lr * phase.lr_multiple)

@@ -35,6 +35,11 @@ def scale(value: float, unit: str) -> tuple[float, str]:
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
+def from_to(first: float, last: float) -> str:
+    """A figure that goes from one value to another, or stays."""
+    return " to ".join(dict.fromkeys((f"{first:.4g}", f"{last:.4g}")))
+
+
 def count(value: float) -> str:
     """A count in four digits: 12.88M parameters, 2.5B tokens."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):

@@ -13,7 +13,7 @@ import numpy as np
 
 from vspdf import ledger
 from vspdf.config import loading
-from vspdf.config.loading import FREE_TO_CHANGE
+from vspdf.config.loading import free_to_change
 from vspdf.runs.folder import Run
 
 LEVEL = 0.95  # of confidence intervals
@@ -151,7 +151,7 @@ def arms_of(runs: Sequence[Run]) -> list[Arm]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         body = loading.to_dict(run.config)
-        for key in ("seed", *FREE_TO_CHANGE):
+        for key in ("seed", *free_to_change(run.config)):
             *path, last = key.split(".")
             node = body
             for part in path:

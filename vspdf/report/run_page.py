@@ -22,6 +22,7 @@ from vspdf.files import write_whole
 from vspdf.report import run_parts
 from vspdf.report.comparison import AXES, Arm, Axis, arms_of, compare, curve, evaluated, measure
 from vspdf.runs.folder import REPORT, Run, read
+from vspdf.runs.record import sparsities
 
 log = logging.getLogger("vspdf")
 
@@ -146,12 +147,12 @@ def _bands(
 ) -> list[Band]:
     """Where the phases of a run were on an axis, as far as it got."""
     bands, start, end_step = [], 0.0, 0
-    for phase in run.config.phases:
+    for phase, done in zip(run.config.phases, run.phases, strict=False):  # the last of them may not have begun
         end_step += phase.steps
         until = [point for point in points if point["step"] <= end_step]
         end = axis.value(until[-1]) / divisor if until else start
         if end > start:
-            bands.append(Band(start, end, phase.name, phase.sparsity, index, row))
+            bands.append(Band(start, end, phase.name, sparsities(done)[2], index, row))
         start = end
     return bands
 

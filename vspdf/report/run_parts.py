@@ -11,6 +11,7 @@ from vspdf.errors import BackendUnavailable, UserError
 from vspdf.report import weights
 from vspdf.report.moving import moving
 from vspdf.runs.folder import COLUMNS, Run
+from vspdf.runs.record import sparsities
 
 _PARTS = ("sparse products", "dense products", "attention", "vocabulary", "optimizer", "rest")
 
@@ -71,8 +72,8 @@ def rows(run: Run) -> list[tuple[str, ...]]:
     """The run's rows of the table of figures by phase, below `HEAD`."""
     return [
         (
-            run.label, p["name"], f"{p['sparsity']:.4g}", str(p["steps"]), str(p["tokens"]), words.number(p["loss"]),
-            words.number(p["val_loss"]), words.number(p["val_bits_per_byte"]),
+            run.label, p["name"], words.from_to(*sparsities(p)[:2]), str(p["steps"]), str(p["tokens"]),
+            words.number(p["loss"]), words.number(p["val_loss"]), words.number(p["val_bits_per_byte"]),
             *(f"{p['flops'][column]:.4g}" for column in COLUMNS),
             f"{p['seconds']:.1f}", f"{p['step_seconds_median']:.4g}",
             f"{p['dense_step_seconds_median']:.4g}" if "speedup" in p else "",
@@ -142,7 +143,7 @@ def _speed(run: Run) -> list[tuple[Any, str]]:
             ("measured", measured["median"], 0, (measured["low"], measured["high"])),
             ("if time followed executed FLOPs", flops["dense"] / flops["executed"], 7, None),
             ("if time followed useful FLOPs", flops["dense"] / flops["useful"], 7, None),
-            ("sparse layers alone, 1/(1 − sparsity)", 1 / (1 - phase["sparsity"]), 7, None),
+            ("sparse layers alone, 1/(1 − sparsity)", 1 / (1 - sparsities(phase)[2]), 7, None),
         ]
         for other in run.summary.get("comparison", ()):
             if other["phase"] == phase["name"]:

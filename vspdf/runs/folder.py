@@ -19,7 +19,7 @@ from vspdf.errors import UserError, near_path
 from vspdf.files import read_json
 from vspdf.runs import digests, forms, masks
 from vspdf.runs.masks import Masks
-from vspdf.runs.record import beside_dense
+from vspdf.runs.record import beside_dense, stages
 from vspdf.shapes import Shape
 
 if TYPE_CHECKING:
@@ -287,6 +287,7 @@ class Run:
     def _phases_so_far(self) -> Iterator[dict[str, Any]]:
         before: dict[str, Any] = {"step": 0, "tokens": 0, "training_seconds": 0.0, "flops": dict.fromkeys(COLUMNS, 0)}
         ends = np.cumsum([phase.steps for phase in self.config.phases])
+        layers = resolve.linear_layers(self.config.model)
         records = self.state.get("records") or [{}] * len(ends)
         for phase, end, record in zip(self.config.phases, ends, records, strict=True):
             mine = [line for line in self.lines if before["step"] < line["step"] <= end]
@@ -295,7 +296,8 @@ class Run:
             last, pairs = mine[-1], record.get("paired_seconds") or []
             body = {
                 "name": phase.name,
-                "sparsity": phase.sparsity,
+                "sparsity": phase.mean(layers),
+                "stages": stages(phase, layers, last["step"] - before["step"]),
                 "steps": last["step"] - before["step"],
                 "tokens": last["tokens"] - before["tokens"],
                 "seconds": last["training_seconds"] - before["training_seconds"],

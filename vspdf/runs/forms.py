@@ -15,6 +15,10 @@ def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
+def _steps(value: Any) -> bool:
+    return _count(value) and value > 0
+
+
 def _positive(value: Any) -> bool:
     return _number(value) and value > 1e-100
 
@@ -53,7 +57,8 @@ LINE: Form = {
 }  # fmt: skip
 # Of a summary: what the machine models need, and what a report needs beside it.
 PHASE: Form = {
-    "name": _text, "sparsity": _fraction, "steps": lambda value: _count(value) and value > 0, "tokens": _count,
+    "name": _text, "sparsity": _fraction, "steps": _steps, "tokens": _count,
+    "stages?": [{"start": _count, "steps": _steps, "sparsity": _fraction}],
     "flops": _FLOPS, "speedup?": _SPEEDUP,
     "dense_step_seconds_median?": _number, "paired_step_seconds_median?": _number,
 }  # fmt: skip

@@ -54,7 +54,7 @@ class PhaseRecord:
         body: dict[str, Any] = {
             "name": phase.name,
             "sparsity": phase.mean(layers),
-            "stages": [stage._asdict() for stage in phase.stages()],
+            "stages": stages(phase, layers, phase.steps),
             "steps": phase.steps,
             "tokens": tokens,
             "seconds": self.seconds,
@@ -72,6 +72,24 @@ class PhaseRecord:
         if self.paired_seconds:
             body |= beside_dense(self.paired_seconds) | {"dense_threads": self.dense_threads}
         return body
+
+
+def stages(phase: ResolvedPhase, layers: Mapping[str, int], steps: int) -> list[dict[str, Any]]:
+    """The stretches of a phase that its first `steps` are of, each at its sparsity over all weights of `layers`."""
+    return [
+        {"start": start, "steps": min(of, steps - start), "sparsity": phase.mean(layers, sparsity)}
+        for start, of, sparsity in phase.stages()
+        if start < steps
+    ]
+
+
+def sparsities(phase: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Of a phase in a summary, the sparsity at its start and at its end, and the mean over its steps."""
+    found = phase.get("stages", [])
+    if len(found) < 2:  # one that stays, which older summaries have over all weights only here
+        return (phase["sparsity"],) * 3
+    mean = sum(stage["steps"] * stage["sparsity"] for stage in found) / sum(stage["steps"] for stage in found)
+    return found[0]["sparsity"], found[-1]["sparsity"], mean
 
 
 def beside_dense(paired_seconds: Sequence[tuple[float, float]]) -> dict[str, Any]:

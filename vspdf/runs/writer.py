@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vspdf.config import loading
-from vspdf.config.loading import FREE_TO_CHANGE, differences
+from vspdf.config.loading import differences, free_to_change
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.errors import UserError
 from vspdf.files import flush, lock, write_whole
@@ -54,7 +54,7 @@ def check(config: ResolvedConfig, resume: bool) -> ResolvedConfig:
     for key, (old, new) in differences(loading.to_dict(run.config), loading.to_dict(config)).items():
         if key in ("train.threads", "train.device", "train.data_parallel"):
             log.warning("resuming with %s = %s instead of %s: results will differ in the last bits.", key, new, old)
-        elif key not in FREE_TO_CHANGE:
+        elif key not in free_to_change(run.config):
             run.check()
             raise UserError(f"cannot resume '{run.folder}': {key} was {old}, is now {new}.{_beyond(run)}")
     if not run.checkpoints and (run.finished or run.step > _first_checkpoint(run.config)):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -51,9 +53,27 @@ def shadowed(rules: Mapping[str, T], names: Iterable[str]) -> dict[str, list[str
     return {glob: before for glob, before in firsts.items() if before and glob not in before}
 
 
-@cache  # a configuration is resolved, and its phases checked, many times in a run
+_trying: ContextVar[bool] = ContextVar("trying", default=False)
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """For settings that are tried and that nobody wrote: what `warn_once` has to say of them is not said."""
+    token = _trying.set(True)
+    try:
+        yield
+    finally:
+        _trying.reset(token)
+
+
 def warn_once(line: str) -> None:
     """Logs a warning that was not yet given in this process."""
+    if not _trying.get():
+        _warn(line)
+
+
+@cache  # a configuration is resolved, and its phases checked, many times in a run
+def _warn(line: str) -> None:
     log.warning("%s", line)
 
 

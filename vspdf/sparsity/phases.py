@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from vspdf.errors import UserError, check_whole, did_you_mean, require
 from vspdf.pattern import Pattern
-from vspdf.sparsity.amounts import Amounts, only_added
+from vspdf.sparsity.amounts import Amounts, only_added, warn_once
 from vspdf.sparsity.eligible import sparsifiable
 from vspdf.sparsity.from_files import MaskFile
 from vspdf.sparsity.layer import SparseLinear, is_sharded, patterns_of, sparse_layers
@@ -164,11 +164,14 @@ class Phases:
         self._weigh(model)
         for i, phase in enumerate(self.phases):
             phase.check_layers(f"phases.{i}", self.phases[i - 1] if i else None, list(self._weights))
+        method = self.phases[0].init_method
         if sparse_layers(model):
+            if method not in ("random", "from_zeros"):  # said, not refused: a file goes on with what it began
+                warn_once(f"phases.0.init_method = {method} does nothing: the model is sparse, and its masks stay.")
             return
         if self.phases[0].init_file:
             MaskFile(self.phases[0].init_file).check_sparsities(self.phases[0].of_layers(self._weights))
-        if self.phases[0].init_method != "from_zeros":
+        if method != "from_zeros":
             return
         for name, amount in self.phases[0].of_layers(self._weights).items():
             zeros = float((model.get_submodule(name).weight == 0).float().mean())  # type: ignore[union-attr]

@@ -12,6 +12,7 @@ from vspdf.errors import UserError, check_sparsity, did_you_mean, one_of, requir
 from vspdf.mask_forms import block_of
 from vspdf.sparsity import courses
 from vspdf.sparsity.amounts import Amounts as Amounts
+from vspdf.sparsity.amounts import no_warnings as no_warnings
 from vspdf.sparsity.amounts import only_added, warn_once
 
 # How first masks are drawn; "random:FORM" draws those that fit a form of `Pattern.random`
@@ -40,7 +41,7 @@ class Phase:
     Phases are checked where they are put together, by `vspdf.Phases` or in a configuration.
     """
 
-    name: str | None = None  # default: "sparse 0.9" or "dense"
+    name: str | None = None  # default: "sparse 0.9", "sparse layers" (theirs alone) or "dense"
     # At the phase's start; or over its steps, for an algorithm that is not static: a list of one value an update, or
     # {type: linear, init, slope}, {type: exp, init, gamma, final}, {type: power, init, beta},
     # {type: cosine, init, half_period, minimum}, as in cstorch.sparse
@@ -78,7 +79,9 @@ class Phase:
     revived_warmup: int = 0  # steps over which the updates of newly added weights ramp up; 50-100 where beta2 > 0.98
     lr: float | None = None  # peak of the learning rate; default: the optimizer's
     lr_multiple: float = 1.0  # of `lr`; at 90 % about 3 (published, and best of 3, 5 and 8 in study "toy")
-    lr_end: float | None = None  # at the last step; default: a tenth of the optimizer's, as published
+    lr_end: float | None = (
+        None  # at the last step; default: a tenth of the optimizer's, as published, or the peak if less
+    )
     decay: str = "linear"  # "linear", "cosine" or "constant"
     warmup_steps: int | None = None  # default: a tenth of the phase after a switch, else 5 %
 
@@ -239,6 +242,13 @@ class Phase:
             f"{key}: algorithm: gmp prunes as the sparsity rises, and it stays at {found.sparsity}: give it a "
             "schedule, e.g. {sparsity: 0.0, schedule: power, sparsity_end: 0.75}, or take algorithm: static.",
         )
+        if self.algorithm == "gmp" and self.rules == "vspdf":
+            for a, b in pairwise(stages):
+                require(
+                    a.sparsity < b.sparsity,
+                    f"{key}: algorithm: gmp only drops weights, and the sparsity goes from {a.sparsity:g} down to "
+                    f"{b.sparsity:g} at step {b.start}: expected one that rises, or algorithm: set, rigl or static.",
+                )
         moves = [step for step in found.update_steps() if step]
         usual = found.update == courses.updates(key, None, found.steps)  # short phases may have none by themselves
         rises = previous is not None and found.sparsity > previous.end
@@ -302,6 +312,11 @@ class Phase:
         """Whether each of the sparsities that a phase goes through has its turn, and nothing beside them says else."""
         course = found.schedule if isinstance(found.schedule, dict) else {}
         values = found.levels or course.get("values", ())
+        if courses.is_course(self.schedule) and not courses.is_course(self.sparsity):
+            require(
+                self.sparsity in (0.0, found.sparsity),
+                f"{key}.sparsity = {self.sparsity}, but the schedule begins at {found.sparsity:g}: leave it out.",
+            )
         turns = len(found.update_steps())
         if turns < len(values) and self.rules == "vspdf":
             raise UserError(
@@ -332,10 +347,12 @@ class Phase:
 
 
 def _usual_name(phase: Amounts) -> str:
-    amount = max(stage.sparsity for stage in phase.stages())
-    if phase.algorithm == "static":
-        return f"sparse {phase.sparsity:.4g}" if phase.sparsity else "dense"
-    return f"{phase.algorithm} {amount:.4g}"
+    static = phase.algorithm == "static"
+    amount = phase.sparsity if static else max(stage.sparsity for stage in phase.stages())
+    own = not amount and any(phase.layers.values())
+    if static and not (amount or own):
+        return "dense"
+    return f"{'sparse' if static else phase.algorithm} {'layers' if own else f'{amount:.4g}'}"
 
 
 def split_add_on(dense_steps: int, effective: float, sparsity: float) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from vspdf import ledger
-from vspdf.config import essentials
+from vspdf.config import essentials, loading
 from vspdf.config.resolved import ResolvedConfig, ResolvedPhase
 from vspdf.errors import Diverged, Interrupted, RankLost
 from vspdf.evaluate.loss import evaluate
@@ -124,17 +124,22 @@ def _train(
         world.same(partial(common.beginning, state))
         log = world.together(opened)
         world.within(config.train.timeout)
-        for line in _said(config, where, files.folder, world):
+        for line in _said(config, state, where, files.folder):
             say(line)
         return world.from_first(_loop(state, log))
 
 
-def _said(config: ResolvedConfig, where: torch.device, folder: Path, world: World) -> Iterator[str]:
+def _said(config: ResolvedConfig, state: State, where: torch.device, folder: Path) -> Iterator[str]:
     """Once nothing stands in a run's way: the settings that are not defaults, and what of them is not meant so."""
-    yield f"{config.name}: settings that are not defaults; all are in {folder / CONFIG}"
+    changed = loading.differences(loading.to_dict(Run(folder).config), loading.to_dict(state.config))
+    still = ", ".join(f"{key} = {old}" for key, (old, _) in changed.items())  # checkpoints hold the file as it was
+    yield (
+        f"{config.name}: settings that are not defaults; all are in {folder / CONFIG}"
+        f"{f', as the run began: there still {still}' if still else ''}"
+    )
     yield from essentials.lines(config)
-    if world.size > 1:
-        yield from common.said(config, world)
+    if state.world.size > 1:
+        yield from common.said(config, state.world)
     if config.train.threads and (crowd := crowded(config.train.threads)):
         yield f"train.threads: {crowd}"
     if config.train.precision == "bf16" and slow_bf16(where):
