@@ -79,9 +79,7 @@ class Phase:
     revived_warmup: int = 0  # steps over which the updates of newly added weights ramp up; 50-100 where beta2 > 0.98
     lr: float | None = None  # peak of the learning rate; default: the optimizer's
     lr_multiple: float = 1.0  # of `lr`; at 90 % about 3 (published, and best of 3, 5 and 8 in study "toy")
-    lr_end: float | None = (
-        None  # at the last step; default: a tenth of the optimizer's, as published, or the peak if less
-    )
+    lr_end: float | None = None  # at the last step; default: a tenth of the optimizer's as published, at most the peak
     decay: str = "linear"  # "linear", "cosine" or "constant"
     warmup_steps: int | None = None  # default: a tenth of the phase after a switch, else 5 %
 
