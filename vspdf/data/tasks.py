@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from xml.etree import ElementTree
 
 from vspdf.data.reading import ending, line_end, whole_text
-from vspdf.data.rows import pair
+from vspdf.data.rows import pair, said_in
 from vspdf.data.rows import text as text_of
 from vspdf.errors import UserError, did_you_mean, near_path
 from vspdf.files import at_home, parse_json
@@ -47,7 +47,7 @@ def read(path: str | Path, format: str = "auto", *, lower_relations: bool = Fals
         Where the pairs of one context follow each other, they are one example.
     lower_relations : bool
         Lower-case the relations of triples, as the preparation script of the LoRA paper does for DART; in a context
-        that is text already, what `lowered` takes for them.
+        that is text already, what `lowered` takes for them. Conversations stay as they were said.
 
     Raises
     ------
@@ -79,7 +79,10 @@ def read(path: str | Path, format: str = "auto", *, lower_relations: bool = Fals
     if not examples:
         raise UserError(f"'{path}' holds no example (read as {format}).")
     if lower_relations and format in ("jsonl", "lines"):
-        return [example._replace(context=lowered(example.context)) for example in examples]
+        return [
+            example if said_in(example.context) else example._replace(context=lowered(example.context))
+            for example in examples
+        ]
     return examples
 
 
