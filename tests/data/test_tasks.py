@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from vspdf.data import tasks
+from vspdf.data.rows import said_in
 from vspdf.data.tasks import Example
 from vspdf.errors import UserError
 
@@ -120,6 +121,17 @@ def test_jsonl_and_lines(tmp_path):
     assert tasks.read(path) == expected
     path = write(tmp_path, "prompts.txt", "one\n\nthree\u2028still three\x0b\n")
     assert [example.context for example in tasks.read(path)] == ["one", "", "three\u2028still three\x0b"]
+
+
+def test_conversations_of_one_text_stay_two(tmp_path):
+    said = [(("system", "A\nB"), ("user", "C")), (("system", "A"), ("user", "B\nC")), (("system", "A"), ("user", "B\nC"))]
+    rows = [
+        {"messages": [{"role": role, "content": content} for role, content in (*one, ("assistant", str(i)))]}
+        for i, one in enumerate(said)
+    ]
+    examples = tasks.read(write(tmp_path, "two.jsonl", "\n".join(map(json.dumps, rows))))
+    assert examples == [Example("A\nB\nC", ("0",)), Example("A\nB\nC", ("1", "2"))]
+    assert [said_in(example.context) for example in examples] == said[:2]
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def _linearised(triples: Iterable[Any], lower_relations: bool, where: str) -> st
 def _grouped(pairs: Iterable[tuple[str, tuple[str, ...]]]) -> list[Example]:
     return [
         Example(context, tuple(reference for _, references in group for reference in references))
-        for context, group in groupby(pairs, key=lambda pair: pair[0])
+        for (context, _), group in groupby(pairs, key=lambda pair: (pair[0], said_in(pair[0])))
     ]
 
 
