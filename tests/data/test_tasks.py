@@ -101,7 +101,11 @@ name : X||C
 """
 
 
-@pytest.mark.parametrize(("name", "content"), [("t.csv", E2E_CSV), ("t.txt", E2E_TEXT)], ids=["csv", "text"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("t.csv", E2E_CSV), ("t.txt", E2E_TEXT), ("t.txt", " \n\n" + E2E_TEXT), ("t.txt", "\r" + E2E_TEXT.replace("\n", "\r"))],
+    ids=["csv", "text", "text after blank lines", "text after a blank line, ends \\r"],
+)
 def test_e2e_gathers_the_references_of_one_meaning(tmp_path, name, content):
     assert tasks.read(write(tmp_path, name, content)) == [
         Example("name : Blue Spice | eatType : coffee shop", ("A shop, Blue Spice.", "B")),

@@ -43,7 +43,7 @@ def read(path: str | Path, format: str = "auto", *, lower_relations: bool = Fals
         "dart" and "webnlg" are XML or JSON with sets of triples, "e2e" is CSV with the columns mr and ref or lines of
         ``context||reference``, "jsonl" has an object a line with `context` and `completion` (a text, or a list of
         them), or what others call these (see `vspdf.data.rows.pair`), "lines" one context a line. "auto" goes by the
-        name's ending and, for text, by ``||`` in its first line. Any of them may be gzipped.
+        name's ending and, for text, by ``||`` in its first line that is not blank. Any of them may be gzipped.
         Where the pairs of one context follow each other, they are one example.
     lower_relations : bool
         Lower-case the relations of triples, as the preparation script of the LoRA paper does for DART; in a context
@@ -130,7 +130,7 @@ def is_task_file(path: str | Path) -> bool:
 def _guess(path: Path, text: str) -> str:
     if found := _BY_ENDING.get(ending(path)):
         return found
-    return "e2e" if "||" in text.partition(line_end(text))[0] else "lines"
+    return "e2e" if "||" in text.lstrip().partition(line_end(text))[0] else "lines"
 
 
 def _linearised(triples: Iterable[Any], lower_relations: bool, where: str) -> str:
