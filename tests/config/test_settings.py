@@ -184,6 +184,7 @@ BAD_OVERRIDES = {
     "optimizer.weight_decay=-1": r"optimizer.weight_decay must not be negative, is -1.0",
     "optimizer.clip=-1": r"optimizer.clip must not be negative, is -1.0",
     "seed=-1": r"seed must not be negative, is -1",
+    f"seed={2**64}": r"seed must be below 2\^64, is 18446744073709551616",
     "name=a/b": r"name = 'a/b' must be usable as a folder's name",
     "name=..": r"name = '..' must be usable as a folder's name",
     "data.validation_fraction=0": r"data.validation_fraction must lie between 0 and 1, is 0.0",
