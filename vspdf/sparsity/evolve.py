@@ -124,6 +124,7 @@ def check_scores(layers: Mapping[str, SparseLinear], scores: Mapping[str, Tensor
             f"grow: scores of '{name}' have shape {shape}: expected (out_features, in_features) = "
             f"{layer.pattern.shape}.",
         )
+        require(not scores[name].is_complex(), f"grow: scores of '{name}' are complex: expected real numbers.")
         require(not bool(torch.isnan(scores[name]).any()), f"grow: scores of '{name}' hold NaN.")
 
 
@@ -162,7 +163,7 @@ def renewed(
         if scores is not None:
             flags = unpack(taken, pattern.numel)
             best = np.zeros_like(flags)
-            best[highest(scores.detach().reshape(-1).float().cpu().numpy(), flags, count - drawn)] = True
+            best[highest(_exact(scores.detach().reshape(-1)), flags, count - drawn)] = True
             survivors |= pack(best)
             taken |= survivors
         survivors |= _draw(taken, pattern.numel, free - (count - drawn), drawn, random)
@@ -179,7 +180,7 @@ def _drop(bits: np.ndarray, layer: SparseLinear, count: int) -> None:
         )
         return
     flat = unpack(bits, layer.pattern.numel)
-    flat[np.flatnonzero(flat)[lowest(_magnitudes(values), count)]] = False
+    flat[np.flatnonzero(flat)[lowest(np.abs(_exact(values)), count)]] = False
     bits[:] = pack(flat)
 
 
@@ -201,8 +202,10 @@ def _crowded(positions: int, free: int, count: int) -> bool:
     return count * 2 > free or free * 4 < positions
 
 
-def _magnitudes(values: Tensor) -> np.ndarray:
-    return (values if values.dtype in (torch.float32, torch.float64) else values.float()).abs().cpu().numpy()
+def _exact(values: Tensor) -> np.ndarray:
+    """Values in the type of NumPy's that tells all of them apart that differ; integers above 2^53 aside."""
+    single = values.is_floating_point() and values.element_size() <= 4
+    return values.cpu().to(torch.float32 if single else torch.float64).numpy()
 
 
 def lowest(values: np.ndarray, count: int) -> np.ndarray:
