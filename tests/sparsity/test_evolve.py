@@ -144,6 +144,9 @@ def test_a_full_layer_and_fractions_at_the_ends():
     "wrong, message",
     {
         "fraction": ({"drop_fraction": 1.5}, r"drop_fraction must lie in \[0, 1\], not 1.5"),
+        "text": ({"drop_fraction": "0.3"}, r"drop_fraction must be a number in \[0, 1\], not '0.3'"),
+        "None": ({"grow": None}, r"grow must be 'random', or a mapping from layer name to scores, not NoneType"),
+        "array": ({"grow": {"0": np.ones((30, 12))}}, r"scores of '0' must be a torch.Tensor, not ndarray"),
         "word": ({"grow": "best"}, r"grow = 'best' is not known"),
         "missing": ({"grow": {"0": torch.ones(30, 12)}}, r"no scores for layer '2'"),
         "unknown": ({"grow": {"1": torch.ones(30, 12)}}, r"'1' is no sparse layer"),
@@ -154,7 +157,7 @@ def test_a_full_layer_and_fractions_at_the_ends():
         ),
         "NaN": ({"grow": {"0": torch.full((30, 12), torch.nan), "2": torch.ones(12, 30)}}, r"scores of '0' hold NaN"),
     }.values(),
-    ids=["fraction", "word", "missing", "unknown", "shape", "complex", "NaN"],
+    ids=["fraction", "text", "None", "array", "word", "missing", "unknown", "shape", "complex", "NaN"],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_and_changes_nothing(wrong, message):
     model = mlp()

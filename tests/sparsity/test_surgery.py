@@ -280,6 +280,17 @@ def test_set_sparsity_refuses_to_drop_and_changes_nothing(mlp):
         vspdf.set_sparsity(model, 0.1, moments="kep")
 
 
+@pytest.mark.parametrize("wrong", [None, "50%", [0.5], True, torch.nan], ids=repr)
+@pytest.mark.parametrize("glob", ["*", "0"])
+def test_set_sparsity_refuses_what_is_no_sparsity(mlp, wrong, glob):
+    model = mlp()
+    patterns = vspdf.sparsify(model, 0.9)
+    named = "sparsity" if glob == "*" else "the sparsity of '0'"
+    with pytest.raises(UserError, match=rf"^{named} must (be a number|lie) in \[0, 1\], not {re.escape(repr(wrong))}"):
+        vspdf.set_sparsity(model, wrong if glob == "*" else {glob: wrong})
+    assert {name: layer.pattern for name, layer in sparse_layers(model).items()} == patterns
+
+
 # -- which weights are kept -------------------------------------------------------------------------------------------
 
 

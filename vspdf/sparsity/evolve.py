@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vspdf.errors import UserError, check_whole, did_you_mean, require
+from vspdf.errors import UserError, check_sparsity, check_whole, did_you_mean, require
 from vspdf.kernels import cpu
 from vspdf.pattern import Pattern, pack, unpack
 from vspdf.sparsity.amounts import plain_name
@@ -75,8 +75,8 @@ def evolve(
     Raises
     ------
     UserError
-        If the model has no sparse layer that learns, `drop_fraction` lies outside [0, 1], `seed` is no whole number of
-        at least 0, or scores are missing, of another shape, or not numbers. The model is then as it was.
+        If the model has no sparse layer that learns, `drop_fraction` is no number in [0, 1], `seed` no whole number of
+        at least 0, or scores are no tensors of real numbers, missing, or of another shape. The model is then as it was.
 
     Examples
     --------
@@ -87,7 +87,7 @@ def evolve(
     ...     if step % 100 == 99:
     ...         vspdf.evolve(model, optimizer, 0.3, seed=step)
     """
-    require(0 <= drop_fraction <= 1, f"drop_fraction must lie in [0, 1], not {drop_fraction}.")
+    check_sparsity("drop_fraction", drop_fraction, all_masked=True)
     layers = sparse_layers(model)
     if not layers:
         raise UserError("evolve found no sparse layer: call vspdf.sparsify(model, ...) first.")
@@ -113,11 +113,15 @@ def evolve(
 
 def check_scores(layers: Mapping[str, SparseLinear], scores: Mapping[str, Tensor]) -> None:
     """Raises UserError unless there are numbers for every position of every layer."""
+    kind = type(scores).__name__
+    require(isinstance(scores, Mapping), f"grow must be 'random', or a mapping from layer name to scores, not {kind}.")
     for name in scores:
         require(name in layers, f"grow: '{name}' is no sparse layer.{did_you_mean(name, layers)}")
     for name, layer in layers.items():
         if name not in scores:
             raise UserError(f"grow: there are no scores for layer '{name}'.")
+        kind = type(scores[name]).__name__
+        require(isinstance(scores[name], Tensor), f"grow: scores of '{name}' must be a torch.Tensor, not {kind}.")
         shape = tuple(scores[name].shape)
         require(
             shape == layer.pattern.shape,
