@@ -103,7 +103,12 @@ name : X||C
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("t.csv", E2E_CSV), ("t.txt", E2E_TEXT), ("t.txt", " \n\n" + E2E_TEXT), ("t.txt", "\r" + E2E_TEXT.replace("\n", "\r"))],
+    [
+        ("t.csv", E2E_CSV),
+        ("t.txt", E2E_TEXT),
+        ("t.txt", " \n\n" + E2E_TEXT),
+        ("t.txt", "\r" + E2E_TEXT.replace("\n", "\r")),
+    ],
     ids=["csv", "text", "text after blank lines", "text after a blank line, ends \\r"],
 )
 def test_e2e_gathers_the_references_of_one_meaning(tmp_path, name, content):
@@ -128,7 +133,8 @@ def test_jsonl_and_lines(tmp_path):
 
 
 def test_conversations_of_one_text_stay_two(tmp_path):
-    said = [(("system", "A\nB"), ("user", "C")), (("system", "A"), ("user", "B\nC")), (("system", "A"), ("user", "B\nC"))]
+    other = (("system", "A"), ("user", "B\nC"))
+    said = [(("system", "A\nB"), ("user", "C")), other, other]
     rows = [
         {"messages": [{"role": role, "content": content} for role, content in (*one, ("assistant", str(i)))]}
         for i, one in enumerate(said)

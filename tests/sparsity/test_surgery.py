@@ -358,6 +358,22 @@ def test_layers_densify_at_their_own_pace(mlp):
         vspdf.set_sparsity(model, {"3": 0.5})
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda *both: vspdf.set_sparsity(both[0], 0.5, both[1]), lambda *both: vspdf.evolve(*both, 0.3),
+     lambda *both: vspdf.densify(*both)],
+    ids=["set_sparsity", "evolve", "densify"],
+)  # fmt: skip
+def test_layers_that_share_their_values_are_named(change):
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+    vspdf.sparsify(model, Pattern.random((12, 12), 0.75))
+    model[1].values = model[0].values
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(UserError, match=r"^'0' and '1' share one parameter as `values`, .* give each its own first"):
+        change(model, optimizer)
+    assert model[0].values is model[1].values is optimizer.param_groups[0]["params"][0]
+
+
 # -- seeds ------------------------------------------------------------------------------------------------------------
 
 SEEDED = {
