@@ -100,6 +100,8 @@ SPARSE = "    phases: [{sparsity: 0.75, steps: 12}]\n"
         ([TIMED, (SPARSE, f"{SPARSE}    tune: {{phases: [[{{steps: 4}}], [{{steps: 12}}]]}}\n")],
          "arm 'sparse': tune.phases: with 'seconds' the time decides on steps"),
         ([(SPARSE, f"{SPARSE}    tune: {{epochs: [1, 2]}}\n")], "arm 'sparse': tune.epochs is a task's to try"),
+        ([("seeds: [0]", f"seeds: [{2**64}]")],
+         r"'seeds' must be a list of different seeds, 0 or more and below 2\^64"),
         ([("seeds: [0]", "pairs: [[[sparse], dense]]\nseeds: [0]")], r"pairs: no arm '\['sparse'\]'"),
         ([("seeds: [0]", "multiplier: [[dense], sparse]\nseeds: [0]")], r"multiplier: no arm '\['dense'\]'"),
         ([("seeds: [0]", "multiplier: [dense, dense]\nseeds: [0]")], "multiplier: arm 'dense' is named twice"),

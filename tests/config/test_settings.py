@@ -191,6 +191,7 @@ BAD_OVERRIDES = {
     "data.validation_path=''": r"data.validation_path is empty: expected a path",
     "data.cache_dir=": r"data.cache_dir is empty: expected a path",
     "phases.0={init_method: file, init_file: ''}": r"init_method: file and init_file, the file with the masks, belong",
+    f"seed={2**64}": r"seed must be below 2\^64, is 18446744073709551616",
     "name=a/b": r"name = 'a/b' must be usable as a folder's name",
     "name=..": r"name = '..' must be usable as a folder's name",
     "data.validation_fraction=0": r"data.validation_fraction must lie between 0 and 1, is 0.0",

@@ -9,9 +9,13 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from vspdf.data import chat
+from vspdf.config.resolve import resolve_task
+from vspdf.config.settings import DataConfig
+from vspdf.data import chat, pairs
+from vspdf.data.rows import said_in
 from vspdf.data.tokenizer import Tokenizer as Ours
 from vspdf.errors import UserError
+from vspdf.evaluate import answers
 from vspdf.interop import checkpoints
 
 CHATML = (
@@ -206,6 +210,22 @@ def test_fine_tuning_learns_conversations_and_answers_them(folder, tmp_path, vsp
     assert out.strip().endswith("Rome")
     assert vspdf("convert", tmp_path / "again", tmp_path / "third")[0] == 0
     assert checkpoints.load(tmp_path / "third").tokenizer.about == checkpoints.load(run).tokenizer.about
+
+
+def test_conversations_keep_their_template_where_relations_are_lowered(folder, tmp_path):
+    said = [{"role": "user", "content": "A : IS NEAR : B"}, {"role": "assistant", "content": "It is."}]
+    path, words, told = tmp_path / "pairs.jsonl", checkpoints.load(folder).tokenizer, []
+    path.write_text(json.dumps({"messages": said}) + '\n{"context": "C : IS NEAR : D", "completion": "So."}\n')
+    config = DataConfig(path=str(path), validation_path=str(path), lower_relations=True)
+    found = pairs.prepare(resolve_task(config, 64), 0, words)
+    assert found.chat and words.decode(found.prompt()).startswith("user\nA : IS NEAR : B\nassistant")
+    task = {"lower_relations": True, "chat": True}
+    prompts = answers.read_prompts(path, "auto", task, None, told.append)
+    assert prompts.texts == ["A : IS NEAR : B", "C : is near : D"] and len(told) == 1
+    first = answers.read_prompts(path, "auto", task, 1, told.append)
+    one = answers.one_prompt("A : IS NEAR : B", task, told.append)
+    assert [*map(said_in, first.texts)] == [*map(said_in, one.texts)] == [(("user", "A : IS NEAR : B"),)]
+    assert len(told) == 1
 
 
 def test_verbs_take_a_folder(folder, vspdf, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from vspdf.data import tasks
+from vspdf.data.rows import said_in
 from vspdf.data.tasks import Example
 from vspdf.errors import UserError
 
@@ -100,7 +101,16 @@ name : X||C
 """
 
 
-@pytest.mark.parametrize(("name", "content"), [("t.csv", E2E_CSV), ("t.txt", E2E_TEXT)], ids=["csv", "text"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", E2E_CSV),
+        ("t.txt", E2E_TEXT),
+        ("t.txt", " \n\n" + E2E_TEXT),
+        ("t.txt", "\r" + E2E_TEXT.replace("\n", "\r")),
+    ],
+    ids=["csv", "text", "text after blank lines", "text after a blank line, ends \\r"],
+)
 def test_e2e_gathers_the_references_of_one_meaning(tmp_path, name, content):
     assert tasks.read(write(tmp_path, name, content)) == [
         Example("name : Blue Spice | eatType : coffee shop", ("A shop, Blue Spice.", "B")),
@@ -120,6 +130,18 @@ def test_jsonl_and_lines(tmp_path):
     assert tasks.read(path) == expected
     path = write(tmp_path, "prompts.txt", "one\n\nthree\u2028still three\x0b\n")
     assert [example.context for example in tasks.read(path)] == ["one", "", "three\u2028still three\x0b"]
+
+
+def test_conversations_of_one_text_stay_two(tmp_path):
+    other = (("system", "A"), ("user", "B\nC"))
+    said = [(("system", "A\nB"), ("user", "C")), other, other]
+    rows = [
+        {"messages": [{"role": role, "content": content} for role, content in (*one, ("assistant", str(i)))]}
+        for i, one in enumerate(said)
+    ]
+    examples = tasks.read(write(tmp_path, "two.jsonl", "\n".join(map(json.dumps, rows))))
+    assert examples == [Example("A\nB\nC", ("0",)), Example("A\nB\nC", ("1", "2"))]
+    assert [said_in(example.context) for example in examples] == said[:2]
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,22 @@ def test_what_grows_by_scores_is_what_scores_most():
         assert scores[name][new].min() >= scores[name][never].max()
 
 
+@pytest.mark.parametrize(
+    "scored",
+    [lambda at: 1 + 1e-12 * at, lambda at: 1e39 * (1 + at), lambda at: 1e-50 * at, lambda at: (2**30 + at).long(),
+     lambda at: (at / 1024).half()],
+    ids=["close", "large", "small", "integers", "half"],
+)  # fmt: skip
+def test_scores_are_told_apart_as_they_are(scored):
+    model = mlp()
+    scores = {str(i): scored(torch.arange(360, dtype=torch.float64)).view(model[i].pattern.shape) for i in (0, 2)}
+    before = vspdf.evolve(model, None, 0.3, grow=scores)
+    for name, layer in sparse_layers(model).items():
+        old, new = before[name].mask().view(-1), layer.pattern.mask().view(-1)
+        grown, free = torch.nonzero(new & ~old).view(-1), torch.nonzero(~old).view(-1)
+        assert torch.equal(grown, free[-len(grown) :]) and len(grown) == int(0.3 * layer.pattern.nnz)
+
+
 def test_a_full_layer_and_fractions_at_the_ends():
     model = mlp(0.01)
     before = vspdf.evolve(model, None, 1.0)  # three or four places are free: no more can move
@@ -128,13 +144,20 @@ def test_a_full_layer_and_fractions_at_the_ends():
     "wrong, message",
     {
         "fraction": ({"drop_fraction": 1.5}, r"drop_fraction must lie in \[0, 1\], not 1.5"),
+        "text": ({"drop_fraction": "0.3"}, r"drop_fraction must be a number in \[0, 1\], not '0.3'"),
+        "None": ({"grow": None}, r"grow must be 'random', or a mapping from layer name to scores, not NoneType"),
+        "array": ({"grow": {"0": np.ones((30, 12))}}, r"scores of '0' must be a torch.Tensor, not ndarray"),
         "word": ({"grow": "best"}, r"grow = 'best' is not known"),
         "missing": ({"grow": {"0": torch.ones(30, 12)}}, r"no scores for layer '2'"),
         "unknown": ({"grow": {"1": torch.ones(30, 12)}}, r"'1' is no sparse layer"),
         "shape": ({"grow": dict.fromkeys("02", torch.ones(12, 30))}, r"expected \(out_features, in_features\) = "),
+        "complex": (
+            {"grow": {"0": torch.ones(30, 12, dtype=torch.complex64), "2": torch.ones(12, 30)}},
+            r"scores of '0' are complex: expected real numbers",
+        ),
         "NaN": ({"grow": {"0": torch.full((30, 12), torch.nan), "2": torch.ones(12, 30)}}, r"scores of '0' hold NaN"),
     }.values(),
-    ids=["fraction", "word", "missing", "unknown", "shape", "NaN"],
+    ids=["fraction", "text", "None", "array", "word", "missing", "unknown", "shape", "complex", "NaN"],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_and_changes_nothing(wrong, message):
     model = mlp()

@@ -280,6 +280,17 @@ def test_set_sparsity_refuses_to_drop_and_changes_nothing(mlp):
         vspdf.set_sparsity(model, 0.1, moments="kep")
 
 
+@pytest.mark.parametrize("wrong", [None, "50%", [0.5], True, torch.nan], ids=repr)
+@pytest.mark.parametrize("glob", ["*", "0"])
+def test_set_sparsity_refuses_what_is_no_sparsity(mlp, wrong, glob):
+    model = mlp()
+    patterns = vspdf.sparsify(model, 0.9)
+    named = "sparsity" if glob == "*" else "the sparsity of '0'"
+    with pytest.raises(UserError, match=rf"^{named} must (be a number|lie) in \[0, 1\], not {re.escape(repr(wrong))}"):
+        vspdf.set_sparsity(model, wrong if glob == "*" else {glob: wrong})
+    assert {name: layer.pattern for name, layer in sparse_layers(model).items()} == patterns
+
+
 # -- which weights are kept -------------------------------------------------------------------------------------------
 
 
@@ -345,6 +356,22 @@ def test_layers_densify_at_their_own_pace(mlp):
     assert model[2].pattern.sparsity == pytest.approx(0.5) and model[2].pattern.issuperset(before["2"])
     with pytest.raises(UserError, match=r"'3' matches no sparse layer"):
         vspdf.set_sparsity(model, {"3": 0.5})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda *both: vspdf.set_sparsity(both[0], 0.5, both[1]), lambda *both: vspdf.evolve(*both, 0.3),
+     lambda *both: vspdf.densify(*both)],
+    ids=["set_sparsity", "evolve", "densify"],
+)  # fmt: skip
+def test_layers_that_share_their_values_are_named(change):
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+    vspdf.sparsify(model, Pattern.random((12, 12), 0.75))
+    model[1].values = model[0].values
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(UserError, match=r"^'0' and '1' share one parameter as `values`, .* give each its own first"):
+        change(model, optimizer)
+    assert model[0].values is model[1].values is optimizer.param_groups[0]["params"][0]
 
 
 # -- seeds ------------------------------------------------------------------------------------------------------------

@@ -319,9 +319,11 @@ def _change(body: Form, change: str) -> None:
 
 
 def _seeds(value: Any, key: str, where: str) -> tuple[int, ...]:
-    whole = isinstance(value, list) and all(type(seed) is int and seed >= 0 for seed in value)
+    whole = isinstance(value, list) and all(type(seed) is int and 0 <= seed < 2**64 for seed in value)
     if not whole or not value or len(set(value)) < len(value):
-        raise UserError(f"{where}: '{key}' must be a list of different seeds, 0 or more, e.g. [0, 1, 2, 3, 4].")
+        raise UserError(
+            f"{where}: '{key}' must be a list of different seeds, 0 or more and below 2^64, e.g. [0, 1, 2, 3, 4]."
+        )
     return tuple(value)
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from xml.etree import ElementTree
 
 from vspdf.data.reading import ending, line_end, whole_text
-from vspdf.data.rows import pair
+from vspdf.data.rows import pair, said_in
 from vspdf.data.rows import text as text_of
 from vspdf.errors import UserError, did_you_mean, near_path
 from vspdf.files import at_home, parse_json
@@ -43,11 +43,11 @@ def read(path: str | Path, format: str = "auto", *, lower_relations: bool = Fals
         "dart" and "webnlg" are XML or JSON with sets of triples, "e2e" is CSV with the columns mr and ref or lines of
         ``context||reference``, "jsonl" has an object a line with `context` and `completion` (a text, or a list of
         them), or what others call these (see `vspdf.data.rows.pair`), "lines" one context a line. "auto" goes by the
-        name's ending and, for text, by ``||`` in its first line. Any of them may be gzipped.
+        name's ending and, for text, by ``||`` in its first line that is not blank. Any of them may be gzipped.
         Where the pairs of one context follow each other, they are one example.
     lower_relations : bool
         Lower-case the relations of triples, as the preparation script of the LoRA paper does for DART; in a context
-        that is text already, what `lowered` takes for them.
+        that is text already, what `lowered` takes for them. Conversations stay as they were said.
 
     Raises
     ------
@@ -79,7 +79,10 @@ def read(path: str | Path, format: str = "auto", *, lower_relations: bool = Fals
     if not examples:
         raise UserError(f"'{path}' holds no example (read as {format}).")
     if lower_relations and format in ("jsonl", "lines"):
-        return [example._replace(context=lowered(example.context)) for example in examples]
+        return [
+            example if said_in(example.context) else example._replace(context=lowered(example.context))
+            for example in examples
+        ]
     return examples
 
 
@@ -127,7 +130,7 @@ def is_task_file(path: str | Path) -> bool:
 def _guess(path: Path, text: str) -> str:
     if found := _BY_ENDING.get(ending(path)):
         return found
-    return "e2e" if "||" in text.partition(line_end(text))[0] else "lines"
+    return "e2e" if "||" in text.lstrip().partition(line_end(text))[0] else "lines"
 
 
 def _linearised(triples: Iterable[Any], lower_relations: bool, where: str) -> str:
@@ -143,7 +146,7 @@ def _linearised(triples: Iterable[Any], lower_relations: bool, where: str) -> st
 def _grouped(pairs: Iterable[tuple[str, tuple[str, ...]]]) -> list[Example]:
     return [
         Example(context, tuple(reference for _, references in group for reference in references))
-        for context, group in groupby(pairs, key=lambda pair: pair[0])
+        for (context, _), group in groupby(pairs, key=lambda pair: (pair[0], said_in(pair[0])))
     ]
 
 

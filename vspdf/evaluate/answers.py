@@ -65,9 +65,9 @@ def read_prompts(
         If the file is missing, or not of that format.
     """
     lower = bool(task and task["lower_relations"])
-    if lower:
-        say(_LOWERED)
     examples = tasks.read(path, format, lower_relations=lower)[:limit]
+    if lower and not all(said_in(example.context) for example in examples):
+        say(_LOWERED)
     answering = bool(task) or any(example.references for example in examples) or format not in ("auto", "lines")
     return Prompts([example.context for example in examples], answering, f"prompt {{}} of '{path}'")
 
@@ -86,11 +86,11 @@ def one_prompt(text: str | None, task: dict[str, Any] | None, say: Callable[[str
         return Prompts([""], True, "the prompt")
     if text.encode(errors="replace").decode() != text:
         raise UserError("`prompt` is no UTF-8 text.")
-    if task and task["lower_relations"] and (lowered := tasks.lowered(text)) != text:
-        say(_LOWERED)
-        text = lowered
     if task and task.get("chat"):
         text = Conversation.of(text, (("user", text),))
+    elif task and task["lower_relations"] and (lowered := tasks.lowered(text)) != text:
+        say(_LOWERED)
+        text = lowered
     return Prompts([text], bool(task), "the prompt")
 
 

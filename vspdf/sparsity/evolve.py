@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vspdf.errors import UserError, check_whole, did_you_mean, require
+from vspdf.errors import UserError, check_sparsity, check_whole, did_you_mean, require
 from vspdf.kernels import cpu
 from vspdf.pattern import Pattern, pack, unpack
 from vspdf.sparsity.amounts import plain_name
@@ -75,8 +75,8 @@ def evolve(
     Raises
     ------
     UserError
-        If the model has no sparse layer that learns, `drop_fraction` lies outside [0, 1], `seed` is no whole number of
-        at least 0, or scores are missing, of another shape, or not numbers. The model is then as it was.
+        If the model has no sparse layer that learns, `drop_fraction` is no number in [0, 1], `seed` no whole number of
+        at least 0, or scores are no tensors of real numbers, missing, or of another shape. The model is then as it was.
 
     Examples
     --------
@@ -87,7 +87,7 @@ def evolve(
     ...     if step % 100 == 99:
     ...         vspdf.evolve(model, optimizer, 0.3, seed=step)
     """
-    require(0 <= drop_fraction <= 1, f"drop_fraction must lie in [0, 1], not {drop_fraction}.")
+    check_sparsity("drop_fraction", drop_fraction, all_masked=True)
     layers = sparse_layers(model)
     if not layers:
         raise UserError("evolve found no sparse layer: call vspdf.sparsify(model, ...) first.")
@@ -113,17 +113,22 @@ def evolve(
 
 def check_scores(layers: Mapping[str, SparseLinear], scores: Mapping[str, Tensor]) -> None:
     """Raises UserError unless there are numbers for every position of every layer."""
+    kind = type(scores).__name__
+    require(isinstance(scores, Mapping), f"grow must be 'random', or a mapping from layer name to scores, not {kind}.")
     for name in scores:
         require(name in layers, f"grow: '{name}' is no sparse layer.{did_you_mean(name, layers)}")
     for name, layer in layers.items():
         if name not in scores:
             raise UserError(f"grow: there are no scores for layer '{name}'.")
+        kind = type(scores[name]).__name__
+        require(isinstance(scores[name], Tensor), f"grow: scores of '{name}' must be a torch.Tensor, not {kind}.")
         shape = tuple(scores[name].shape)
         require(
             shape == layer.pattern.shape,
             f"grow: scores of '{name}' have shape {shape}: expected (out_features, in_features) = "
             f"{layer.pattern.shape}.",
         )
+        require(not scores[name].is_complex(), f"grow: scores of '{name}' are complex: expected real numbers.")
         require(not bool(torch.isnan(scores[name]).any()), f"grow: scores of '{name}' hold NaN.")
 
 
@@ -162,7 +167,7 @@ def renewed(
         if scores is not None:
             flags = unpack(taken, pattern.numel)
             best = np.zeros_like(flags)
-            best[highest(scores.detach().reshape(-1).float().cpu().numpy(), flags, count - drawn)] = True
+            best[highest(_exact(scores.detach().reshape(-1)), flags, count - drawn)] = True
             survivors |= pack(best)
             taken |= survivors
         survivors |= _draw(taken, pattern.numel, free - (count - drawn), drawn, random)
@@ -179,7 +184,7 @@ def _drop(bits: np.ndarray, layer: SparseLinear, count: int) -> None:
         )
         return
     flat = unpack(bits, layer.pattern.numel)
-    flat[np.flatnonzero(flat)[lowest(_magnitudes(values), count)]] = False
+    flat[np.flatnonzero(flat)[lowest(np.abs(_exact(values)), count)]] = False
     bits[:] = pack(flat)
 
 
@@ -201,8 +206,10 @@ def _crowded(positions: int, free: int, count: int) -> bool:
     return count * 2 > free or free * 4 < positions
 
 
-def _magnitudes(values: Tensor) -> np.ndarray:
-    return (values if values.dtype in (torch.float32, torch.float64) else values.float()).abs().cpu().numpy()
+def _exact(values: Tensor) -> np.ndarray:
+    """Values in the type of NumPy's that tells all of them apart that differ; integers above 2^53 aside."""
+    single = values.is_floating_point() and values.element_size() <= 4
+    return values.cpu().to(torch.float32 if single else torch.float64).numpy()
 
 
 def lowest(values: np.ndarray, count: int) -> np.ndarray:

@@ -181,14 +181,21 @@ def check_optimizer(optimizer: object) -> None:
 
 
 def check_follows(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
-    """Refuses an optimizer or a wrapper in which parameters cannot be exchanged, before anything has changed.
+    """Refuses an optimizer, a wrapper or layers whose parameters cannot be exchanged, before anything has changed.
 
     Raises
     ------
     UserError
-        Naming it.
+        Naming it, or two sparse layers that share their values.
     """
     check_optimizer(optimizer)
+    owners: dict[Tensor, str] = {}
+    for name, layer in sparse_layers(model).items():
+        if (first := owners.setdefault(layer.values, name)) != name:
+            raise UserError(
+                f"'{first}' and '{name}' share one parameter as `values`, and would each get another in its place: "
+                "give each its own first, layer.values = torch.nn.Parameter(layer.values.detach().clone())."
+            )
     flat = any(type(p).__name__ == "FlatParameter" or hasattr(p, "_fsdp_flattened") for p in model.parameters())
     if flat or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise UserError(

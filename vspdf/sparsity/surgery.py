@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from vspdf.errors import UserError, did_you_mean
+from vspdf.errors import UserError, check_sparsity, did_you_mean
 from vspdf.kernels import reference
 from vspdf.pattern import Pattern
 from vspdf.sparsity.amounts import first_match, matches, plain_name
@@ -199,8 +199,8 @@ def set_sparsity(
     Raises
     ------
     UserError
-        If a layer is already denser, the model has no sparse layer, `seed` is no whole number of at least 0, or
-        `moments` is unknown.
+        If a layer is already denser, the model has no sparse layer, a sparsity is no number in [0, 1], `seed` is no
+        whole number of at least 0, or `moments` is unknown.
     """
     check_moments(moments)
     layers = sparse_layers(model)
@@ -209,14 +209,15 @@ def set_sparsity(
     if not layers:
         raise UserError("set_sparsity found no sparse layer: call vspdf.sparsify(model, ...) first.")
     rules = sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}
-    for glob in rules:
+    for glob, amount in rules.items():
+        check_sparsity("sparsity" if glob == "*" else f"the sparsity of '{glob}'", amount, all_masked=True)
         if not any(matches(name, glob) for name in layers):
             raise UserError(f"'{glob}' matches no sparse layer.{did_you_mean(glob, map(plain_name, layers))}")
     grown = {}
     for name, layer in layers.items():
-        amount = first_match(rules, name, None)
-        if amount is not None:
-            grown[name] = layer.pattern.grow(amount, seed=layer_seed(seed, name))
+        kept = first_match(rules, name, None)
+        if kept is not None:
+            grown[name] = layer.pattern.grow(kept, seed=layer_seed(seed, name))
     return remask(model, grown, optimizer, "set_sparsity", moments)
 
 
