@@ -48,8 +48,8 @@ def resolve(config: Config) -> ResolvedConfig:
     train = _train(config.train)
     optimizer = _optimizer(config.optimizer)
     require(config.seed >= 0, f"seed must not be negative, is {config.seed}.")
-    require(usable(config.name), f"name = '{config.name}' must be usable as a folder's name.")
     require(config.seed < 2**64, f"seed must be below 2^64, is {config.seed}.")  # torch's generators take no more
+    require(usable(config.name), f"name = '{config.name}' must be usable as a folder's name.")
     require(
         bool(config.phases), "phases: at least one phase is needed, e.g. [{sparsity: 0.9, steps: 250}, {steps: 50}]."
     )
