@@ -228,11 +228,11 @@ class Phase:
         """Of masks that move: whether they can, and whether ramps end before the next update."""
         if self.algorithm == "static":
             return
-        stages = found.stages()
-        for stage in stages:
-            check_sparsity(f"{key}.sparsity, from step {stage.start} on", stage.sparsity)
+        targets = {step: found.target(step) for step in (0, *found.update_steps())}
+        for step, amount in targets.items():
+            check_sparsity(f"{key}.sparsity, from step {step} on", amount)
         require(
-            self.rules == "cstorch" or any(self.layers.values()) or any(stage.sparsity for stage in stages),
+            self.rules == "cstorch" or any(self.layers.values()) or any(targets.values()),
             f"{key}: algorithm: {self.algorithm} has no masks to move, the sparsity stays at 0: expected one above it, "
             "or algorithm: static.",
         )
@@ -324,7 +324,7 @@ class Phase:
 
 
 def _usual_name(phase: Amounts) -> str:
-    amount = max(stage.sparsity for stage in phase.stages())
+    amount = max(map(phase.target, (0, *phase.update_steps())))
     if phase.algorithm == "static":
         return f"sparse {phase.sparsity:.4g}" if phase.sparsity else "dense"
     return f"{phase.algorithm} {amount:.4g}"
