@@ -10,7 +10,7 @@ from vspdf import shapes
 from vspdf.config import loading, resolve
 from vspdf.config.resolved import ResolvedModel, ResolvedPhase
 from vspdf.config.settings import Config, ModelConfig
-from vspdf.errors import UserError, did_you_mean, near_path, require
+from vspdf.errors import UserError, check_whole, did_you_mean, near_path, require
 from vspdf.files import read_json
 from vspdf.interop import load_config
 from vspdf.interop.architectures import ARCHITECTURES, read_shape
@@ -65,8 +65,8 @@ class Source(NamedTuple):
         if length is None:
             return self
         require(not self.phases, f"`sequence` is for models: {self.name} has model.sequence_length.")
-        require(length >= 1, f"`sequence` must be at least 1, not {length}.")
-        self.settings.model.sequence_length = length
+        check_whole("`sequence`", length)
+        self.settings.model.sequence_length = int(length)
         return self._replace(model=resolve.resolve_model(self.settings.model))
 
 

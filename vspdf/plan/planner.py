@@ -17,7 +17,7 @@ from vspdf.bench.calibrate import Calibration
 from vspdf.config import resolve
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.config.settings import PhaseConfig
-from vspdf.errors import UserError, check_sparsity, did_you_mean
+from vspdf.errors import UserError, check_sparsity, check_whole, did_you_mean, require
 from vspdf.plan.cs2 import on_cs2
 from vspdf.plan.machines import Machines
 from vspdf.plan.models import _dense_run, _source
@@ -244,6 +244,8 @@ def plan(
         raise UserError(f"phases leave nothing to split: give them, or split = '{split}'.")
     asked, split = split, "add-on" if split is None else split
     _check_arguments(sparsity, effective, split, phases, save, memory, hours, steps, batch_size)
+    steps, batch_size = (None if n is None else int(n) for n in (steps, batch_size))  # NumPy's would not be written
+    phases = phases if phases is None else [(s, int(n)) for s, n in phases]
     source = _source(model).at(sequence)
     shape, settings = source.shape, source.settings
     own = bool(source.phases) and sparsity is effective is phases is save is memory is hours is None
@@ -343,3 +345,10 @@ def _check_arguments(
     for what, value in {"memory": memory, "hours": hours, "steps": steps, "batch size": batch_size}.items():
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{what} must be positive, not {value}.")
+    for what, value in {"steps": steps, "batch size": batch_size}.items():
+        if value is not None:
+            check_whole(what, value)
+    for i, phase in enumerate(phases or ()):
+        pair = isinstance(phase, tuple | list) and len(phase) == 2
+        require(pair, f"phases.{i} must be (sparsity, steps), not {phase!r}.")
+        check_whole(f"phases.{i}.steps", phase[1], least=0)
