@@ -237,6 +237,13 @@ def test_memory_finds_the_mildest_sparsity_that_fits():
     staged = plan(LARGE, memory=60, effective=0.75)
     assert staged.state_bytes <= 60e9 and staged.effective_sparsity == pytest.approx(0.75, abs=2e-5)
     assert [phase.sparsity for phase in staged.phases] == [0.9, plan(LARGE, memory=60).phases[0].sparsity]
+    tight = plan(LARGE, memory=20, effective=0.75)  # one sparsity from the beginning, for more steps
+    assert len(tight.phases) == 1 and tight.phases[0].sparsity > 0.9
+    assert tight.effective_sparsity == pytest.approx(0.75, abs=2e-5)
+    fixed = plan(LARGE, memory=70, effective=0.75, split="fixed-budget")
+    assert (fixed.token_ratio, fixed.effective_sparsity) == (1, pytest.approx(0.75, abs=2e-5))
+    with pytest.raises(UserError, match=r"effective sparsity of 0.5 is not possible in 60 GB: 0.\d+ is the least that"):
+        plan(LARGE, memory=60, effective=0.5, split="fixed-budget")
     roomy = plan(LARGE, memory=200)
     assert steps(roomy) == steps(plan(LARGE)) and "fits as well" in roomy.notes[0]
 
