@@ -11,7 +11,7 @@ import pytest
 from vspdf.errors import UserError
 from vspdf.ledger import flops_per_token
 from vspdf.plan import outlook
-from vspdf.plan.cs2 import step_by_request
+from vspdf.plan.cs2 import _layer_of_run, scale_by_request, step_by_request
 from vspdf.plan.wafer_models import transformer
 from vspdf.runs.folder import Run
 from vspdf.shapes import MODELS, Shape, named_shape
@@ -285,6 +285,44 @@ def test_a_runs_masks_and_measured_times_side_by_side(vspdf, tmp_path):
     layer_result = json.loads(out)
     assert layer_result["mask"] == "real" and layer_result["tokens"] == 8 * 128
     assert layer_result["sparsity"] == pytest.approx(1 - patterns["layer0.1"].mean())
+
+
+def phase_of(name, *amounts):
+    stages = [{"start": 5 * i, "steps": 5, "sparsity": s} for i, s in enumerate(amounts)]
+    steps, flops = 5 * len(stages), {"dense": 100, "useful": 50, "executed": 60}
+    return {
+        "name": name, "sparsity": amounts[0], "stages": stages, "steps": steps, "tokens": 128 * steps, "flops": flops
+    }  # fmt: skip
+
+
+LATE = {
+    "masks that move from dense": ([phase_of("gmp", 0.0, 0.9)], "patterns-end.npz", "phase 'gmp' as it ends", "gmp"),
+    "a dense phase first": (
+        [phase_of("dense", 0.0), phase_of("set", 0.9)], "patterns-2.npz", "phase 'set' as it begins", "set"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("phases, file, said, later", LATE.values(), ids=LATE)
+def test_a_run_that_begins_dense_and_is_sparse_later(vspdf, tmp_path, phases, file, said, later):
+    patterns = masks(TINY, 0.1)
+    folder = write_run(tmp_path / "run", patterns, phases=phases)
+    (folder / "patterns.npz").rename(folder / file)
+    assert "which of layer0.0" in vspdf("simulate", "layer", "--run", folder)[2]
+    weights, tokens, which = _layer_of_run(folder, "layer0.1")
+    assert (1 - weights.density, tokens) == (pytest.approx(0.9, abs=0.01), 128)
+    assert which == f"The mask is that of {said}."
+    note = f"The run is simulated as it begins, dense; phase '{later}' has a sparsity of up to 0.9."
+    one = {"run": folder, "systems": [1], "batch": 8}
+    assert scale_by_request(CS2, **one)["note"] == note
+    assert scale_by_request(CS2, **one, sparsity=0.0)["note"] == ""
+
+
+def test_a_run_that_kept_no_masks_is_as_sparse_as_it_says(tmp_path):
+    folder = write_run(tmp_path / "run", masks(TINY, 0.1))
+    (folder / "patterns.npz").unlink()
+    result = scale_by_request(CS2, run=folder, systems=[1])
+    assert (result["sparsity"], result["note"]) == (pytest.approx(0.9), "")
 
 
 def test_train_compares_what_it_measured_with_the_wafer(vspdf, tiny, tmp_path):
