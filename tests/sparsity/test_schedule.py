@@ -1,4 +1,5 @@
 import math
+import re
 from itertools import pairwise
 
 import pytest
@@ -7,6 +8,7 @@ from vspdf.config.settings import PhaseConfig
 from vspdf.errors import UserError
 from vspdf.shapes import Shape, linear_layers
 from vspdf.sparsity import schedule
+from vspdf.sparsity.amounts import warn_once
 from vspdf.sparsity.schedule import Phase
 from vspdf.train.schedule import Position, position
 
@@ -201,3 +203,21 @@ def test_a_glob_that_an_earlier_one_leaves_nothing_is_told_once(caplog):
     ]
     Phase(sparsity=0.0, layers={"h.0.*": 0.5, "*.c_fc": 0.9}, steps=1).resolved("phases.7", None, layers)
     assert len(caplog.messages) == 2  # one that counts somewhere is as it is meant to be
+
+
+EXP = {"type": "exp", "init": 0, "gamma": 0.1, "final": 0.8}
+DENSE = {
+    "a late start": ({"sparsity": 0.75, "update": {"freq": 5, "start": 50}}, "its first update comes later"),
+    "late steps": ({"sparsity": 0.5, "update": {"steps": [50]}}, "its first update comes later"),
+    "a course that falls": ({"algorithm": "gmp", "sparsity": EXP}, r"the .* at 0 \(type: exp rises where gamma < 0\)"),
+    "no sparsity": ({"sparsity": 0.0}, "the sparsity stays at 0"),
+    "no drop": ({"sparsity": 0.6, "update": {"start": 5}, "drop_fraction": 0}, "nothing is dropped"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings, why", DENSE.values(), ids=DENSE)
+def test_a_phase_of_the_cerebras_stack_that_stays_dense_says_why(caplog, settings, why):
+    warn_once.cache_clear()
+    found = Phase(**{"steps": 20, "algorithm": "set", "rules": "cstorch", **settings}).resolved("phases.0")
+    assert [stage.sparsity for stage in found.stages()] == [0.0]
+    assert re.search(rf"phases.0: algorithm: \w+ prunes nothing in the phase's 20 steps, {why}\.$", caplog.text, re.M)

@@ -149,7 +149,7 @@ def _amount(amount: Any, algorithm: str, where: str) -> Any:
             f"{where}: sparsity as a schedule belongs to masks that change; to densify in steps, give a phase "
             "of ours a `schedule`."
         )
-    return courses.checked(f"{where}: sparsity.sparsity", amount, 0)
+    return courses.checked(f"{where}: sparsity.sparsity", amount, None)
 
 
 def _moves(rules: list[dict[str, Any]], where: str) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _moves(rules: list[dict[str, Any]], where: str) -> dict[str, Any]:
     if "drop_fraction" in found:
         if first["algorithm"] == "gmp":
             raise UserError(f"{where}: sparsity.drop_fraction belongs to 'set' and 'rigl', not to 'gmp'.")
-        found["drop_fraction"] = courses.checked(f"{where}: sparsity.drop_fraction", found["drop_fraction"], 0)
+        found["drop_fraction"] = courses.checked(f"{where}: sparsity.drop_fraction", found["drop_fraction"], None)
     if 0 not in courses.update_steps(update, 1) and len({str(rule["sparsity"]) for rule in rules}) > 1:
         raise UserError(
             f"{where}: sparsity.update begins after step 0, so that masks are dense until then: that goes with one "

@@ -208,8 +208,8 @@ def _layer_of_run(folder: Path, layer: str | None) -> tuple[Weights, int, str]:
     run = Run(folder).require(finished=True).check(whole=False)
     found: dict[str, tuple[int, str, Mapping[str, np.ndarray]]] = {}
     for index in range(len(run.summary["phases"])):
-        for end, masks in (("begins", run.masks(index)), ("ends", run.end_masks(index))):
-            found |= {name: (index, end, masks) for name in masks if name not in found}
+        for end, read in (("begins", run.masks(index)), ("ends", run.end_masks(index))):
+            found |= {name: (index, end, read) for name in read if name not in found}
     if layer is None:
         raise UserError(f"`layer`: which of {', '.join(found) or 'none: the run was dense'}?")
     if layer not in found:

@@ -40,7 +40,7 @@ def is_course(written: Any) -> bool:
     return isinstance(written, list | tuple | Mapping)
 
 
-def checked(key: str, written: Any, last: int) -> float | dict[str, Any]:
+def checked(key: str, written: Any, last: int | None) -> float | dict[str, Any]:
     """An amount in its full form: a number, or a mapping with every parameter.
 
     Parameters
@@ -48,8 +48,8 @@ def checked(key: str, written: Any, last: int) -> float | dict[str, Any]:
     key : str
         What error messages call it.
     written : number, list or mapping
-    last : int
-        Where a cosine ends that does not say.
+    last : int, optional
+        Where a cosine ends that does not say; without it, it has to.
 
     Raises
     ------
@@ -77,7 +77,7 @@ def checked(key: str, written: Any, last: int) -> float | dict[str, Any]:
     found: dict[str, Any] = {"type": kind}
     for name, default in parameters.items():
         value = given.get(name, last if default is None else default)
-        require(value is not ..., f"{key}: type: {kind} needs '{name}'.")
+        require(value not in (..., None), f"{key}: type: {kind} needs '{name}'.")
         found[name] = number(f"{key}.{name}", value)
     require(found.get("half_period", 1) > 0, f"{key}.half_period must be above 0, not {found.get('half_period')}.")
     return found
@@ -145,6 +145,7 @@ def updates(key: str, written: Mapping[str, Any] | None, steps: int, *, within: 
             f"{key}.{name} must be a whole number of at least {least}, not {value!r}.",
         )
     _check_within(f"{key}.start = {start}", start, steps, within)
+    stop = stop if "stop" in given else max(stop, start + 1)
     require(start < stop, f"{key}: start = {start} must come before stop = {stop}.")
     return {"freq": freq, "start": start, "stop": stop}
 

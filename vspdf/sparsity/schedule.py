@@ -125,7 +125,8 @@ class Phase:
             found = replace(found, sparsity_end=found.end)
         self._check_levels(key, found)
         if self.rules == "cstorch" and not any(stage.sparsity for stage in found.stages()):
-            found = replace(found, sparsity=0.0)  # no update comes within the phase: its masks stay dense
+            self._name_dense(key, found)
+            found = replace(found, sparsity=0.0)
         found = replace(found, name=self.name or _usual_name(found))
         self._check_updates(key, found, previous)
         if layers is not None:
@@ -252,6 +253,17 @@ class Phase:
         )
         near = min((b - a for a, b in pairwise(moves)), default=found.steps)
         self._check_ramp(key, near)
+
+    def _name_dense(self, key: str, found: Amounts) -> None:
+        """Says why no mask of a phase is ever pruned, by rules of cstorch.sparse, which are taken at their word."""
+        if any(self.layers.values()):
+            return
+        why, course = "its first update comes later", found.schedule
+        if starts := found.update_steps():
+            why = "the sparsity stays at 0" if not any(map(found.target, starts)) else "nothing is dropped"
+            if isinstance(course, dict) and course.get("gamma", 0) > 0:
+                why += " (type: exp rises where gamma < 0)"
+        warn_once(f"{key}: algorithm: {self.algorithm} prunes nothing in the phase's {found.steps} steps, {why}.")
 
     def _check_ramp(self, key: str, every: int) -> None:
         """Whether updates of new weights are no longer ramped when the next come, after so many steps."""
