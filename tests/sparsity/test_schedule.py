@@ -6,6 +6,7 @@ import pytest
 
 from vspdf.config.settings import PhaseConfig
 from vspdf.errors import UserError
+from vspdf.runs.record import PhaseRecord
 from vspdf.shapes import Shape, linear_layers
 from vspdf.sparsity import schedule
 from vspdf.sparsity.amounts import warn_once
@@ -221,3 +222,11 @@ def test_a_phase_of_the_cerebras_stack_that_stays_dense_says_why(caplog, setting
     found = Phase(**{"steps": 20, "algorithm": "set", "rules": "cstorch", **settings}).resolved("phases.0")
     assert [stage.sparsity for stage in found.stages()] == [0.0]
     assert re.search(rf"phases.0: algorithm: \w+ prunes nothing in the phase's 20 steps, {why}\.$", caplog.text, re.M)
+
+
+def test_a_summary_has_the_sparsity_that_a_phase_begins_with():
+    record = PhaseRecord()
+    record.step_seconds.append(1.0)
+    late = {"algorithm": "set", "rules": "cstorch", "sparsity": 0.75, "update": {"freq": 5, "start": 5}}
+    found = record.summary({"a": 1}, Phase(steps=20, **late).resolved("phase"), 20)
+    assert found["sparsity"] == 0.0 and [stage["sparsity"] for stage in found["stages"]] == [0.0, 0.3, 0.51, 0.657]
