@@ -161,11 +161,11 @@ def _dense_run(
     near, run = _nearest(shape)
     if not source.phases:
         tokens = run.batch_size * shapes.MODELS[near].sequence_length
-        train.batch_size = batch_size or max(1, round(tokens / shape.sequence_length))
+        train.batch_size = int(batch_size or 0) or max(1, round(tokens / shape.sequence_length))
     batch = train.batch_size
     step_tokens = batch * shape.sequence_length
     if steps is not None:
-        return steps, f"{steps:,} steps of {batch:,} x {shape.sequence_length:,} tokens, as asked for"
+        return int(steps), f"{steps:,} steps of {batch:,} x {shape.sequence_length:,} tokens, as asked for"
     if published and batch == published.batch_size:
         steps, origin = published.steps, "the published one"
     elif published and not source.phases:

@@ -244,8 +244,6 @@ def plan(
         raise UserError(f"phases leave nothing to split: give them, or split = '{split}'.")
     asked, split = split, "add-on" if split is None else split
     _check_arguments(sparsity, effective, split, phases, save, memory, hours, steps, batch_size)
-    steps, batch_size = (None if n is None else int(n) for n in (steps, batch_size))  # NumPy's would not be written
-    phases = phases if phases is None else [(s, int(n)) for s, n in phases]
     source = _source(model).at(sequence)
     shape, settings = source.shape, source.settings
     own = bool(source.phases) and sparsity is effective is phases is save is memory is hours is None
@@ -254,7 +252,7 @@ def plan(
         raise UserError(f"`split` {asked}: there is one stage, or those of {model}; `effective` asks for two.")
     if batch_size and source.phases:
         raise UserError(f"the batch size of {model} is in that file (train.batch_size): `batch_size` is for models.")
-    dense_steps, baseline = _dense_run(source, shape, steps, batch_size, sum(n for _, n in phases or ()) or None)
+    dense_steps, baseline = _dense_run(source, shape, steps, batch_size, sum(int(n) for _, n in phases or ()) or None)
     if machines is not None:
         machines.require_even_shares(settings.train.batch_size)
     step_tokens = settings.train.batch_size * shape.sequence_length
@@ -264,7 +262,7 @@ def plan(
     if not own:
         stages = phases if phases is not None else run.stages(save, memory, hours)
         multiple = LR_MULTIPLE if any(s for s, _ in stages) else 1.0
-        settings.phases = [PhaseConfig(sparsity=s, steps=n, lr_multiple=multiple) for s, n in stages if n]
+        settings.phases = [PhaseConfig(sparsity=s, steps=int(n), lr_multiple=multiple) for s, n in stages if n]
     config = resolve.resolve(settings)
     stretches = _stretches(config)
     if time or machines is not None:
