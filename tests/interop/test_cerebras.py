@@ -204,6 +204,17 @@ UNLIKE = {
     "µP": ("model.embeddings_scale", 10.0, r"model.embeddings_scale is µP, which is not trained here"),
     "no size": ("model.hidden_size", "wide", r"model.hidden_size must be a whole number, not 'wide'"),
     "no initializer": ("model.output_layer_initializer", {"name": "uniform"}, r"must be a truncated_normal with a std"),
+    "a mean": (
+        "model.initializer",
+        {**NORMAL, "mean": 0.5},
+        r"model.initializer.mean = 0.5 is not offered; expected 0",
+    ),
+    "a bound that is none": ("model.initializer", {**NORMAL, "a": "-2s"}, r"initializer.a must be a number, not '-2s'"),
+    "a std of text": ("model.initializer", {**NORMAL, "std": "2%"}, r"initializer.std must be a number, not '2%'"),
+    "no std": ("model.initializer", {**NORMAL, "std": 0}, r"initializer must be a truncated_normal with a std, not"),
+    "a base of 0": ("model", model(**LLAMA, rope_theta=0), r"rope_base must be"),
+    "a range of text": ("model.initializer_range", "a", r"model.initializer_range must be a number, not 'a'"),
+    "a range of 0": ("model.initializer_range", 0, r"model.initializer_range must be a number above 0, not 0"),
     "a billion layers": ("model.num_hidden_layers", 10**9, r"num_hidden_layers = 1000000000 must lie between 1 and 10"),
     "no layers": ("model.num_hidden_layers", 0, r"num_hidden_layers = 0 must lie between 1 and 10,000"),
     "no bias correction, older": (
@@ -240,8 +251,17 @@ def test_the_output_layers_have_a_deviation_of_their_own(tmp_path):
     found = loaded(body, tmp_path)
     assert (found.model.init_std, found.model.output_init_std) == (0.02, 0.0025)
     made = GPT(Shape(2, 32, 4, 128, 257, 16), found.model.init_std, output_init_std=found.model.output_init_std)
-    assert float(made.h[0].mlp.c_proj.weight.detach().abs().max()) <= 0.005 < float(made.h[0].mlp.c_fc.weight.std())
+    assert float(made.h[0].mlp.c_proj.weight.detach().abs().max()) <= 0.005 < float(made.h[0].mlp.c_fc.weight.detach().std())
     assert loaded(older(), tmp_path).model.output_init_std == pytest.approx(0.02 / 2)
+
+
+def test_an_initializers_std_may_be_whole_and_what_of_it_is_not_read_is_named(tmp_path, caplog):
+    wide = {"name": "truncated_normal", "std": 1, "a": -2.0, "b": 2}
+    assert loaded(older(initializer=wide), tmp_path).model.init_std == 1.0
+    assert "model.initializer" not in caplog.text
+    loaded(older(initializer={**wide, "std": 0.02, "seed": 3}), tmp_path)
+    assert "model.initializer: a = -2 and b = 2 are not read: weights are drawn within 2 std, 0.04" in caplog.text
+    assert "not read here: model.initializer.seed" in caplog.text
 
 
 HARMLESS = {

@@ -48,6 +48,10 @@ NOT_OFFERED = {
                           {"algorithm": "set", "sparsity": 0.75, "update": LATE}], r"masks are dense until then"),
     "balanced": ({"algorithm": "rigl", "sparsity": 0.5, "balance_in_groups": 2}, r"unknown setting"),
     "no update": ({"algorithm": "set", "sparsity": 0.5, "update": {"freq": -1}}, r"sparsity.update.freq must be"),
+    "a cosine without an end": ({"algorithm": "gmp", "sparsity": {"type": "cosine", "init": 0.1, "minimum": 0.9}},
+                                r"sparsity.sparsity: type: cosine needs 'half_period'"),
+    "a fraction without an end": ({"algorithm": "set", "sparsity": 0.5, "drop_fraction": {"type": "cosine", "init": 1}},
+                                  r"sparsity.drop_fraction: type: cosine needs 'half_period'"),
     "both words": ({"algorithm": "set", "sparsity": 0.5, "schedule": 0.5}, r"another word for sparsity.sparsity"),
     "another": ({"algorithm": "statik", "sparsity": 0.5}, r"algorithm 'statik' is not known. Did you mean 'static'"),
     "drop_fraction": ({"sparsity": 0.5, "drop_fraction": 0.3}, r"drop_fraction belongs to masks that change"),
@@ -58,6 +62,16 @@ NOT_OFFERED = {
     "init_method": ({"sparsity": 0.5, "init_method": "balanced"}, r"init_method 'balanced' is not offered. Known"),
     "unknown key": ({"sparsity": 0.5, "param_filtr": "*"}, r"'sparsity.param_filtr'. Did you mean 'param_filter'"),
     "everything": ({"sparsity": 0.5, "param_filter": "*"}, r"also takes 'embedding_layer.word_embeddings.weight'"),
+    **{
+        f"{never} beside what is sparse": ({"sparsity": 0.5, "param_filter": [text, "*ffn*"]}, f"also takes '{name}'")
+        for never, text, name in [
+            ("positions", "*position_embeddings*", r"embedding_layer.position_embeddings.weight"),
+            ("positions by the other name", "*embed.weight", r"embedding_layer.position_embeddings.embed.weight"),
+            ("second norms", "*norm3.weight", r"transformer_decoder.layers.0.norm3.weight"),
+            ("a later norm", "*.1.norm1*", r"transformer_decoder.layers.1.norm1.weight"),
+            ("the last norm", "*decoder.norm.*", r"transformer_decoder.norm.weight"),
+        ]
+    },
     "Q alone": ({"sparsity": 0.5, "param_filter": "*proj_q*"}, r"Q, K and V of layer 0 0.5, 0.0, 0.0; they"),
     "nothing matches": ({"sparsity": 0.5, "param_filter": "*fc*dense"}, r"takes no weight that an earlier one has not"),
     "no regex": ({"sparsity": 0.5, "param_name_patterns": "*linear"}, r"'\*linear' is no regex"),
@@ -70,6 +84,16 @@ NOT_OFFERED = {
 def test_blocks_that_cannot_be_kept_are_refused_with_the_reason(block, message):
     with pytest.raises(UserError, match=message):
         sparsity(block, 2, "x.yaml")
+
+
+@pytest.mark.parametrize("key, idle", [("param_filter", "*fnn*"), ("param_name_patterns", ".*fnn")], ids=str)
+def test_a_filter_of_several_that_takes_nothing_is_named(caplog, key, idle):
+    rest = FILTERS[2:] if key == "param_filter" else [".*linear_layer"]
+    sparsity({"sparsity": 0.5, key: [idle, *rest]}, 2, "x.yaml")
+    assert f"x.yaml: sparsity: the filter's '{idle}' takes no weight that can be sparse here." in caplog.text
+    caplog.clear()
+    sparsity({"sparsity": 0.5, key: rest}, 2, "x.yaml")
+    assert not caplog.text
 
 
 def test_a_block_beside_our_own_settings(tiny):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -236,6 +237,13 @@ def test_memory_finds_the_mildest_sparsity_that_fits():
     staged = plan(LARGE, memory=60, effective=0.75)
     assert staged.state_bytes <= 60e9 and staged.effective_sparsity == pytest.approx(0.75, abs=2e-5)
     assert [phase.sparsity for phase in staged.phases] == [0.9, plan(LARGE, memory=60).phases[0].sparsity]
+    tight = plan(LARGE, memory=20, effective=0.75)  # one sparsity from the beginning, for more steps
+    assert len(tight.phases) == 1 and tight.phases[0].sparsity > 0.9
+    assert tight.effective_sparsity == pytest.approx(0.75, abs=2e-5)
+    fixed = plan(LARGE, memory=70, effective=0.75, split="fixed-budget")
+    assert (fixed.token_ratio, fixed.effective_sparsity) == (1, pytest.approx(0.75, abs=2e-5))
+    with pytest.raises(UserError, match=r"effective sparsity of 0.5 is not possible in 60 GB: 0.\d+ is the least that"):
+        plan(LARGE, memory=60, effective=0.5, split="fixed-budget")
     roomy = plan(LARGE, memory=200)
     assert steps(roomy) == steps(plan(LARGE)) and "fits as well" in roomy.notes[0]
 
@@ -295,6 +303,13 @@ def test_what_is_written_loads_as_the_plan(tmp_path, model):
     assert steps(again) == steps(found) and again.flops == found.flops
 
 
+def test_numpys_numbers_are_written_as_ours(tmp_path):
+    two = np.int64(2)
+    write(plan("gpt2-small", phases=[(0.9, two)], batch_size=two, sequence=two), tmp_path / "mine.yaml")
+    loaded = loading.load(tmp_path / "mine.yaml")
+    assert (loaded.phases[0].steps, loaded.train.batch_size, loaded.model.sequence_length) == (2, 2, 2)
+
+
 def test_what_is_written_trains(tmp_path, tiny, command):
     status, out, err = command(
         "--model", tiny, "--phases", "0.9:3,0.5:2,0:1", "--write", tmp_path / "planned.yaml", "--json"
@@ -350,7 +365,7 @@ BAD = {
     "effective above": (["--sparsity", 0.5, "--effective", 0.75], "0.75 cannot come from a first stage at 0.5"),
     "phases": (["--phases", "0.9-100"], "--phases '0.9-100': expected SPARSITY:STEPS"),
     "phases that grow sparser": (["--phases", "0.5:9,0.9:9"], "weights are only ever added"),
-    "phases of no step": (["--phases", "0.5:-1"], "phases.0.steps must be at least 1, not -1"),
+    "phases of no step": (["--phases", "0.5:-1"], "phases.0.steps must be a whole number of at least 0, not -1"),
     "phases and how to split": (
         ["--phases", "0.5:9", "--split", "add-on"],
         "phases leave nothing to split",
@@ -371,6 +386,21 @@ BAD = {
     "no steps": (["--steps", 0], "steps must be positive, not 0"),
     "batch of a configuration": (["--model", "quickstart", "--batch-size", 4], "train.batch_size"),
 }
+
+
+NOT_WHOLE = {
+    "steps": ({"steps": 2.5}, "steps must be a whole number of at least 1, not 2.5"),
+    "batch size": ({"batch_size": True}, "batch size must be a whole number of at least 1, not True"),
+    "sequence": ({"sequence": 16.5}, "`sequence` must be a whole number of at least 1, not 16.5"),
+    "a phase's steps": ({"phases": [(0.9, 2), (0.0, 2.5)]}, r"phases.1.steps must be a whole number of .*, not 2.5"),
+    "no pair": ({"phases": [(0.9,)]}, r"phases.0 must be \(sparsity, steps\), not \(0.9,\)"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", NOT_WHOLE.values(), ids=NOT_WHOLE)
+def test_what_no_run_could_have_is_not_planned(arguments, message):
+    with pytest.raises(UserError, match=message):
+        plan("gpt2-small", **arguments)
 
 
 @pytest.mark.parametrize("arguments, messages", [(a, m) for a, *m in BAD.values()], ids=BAD)

@@ -249,6 +249,38 @@ def test_masks_of_the_cerebras_stack_start_dense_and_never_get_denser_than_asked
     assert phases.stages[0].sparsity == 0.0 and phases.stages[1].start == 4
 
 
+SLOW = {
+    "a late start": ({"sparsity": 0.75, "update": {"freq": 5, "start": 5}}, [0.0, 0.3, 0.51, 0.657]),
+    "values in turn": ({"sparsity": [0.5, 0.75], "update": {"freq": 5}}, [0.5, 0.65, 0.5, 0.65]),
+    "fractions in turn": (
+        {"sparsity": 0.75, "update": {"freq": 5, "start": 5}, "drop_fraction": [0.5, 0.1]}, [0.0, 0.5, 0.55, 0.75]
+    ),
+    "nothing dropped": ({"sparsity": 0.75, "update": {"freq": 5, "start": 5}, "drop_fraction": 0.0}, [0.0]),
+    "rigl": ({"algorithm": "rigl", "sparsity": 0.4, "update": {"freq": 5, "start": 5}}, [0.0, 0.3, 0.4]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings, expected", SLOW.values(), ids=SLOW)
+def test_the_sparsity_that_figures_go_by_is_what_an_update_of_the_cerebras_stack_reaches(settings, expected):
+    phase = vspdf.Phase(**{"steps": 20, "algorithm": "set", "rules": "cstorch", "count": "truncate", **settings})
+    assert [stage.sparsity for stage in phase.resolved("phase").stages()] == pytest.approx(expected)
+    model, phases, found = mlp(), vspdf.Phases([phase]), []
+    phases.start(model)
+    optimizer = adamw(model)
+    for step in range(20):
+        loop(phases, model, optimizer, [step])
+        found.append(phases.sparsity)
+    assert found[::5] == pytest.approx((expected + expected[-1:] * 3)[:4], abs=0.01)
+
+
+def test_a_switch_to_rules_of_the_cerebras_stack_is_to_the_sparsity_asked_for():
+    second = vspdf.Phase(steps=8, algorithm="set", rules="cstorch", sparsity=0.5, update={"freq": 4})
+    model, phases = mlp(), vspdf.Phases([(0.0, 4), second])
+    phases.start(model)
+    loop(phases, model, adamw(model), range(5))
+    assert phases.sparsity == pytest.approx(0.5, abs=0.01)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -294,7 +326,8 @@ def test_a_phase_of_the_cerebras_stack_that_ends_before_its_first_update_claims_
     rules = {"algorithm": "set", "rules": "cstorch", "sparsity": 0.75, "update": {"start": 100, "stop": 200}}
     found = vspdf.Phase(steps=8, **rules).resolved("phase")
     assert (found.sparsity, found.end, found.mean({"a": 1}), found.name) == (0.0, 0.0, 0.0, "set 0")
-    assert vspdf.Phase(steps=101, **rules).resolved("phase").end == 0.75
+    found = vspdf.Phase(steps=101, **rules).resolved("phase")
+    assert (found.sparsity, found.end, found.name) == (0.75, 0.3, "set 0.75")  # one update drops its 0.3 and no more
 
 
 def test_updates_leave_nothing_behind():

@@ -1,12 +1,15 @@
 import math
+import re
 from itertools import pairwise
 
 import pytest
 
 from vspdf.config.settings import PhaseConfig
 from vspdf.errors import UserError
+from vspdf.runs.record import PhaseRecord
 from vspdf.shapes import Shape, linear_layers
 from vspdf.sparsity import courses, schedule
+from vspdf.sparsity.amounts import _warn
 from vspdf.sparsity.schedule import Phase
 from vspdf.train.schedule import Position, position
 
@@ -263,3 +266,29 @@ def test_a_cosine_ends_where_updates_do(update, last, end):
     found = Phase(sparsity=course, drop_fraction=course, algorithm="set", steps=100, update=update).resolved("phases.0")
     assert found.end == 0.5 and found.stages()[-1].start == last
     assert found.dropped(end) == pytest.approx(0.5) and found.drop_fraction["half_period"] == end
+
+
+EXP = {"type": "exp", "init": 0, "gamma": 0.1, "final": 0.8}
+DENSE = {
+    "a late start": ({"sparsity": 0.75, "update": {"freq": 5, "start": 50}}, "its first update comes later"),
+    "late steps": ({"sparsity": 0.5, "update": {"steps": [50]}}, "its first update comes later"),
+    "a course that falls": ({"algorithm": "gmp", "sparsity": EXP}, r"the .* at 0 \(type: exp rises where gamma < 0\)"),
+    "no sparsity": ({"sparsity": 0.0}, "the sparsity stays at 0"),
+    "no drop": ({"sparsity": 0.6, "update": {"start": 5}, "drop_fraction": 0}, "nothing is dropped"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings, why", DENSE.values(), ids=DENSE)
+def test_a_phase_of_the_cerebras_stack_that_stays_dense_says_why(caplog, settings, why):
+    _warn.cache_clear()
+    found = Phase(**{"steps": 20, "algorithm": "set", "rules": "cstorch", **settings}).resolved("phases.0")
+    assert [stage.sparsity for stage in found.stages()] == [0.0]
+    assert re.search(rf"phases.0: algorithm: \w+ prunes nothing in the phase's 20 steps, {why}\.$", caplog.text, re.M)
+
+
+def test_a_summary_has_the_sparsity_that_a_phase_begins_with():
+    record = PhaseRecord()
+    record.step_seconds.append(1.0)
+    late = {"algorithm": "set", "rules": "cstorch", "sparsity": 0.75, "update": {"freq": 5, "start": 5}}
+    found = record.summary({"a": 1}, Phase(steps=20, **late).resolved("phase"), 20)
+    assert found["sparsity"] == 0.0 and [stage["sparsity"] for stage in found["stages"]] == [0.0, 0.3, 0.51, 0.657]

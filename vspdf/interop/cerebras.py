@@ -20,7 +20,7 @@ from vspdf.config.settings import ModelConfig
 from vspdf.errors import UserError, did_you_mean
 from vspdf.interop import cerebras_rates
 from vspdf.interop.architectures import whole_number
-from vspdf.interop.cerebras_forms import CHOICES, NUMBERS, forms
+from vspdf.interop.cerebras_forms import CHOICES, NUMBERS, forms, number, number_or
 from vspdf.interop.cerebras_keys import check_keys, check_off, mapping, name_unknown
 from vspdf.interop.cerebras_sparsity import roles_of, sparsity
 
@@ -46,6 +46,7 @@ _MODEL_BESIDE = ("name", "mixed_precision", "fp16_type", "use_bfloat16", "attent
 _MUP = ("mup_base_hidden_size", "mup_base_filter_size", "embeddings_scale", "output_logits_scale",
         "output_logits_alpha", "scale_qk_dot_by_d", "attention_logits_alpha", "adjust_learning_rate")  # fmt: skip
 _STD = 0.02  # of an initializer that is left out
+_INITIALIZER = ("name", "mean", "std", "a", "b")
 _FACTORS = ("embeddings_scale", "output_logits_scale", "output_logits_alpha", "attention_logits_alpha")  # 1: as here
 _OPTIMIZER = ("optimizer_type", "betas", "beta1", "beta2", "eps", "epsilon", "weight_decay", "weight_decay_rate",
               "learning_rate", "max_gradient_norm", "correct_bias", "use_bias_correction", "adjust_learning_rate",
@@ -146,7 +147,10 @@ def _model(model: Mapping[str, Any], where: str) -> dict[str, Any]:
     found: dict[str, Any] = _sizes(model, where, llama=True) | forms(model, where)
     _check_loss(model, found["sequence_length"], where)
     std, output = _std(model, "initializer", where), _std(model, "output_layer_initializer", where)
-    std = (model.get("initializer_range") or _STD) if std is None else std
+    by_range = number_or(_STD, model.get("initializer_range"), "initializer_range", where)
+    if not 0 < by_range < math.inf:
+        raise UserError(f"{where}: model.initializer_range must be a number above 0, not {by_range:g}.")
+    std = by_range if std is None else std
     found |= {} if std == _STD else {"init_std": std}
     if (embedding := _std(model, "embedding_initializer", where)) not in (None, std):
         raise UserError(f"{where}: model.embedding_initializer.std = {embedding} is not offered; expected {std}.")
@@ -217,14 +221,19 @@ def _std(model: Mapping[str, Any], key: str, where: str) -> float | None:
     value = model.get(key)
     if value is None:
         return None
-    if (
-        not isinstance(value, dict)
-        or value.get("name") != "truncated_normal"
-        or not isinstance(value.get("std"), float)
-        or not 0 < value["std"] < math.inf
-    ):
+    named = isinstance(value, dict) and value.get("name") == "truncated_normal" and value.get("std") is not None
+    std = number(value["std"], f"{key}.std", where) if named else math.nan
+    if not 0 < std < math.inf:
         raise UserError(f"{where}: model.{key} must be a truncated_normal with a std, not {value!r}.")
-    return value["std"]
+    name_unknown(f"model.{key}", value, _INITIALIZER, where)
+    usual = {"mean": 0.0, "a": -2 * std, "b": 2 * std}
+    mean, a, b = (number_or(usual[name], value.get(name), f"{key}.{name}", where) for name in usual)
+    if mean:
+        raise UserError(f"{where}: model.{key}.mean = {mean:g} is not offered; expected 0.0.")
+    if not (math.isclose(a, -2 * std, rel_tol=1e-6) and math.isclose(b, 2 * std, rel_tol=1e-6)):
+        log.warning("%s: model.%s: a = %g and b = %g are not read: weights are drawn within 2 std, %g.",
+                    where, key, a, b, 2 * std)  # fmt: skip
+    return std
 
 
 def _current(body: Mapping[str, Any], init: Mapping[str, Any], where: str) -> tuple[int, Mapping, dict[str, Any]]:

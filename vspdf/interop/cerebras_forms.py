@@ -47,7 +47,7 @@ def forms(model: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise UserError(f"{where}: model.norm_type must be rmsnorm where linear layers have no bias.")
         found["bias"] = "qkv" if biases[0] else False
     if (eps := model.get("layer_norm_epsilon")) is not None and eps != 1e-5:
-        found["norm_eps"] = _number(eps, "layer_norm_epsilon", where)
+        found["norm_eps"] = number(eps, "layer_norm_epsilon", where)
     if (inner := model.get("attention_inner_dim")) is not None:
         found["d_attention"] = whole_number(inner, "model.attention_inner_dim", where)
     if say("attention_module") == "multiquery_attention":
@@ -63,9 +63,9 @@ def _rotary(model: Mapping[str, Any], where: str) -> dict[str, Any]:
     if isinstance(heads, int) and isinstance(inner, int) and heads > 0 and model.get("rotary_dim") is not None:
         part = whole_number(model["rotary_dim"], "model.rotary_dim", where) / (inner / heads)
         found |= {"rope_fraction": part} if part != 1 else {}
-    base = _number(model.get("rope_theta") or 10_000.0, "rope_theta", where)
+    base = number_or(10_000.0, model.get("rope_theta"), "rope_theta", where)
     found |= {"rope_base": base} if base != 10_000.0 else {}
-    factor = _number(model.get("pos_scaling_factor") or 1.0, "pos_scaling_factor", where)
+    factor = number_or(1.0, model.get("pos_scaling_factor"), "pos_scaling_factor", where)
     if factor == 1.0:
         return found
     extra = model.get("pos_scaling_extra_args") or {}
@@ -76,7 +76,13 @@ def _rotary(model: Mapping[str, Any], where: str) -> dict[str, Any]:
     return found | {"rope_scaling": scaling | {names.get(key, key): value for key, value in extra.items()}}
 
 
-def _number(value: Any, key: str, where: str) -> float:
+def number_or(default: float, value: Any, key: str, where: str) -> float:
+    """A setting of the model that must be a number, or what it is where it is left out."""
+    return default if value is None else number(value, key, where)
+
+
+def number(value: Any, key: str, where: str) -> float:
+    """A setting of the model that must be a number, or UserError."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise UserError(f"{where}: model.{key} must be a number, not {value!r}.")
     return float(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,8 @@ from vspdf.errors import UserError, did_you_mean
 from vspdf.sparsity import courses
 from vspdf.sparsity.schedule import INIT_METHODS
 
+log = logging.getLogger("vspdf")
+
 # Our layers, and the weights of theirs that make up each.
 ROLES = {
     "attn.c_attn": [f"self_attn.proj_{x}_dense_layer" for x in "qkv"],
@@ -23,9 +26,12 @@ ROLES = {
 }
 _NEVER_SPARSE = (
     "embedding_layer.word_embeddings.weight",
+    "embedding_layer.position_embeddings.weight",
+    "embedding_layer.position_embeddings.embed.weight",
     "lm_head.weight",
-    "transformer_decoder.layers.0.norm1.weight",
+    "transformer_decoder.norm.weight",
 )
+_NORMS = ("norm1", "norm3")  # of every layer, never sparse either
 _SPARSITY_KEYS = ("algorithm", "type", "sparsity", "schedule", "init_method", "param_filter", "param_name_patterns",
                   "seed", "drop_fraction", "update")  # fmt: skip
 _REPEATS = 4  # in one alternative of a regex: more could take hours on a name that does not match
@@ -143,7 +149,7 @@ def _amount(amount: Any, algorithm: str, where: str) -> Any:
             f"{where}: sparsity as a schedule belongs to masks that change; to densify in steps, give a phase "
             "of ours a `schedule`."
         )
-    return courses.checked(f"{where}: sparsity.sparsity", amount, 0, bounded=False)
+    return courses.checked(f"{where}: sparsity.sparsity", amount, None, bounded=False)
 
 
 def _moves(rules: list[dict[str, Any]], where: str) -> dict[str, Any]:
@@ -164,7 +170,7 @@ def _moves(rules: list[dict[str, Any]], where: str) -> dict[str, Any]:
         if first["algorithm"] == "gmp":
             raise UserError(f"{where}: sparsity.drop_fraction belongs to 'set' and 'rigl', not to 'gmp'.")
         drop = found["drop_fraction"]
-        found["drop_fraction"] = courses.checked(f"{where}: sparsity.drop_fraction", drop, 0, bounded=False)
+        found["drop_fraction"] = courses.checked(f"{where}: sparsity.drop_fraction", drop, None, bounded=False)
     if 0 not in courses.update_steps(update, 1) and len({str(rule["sparsity"]) for rule in rules}) > 1:
         raise UserError(
             f"{where}: sparsity.update begins after step 0, so that masks are dense until then: that goes with one "
@@ -212,38 +218,49 @@ def _check_regex(text: str, where: str) -> None:
         )
 
 
-def _matches(name: str, rule: Mapping[str, Any], where: str) -> bool:
+def _matches(name: str, rule: Mapping[str, Any]) -> bool:
     """Whether a rule takes a weight of theirs, whose name begins with ``model.`` or not."""
-    if rule["filters"] is None:
-        return not any(name.endswith(never) for never in _NEVER_SPARSE)
-    for text in rule["filters"]:
-        if rule["regex"]:
-            hit = any(re.match(text, prefix + name) for prefix in ("", "model."))
-        else:
-            hit = any(fnmatchcase(prefix + name, text) for prefix in ("", "model."))
-        if hit:
-            return True
-    return False
+    return rule["filters"] is None or any(_hit(name, text, rule["regex"]) for text in rule["filters"])
+
+
+def _hit(name: str, text: str, regex: bool) -> bool:
+    names = (name, f"model.{name}")
+    return any(re.match(text, name) if regex else fnmatchcase(name, text) for name in names)
+
+
+def _check_filters(rules: list[dict[str, Any]], n_layer: int, where: str, layers: Iterable[tuple[str, ...]]) -> None:
+    """Refuses filters that take what is never sparse; one of several that takes none of `layers` is named in a line."""
+    norms = [f"transformer_decoder.layers.{i}.{norm}.weight" for i in range(n_layer) for norm in _NORMS]
+    names = [name for both in layers for name in both]
+    for rule in rules:
+        filters = rule["filters"] or []
+        for never in (*_NEVER_SPARSE, *norms) if filters and rule["sparsity"] else ():
+            if _matches(never, rule):
+                raise UserError(
+                    f"{where}: the filter {filters} also takes '{never}'; only projections and FFN "
+                    "matrices are sparse here: narrow it, e.g. '*_dense_layer.weight' and '*linear_layer.weight'."
+                )
+        idle = [text for text in filters if not any(_hit(name, text, rule["regex"]) for name in names)]
+        if names and 0 < len(idle) < len(filters):
+            log.warning("%s: sparsity: the filter's %s takes no weight that can be sparse here.",
+                        where, " and ".join(map(repr, idle)))  # fmt: skip
 
 
 def _by_layer(rules: list[dict[str, Any]], n_layer: int, where: str, roles: Mapping[str, list[str]]) -> dict[str, Any]:
     """Sparsity of each of our layers."""
-    for rule in rules:
-        for never in _NEVER_SPARSE:
-            if rule["sparsity"] and _matches(never, rule, where):
-                raise UserError(
-                    f"{where}: the filter {rule['filters']} also takes '{never}'; only projections and FFN "
-                    "matrices are sparse here: narrow it, e.g. '*_dense_layer.weight' and '*linear_layer.weight'."
-                )
+    names = {
+        (i, ours, part): (f"transformer_decoder.layers.{i}.{part}.weight", f"h.{i}.{ours}.weight")
+        for i in range(n_layer) for ours, parts in roles.items() for part in parts
+    }  # fmt: skip
+    _check_filters(rules, n_layer, where, names.values())
     chosen: dict[str, float] = {}
     used: set[int | None] = set()
     for i in range(n_layer):
         for ours, parts in roles.items():
             amounts = []
             for part in parts:
-                name = f"transformer_decoder.layers.{i}.{part}.weight"
-                names = (name, f"h.{i}.{ours}.weight")
-                first = next((k for k, rule in enumerate(rules) if any(_matches(n, rule, where) for n in names)), None)
+                both = names[i, ours, part]
+                first = next((k for k, rule in enumerate(rules) if any(_matches(n, rule) for n in both)), None)
                 amounts.append(0.0 if first is None else rules[first]["sparsity"])
                 used.add(first)
             if any(amount != amounts[0] for amount in amounts):

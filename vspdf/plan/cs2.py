@@ -35,14 +35,19 @@ def compare(folder: Path, machine: Machine | None = None) -> list[dict[str, Any]
         If the run is not finished, a file of it is broken, or its model's activations do not fit the wafer.
     """
     run = Run(folder).require(finished=True).check(whole=False)
-    ends = [run.end_masks(index) for index in range(len(run.summary["phases"]))]
-    rows = compare_phases(machine or machines.load(), run.shape, _masks(run), run.summary["phases"], ends=ends)
+    rows = _compared(machine or machines.load(), run, _masks(run))
     Writer(folder).summary({**run.summary, "comparison": rows})
     return rows
 
 
 def _masks(run: Run) -> list[Mapping[str, np.ndarray]]:
     return [run.masks(index) for index in range(len(run.summary["phases"]))]
+
+
+def _compared(machine: Machine, run: Run, masks: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
+    """`compare_phases` of a run that is at hand."""
+    ends = [run.end_masks(index) for index in range(len(masks))]
+    return compare_phases(machine, run.shape, masks, run.summary["phases"], ends=ends)
 
 
 STAGES = 4  # of a sparsity that changes, that are simulated
@@ -80,6 +85,12 @@ def _mean(stages: Sequence[Mapping[str, Any]]) -> float:
     return sum(stage["steps"] * stage["sparsity"] for stage in stages) / sum(stage["steps"] for stage in stages)
 
 
+def _stages(phase: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Steps and sparsity of the stages of a phase, as in a summary; that of one stage is over all layers."""
+    stages: Sequence[Mapping[str, Any]] = phase.get("stages", [])
+    return stages if len(stages) > 1 else [{"steps": phase["steps"], "sparsity": phase["sparsity"]}]
+
+
 def _batch(phase: Mapping[str, Any], shape: Shape) -> int:
     """Sequences a step of a phase had."""
     return max(1, round(phase["tokens"] / phase["steps"] / shape.sequence_length))
@@ -105,9 +116,7 @@ def compare_phases(
     """
     table = []
     for phase, patterns, end in zip(phases, masks, ends or [{}] * len(phases), strict=True):
-        stages = phase.get("stages", [])
-        if len(stages) < 2:  # the phase's is that over all layers
-            stages = [{"steps": phase["steps"], "sparsity": phase["sparsity"]}]
+        stages = _stages(phase)
         if not any(stage["sparsity"] for stage in stages):
             continue
         result = _over_time(machine, shape, stages, patterns, end, _batch(phase, shape), systems)
@@ -155,6 +164,7 @@ def layer_by_request(
     one_of("`level`", level, ("event", "aggregate"))
     require(run is not None or mask is not None or layer is None, "`layer` is one of a `run` or of a `mask` file.")
     require(run is None or mask is None, "`run` and `mask` both give the mask: leave one away.")
+    where = ""
     if (source := "run" if run is not None else "mask" if mask is not None else None) is not None:
         for name, value in (("in_features", in_features), ("out_features", out_features), ("sparsity", sparsity)):
             require(value is None, f"`{source}` gives the layer's size and mask: leave `{name}` away.")
@@ -165,15 +175,8 @@ def layer_by_request(
 
         weights = Weights.of_mask(Pattern.read(mask, name=layer).mask().numpy())
     elif run is not None:
-        done = Run(Path(run)).require(finished=True).check(whole=False)
-        masks = done.masks(0)
-        if layer is None:
-            raise UserError(f"`layer`: which of {', '.join(masks) or 'none: the run was dense'}?")
-        if layer not in masks:
-            raise UserError(f"'{run}' has no sparse layer '{layer}'.{did_you_mean(layer, masks)}")
-        weights = Weights.of_mask(masks[layer])
-        if tokens is None:
-            tokens = _batch(done.summary["phases"][0], done.shape) * done.shape.sequence_length
+        weights, usual, where = _layer_of_run(Path(run), layer)
+        tokens = usual if tokens is None else tokens
     elif tokens is None or in_features is None or out_features is None:
         raise UserError(
             "expected `tokens`, `in_features` and `out_features` (e.g. 65536, 12288, 12288), or `run` and `layer`."
@@ -188,13 +191,38 @@ def layer_by_request(
     if level == "event":
         from vspdf.simulator.events.layer import event_layer  # needs the compiled core
 
-        return event_layer(machine, weights, tokens, plot)
+        return _noted(event_layer(machine, weights, tokens, plot), where)
     if plot is not None:
         check_picture(plot)
-    result = simulate_layer(machine, weights, tokens)
+    result = _noted(simulate_layer(machine, weights, tokens), where)
     if plot is not None:
         plot_layer(machine, sweep_layer(machine, weights.in_features, weights.out_features, tokens), plot)
     return result
+
+
+def _layer_of_run(folder: Path, layer: str | None) -> tuple[Weights, int, str]:
+    """A layer as the first phase that has its mask begins, or else ends; tokens of that phase's step; and which it is.
+
+    Masks that move may begin dense, and be sparse at a phase's end alone.
+    """
+    run = Run(folder).require(finished=True).check(whole=False)
+    found: dict[str, tuple[int, str, Mapping[str, np.ndarray]]] = {}
+    for index in range(len(run.summary["phases"])):
+        for end, read in (("begins", run.masks(index)), ("ends", run.end_masks(index))):
+            found |= {name: (index, end, read) for name in read if name not in found}
+    if layer is None:
+        raise UserError(f"`layer`: which of {', '.join(found) or 'none: the run was dense'}?")
+    if layer not in found:
+        raise UserError(f"'{folder}' has no sparse layer '{layer}'.{did_you_mean(layer, found)}")
+    index, end, masks = found[layer]
+    phase = run.summary["phases"][index]
+    tokens = _batch(phase, run.shape) * run.shape.sequence_length
+    return Weights.of_mask(masks[layer]), tokens, f"The mask is that of phase '{phase['name']}' as it {end}."
+
+
+def _noted(result: dict[str, Any], line: str) -> dict[str, Any]:
+    """A result with a line more in its note."""
+    return {**result, "note": " ".join(filter(None, (result.get("note"), line)))}
 
 
 def step_by_request(
@@ -221,9 +249,9 @@ def step_by_request(
     if plot is not None:
         check_picture(plot)
     what, done, masks = _model(model, run, batch, sequence, systems, sparsity)
-    result = simulate_step(machine, what)
+    result = _noted(simulate_step(machine, what), _begins_dense(done, what, sparsity))
     near = tuple({result["mapping"][kind]["columns"] for kind in ("dense", "sparse")})
-    result["comparison"] = compare_phases(machine, done.shape, masks, done.summary["phases"]) if done else []
+    result["comparison"] = _compared(machine, done, masks) if done else []
     cut = result["mapping"]["sparse"]["passes"] > 1  # one micro-batch alone: the more sequences the better
     result["better_batch"] = outlook.better_batch(machine, what.grouped(), near) if cut else None
     result["beside"] = outlook.beside(result)
@@ -259,15 +287,16 @@ def scale_by_request(
         check_whole("`systems`", count)
     if plot is not None:
         check_picture(plot)
-    what, _, _ = _model(model, run, batch, sequence, 1, sparsity)
+    what, done, _ = _model(model, run, batch, sequence, 1, sparsity)
     rows = outlook.scale(machine, what, systems, weak)
     if plot is not None:
         kind = "so many sequences a system" if weak else "one batch for all"
         outlook.plot_rows(rows, "systems", f"{machine.name}: {kind}", plot)
-    return {
+    result = {
         **machine.said(), "batch": what.batch, "weak": weak, "sparsity": 1 - what.kept,
         "sequence_length": what.shape.sequence_length, "rows": rows,
     }  # fmt: skip
+    return _noted(result, _begins_dense(done, what, sparsity))
 
 
 def _model(
@@ -297,7 +326,21 @@ def _model(
         raise UserError("`batch`: how many sequences does a step of this model have?")
     if done and sparsity is None and masks[0]:
         return Model.of_patterns(shape, masks[0], batch, systems), done, masks
+    if done and sparsity is None:  # it begins dense, or did not keep its masks
+        sparsity = _stages(done.summary["phases"][0])[0]["sparsity"]
     return Model.uniform(shape, batch, sparsity or 0.0, systems), done, masks
+
+
+def _begins_dense(run: Run | None, simulated: Model, sparsity: float | None) -> str:
+    """A line for a run that is simulated as it begins, which is dense, and was sparse later; else none."""
+    if run is None or sparsity is not None or simulated.kept < 1:
+        return ""
+    for phase in run.summary["phases"]:
+        if most := max(stage["sparsity"] for stage in _stages(phase)):
+            return (
+                f"The run is simulated as it begins, dense; phase '{phase['name']}' has a sparsity of up to {most:.4g}."
+            )
+    return ""
 
 
 ESTIMATES: dict[str, Callable[..., dict[str, Any]]] = {

@@ -10,7 +10,7 @@ from vspdf import shapes
 from vspdf.config import loading, resolve
 from vspdf.config.resolved import ResolvedModel, ResolvedPhase
 from vspdf.config.settings import Config, ModelConfig
-from vspdf.errors import UserError, did_you_mean, near_path, require
+from vspdf.errors import UserError, check_whole, did_you_mean, near_path, require
 from vspdf.files import read_json
 from vspdf.interop import load_config
 from vspdf.interop.architectures import ARCHITECTURES, read_shape
@@ -65,8 +65,8 @@ class Source(NamedTuple):
         if length is None:
             return self
         require(not self.phases, f"`sequence` is for models: {self.name} has model.sequence_length.")
-        require(length >= 1, f"`sequence` must be at least 1, not {length}.")
-        self.settings.model.sequence_length = length
+        check_whole("`sequence`", length)
+        self.settings.model.sequence_length = int(length)
         return self._replace(model=resolve.resolve_model(self.settings.model))
 
 
@@ -161,11 +161,11 @@ def _dense_run(
     near, run = _nearest(shape)
     if not source.phases:
         tokens = run.batch_size * shapes.MODELS[near].sequence_length
-        train.batch_size = batch_size or max(1, round(tokens / shape.sequence_length))
+        train.batch_size = int(batch_size or 0) or max(1, round(tokens / shape.sequence_length))
     batch = train.batch_size
     step_tokens = batch * shape.sequence_length
     if steps is not None:
-        return steps, f"{steps:,} steps of {batch:,} x {shape.sequence_length:,} tokens, as asked for"
+        return int(steps), f"{steps:,} steps of {batch:,} x {shape.sequence_length:,} tokens, as asked for"
     if published and batch == published.batch_size:
         steps, origin = published.steps, "the published one"
     elif published and not source.phases:

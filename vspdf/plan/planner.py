@@ -17,7 +17,7 @@ from vspdf.bench.calibrate import Calibration
 from vspdf.config import resolve
 from vspdf.config.resolved import ResolvedConfig
 from vspdf.config.settings import PhaseConfig
-from vspdf.errors import UserError, check_sparsity, did_you_mean
+from vspdf.errors import UserError, check_sparsity, check_whole, did_you_mean, require
 from vspdf.plan.cs2 import on_cs2
 from vspdf.plan.machines import Machines
 from vspdf.plan.models import _dense_run, _source
@@ -252,7 +252,7 @@ def plan(
         raise UserError(f"`split` {asked}: there is one stage, or those of {model}; `effective` asks for two.")
     if batch_size and source.phases:
         raise UserError(f"the batch size of {model} is in that file (train.batch_size): `batch_size` is for models.")
-    dense_steps, baseline = _dense_run(source, shape, steps, batch_size, sum(n for _, n in phases or ()) or None)
+    dense_steps, baseline = _dense_run(source, shape, steps, batch_size, sum(int(n) for _, n in phases or ()) or None)
     if machines is not None:
         machines.require_even_shares(settings.train.batch_size)
     step_tokens = settings.train.batch_size * shape.sequence_length
@@ -262,7 +262,7 @@ def plan(
     if not own:
         stages = phases if phases is not None else run.stages(save, memory, hours)
         multiple = LR_MULTIPLE if any(s for s, _ in stages) else 1.0
-        settings.phases = [PhaseConfig(sparsity=s, steps=n, lr_multiple=multiple) for s, n in stages if n]
+        settings.phases = [PhaseConfig(sparsity=s, steps=int(n), lr_multiple=multiple) for s, n in stages if n]
     config = resolve.resolve(settings)
     stretches = _stretches(config)
     if time or machines is not None:
@@ -343,3 +343,10 @@ def _check_arguments(
     for what, value in {"memory": memory, "hours": hours, "steps": steps, "batch size": batch_size}.items():
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{what} must be positive, not {value}.")
+    for what, value in {"steps": steps, "batch size": batch_size}.items():
+        if value is not None:
+            check_whole(what, value)
+    for i, phase in enumerate(phases or ()):
+        pair = isinstance(phase, tuple | list) and len(phase) == 2
+        require(pair, f"phases.{i} must be (sparsity, steps), not {phase!r}.")
+        check_whole(f"phases.{i}.steps", phase[1], least=0)

@@ -128,6 +128,11 @@ class _Wish:
         first = max(SPARSITY, least) if self.sparsity is None else self.sparsity
         if self.effective > first:
             raise UserError(f"an effective sparsity of {self.effective} cannot come from a first stage at {first}.")
+        if self.how == "fixed-budget" and self.effective < least:
+            raise UserError(
+                f"an effective sparsity of {self.effective} is not possible in {budget / 1e9:.4g} GB: {least} is the "
+                "least that fits."
+            )
         stages = self._fit(lambda s: 1 - s, (1 - self.effective) * self.dense_steps, first, least)
         assert stages is not None
         return stages
@@ -158,7 +163,10 @@ class _Wish:
         left = budget - steps * a
         if left < -1e-9 * budget:
             return None
-        if self.how == "add-on" or first == last:
-            return [(first, steps), (last, math.floor(max(0.0, left) / b + 1e-9) if first != last else 0)]
+        if self.how == "add-on":
+            more = math.floor(max(0.0, left) / b + 1e-9)
+            return [(first, steps + more)] if first == last else [(first, steps), (last, more)]
+        if first == last:
+            return [(first, steps)]
         sparse = max(0, math.ceil((steps * b - budget) / (b - a) - 1e-9))
         return [(first, sparse), (last, steps - sparse)]

@@ -296,7 +296,7 @@ class Run:
             last, pairs = mine[-1], record.get("paired_seconds") or []
             body = {
                 "name": phase.name,
-                "sparsity": phase.mean(layers),
+                "sparsity": phase.mean(layers, phase.stages()[0].sparsity),
                 "stages": stages(phase, layers, last["step"] - before["step"]),
                 "steps": last["step"] - before["step"],
                 "tokens": last["tokens"] - before["tokens"],

@@ -53,7 +53,7 @@ class PhaseRecord:
         """What `summary.json` says of the phase, of a model that has `layers` with so many weights each."""
         body: dict[str, Any] = {
             "name": phase.name,
-            "sparsity": phase.mean(layers),
+            "sparsity": phase.mean(layers, phase.stages()[0].sparsity),
             "stages": stages(phase, layers, phase.steps),
             "steps": phase.steps,
             "tokens": tokens,

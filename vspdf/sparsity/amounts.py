@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -149,22 +149,29 @@ class Amounts:
         With u from 0 at the first update to 1 at the last, the sparsity s goes from a to b as: linear, a + (b − a)u;
         exp, 1 − s grows by equal factors; power, b + (a − b)(1 − u)³ (arXiv:1710.01878); cosine,
         b + (a − b)(1 + cos πu)/2; cycling, the levels one after the other. A course has a value at each update.
+
+        By the rules of cstorch.sparse an update of "set" and "rigl" drops its fraction and no more, so that a sparsity
+        above that is reached over several of them.
         """
-        starts: Sequence[int] = self.update_steps()
-        dense = self.rules == "cstorch" and 0 not in starts  # there a mask that is not updated yet lets all through
-        points = [(0, 0.0 if dense else self.sparsity)]
-        if self.schedule != "constant":
-            points += [(start, self._amount(start, k, len(starts) - 1)) for k, start in enumerate(starts)]
-        elif dense and starts:
-            points.append((starts[0], self.sparsity))
-        kept = [points[0]]
-        for start, amount in points[1:]:
-            if start == 0:
-                kept = [(0, amount)]
-            elif amount != kept[-1][1]:
+        slow = self.rules == "cstorch" and self.algorithm != "gmp"
+        starts = () if self.schedule == "constant" and self.rules == "vspdf" else self.update_steps()
+        kept = [(0, self.target(0))]
+        for start in starts:
+            amount, before = self.target(start), kept[-1][1]
+            if slow and start:
+                amount = round(min(amount, 1 - (1 - self.dropped(start)) * (1 - before)), 12)
+            if amount != before:
                 kept.append((start, amount))
         ends = [start for start, _ in kept[1:]] + [self.steps]
         return [Stage(start, end - start, amount) for (start, amount), end in zip(kept, ends, strict=True)]
+
+    def target(self, step: int) -> float:
+        """The sparsity that the last update up to a step of the phase goes for."""
+        starts = self.update_steps()
+        k = bisect_right(starts, step) - 1
+        if k < 0 and self.rules == "cstorch":  # there a mask that is not updated yet lets all through
+            return 0.0
+        return self.sparsity if k < 0 or self.schedule == "constant" else self._amount(starts[k], k, len(starts) - 1)
 
     def coarse_stages(self, most: int = 8) -> list[Stage]:
         """At most so many stretches with the same weights trained in each: of a sparsity that changes all the time."""

@@ -50,7 +50,7 @@ def is_course(written: Any) -> bool:
     return isinstance(written, list | tuple | Mapping)
 
 
-def checked(key: str, written: Any, last: int, *, bounded: bool = True) -> float | dict[str, Any]:
+def checked(key: str, written: Any, last: int | None, *, bounded: bool = True) -> float | dict[str, Any]:
     """An amount in its full form: a number, or a mapping with every parameter.
 
     Parameters
@@ -58,8 +58,8 @@ def checked(key: str, written: Any, last: int, *, bounded: bool = True) -> float
     key : str
         What error messages call it.
     written : number, list or mapping
-    last : int
-        Where a cosine ends that does not say.
+    last : int, optional
+        Where a cosine ends that does not say; without it, it has to.
     bounded : bool
         Refuse values outside [0, 1] that are written, most likely percentages. cstorch takes 0 and 1 for them.
 
@@ -90,7 +90,7 @@ def checked(key: str, written: Any, last: int, *, bounded: bool = True) -> float
     full: dict[str, Any] = {"type": kind}
     for name, default in parameters.items():
         value = given.get(name, last if default is None else default)
-        require(value is not ..., f"{key}: type: {kind} needs '{name}'.")
+        require(value not in (..., None), f"{key}: type: {kind} needs '{name}'.")
         value = number(f"{key}.{name}", value)
         full[name] = _bounded(f"{key}.{name}", value, bounded and name in _BOUNDED)
     require(full.get("half_period", 1) > 0, f"{key}.half_period must be above 0, not {full.get('half_period')}.")
@@ -166,6 +166,7 @@ def updates(key: str, written: Mapping[str, Any] | None, steps: int, *, within: 
             f"{key}.{name} must be a whole number of at least {least}, not {value!r}.",
         )
     _check_within(f"{key}.start = {start}", start, steps, within)
+    stop = stop if "stop" in given else max(stop, start + 1)
     require(start < stop, f"{key}: start = {start} must come before stop = {stop}.")
     return {"freq": freq, "start": start, "stop": stop}
 

@@ -121,7 +121,7 @@ def _counts(phase: Amounts, layer: SparseLinear, amount: float, step: int) -> tu
     numel, nnz = layer.pattern.numel, layer.pattern.nnz
     target = kept_count(numel, amount, truncate=phase.count == "truncate")
     fraction = phase.dropped(step) if step else 0.0
-    if phase.rules == "cstorch" and phase.algorithm != "gmp":
+    if phase.rules == "cstorch" and phase.algorithm != "gmp" and step:
         keep = min(nnz, int((1 - fraction) * nnz))
         return keep, max(keep, target)
     keep = min(nnz, target)

@@ -130,7 +130,7 @@ class Phases:
     @property
     def sparsity(self) -> float:
         """Sparsity that the model has now, over all weights of its layers that can be sparse."""
-        if self._model is not None and self.phases[self.now.phase].rules == "cstorch":  # it may lag behind its target
+        if self._model is not None and self.phases[self.now.phase].rules == "cstorch":  # whole weights are dropped
             return self._found(self._model)[0]
         return self._sparsity(self.now)
 
@@ -401,7 +401,7 @@ class Phases:
         if phase.algorithm == "static":
             before = grow(model, optimizer, phase, new, self.seed)
         else:
-            amounts = phase.of_layers(self._weights, new.sparsity)
+            amounts = phase.of_layers(self._weights, phase.target(inside))
             before = move(model, optimizer, phase, amounts, inside, (self.seed, step), self._gradients, self.options)
         self._watch_no_longer()
         if optimizer is not None and new.phase != old.phase and phase.moments == "reset":

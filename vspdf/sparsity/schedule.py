@@ -126,7 +126,8 @@ class Phase:
             found = replace(found, sparsity_end=found.end)
         self._check_levels(key, found)
         if self.rules == "cstorch" and not any(stage.sparsity for stage in found.stages()):
-            found = replace(found, sparsity=0.0)  # no update comes within the phase: its masks stay dense
+            self._name_dense(key, found)
+            found = replace(found, sparsity=0.0)
         found = replace(found, name=self.name or _usual_name(found))
         self._check_updates(key, found, previous)
         if layers is not None:
@@ -226,11 +227,11 @@ class Phase:
         """Of masks that move: whether they can, and whether ramps end before the next update."""
         if self.algorithm == "static":
             return
-        stages = found.stages()
-        for stage in stages:
-            check_sparsity(f"{key}.sparsity, from step {stage.start} on", stage.sparsity)
+        targets = {step: found.target(step) for step in (0, *found.update_steps())}
+        for step, amount in targets.items():
+            check_sparsity(f"{key}.sparsity, from step {step} on", amount)
         require(
-            self.rules == "cstorch" or any(self.layers.values()) or any(stage.sparsity for stage in stages),
+            self.rules == "cstorch" or any(self.layers.values()) or any(targets.values()),
             f"{key}: algorithm: {self.algorithm} has no masks to move, the sparsity stays at 0: expected one above it, "
             "or algorithm: static.",
         )
@@ -241,7 +242,7 @@ class Phase:
             "schedule, e.g. {sparsity: 0.0, schedule: power, sparsity_end: 0.75}, or take algorithm: static.",
         )
         if self.algorithm == "gmp" and self.rules == "vspdf":
-            for a, b in pairwise(stages):
+            for a, b in pairwise(found.stages()):
                 require(
                     a.sparsity < b.sparsity,
                     f"{key}: algorithm: gmp only drops weights, and the sparsity goes from {a.sparsity:g} down to "
@@ -268,6 +269,17 @@ class Phase:
         )
         near = min((b - a for a, b in pairwise(moves)), default=found.steps)
         self._check_ramp(key, near)
+
+    def _name_dense(self, key: str, found: Amounts) -> None:
+        """Says why no mask of a phase is ever pruned, by rules of cstorch.sparse, which are taken at their word."""
+        if any(self.layers.values()):
+            return
+        why, course = "its first update comes later", found.schedule
+        if starts := found.update_steps():
+            why = "the sparsity stays at 0" if not any(map(found.target, starts)) else "nothing is dropped"
+            if isinstance(course, dict) and course.get("gamma", 0) > 0:
+                why += " (type: exp rises where gamma < 0)"
+        warn_once(f"{key}: algorithm: {self.algorithm} prunes nothing in the phase's {found.steps} steps, {why}.")
 
     def _check_ramp(self, key: str, every: int) -> None:
         """Whether updates of new weights are no longer ramped when the next come, after so many steps."""
@@ -346,7 +358,7 @@ class Phase:
 
 def _usual_name(phase: Amounts) -> str:
     static = phase.algorithm == "static"
-    amount = phase.sparsity if static else max(stage.sparsity for stage in phase.stages())
+    amount = phase.sparsity if static else max(map(phase.target, (0, *phase.update_steps())))
     own = not amount and any(phase.layers.values())
     if static and not (amount or own):
         return "dense"
