@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 
+import vspdf
 from vspdf.config.settings import PhaseConfig
 from vspdf.errors import UserError
 from vspdf.runs.record import PhaseRecord
@@ -292,3 +293,52 @@ def test_a_summary_has_the_sparsity_that_a_phase_begins_with():
     late = {"algorithm": "set", "rules": "cstorch", "sparsity": 0.75, "update": {"freq": 5, "start": 5}}
     found = record.summary({"a": 1}, Phase(steps=20, **late).resolved("phase"), 20)
     assert found["sparsity"] == 0.0 and [stage["sparsity"] for stage in found["stages"]] == [0.0, 0.3, 0.51, 0.657]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"algorithm": "setx"}, r"phases.0.algorithm = 'setx' is not known. Did you mean 'set'"),
+        ({"algorithm": "gmp", "sparsity": 0.5}, r"gmp prunes as the sparsity rises, and it stays at 0.5"),
+        ({"drop_fraction": 0.3}, r"drop_fraction belongs to algorithm: set or rigl, not to static"),
+        ({"update": {"freq": 5}}, r"update belongs to algorithm: set or rigl or gmp, not to static"),
+        ({"algorithm": "set", "sparsity": 0.9, "update": {"every": 5}}, r"update must be \{freq, start, stop\} or"),
+        ({"algorithm": "set", "sparsity": 0.9, "update": {"freq": 0}}, r"update.freq must be a whole number of at"),
+        ({"algorithm": "set", "sparsity": 0.9, "drop_fraction": 1.5}, r"drop_fraction must lie in \[0, 1\], not 1.5"),
+        ({"algorithm": "set", "sparsity": {"type": "cosin", "init": 1}}, r"not 'cosin'. Did you mean 'cosine'"),
+        ({"algorithm": "set", "sparsity": {"type": "exp", "init": 0.5}}, r"type: exp needs 'gamma'"),
+        ({"algorithm": "set", "sparsity": {"type": "linear", "init": 0.5, "slope": 0.1}}, r"from step \d+ on must"),
+        ({"algorithm": "gmp", "sparsity": 0.9, "schedule": "power", "sparsity_end": 0.5},
+         r"gmp only drops weights, and the sparsity goes from 0.9 down to 0.\d+ at step \d+: expected one that rises"),
+        ({"algorithm": "gmp", "sparsity": [0.5, 0.9]}, r"goes from 0.9 down to 0.5 at step \d+"),  # over and over
+        ({"algorithm": "gmp", "sparsity": 0.7, "schedule": [0.8, 0.9]}, r"the schedule begins at 0.8: leave it out"),
+        ({"algorithm": "set", "sparsity": 0.5, "schedule": {"type": "constant", "value": 0.7}}, r"begins at 0.7"),
+        ({"sparsity": [0.9, 0.5]}, r"needs algorithm: set, rigl or gmp"),
+        ({"algorithm": "gmp", "schedule": "power"}, r"sparsity_end is not set"),
+        ({"sparsity": "90%"}, r"phases.0.sparsity must be a number, not '90%'. Did you mean 0.9"),
+        # Steps of the whole run in the place of the phase's: masks would never move, or stop moving early.
+        ({"algorithm": "gmp", "schedule": "power", "sparsity_end": 0.75, "update": {"start": 100, "stop": 200}},
+         r"phases.0.update.start = 100 lies after the phase, of 100 steps: they count from the phase's beginning"),
+        ({"algorithm": "set", "sparsity": 0.9, "update": {"steps": [104, 106]}}, r"update.steps: 106 lies after the"),
+        ({"algorithm": "set", "sparsity": 0.9, "update": {"steps": [5, 7, 104]}}, r"update.steps: 104 lies after the"),
+        ({"algorithm": "set", "sparsity": 0.9, "update": {"freq": 100}}, r"masks never move in the phase's 100 steps"),
+        ({"algorithm": "set", "sparsity": 0.9, "update": {"steps": [0]}}, r"expected an update after step 0"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_impossible_moves_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        vspdf.Phases([vspdf.Phase(steps=100, **settings)])
+
+
+def test_masks_that_rise_at_a_switch_need_no_update_after_it_and_short_phases_have_none_of_their_own():
+    vspdf.Phases([(0.5, 4), vspdf.Phase(sparsity=0.75, steps=4, algorithm="gmp", update={"steps": [0]}), (0.75, 4)])
+    assert not any(vspdf.Phase(sparsity=0.5, steps=2, algorithm="set").resolved("phase").update_steps())
+
+
+def test_a_phase_of_the_cerebras_stack_that_ends_before_its_first_update_claims_no_sparsity():
+    rules = {"algorithm": "set", "rules": "cstorch", "sparsity": 0.75, "update": {"start": 100, "stop": 200}}
+    found = vspdf.Phase(steps=8, **rules).resolved("phase")
+    assert (found.sparsity, found.end, found.mean({"a": 1}), found.name) == (0.0, 0.0, 0.0, "set 0")
+    found = vspdf.Phase(steps=101, **rules).resolved("phase")
+    assert (found.sparsity, found.end, found.name) == (0.75, 0.3, "set 0.75")  # one update drops its 0.3 and no more
