@@ -39,6 +39,13 @@ def test_gradients_of_gradients():
 
 
 X, VALUES, BIAS = drawn()
+ONE = torch.ones((), dtype=torch.float64)
+
+
+def second_derivative(function):
+    return jvp(lambda s: jvp(function, (s,), (ONE,))[1], (torch.zeros_like(ONE),), (ONE,))[1]
+
+
 MANY_X = X.expand(4, 3, 7).transpose(0, 1)
 TRANSFORMS = {
     "jvp in x": lambda f: jvp(lambda x: f(x, VALUES, BIAS), (X,), (X.cos(),)),
@@ -48,6 +55,13 @@ TRANSFORMS = {
     "hessian": lambda f: hessian(lambda v: f(X, v, BIAS).pow(3).sum())(VALUES),
     "jacfwd": lambda f: jacfwd(f, 1)(X, VALUES, BIAS),
     "jacrev": lambda f: jacrev(f, (0, 1, 2))(X, VALUES, BIAS),
+    "jacfwd of jacfwd": lambda f: jacfwd(jacfwd(lambda x, v: f(x, v, BIAS).pow(3).sum(), 0), 1)(X, VALUES),
+    "jvp of jvp along a line": lambda f: second_derivative(
+        lambda s: f(X + s * X.cos(), VALUES + s * VALUES.cos(), BIAS + s * BIAS.cos()).pow(3).sum()
+    ),
+    "jacfwd of jacfwd of grad": lambda f: jacfwd(
+        jacfwd(lambda s: grad(lambda x: f(x, s * VALUES, BIAS).pow(3).sum())(s * X))
+    )(ONE),
     "gradients per sample": lambda f: vmap(grad(lambda v, x: f(x, v, BIAS).pow(2).sum()), (None, 0))(VALUES, X),
     "vmap over x and bias": lambda f: vmap(f, (1, None, 0))(
         X.expand(4, 3, 7).transpose(0, 1), VALUES, BIAS.expand(4, 5)
