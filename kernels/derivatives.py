@@ -17,7 +17,7 @@ from torch import Tensor
 from vspdf import ledger
 from vspdf.kernels import cpu
 from vspdf.kernels.gpu.gather import packed_once
-from vspdf.onlookers import compiling, forward_mode, modes, nobody, plain, tracing, transformed, watched
+from vspdf.onlookers import compiling, forward_mode, modes, nobody, plain, stored, tracing, transformed, watched
 from vspdf.pattern import Pattern
 
 # The operators as Python functions, by name: `ops` defines them, and enters them here.
@@ -61,6 +61,8 @@ def _recording(inputs: tuple[Any, ...]) -> bool:
 
 def _operate(name: str, inputs: tuple[Any, ...], alone: bool) -> Tensor:
     """The product itself, no derivative asked for."""
+    a, b, bias = inputs[:3]
+    alone = alone and stored(a) and stored(b) and (not isinstance(bias, Tensor) or stored(bias))
     with torch._C._AutoDispatchBelowAutograd():  # so that a view of the result is none to autograd
         return (RUN[name] if alone else getattr(torch.ops.vspdf, name).default)(*inputs)
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import vspdf
+from vspdf.kernels import cpu
 from vspdf.pattern import Pattern
 
 PATTERN = Pattern.random((5, 7), 0.5)
@@ -135,3 +136,18 @@ def test_vmap_over_no_samples(function):
     assert torch.autograd.grad(y.sum(), none)[0].shape == none.shape
     gradients = vmap(grad(lambda v: function(x, v, bias).sum()))(none)
     assert gradients.shape == none.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_batched_gradients_are_those_one_by_one(backend, dtype):
+    if backend == "cpu" and cpu.unavailable():
+        pytest.skip("the kernels are not built")
+    inputs = [t.to(dtype).requires_grad_() for t in drawn()]
+    many = torch.stack([X.sin()[:, :5], X.cos()[:, :5]]).to(dtype)
+    for _ in range(2):  # the second time the door in C++ is open
+        y = vspdf.sparse_linear(inputs[0], inputs[1], PATTERN, inputs[2], backend=backend)
+        found = torch.autograd.grad(y, inputs, many, is_grads_batched=True, retain_graph=True)
+        single = [torch.autograd.grad(y, inputs, one, retain_graph=True) for one in many]
+        for batched, each in zip(found, zip(*single, strict=True), strict=True):
+            torch.testing.assert_close(batched, torch.stack(each))
