@@ -96,7 +96,7 @@ def test_equal_patterns_are_one_object_through_copies_and_pickle():
     stored, digest = pickle.dumps(pattern), pattern.digest
     del pattern
     gc.collect()
-    with pytest.raises(KeyError):
+    with pytest.raises(UserError, match="not alive in this process"):
         Pattern.find(digest)  # nothing keeps a pattern alive but its users
     assert pickle.loads(stored).digest == digest
 

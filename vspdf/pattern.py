@@ -364,10 +364,16 @@ class Pattern:
 
         Raises
         ------
-        KeyError
+        UserError
             If no such pattern is alive.
         """
-        return _alive[digest]
+        try:
+            return _alive[digest]
+        except KeyError:
+            raise UserError(
+                "a sparse layer's pattern is not alive in this process. Of a model that was exported or traced: keep, "
+                "or load first, the model that it was made from, or densify before exporting."
+            ) from None
 
     @property
     def out_features(self) -> int:
