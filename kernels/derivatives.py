@@ -7,7 +7,8 @@ The operators themselves are defined in `ops`; here is what autograd knows of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from vspdf import ledger
 from vspdf.kernels import cpu
 from vspdf.kernels.gpu.gather import packed_once
-from vspdf.onlookers import compiling, forward_mode, modes, nobody, plain, tracing, transformed, watched
+from vspdf.onlookers import compiling, forward_mode, modes, nobody, plain, stored, tracing, transformed, watched
 from vspdf.pattern import Pattern
 
 # The operators as Python functions, by name: `ops` defines them, and enters them here.
@@ -60,6 +61,8 @@ def _recording(inputs: tuple[Any, ...]) -> bool:
 
 def _operate(name: str, inputs: tuple[Any, ...], alone: bool) -> Tensor:
     """The product itself, no derivative asked for."""
+    a, b, bias = inputs[:3]
+    alone = alone and stored(a) and stored(b) and (not isinstance(bias, Tensor) or stored(bias))
     with torch._C._AutoDispatchBelowAutograd():  # so that a view of the result is none to autograd
         return (RUN[name] if alone else getattr(torch.ops.vspdf, name).default)(*inputs)
 
@@ -99,6 +102,16 @@ def differentiable(name: str) -> Callable[..., Tensor]:
         return function.apply(*inputs) if _recording(inputs) else _operate(name, inputs, False)
 
     return run
+
+
+@contextmanager
+def _outer_tangents(ctx: Any) -> Iterator[list[Tensor]]:
+    """The inputs without this level's tangents, while forward mode is on: torch runs `jvp` with it off, and levels
+    around this one would take the products in there for constants.
+    """
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad._set_fwd_grad_enabled(True):
+        yield [forward_ad.unpack_dual(saved).primal for saved in ctx.saved_tensors]
 
 
 class _Product(torch.autograd.Function):
@@ -152,13 +165,13 @@ class Linear(_Product):
 
     @staticmethod
     def jvp(ctx: Any, t_x: Tensor | None, t_values: Tensor | None, t_bias: Tensor | None, *_: Any) -> Tensor:
-        x, values = ctx.saved_tensors
         key, parts = ctx.pattern.digest, []
-        if t_x is not None:
-            parts.append(linear(t_x, values, t_bias, key, ctx.backend))
-        if t_values is not None:
-            parts.append(linear(x, t_values, None if parts else t_bias, key, ctx.backend))
-        return sum(parts[1:], parts[0]) if parts else t_bias.to(x.dtype).expand(*x.shape[:-1], -1)  # type: ignore[union-attr]
+        with _outer_tangents(ctx) as (x, values):
+            if t_x is not None:
+                parts.append(linear(t_x, values, t_bias, key, ctx.backend))
+            if t_values is not None:
+                parts.append(linear(x, t_values, None if parts else t_bias, key, ctx.backend))
+            return sum(parts[1:], parts[0]) if parts else t_bias.to(x.dtype).expand(*x.shape[:-1], -1)  # type: ignore[union-attr]
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
@@ -194,10 +207,10 @@ class GradInput(_Product):
 
     @staticmethod
     def jvp(ctx: Any, t_g: Tensor | None, t_values: Tensor | None, *_: Any) -> Tensor:
-        g, values = ctx.saved_tensors
-        pairs = [(t_g, values), (g, t_values)]
-        parts = [grad_input(a, b, ctx.pattern.digest, ctx.backend) for a, b in pairs if a is not None and b is not None]
-        return sum(parts[1:], parts[0])
+        with _outer_tangents(ctx) as (g, values):
+            pairs = ((a, b) for a, b in ((t_g, values), (g, t_values)) if a is not None and b is not None)
+            parts = [grad_input(a, b, ctx.pattern.digest, ctx.backend) for a, b in pairs]
+            return sum(parts[1:], parts[0])
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
@@ -232,13 +245,10 @@ class GradValues(_Product):
 
     @staticmethod
     def jvp(ctx: Any, t_g: Tensor | None, t_x: Tensor | None, *_: Any) -> Tensor:
-        g, x = ctx.saved_tensors
-        parts = [
-            grad_values(a, b, ctx.pattern.digest, ctx.backend, ctx.dtype)
-            for a, b in ((t_g, x), (g, t_x))
-            if a is not None and b is not None
-        ]
-        return sum(parts[1:], parts[0])
+        with _outer_tangents(ctx) as (g, x):
+            pairs = ((a, b) for a, b in ((t_g, x), (g, t_x)) if a is not None and b is not None)
+            parts = [grad_values(a, b, ctx.pattern.digest, ctx.backend, ctx.dtype) for a, b in pairs]
+            return sum(parts[1:], parts[0])
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:

@@ -96,6 +96,14 @@ def test_the_gradient_of_its_gradient():
     assert (second - right).abs().max() < 1e-5
 
 
+def test_batched_gradients_are_those_one_by_one():
+    x = numbers().requires_grad_()
+    y, many = gelu(x), torch.stack([numbers(spread=1.0), numbers(spread=2.0)])
+    found = torch.autograd.grad(y, x, many, is_grads_batched=True, retain_graph=True)[0]
+    single = [torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in many]
+    torch.testing.assert_close(found, torch.stack(single))
+
+
 def test_an_input_edited_before_backward_is_refused():
     x = numbers().requires_grad_()
     hidden = x * 1

@@ -122,6 +122,17 @@ def test_a_bfloat16_gradient_can_be_differentiated_again():
     assert (second - expected).norm() <= 0.1 * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batched_gradients_are_those_one_by_one(dtype, way):
+    given = inputs(128, dtype=dtype)
+    y = causal_attention(*given)
+    many = torch.stack([y.detach().sin(), y.detach().cos()])
+    found = torch.autograd.grad(y, given, many, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(y, given, one, retain_graph=True) for one in many]
+    for batched, each in zip(found, map(torch.stack, zip(*single, strict=True)), strict=True):
+        assert (batched - each).norm() <= (2e-2 if dtype == torch.bfloat16 else 1e-5) * each.norm()
+
+
 def test_a_gradient_can_be_differentiated_again(way):
     def second(attention):
         qkv = inputs(128)

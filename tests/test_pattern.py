@@ -96,7 +96,7 @@ def test_equal_patterns_are_one_object_through_copies_and_pickle():
     stored, digest = pickle.dumps(pattern), pattern.digest
     del pattern
     gc.collect()
-    with pytest.raises(KeyError):
+    with pytest.raises(UserError, match="not alive in this process"):
         Pattern.find(digest)  # nothing keeps a pattern alive but its users
     assert pickle.loads(stored).digest == digest
 
@@ -185,8 +185,23 @@ def test_topk_ranks_as_exactly_as_the_weights_are(dtype):
             assert Pattern.topk(torch.tensor([row], dtype=dtype), 0.5).positions().tolist() == [1]
 
 
+EXACT = {
+    "whole numbers beyond 2^24": [[2**24, 2**24 + 1]],
+    "whole numbers beyond 2^53": [[2**62, -(2**62) - 1]],
+    "the least whole number": [[2**63 - 1, -(2**63)]],
+    "bytes": torch.tensor([[127, 200]], dtype=torch.uint8),
+    "complex numbers": [[1.0 + 0.5j, 0.5 + 2j]],
+}
+
+
+@pytest.mark.parametrize("row", EXACT.values(), ids=EXACT)
+def test_topk_ranks_what_is_no_float_by_magnitude(row):
+    assert Pattern.topk(torch.as_tensor(row), 0.5).positions().tolist() == [1]
+
+
 @pytest.mark.parametrize("weight", [torch.full((4, 4), float("nan")), torch.full((4, 4), float("inf")), torch.ones(4),
-                                    torch.ones(2, 3, 1)], ids=["NaN", "inf", "1-D", "3-D"])  # fmt: skip
+                                    torch.ones(2, 3, 1), torch.ones(4, 4, device="meta")],
+                         ids=["NaN", "inf", "1-D", "3-D", "on meta"])  # fmt: skip
 def test_topk_of_what_is_no_matrix_of_numbers_is_refused(weight):
     with pytest.raises(UserError, match="topk ranks a matrix of finite numbers"):
         Pattern.topk(weight, 0.5)
@@ -199,6 +214,10 @@ NONE = {
     "no seed": lambda: Pattern.random((4, 4), 0.5, seed=None),
     "a seed below 0": lambda: Pattern.random((4, 4), 0.5, seed=-1),
     "a mask in bfloat16": lambda: Pattern.from_mask(torch.ones(2, 2, dtype=torch.bfloat16)),
+    "a mask on meta": lambda: Pattern.from_mask(torch.ones(2, 2, dtype=torch.bool, device="meta")),
+    "weights of NumPy": lambda: Pattern.topk(np.ones((2, 2)), 0.5),
+    "a form that is no text": lambda: Pattern.random((8, 8), 0.8, fits=(2, 4)),
+    "another count": lambda: setattr(Pattern.random((8, 8), 0.8), "nnz", 3),
     "a sparse mask": lambda: Pattern.from_mask(torch.ones(2, 2, dtype=torch.bool).to_sparse()),
 }
 
@@ -207,3 +226,8 @@ NONE = {
 def test_what_is_no_pattern_is_refused(make):
     with pytest.raises(UserError):
         make()
+
+
+def test_a_position_beyond_all_integers_is_named_as_it_is():
+    with pytest.raises(UserError, match=f"not 0 to {2**63 + 5}"):
+        Pattern.random((8, 8), 0.5).exchange([], np.array([0, 2**63 + 5], dtype=np.uint64))

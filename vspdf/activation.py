@@ -46,7 +46,7 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
 def _run(kernel: str, approximate: str, *inputs: Tensor) -> Tensor:
     """What `gelu` or `gelu_grad` of the compiled module makes of contiguous float32 inputs of one shape."""
     out = torch.empty_like(inputs[0])
-    addresses = (tensor.data_ptr() for tensor in (out, *inputs))
+    addresses = [tensor.data_ptr() for tensor in (out, *inputs)]
     try:
         getattr(_C, kernel)(*addresses, out.numel(), approximate == "tanh", torch.get_num_threads())
     except ValueError as error:  # VSPDF_ISA
@@ -66,6 +66,7 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or not (onlookers.nobody() and onlookers.plain(grad)):
+        alone = onlookers.nobody() and onlookers.plain(grad) and onlookers.stored(grad)
+        if torch.is_grad_enabled() or not alone:
             return torch.ops.aten.gelu_backward(grad, x, approximate=ctx.approximate), None
         return _run("gelu_grad", ctx.approximate, grad.contiguous(), x), None

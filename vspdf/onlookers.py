@@ -9,6 +9,7 @@ compiling = torch.compiler.is_compiling  # by names of this module: looked up wh
 tracing = torch._C._is_tracing
 modes = torch._C._len_torch_dispatch_stack
 transformed = torch._C._are_functorch_transforms_active
+stored = torch._C._has_storage  # tensors of autograd's own vmap (batched gradients) are plain, and have no memory
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

@@ -125,6 +125,11 @@ class Pattern:
                 _alive[digest] = self
         return self
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if hasattr(self, name):
+            raise UserError(f"a pattern is immutable: its {name} cannot be set.")
+        super().__setattr__(name, value)
+
     @classmethod
     def random(
         cls, shape: tuple[int, int], sparsity: float, seed: int = 0, *, truncate: bool = False, fits: str | None = None
@@ -173,8 +178,12 @@ class Pattern:
         UserError
             If `mask` is not a two-dimensional boolean array.
         """
-        if isinstance(mask, torch.Tensor) and (mask.layout != torch.strided or mask.dtype != torch.bool):
-            what = f"{mask.dtype}, {mask.layout}".replace("torch.", "")
+        if isinstance(mask, torch.Tensor) and (mask.layout, mask.dtype, mask.is_meta) != (
+            torch.strided,
+            torch.bool,
+            False,
+        ):
+            what = f"{mask.dtype}, {mask.layout}, on {mask.device}".replace("torch.", "")
             raise UserError(f"a mask must be a boolean matrix [out, in], got {what}.")
         array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
         if array.ndim != 2 or array.dtype != np.bool_:
@@ -220,7 +229,7 @@ class Pattern:
         if isinstance(matrix, torch.Tensor) and matrix.layout != torch.strided:
             if matrix.dim() != 2 or matrix.dense_dim():
                 raise UserError(f"a sparse tensor of shape {tuple(matrix.shape)}: expected a matrix (out, in).")
-            return cls.from_mask(stored_entries(matrix.detach().cpu()))
+            return cls.from_mask(mask_forms.stored(matrix.detach().cpu()))
         if not hasattr(matrix, "tocoo") or getattr(matrix, "ndim", 0) != 2:
             what = f"a dense tensor of {matrix.dtype}" if isinstance(matrix, torch.Tensor) else type(matrix).__name__
             raise UserError(f"expected a sparse matrix of torch or scipy, got {what}; Pattern.from_mask takes masks.")
@@ -282,12 +291,9 @@ class Pattern:
         UserError
             If `sparsity` is outside [0, 1], or `weight` no matrix of finite numbers.
         """
-        keep = kept_count(weight.numel(), sparsity, truncate)
-        if weight.dim() != 2 or not bool(weight.isfinite().all()):
-            raise UserError(f"topk ranks a matrix of finite numbers: {tuple(weight.shape)} is none, or NaN is in it.")
-        exact = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
-        mask = np.zeros(weight.numel(), dtype=bool)
-        mask[np.argsort(-exact.abs().cpu().numpy().reshape(-1), kind="stable")[:keep]] = True
+        order = mask_forms.by_magnitude(weight)
+        mask = np.zeros(len(order), dtype=bool)
+        mask[order[: kept_count(len(order), sparsity, truncate)]] = True
         return cls((weight.shape[0], weight.shape[1]), pack(mask))
 
     @classmethod
@@ -351,12 +357,11 @@ class Pattern:
         found = given.detach().cpu().numpy() if isinstance(given, torch.Tensor) else np.asarray(given)
         if found.ndim != 1 or not (found.size == 0 or np.issubdtype(found.dtype, np.integer)):
             raise UserError(f"`{name}` must be a list of flat positions, not {found.dtype} of shape {found.shape}.")
-        found = found.astype(np.int64)
         if found.size and not 0 <= found.min() <= found.max() < self.numel:
             raise UserError(
                 f"`{name}`: positions lie between 0 and {self.numel - 1}, not {found.min()} to {found.max()}."
             )
-        return found
+        return found.astype(np.int64)
 
     @staticmethod
     def find(digest: str) -> Pattern:
@@ -364,10 +369,16 @@ class Pattern:
 
         Raises
         ------
-        KeyError
+        UserError
             If no such pattern is alive.
         """
-        return _alive[digest]
+        try:
+            return _alive[digest]
+        except KeyError:
+            raise UserError(
+                "a sparse layer's pattern is not alive in this process. Of a model that was exported or traced: keep, "
+                "or load first, the model that it was made from, or densify before exporting."
+            ) from None
 
     @property
     def out_features(self) -> int:
@@ -433,17 +444,3 @@ class Pattern:
 
     def __repr__(self) -> str:
         return f"Pattern({self.shape[0]}x{self.shape[1]}, nnz={self.nnz}, sparsity={self.sparsity:.4g})"
-
-
-def stored_entries(tensor: torch.Tensor) -> torch.Tensor:
-    """Which entries a sparse tensor of torch stores, as booleans of its shape; explicit zeros count."""
-    if tensor.layout == torch.sparse_coo:
-        tensor = tensor.coalesce()
-        same = torch.sparse_coo_tensor(tensor.indices(), torch.ones_like(tensor.values()), tensor.shape)
-        return same.to_dense().bool()
-    rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
-    indices = (tensor.crow_indices(), tensor.col_indices()) if rows else (tensor.ccol_indices(), tensor.row_indices())
-    same = torch.sparse_compressed_tensor(
-        *indices, torch.ones_like(tensor.values()), tensor.shape, layout=tensor.layout
-    )
-    return same.to_dense().bool()

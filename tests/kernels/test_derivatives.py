@@ -8,6 +8,7 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import vspdf
+from vspdf.kernels import cpu
 from vspdf.pattern import Pattern
 
 PATTERN = Pattern.random((5, 7), 0.5)
@@ -39,6 +40,13 @@ def test_gradients_of_gradients():
 
 
 X, VALUES, BIAS = drawn()
+ONE = torch.ones((), dtype=torch.float64)
+
+
+def second_derivative(function):
+    return jvp(lambda s: jvp(function, (s,), (ONE,))[1], (torch.zeros_like(ONE),), (ONE,))[1]
+
+
 MANY_X = X.expand(4, 3, 7).transpose(0, 1)
 TRANSFORMS = {
     "jvp in x": lambda f: jvp(lambda x: f(x, VALUES, BIAS), (X,), (X.cos(),)),
@@ -48,6 +56,13 @@ TRANSFORMS = {
     "hessian": lambda f: hessian(lambda v: f(X, v, BIAS).pow(3).sum())(VALUES),
     "jacfwd": lambda f: jacfwd(f, 1)(X, VALUES, BIAS),
     "jacrev": lambda f: jacrev(f, (0, 1, 2))(X, VALUES, BIAS),
+    "jacfwd of jacfwd": lambda f: jacfwd(jacfwd(lambda x, v: f(x, v, BIAS).pow(3).sum(), 0), 1)(X, VALUES),
+    "jvp of jvp along a line": lambda f: second_derivative(
+        lambda s: f(X + s * X.cos(), VALUES + s * VALUES.cos(), BIAS + s * BIAS.cos()).pow(3).sum()
+    ),
+    "jacfwd of jacfwd of grad": lambda f: jacfwd(
+        jacfwd(lambda s: grad(lambda x: f(x, s * VALUES, BIAS).pow(3).sum())(s * X))
+    )(ONE),
     "gradients per sample": lambda f: vmap(grad(lambda v, x: f(x, v, BIAS).pow(2).sum()), (None, 0))(VALUES, X),
     "vmap over x and bias": lambda f: vmap(f, (1, None, 0))(
         X.expand(4, 3, 7).transpose(0, 1), VALUES, BIAS.expand(4, 5)
@@ -121,3 +136,18 @@ def test_vmap_over_no_samples(function):
     assert torch.autograd.grad(y.sum(), none)[0].shape == none.shape
     gradients = vmap(grad(lambda v: function(x, v, bias).sum()))(none)
     assert gradients.shape == none.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_batched_gradients_are_those_one_by_one(backend, dtype):
+    if backend == "cpu" and cpu.unavailable():
+        pytest.skip("the kernels are not built")
+    inputs = [t.to(dtype).requires_grad_() for t in drawn()]
+    many = torch.stack([X.sin()[:, :5], X.cos()[:, :5]]).to(dtype)
+    for _ in range(2):  # the second time the door in C++ is open
+        y = vspdf.sparse_linear(inputs[0], inputs[1], PATTERN, inputs[2], backend=backend)
+        found = torch.autograd.grad(y, inputs, many, is_grads_batched=True, retain_graph=True)
+        single = [torch.autograd.grad(y, inputs, one, retain_graph=True) for one in many]
+        for batched, each in zip(found, zip(*single, strict=True), strict=True):
+            torch.testing.assert_close(batched, torch.stack(each))

@@ -317,6 +317,49 @@ def test_a_layer_whose_bias_is_computed_stays_dense_and_is_named(change, caplog)
     model(torch.ones(1, 8)).sum().backward()
 
 
+EXCHANGES = {
+    "set_sparsity": lambda model, optimizer: vspdf.set_sparsity(model, 0.2, optimizer),
+    "evolve": lambda model, optimizer: vspdf.evolve(model, optimizer, 0.5),
+    "densify": lambda model, optimizer: vspdf.densify(model, optimizer),
+}
+COMPUTED = [
+    *((verb, "values", lambda layer: prune.l1_unstructured(layer, "values", 3)) for verb in EXCHANGES),
+    *(("densify", "bias", change) for change in BIASES.values()),
+]
+
+
+@pytest.mark.parametrize(
+    "verb, part, change", COMPUTED,
+    ids=[*(f"{verb}, values pruned" for verb in EXCHANGES), *(f"densify, bias {change}" for change in BIASES)],
+)  # fmt: skip
+def test_what_is_computed_anew_at_every_call_is_not_exchanged(verb, part, change):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    vspdf.sparsify(model, 0.5)
+    change(model[1])
+    optimizer = torch.optim.AdamW(model.parameters())
+    before, held = dict(model.named_parameters()), list(optimizer.param_groups[0]["params"])
+    with pytest.raises(UserError, match=f"`{part}` of the sparse layer '1' is computed anew at every call"):
+        EXCHANGES[verb](model, optimizer)
+    after = dict(model.named_parameters())
+    assert list(after) == list(before) and all(after[name] is before[name] for name in before)
+    assert all(a is b for a, b in zip(held, optimizer.param_groups[0]["params"], strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ["static", "set"])
+def test_phases_stop_before_they_change_what_is_computed_anew(algorithm):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer = torch.optim.AdamW(model.parameters())
+    first = {} if algorithm == "static" else {"algorithm": "set", "update": {"freq": 1}}
+    phases = vspdf.Phases([vspdf.Phase(sparsity=0.5, steps=2, **first), vspdf.Phase(sparsity=0.0, steps=2)])
+    phases.start(model, optimizer)
+    prune.l1_unstructured(model[1], "values", 3)
+    layers = list(model)
+    with pytest.raises(UserError, match="`values` of the sparse layer '1'"):
+        for step in range(3):
+            phases.at(step, model, optimizer)
+    assert list(model) == layers
+
+
 def test_compiled_models_get_the_same_masks(one):
     assert list(vspdf.sparsify(torch.compile(one()), 0.8).values()) == list(vspdf.sparsify(one(), 0.8).values())
 

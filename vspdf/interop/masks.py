@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vspdf import mask_forms
 from vspdf.errors import UserError
 from vspdf.interop.tensors import flatten
-from vspdf.pattern import stored_entries
 from vspdf.sparsity.amounts import plain_name
 
 log = logging.getLogger("vspdf")
@@ -82,7 +82,7 @@ def canonical(tensors: Mapping[str, Tensor], where: str = "the checkpoint") -> R
         if stored in owners:
             continue
         if tensor.layout != torch.strided:
-            masks[plain] = stored_entries(tensor) & masks.get(plain, torch.tensor(True))
+            masks[plain] = mask_forms.stored(tensor) & masks.get(plain, torch.tensor(True))
             tensor = tensor.to_dense()
         if plain not in masks:
             _refuse_other(name, weights, where)

@@ -19,7 +19,7 @@ from vspdf.kernels import cpu
 from vspdf.pattern import Pattern, pack, unpack
 from vspdf.sparsity.amounts import plain_name
 from vspdf.sparsity.attached import mark
-from vspdf.sparsity.layer import SparseLinear, require_whole, sparse_layers
+from vspdf.sparsity.layer import SparseLinear, whole_layers
 from vspdf.sparsity.optimizer import carry, check_follows, elements, warn_of_stale
 from vspdf.sparsity.wrapped import warn_of_reducers
 
@@ -76,7 +76,8 @@ def evolve(
     ------
     UserError
         If the model has no sparse layer that learns, `drop_fraction` is no number in [0, 1], `seed` no whole number of
-        at least 0, or scores are no tensors of real numbers, missing, or of another shape. The model is then as it was.
+        at least 0, scores are no tensors of real numbers, missing, or of another shape, or a layer's `values` are
+        pruned by torch or parametrized. The model is then as it was.
 
     Examples
     --------
@@ -88,11 +89,9 @@ def evolve(
     ...         vspdf.evolve(model, optimizer, 0.3, seed=step)
     """
     check_sparsity("drop_fraction", drop_fraction, all_masked=True)
-    layers = sparse_layers(model)
+    layers = whole_layers(model, "values")
     if not layers:
         raise UserError("evolve found no sparse layer: call vspdf.sparsify(model, ...) first.")
-    for layer in layers.values():
-        require_whole(layer.values)
     layers = {name: layer for name, layer in layers.items() if layer.values.requires_grad}
     if not layers:
         raise UserError("evolve found no sparse layer that learns: all are frozen (requires_grad is False).")
@@ -280,9 +279,7 @@ def remask(
         The patterns before.
     """
     check_follows(optimizer, model)
-    layers, before, exchanged = sparse_layers(model), {}, []
-    for name in patterns:
-        require_whole(layers[name].values)
+    layers, before, exchanged = whole_layers(model, "values"), {}, []
     for name, pattern in patterns.items():
         layer = layers[name]
         old, old_values = layer.pattern, layer.values

@@ -368,6 +368,29 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
 
 
+def whole_layers(model: nn.Module, *parts: str) -> dict[str, SparseLinear]:
+    """All sparse layers by name, for those who exchange `parts` of them: "values", "bias".
+
+    Raises
+    ------
+    UserError
+        If one is sharded, or such a part is no parameter of the layer's own.
+    """
+    layers = sparse_layers(model)
+    for name, layer in layers.items():
+        for part in parts:
+            if (tensor := getattr(layer, part)) is None:
+                continue
+            require_whole(tensor)
+            if part not in layer._parameters:
+                raise UserError(
+                    f"`{part}` of the sparse layer '{name}' is computed anew at every call (torch.nn.utils.prune or a "
+                    "parametrization), this needs a parameter: make that permanent first, e.g. by "
+                    f"torch.nn.utils.prune.remove(layer, '{part}')."
+                )
+    return layers
+
+
 def patterns_of(model: nn.Module) -> dict[str, Pattern]:
     """The patterns of all sparse layers of a model by name."""
     return {name: layer.pattern for name, layer in sparse_layers(model).items()}

@@ -14,7 +14,7 @@ from vspdf.pattern import Pattern, kept_count
 from vspdf.sparsity.amounts import Amounts, only_added
 from vspdf.sparsity.evolve import layer_number, remask, renewed
 from vspdf.sparsity.kinds import sides
-from vspdf.sparsity.layer import SparseLinear, require_whole, sparse_layers
+from vspdf.sparsity.layer import SparseLinear, sparse_layers, whole_layers
 from vspdf.sparsity.scores import DenseGradients
 from vspdf.sparsity.surgery import densify, set_sparsity, sparsify
 from vspdf.sparsity.timeline import Stretch
@@ -54,9 +54,7 @@ def move(
     """
     if not any(amounts.values()):
         return densify(model, optimizer)
-    layers = sparse_layers(model)
-    for layer in layers.values():
-        require_whole(layer.values)
+    layers = whole_layers(model, "values")
     whole = {n: _whole(model.get_submodule(n)) for n, amount in amounts.items() if amount and n not in layers}
     if whole:
         how = {option: options[option] for option in ("backend", "memory") if option in options}

@@ -30,7 +30,7 @@ from vspdf.sparsity.eligible import (
 from vspdf.sparsity.evolve import layer_seed, remask
 from vspdf.sparsity.from_files import Amount, MaskFile, read_amounts
 from vspdf.sparsity.kinds import is_conv1d
-from vspdf.sparsity.layer import SparseLinear, require_whole, sparse_layers
+from vspdf.sparsity.layer import SparseLinear, whole_layers
 from vspdf.sparsity.optimizer import carry, check_follows, check_moments, check_takes_vectors, warn_of_stale
 from vspdf.sparsity.schedule import check_init_method
 from vspdf.sparsity.stored import patterns_in
@@ -200,12 +200,11 @@ def set_sparsity(
     ------
     UserError
         If a layer is already denser, the model has no sparse layer, a sparsity is no number in [0, 1], `seed` is no
-        whole number of at least 0, or `moments` is unknown.
+        whole number of at least 0, `moments` is unknown, or a layer's `values` are pruned by torch or parametrized. The
+        model is then as it was.
     """
     check_moments(moments)
-    layers = sparse_layers(model)
-    for layer in layers.values():
-        require_whole(layer.values)
+    layers = whole_layers(model, "values")
     if not layers:
         raise UserError("set_sparsity found no sparse layer: call vspdf.sparsify(model, ...) first.")
     rules = sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}
@@ -241,15 +240,15 @@ def densify(
     Raises
     ------
     UserError
-        If `moments` is unknown, or `model` is itself a sparse layer.
+        If `moments` is unknown, `model` is itself a sparse layer, or `values` or a bias of one are pruned by torch or
+        parametrized. The model is then as it was.
     """
     check_moments(moments)
     if isinstance(model, SparseLinear):
         raise UserError("densify replaces layers inside a model; for a single one use its to_linear().")
     check_follows(optimizer, model)
-    layers = sparse_layers(model)
+    layers = whole_layers(model, "values", "bias")
     for name, layer in layers.items():
-        require_whole(layer.values)
         if "forward" in vars(layer):
             raise UserError(
                 f"densify: the forward of '{name}' was replaced on the layer itself (by a hook of accelerate's?), and "
