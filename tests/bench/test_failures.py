@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vspdf.bench import linear
+from vspdf.bench import linear, step
 from vspdf.bench.candidates import Dense
 from vspdf.bench.problem import Problem
 from vspdf.interop import hugging_face
@@ -156,3 +156,17 @@ def test_ranks_do_not_measure_each_other(refused, monkeypatch, verb):
     for name, value in {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     refused(f"bench {verb} is one process, and the environment .* tells of 2: start it without", "bench", verb)
+
+
+GIVEN = {"random masks": None, "given masks": [("a", Pattern.random((8, 8), 0.5))]}
+
+
+@pytest.mark.parametrize("masks", GIVEN.values(), ids=GIVEN)
+def test_a_value_that_is_given_twice_is_timed_once(masks):
+    once = linear.cases([(4, 8, 8)], [0.9], [1], masks, [4])
+    assert linear.cases([(4, 8, 8), (4, 8, 8)], [0.9, 0.9], [1, 1], masks, [4, 4]) == once
+
+
+def test_a_sparsity_that_is_given_twice_is_one_side_of_a_step():
+    once = step._sides([0.9], ["float32", "bfloat16"], True)
+    assert step._sides([0.9, 0.0, 0.9], ["float32", "bfloat16"], True) == once

@@ -1,5 +1,6 @@
 """Which layers become sparse: those of which nothing is lost by it."""
 
+import copy
 import logging
 
 import pytest
@@ -131,3 +132,14 @@ def test_every_kind_of_container_that_holds_a_layer_gets_the_new_one():
     new, held = model[0], model.held
     found = [held[0]["a"], held[1][0], *held[2], held[3].layer, held[4].args[0], held[5].keywords["layer"], held[6][0]]
     assert all(layer is new for layer in found) and type(held[3]) is pair and type(held[0]) is OrderedDict
+
+
+def test_a_lazy_layer_is_refused_until_it_has_its_weights():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8))
+    with pytest.raises(UserError, match="LazyLinear is not made yet: run one batch"):
+        vspdf.sparsify(model, 0.5)
+    with pytest.raises(UserError, match="run one batch"):
+        vspdf.Phases([vspdf.Phase(sparsity=0.5, steps=2)]).start(model)
+    assert set(vspdf.sparsify(copy.deepcopy(model), 0.5, exclude="1")) == {"0"}
+    model(torch.ones(1, 8))
+    assert set(vspdf.sparsify(model, 0.5)) == {"0", "1"}

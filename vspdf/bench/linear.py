@@ -100,13 +100,15 @@ def cases(
     shapes: Sequence[tuple[int, int, int]], sparsities: Sequence[float], threads: Sequence[int],
     masks: Iterable[tuple[str, Pattern]] | None, tokens: Sequence[int],
 ) -> list[Case]:  # fmt: skip
-    """All that is to be timed: random masks of shapes and sparsities, or given ones at so many tokens."""
+    """All that is to be timed: random masks of shapes and sparsities, or given ones at so many tokens; once each."""
+    threads, tokens = [*dict.fromkeys(threads)], [*dict.fromkeys(tokens)]
     if masks is None:
-        for shape in shapes:
-            _check_memory("`shapes` " + "x".join(map(str, shape)), *shape)
+        sizes = dict.fromkeys((t, n_in, n_out) for t, n_in, n_out in shapes)
+        for size in sizes:
+            _check_memory("`shapes` " + "x".join(map(str, size)), *size)
         return [
             Case(Pattern.random((n_out, n_in), s), t, s, None, count)
-            for count, (t, n_in, n_out), s in itertools.product(threads, shapes, sparsities)
+            for count, (t, n_in, n_out), s in itertools.product(threads, sizes, dict.fromkeys(sparsities))
         ]
     given = distinct(masks)
     for count, (name, pattern) in itertools.product(tokens, given):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from vspdf.errors import UserError, did_you_mean
 from vspdf.sparsity.amounts import matches, plain_name, shadowed
@@ -129,7 +130,7 @@ def name_others(model: nn.Module) -> None:
                 why = "its forward was replaced on the layer itself (by a hook of accelerate's?)"
             log.warning("sparsify: '%s' stays dense: %s.", name, why)
         for key, parameter in module._parameters.items():
-            if parameter is not None and parameter.dim() == 3:  # experts, a matrix each
+            if parameter is not None and not is_lazy(parameter) and parameter.dim() == 3:  # experts, a matrix each
                 where, size = f"{name}.{key}".lstrip("."), " x ".join(map(str, parameter.shape))
                 log.warning("sparsify: '%s' stays dense: a parameter of %s is no linear layer.", where, size)
     if lora := sum(isinstance(module, nn.Linear) for name, module in model.named_modules() if name in adapters):
@@ -175,9 +176,11 @@ def check_globs(
 
 
 def why_dense(module: nn.Module, uses: Mapping[int, int], wrapped: bool) -> str:
-    """Why a linear layer cannot be made sparse, or ""."""
+    """Why a linear layer cannot be made sparse, or ""; of one that has no weights yet nobody can tell: UserError."""
     weight = module.weight
     assert isinstance(weight, Tensor)
+    if is_lazy(weight):
+        raise UserError(f"the weight of a {type(module).__name__} is not made yet: run one batch through the model.")
     require_whole(weight)
     if not isinstance(weight, nn.Parameter):
         return (
