@@ -43,6 +43,35 @@ def test_code_that_reads_a_layers_weight_gets_one_that_learns():
     torch.testing.assert_close(by_hand, torch.autograd.grad(layer(x).sum(), layer.values))
 
 
+def penalty(layer):
+    return (layer.weight * torch.arange(60.0).reshape(6, 10)).square().sum()
+
+
+LOOKING_ON = {
+    "compiled": lambda layer: torch.autograd.grad(
+        torch.compile(penalty, backend="eager", fullgraph=True)(layer), layer.values
+    )[0],
+    "torch.func": lambda layer: torch.func.grad(
+        lambda values: torch.func.functional_call(Penalty(layer), {"layer.values": values}, ())
+    )(layer.values.detach()),
+}
+
+
+class Penalty(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self):
+        return penalty(self.layer)
+
+
+@pytest.mark.parametrize("gradient", LOOKING_ON.values(), ids=LOOKING_ON)
+def test_the_weight_is_read_by_compilers_and_transforms(gradient):
+    layer = SparseLinear.from_linear(nn.Linear(10, 6), Pattern.random((6, 10), 0.7))
+    torch.testing.assert_close(gradient(layer), *torch.autograd.grad(penalty(layer), layer.values))
+
+
 def test_a_layer_moves_between_dtypes():
     layer = SparseLinear.from_linear(nn.Linear(10, 6), Pattern.random((6, 10), 0.7)).bfloat16()
     assert (

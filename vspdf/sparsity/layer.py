@@ -12,6 +12,7 @@ from vspdf.errors import UserError, one_of
 from vspdf.kernels import cpu, dispatch, ops, reference
 from vspdf.kernels.gpu import bitmap, gather, launch
 from vspdf.kernels.ops import require_pattern, sparse_linear
+from vspdf.onlookers import compiling, transformed
 from vspdf.pattern import Pattern
 from vspdf.shapes import PATH_BYTES
 from vspdf.sparsity.attached import shell
@@ -193,9 +194,15 @@ class SparseLinear(nn.Linear):
         """Dense weight [out_features, in_features], zeros at masked positions, for code that reads a layer's weight.
 
         Made anew at every access and differentiable. Edits in place under ``torch.no_grad()`` and assignments reach
-        `values`; what they would put at masked positions is dropped.
+        `values`; what they would put at masked positions is dropped. While a compiler or a transform of ``torch.func``
+        looks on, whose tensors have no memory to tell edits by, it is a plain matrix, of which edits reach nothing.
         """
         require_whole(self.values)
+        if compiling():  # which can follow the product as it stands, and not how a mask is unpacked
+            unit = torch.eye(self.in_features, dtype=self.values.dtype, device=self.values.device)
+            return sparse_linear(unit, self.values, self.pattern, backend=self.backend).T
+        if transformed():
+            return reference.materialise(self.values, self.pattern)
         if torch.is_inference_mode_enabled():  # whose own tensors do not count edits
             with torch.inference_mode(False), torch.no_grad():
                 return DenseView.of(reference.materialise(self.values, self.pattern), self)
