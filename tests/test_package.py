@@ -42,7 +42,8 @@ MAY_TAKE = {
 # Words that everyone may use, each below those that take it.
 WORDS = {
     "errors": (), "_C": (), "shapes": ("errors",), "files": ("errors",), "mask_forms": ("errors",),
-    "pattern": ("errors", "mask_forms"), "gemm": (), "attention": ("gemm",), "onlookers": (),
+    "mask_tensors": ("errors",), "pattern": ("errors", "mask_forms", "mask_tensors"), "gemm": (), "onlookers": (),
+    "attention": ("gemm", "onlookers"),
     "activation": ("_C", "errors", "onlookers"), "ledger": ("errors", "shapes"),
     "rotary": ("shapes",), "cache": (),
     "model": ("errors", "shapes", "ledger", "activation", "attention", "rotary", "cache"),

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vspdf import mask_forms
+from vspdf import mask_forms, mask_tensors
 from vspdf.errors import UserError, check_sparsity, check_whole, require
 
 log = logging.getLogger("vspdf")
@@ -229,7 +229,7 @@ class Pattern:
         if isinstance(matrix, torch.Tensor) and matrix.layout != torch.strided:
             if matrix.dim() != 2 or matrix.dense_dim():
                 raise UserError(f"a sparse tensor of shape {tuple(matrix.shape)}: expected a matrix (out, in).")
-            return cls.from_mask(mask_forms.stored(matrix.detach().cpu()))
+            return cls.from_mask(mask_tensors.stored(matrix.detach().cpu()))
         if not hasattr(matrix, "tocoo") or getattr(matrix, "ndim", 0) != 2:
             what = f"a dense tensor of {matrix.dtype}" if isinstance(matrix, torch.Tensor) else type(matrix).__name__
             raise UserError(f"expected a sparse matrix of torch or scipy, got {what}; Pattern.from_mask takes masks.")
@@ -291,7 +291,7 @@ class Pattern:
         UserError
             If `sparsity` is outside [0, 1], or `weight` no matrix of finite numbers.
         """
-        order = mask_forms.by_magnitude(weight)
+        order = mask_tensors.by_magnitude(weight)
         mask = np.zeros(len(order), dtype=bool)
         mask[order[: kept_count(len(order), sparsity, truncate)]] = True
         return cls((weight.shape[0], weight.shape[1]), pack(mask))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vspdf import mask_forms
+from vspdf import mask_tensors
 from vspdf.errors import UserError
 from vspdf.interop.tensors import flatten
 from vspdf.sparsity.amounts import plain_name
@@ -82,7 +82,7 @@ def canonical(tensors: Mapping[str, Tensor], where: str = "the checkpoint") -> R
         if stored in owners:
             continue
         if tensor.layout != torch.strided:
-            masks[plain] = mask_forms.stored(tensor) & masks.get(plain, torch.tensor(True))
+            masks[plain] = mask_tensors.stored(tensor) & masks.get(plain, torch.tensor(True))
             tensor = tensor.to_dense()
         if plain not in masks:
             _refuse_other(name, weights, where)
