@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import vspdf
@@ -78,6 +79,14 @@ def test_a_layer_moves_between_dtypes():
         layer(torch.randn(3, 10).bfloat16()).dtype == torch.bfloat16
         and layer.to_linear().weight.dtype == torch.bfloat16
     )
+
+
+def test_a_layer_whose_values_are_pruned_takes_its_own_state():
+    layers = [SparseLinear.from_linear(nn.Linear(10, 6), Pattern.random((6, 10), 0.7)) for _ in range(2)]
+    for layer in layers:
+        prune.l1_unstructured(layer, "values", 0.5)
+    layers[1].load_state_dict(layers[0].state_dict())
+    assert torch.equal(layers[1](x := torch.randn(3, 10)), layers[0](x))
 
 
 def test_a_state_dict_with_another_number_of_weights_is_refused():

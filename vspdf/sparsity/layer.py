@@ -297,7 +297,8 @@ class SparseLinear(nn.Linear):
                 "under that name."
             )
             return
-        if f"{prefix}values" not in state_dict and f"{prefix}_extra_state" in state_dict:
+        own = f"{prefix}values", f"{prefix}values_orig"  # the latter where torch prunes them
+        if f"{prefix}_extra_state" in state_dict and not any(name in state_dict for name in own):
             errors.append(f"'{prefix}_extra_state' is a pattern that comes without its '{prefix}values'.")
             return
         if f"{prefix}values" not in state_dict and f"{prefix}weight" in state_dict:
