@@ -178,14 +178,12 @@ class Pattern:
         UserError
             If `mask` is not a two-dimensional boolean array.
         """
-        if isinstance(mask, torch.Tensor) and (mask.layout, mask.dtype, mask.is_meta) != (
-            torch.strided,
-            torch.bool,
-            False,
-        ):
-            what = f"{mask.dtype}, {mask.layout}, on {mask.device}".replace("torch.", "")
-            raise UserError(f"a mask must be a boolean matrix [out, in], got {what}.")
-        array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
+        if isinstance(mask, torch.Tensor):
+            if mask.layout != torch.strided or mask.dtype != torch.bool or mask.is_meta:
+                what = f"{mask.dtype}, {mask.layout}, on {mask.device}".replace("torch.", "")
+                raise UserError(f"a mask must be a boolean matrix [out, in], got {what}.")
+            mask = mask.detach().cpu().numpy()
+        array = np.asarray(mask)
         if array.ndim != 2 or array.dtype != np.bool_:
             raise UserError(f"a mask must be a boolean matrix [out, in], got {array.dtype} of shape {array.shape}.")
         return cls((array.shape[0], array.shape[1]), pack(array))

@@ -257,13 +257,9 @@ class Phase:
             "or algorithm: static.",
         )
         switches = previous is not None and (found.sparsity != previous.end or bool(found.layers or previous.layers))
+        by_drops = self.algorithm != "gmp" and self.rules == "vspdf" and found.schedule == "constant" and not switches
         require(
-            any(map(found.dropped, moves))
-            or not moves
-            or switches
-            or found.schedule != "constant"
-            or self.algorithm == "gmp"
-            or self.rules == "cstorch",
+            not (by_drops and moves) or any(map(found.dropped, moves)),
             f"{key}.drop_fraction: nothing is dropped at any update, so that masks never move: expected more than 0, "
             "or algorithm: static.",
         )
